@@ -1,0 +1,8 @@
+"""ARS2-Neo and Muon for plain PyTorch: needs nothing but torch."""
+
+from ars2.ars2_neo import ARS2Neo
+from ars2.muon import Muon
+from ars2.orthogonalize import orthogonalize
+from ars2.param_groups import param_groups, report
+
+__all__ = ["ARS2Neo", "Muon", "orthogonalize", "param_groups", "report"]

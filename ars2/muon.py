@@ -1,0 +1,103 @@
+"""Muon, with the auxiliary AdamW in the same optimizer: the baseline, on the kernels and groups of ARS2-Neo.
+
+Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); decoupled weight decay as in
+Liu et al., "Muon is scalable for LLM training" (2025).
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ars2 import updates, validation
+from ars2.tracked import TrackedOptimizer
+from ars2.updates import Tensors
+
+
+class Muon(TrackedOptimizer):
+    """Orthogonalised momentum on the matrix track, AdamW on the vector track.
+
+    A matrix moves by ``p <- (1 - lr*wd) p - lr * sqrt(max(1, rows / cols)) * NewtonSchulz(n)``, where
+    ``b <- momentum * b + (1 - momentum) * g``; ``n`` is ``b``, or with Nesterov ``momentum * b + (1 - momentum) * g``.
+
+    Args:
+        params: as for :class:`ars2.ARS2Neo`; vector groups usually say ``lr`` and ``weight_decay`` for themselves.
+        lr: learning rate; the groups of both tracks take it unless they say their own.
+        momentum: decay of the momentum of matrices, in [0, 1).
+        nesterov: whether matrices look ahead by one decay of the momentum.
+        weight_decay: decoupled weight decay, multiplied by ``lr``.
+        ns_steps, ns_coefficients, ns_dtype: as for :class:`ars2.ARS2Neo`.
+        betas, eps: of the vector track.
+
+    Raises:
+        ValueError: an option out of its range, or a parameter that its track cannot take; named in the message.
+    """
+
+    shared_options = ("ns_steps", "ns_coefficients", "ns_dtype")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        ns_steps: int = 5,
+        ns_coefficients: str = "jordan",
+        ns_dtype: str = "bfloat16",
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                **{"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay},
+                **{"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype},
+                **{"betas": betas, "eps": eps},
+            },
+        )
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        super()._check_options(group)
+        validation.check_number(group, "momentum", 0.0, 1.0)
+        validation.check_choice(group, "nesterov", (False, True))
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["track"] == "matrix" else ("exp_avg", "exp_avg_sq")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters once, after ``closure`` if there is one; returns what the closure returned."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        device = self.param_groups[0]["params"][0].device.type
+        # Autocast would run the matrix products in its own dtype.
+        with torch.autocast(device, enabled=False):
+            for group in self.param_groups:
+                batch = self._batch(group)
+                group["step"] += 1
+                if not batch.params:
+                    continue
+                if group["track"] == "vector":
+                    moments = batch.state("exp_avg"), batch.state("exp_avg_sq")
+                    updates.update_moments_(batch.grads, *moments, group["betas"])
+                    directions = updates.adam_directions(*moments, group["betas"], group["step"], group["eps"])
+                else:
+                    directions = self._orthogonal_momenta(group, batch.grads, batch.state("momentum_buffer"))
+                updates.apply_(batch.params, directions, group["lr"], group["weight_decay"])
+        return result
+
+    @staticmethod
+    def _orthogonal_momenta(group: dict[str, Any], grads: Tensors, buffers: Tensors) -> Tensors:
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        momenta: Tensors = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+        directions = updates.orthogonal_directions(
+            *(momenta, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
+            validation.DTYPES[group["ns_dtype"]],
+        )
+        shapes = [updates.as_stack(direction, group["flatten"]).shape for direction in directions]
+        torch._foreach_mul_(directions, [math.sqrt(max(1.0, shape[1] / shape[2])) for shape in shapes])
+        return directions

@@ -1,0 +1,147 @@
+"""Which parameters are matrices, told by their role in the model and never by their name.
+
+Two policies. ``"all"``: every trainable parameter of two dimensions or more whose largest dimension is below 10,000.
+``"hidden"``, as Muon's authors recommend: the same without embeddings, output heads and normalisation gains.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+Policy = Literal["all", "hidden"]
+LARGEST_MATRIX_DIMENSION = 10_000
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS_1D = (nn.Conv1d, nn.ConvTranspose1d)
+
+
+class Assignment(NamedTuple):
+    """One trainable parameter: where it stands in the model, what it is, which track it is on and why."""
+
+    name: str
+    param: nn.Parameter
+    role: str
+    track: str
+    reason: str
+    flatten: bool
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Return the module whose weight makes the outputs.
+
+    A model that has ``get_output_embeddings()``, as those of transformers do, says it itself; of any other the last
+    linear layer in order of registration is taken.
+    """
+    if callable(get_output_embeddings := getattr(model, "get_output_embeddings", None)):
+        head: nn.Module | None = get_output_embeddings()
+        return head
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linears[-1] if linears else None
+
+
+def assign(model: nn.Module, policy: Policy = "all") -> list[Assignment]:
+    """Assign every trainable parameter of ``model`` to a track, a tied one once, in order of registration.
+
+    Raises:
+        ValueError: unknown policy, no trainable parameter, or a lazy parameter that has no shape yet.
+    """
+    if policy not in ("all", "hidden"):
+        raise ValueError(f"policy must be 'all' or 'hidden', got {policy!r}")
+    head = output_head(model)
+    owners: dict[nn.Parameter, list[nn.Module]] = {}
+    names: dict[nn.Parameter, str] = {}
+    for prefix, module in model.named_modules():
+        for name, param in module.named_parameters(prefix, recurse=False):
+            if is_lazy(param):
+                raise ValueError(f"parameter {name} has no shape yet: run one forward pass before building the groups")
+            if param.requires_grad:
+                owners.setdefault(param, []).append(module)
+                names.setdefault(param, name)
+    if not owners:
+        raise ValueError("the model has no trainable parameter")
+    return [_assign_one(names[param], param, modules, head, policy) for param, modules in owners.items()]
+
+
+def _role(param: nn.Parameter, owners: list[nn.Module], head: nn.Module | None) -> str:
+    embeds = any(isinstance(owner, _EMBEDDINGS) for owner in owners)
+    heads = any(owner is head for owner in owners)
+    if param.ndim < 2:
+        return "norm" if isinstance(owners[0], _NORMS) else "bias or gain"
+    if embeds:
+        return "tied embedding" if len(owners) > 1 else "embedding"
+    if heads:
+        return "output head"
+    if isinstance(owners[0], _NORMS):
+        return "norm"
+    if isinstance(owners[0], _CONVOLUTIONS):
+        return "convolution"
+    return "stack" if param.ndim == 3 else "hidden"
+
+
+def _assign_one(
+    name: str, param: nn.Parameter, owners: list[nn.Module], head: nn.Module | None, policy: Policy
+) -> Assignment:
+    role = _role(param, owners, head)
+    if param.ndim < 2:
+        track, reason = "vector", "fewer than two dimensions"
+    elif max(param.shape) >= LARGEST_MATRIX_DIMENSION:
+        track, reason = "vector", f"a dimension of {LARGEST_MATRIX_DIMENSION} or more"
+    elif policy == "hidden" and role in ("embedding", "tied embedding", "output head", "norm"):
+        track, reason = "vector", f"policy hidden leaves out every {role}"
+    else:
+        track, reason = "matrix", "two dimensions or more"
+    flatten = track == "matrix" and param.ndim == 3 and isinstance(owners[0], _CONVOLUTIONS_1D)
+    return Assignment(name, param, role, track, reason, flatten)
+
+
+def param_groups(
+    model: nn.Module,
+    policy: Policy = "all",
+    matrix: Mapping[str, Any] | None = None,
+    vector: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Build the parameter groups of ``model`` for any optimizer; those without tracks ignore what they do not know.
+
+    Args:
+        model: its trainable parameters are taken, a tied one once.
+        policy: ``"all"`` or ``"hidden"``.
+        matrix, vector: options for the groups of that track, such as ``{"lr": 1e-2, "weight_decay": 0.0}``.
+
+    Returns:
+        One group a track that has parameters, as (name, parameter) pairs; 1-D convolutions, whose 3-D kernels are
+        flattened, have a group of their own.
+
+    Raises:
+        ValueError: as :func:`assign`, or an option that the groups set themselves.
+    """
+    for track, options in (("matrix", matrix), ("vector", vector)):
+        if taken := {"params", "track", "flatten"} & set(options or {}):
+            raise ValueError(f"options of the {track} track may not name {sorted(taken)}: the policy decides that")
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for item in assign(model, policy):
+        options = matrix if item.track == "matrix" else vector
+        group = groups.setdefault((item.track, item.flatten), {"params": [], "track": item.track, **(options or {})})
+        if item.flatten:
+            group["flatten"] = True
+        group["params"].append((item.name, item.param))
+    return list(groups.values())
+
+
+def report(model: nn.Module, policy: Policy = "all") -> str:
+    """Return a table of what went where and why, a line a parameter, totals last."""
+    items = assign(model, policy)
+    rows = [("track", "role", "shape", "parameter", "reason")]
+    rows += [(i.track, i.role, "x".join(map(str, i.param.shape)), i.name, i.reason) for i in items]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
+    tensors, numbers = Counter(i.track for i in items), Counter[str]()
+    for item in items:
+        numbers[item.track] += item.param.numel()
+    totals = ", ".join(f"{track} {tensors[track]} tensors, {numbers[track]:,} numbers" for track in sorted(tensors))
+    return "\n".join([*lines, f"policy {policy}: {totals}"])

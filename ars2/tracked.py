@@ -1,0 +1,144 @@
+"""What ARS2-Neo and Muon share: groups on two tracks, options checked, state made up front, exact loading.
+
+State is made of tensors only, in float32 (float64 for float64 parameters) whatever the parameter's dtype, and exists
+from construction on: distributed checkpoints need no first step. Counters are plain numbers in the groups.
+"""
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ars2 import validation
+from ars2.orthogonalize import COEFFICIENTS
+from ars2.updates import Tensors
+
+TRACKS = ("matrix", "vector")
+
+
+class Batch(NamedTuple):
+    """The parameters of one group that have a gradient, with what belongs to them, as lists of the same order."""
+
+    params: list[Tensor]
+    grads: Tensors
+    states: list[dict[str, Tensor]]
+
+    def state(self, key: str) -> list[Tensor]:
+        return [state[key] for state in self.states]
+
+
+class TrackedOptimizer(Optimizer):
+    """Base of optimizers whose groups say ``track: "matrix"`` or ``track: "vector"`` (matrix if unsaid).
+
+    A matrix group may say ``flatten: True``, which reads a 3-D tensor (out, in, k) as the matrix (out, in*k), as a 1-D
+    convolution's kernel; otherwise a 3-D tensor is a stack of matrices. Tensors of 4 and 5 dimensions are always read
+    as (out, rest).
+    """
+
+    shared_options: ClassVar[tuple[str, ...]] = ()  # one value for the whole optimizer
+    fixed_options: ClassVar[tuple[str, ...]] = ()  # a saved state with another value is refused
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._check_options({"track": "matrix", "flatten": False, **defaults})
+        super().__init__(params, {"track": "matrix", "flatten": False, "step": 0, **defaults})
+
+    def _check_options(self, group: dict[str, Any]) -> None:
+        """Check a whole group's options; subclasses add their own."""
+        validation.check_choice(group, "track", TRACKS)
+        validation.check_choice(group, "flatten", (False, True))
+        validation.check_number(group, "lr", 0.0)
+        validation.check_betas(group)
+        validation.check_number(group, "eps", 0.0, open_minimum=True)
+        validation.check_number(group, "weight_decay", 0.0)
+        validation.check_integer(group, "ns_steps", 1)
+        validation.check_choice(group, "ns_coefficients", COEFFICIENTS)
+        validation.check_choice(group, "ns_dtype", validation.DTYPES)
+
+    def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of the state tensors that each parameter of ``group`` has."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, check its options and make its state.
+
+        Raises:
+            ValueError: an option or parameter that is not allowed; the optimizer is then left as it was.
+        """
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
+        group = {**self.defaults, "step": 0, **param_group, "params": params}
+        self._check_options(group)
+        validation.check_same_options([*self.param_groups, group], self.shared_options)
+        for index, item in enumerate(params):
+            name, param = item if isinstance(item, tuple) else (str(index), item)
+            validation.check_parameter(param, name, group["track"])
+        super().add_param_group(group)
+        for param in group["params"]:
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            self.state[param] = {key: torch.zeros_like(param, dtype=dtype) for key in self._state_keys(group)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by the same class with the same shared options; dtypes and values come back exactly.
+
+        Raises:
+            ValueError: options out of range, or state that does not fit the parameters; nothing is then changed.
+        """
+        groups, saved = state_dict["param_groups"], state_dict["state"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+            raise ValueError(
+                "the saved optimizer state has other parameter groups: "
+                f"{[len(group['params']) for group in groups]} parameters against "
+                f"{[len(group['params']) for group in self.param_groups]} here"
+            )
+        loaded: list[tuple[Tensor, dict[str, Tensor]]] = []
+        for index, (mine, theirs) in enumerate(zip(self.param_groups, groups, strict=True)):
+            try:
+                self._check_options(theirs)
+                validation.check_choice(theirs, "track", (mine["track"],))
+                for name in self.fixed_options:
+                    validation.check_choice(theirs, name, (mine[name],))
+                validation.check_integer(theirs, "step", 0)
+            except ValueError as error:
+                raise ValueError(f"saved optimizer state, group {index}: {error}") from error
+            names = mine.get("param_names", range(len(mine["params"])))
+            for name, param, key in zip(names, mine["params"], theirs["params"], strict=True):
+                tensors = saved.get(key, {})
+                validation.check_state(tensors, str(name), param, self._state_keys(theirs))
+                dtype = torch.promote_types(param.dtype, torch.float32)
+                loaded.append(
+                    (param, {k: v.to(device=param.device, dtype=dtype, copy=True) for k, v in tensors.items()})
+                )
+        validation.check_same_options(groups, self.shared_options)
+        super().load_state_dict(state_dict)
+        for param, tensors in loaded:
+            self.state[param] = tensors
+
+    def _batch(self, group: dict[str, Any]) -> Batch:
+        """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype.
+
+        Raises:
+            RuntimeError: a sparse gradient.
+        """
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        states: list[dict[str, Tensor]] = []
+        for index, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None or param.numel() == 0:
+                continue
+            if grad.layout is not torch.strided:
+                name = group.get("param_names", {index: index})[index]
+                raise RuntimeError(
+                    f"parameter {name} has a sparse gradient, which is not supported: make its module with sparse=False"
+                )
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            params.append(param)
+            grads.append(grad if grad.dtype == dtype else grad.to(dtype))
+            states.append(self.state[param])
+        return Batch(params, grads, states)
+
+    def _has_gradient(self) -> bool:
+        return any(p.grad is not None for p in chain.from_iterable(group["params"] for group in self.param_groups))

@@ -1,0 +1,113 @@
+"""Checks of optimizer options: every error names the option, its value and what is allowed."""
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_number(
+    options: Mapping[str, Any], name: str, minimum: float, maximum: float = math.inf, *, open_minimum: bool = False
+) -> None:
+    """Check that ``options[name]`` is a finite number in [minimum, maximum), or above ``minimum`` if that is open.
+
+    Raises:
+        ValueError: missing, not a number, not finite, or out of range.
+    """
+    left = "(" if open_minimum else "["
+    value = options.get(name, "nothing")
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < minimum or (open_minimum and value == minimum) or value >= maximum:
+        raise ValueError(f"{name} must be a number in {left}{minimum:g}, {maximum:g}), got {value!r}")
+
+
+def check_integer(options: Mapping[str, Any], name: str, minimum: int) -> None:
+    """Check that ``options[name]`` is an integer of at least ``minimum``.
+
+    Raises:
+        ValueError: missing, not an integer, or too small.
+    """
+    value = options.get(name, "nothing")
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+def check_betas(options: Mapping[str, Any]) -> None:
+    """Check that ``options["betas"]`` is a pair of numbers in [0, 1).
+
+    Raises:
+        ValueError: anything else.
+    """
+    betas = options.get("betas", "nothing")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers in [0, 1), got {betas!r}")
+    for index, beta in enumerate(betas):
+        check_number({f"betas[{index}]": beta}, f"betas[{index}]", 0.0, 1.0)
+
+
+def check_choice(options: Mapping[str, Any], name: str, allowed: Collection[Any]) -> None:
+    """Check that ``options[name]`` is one of ``allowed``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    value = options.get(name, "nothing")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(repr(item) for item in allowed)}, got {value!r}")
+
+
+def check_same_options(groups: list[dict[str, Any]], names: Collection[str]) -> None:
+    """Check that every group holds the same value of the options that are one for the whole optimizer.
+
+    Raises:
+        ValueError: two groups differ.
+    """
+    for name in names:
+        values = {repr(group.get(name)) for group in groups}
+        if len(values) > 1:
+            found = " and ".join(sorted(values))
+            raise ValueError(f"{name} is one for the whole optimizer, but the groups say {found}")
+
+
+def check_parameter(param: Any, name: str, track: str) -> None:
+    """Check that one parameter can be optimized on its track.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: complex or integer values, or fewer than two dimensions on the matrix track.
+    """
+    if not isinstance(param, Tensor):
+        raise TypeError(f"parameter {name} must be a tensor, got {type(param).__name__}")
+    if param.is_complex():
+        raise ValueError(
+            f"parameter {name} is complex ({param.dtype}), which is not supported: optimize torch.view_as_real of it"
+        )
+    if not param.is_floating_point():
+        raise ValueError(f"parameter {name} must be of a floating-point dtype, got {param.dtype}")
+    if track == "matrix" and param.ndim < 2:
+        raise ValueError(
+            f"parameter {name} of shape {tuple(param.shape)} is on the matrix track, which needs two dimensions:"
+            ' build the groups with ars2.param_groups(model), or say track="vector" in its group'
+        )
+
+
+def check_state(saved: Mapping[str, Any], name: str, param: Tensor, keys: Collection[str]) -> None:
+    """Check that a saved per-parameter state holds just the tensors ``keys``, each of the parameter's shape.
+
+    Raises:
+        ValueError: a tensor is missing, unknown, or of another shape.
+    """
+    if set(saved) != set(keys):
+        raise ValueError(
+            f"the saved state of parameter {name} holds {sorted(saved) or 'nothing'}, not {sorted(keys)}:"
+            " load it into an optimizer of the same class and mode"
+        )
+    for key in keys:
+        if not isinstance(saved[key], Tensor) or saved[key].shape != param.shape:
+            shape = tuple(saved[key].shape) if isinstance(saved[key], Tensor) else type(saved[key]).__name__
+            raise ValueError(f"the saved {key} of parameter {name} is {shape}, the parameter is {tuple(param.shape)}")
+
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
