@@ -1,0 +1,1 @@
+"""LightningDataModules: where examples come from and how they become batches."""

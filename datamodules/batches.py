@@ -1,0 +1,59 @@
+"""Batches from tensors in memory: whole batches by index, a seeded order, and resuming in the middle of an epoch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class TensorBatches:
+    """A loader over tensors that share their first dimension; the last short batch is kept.
+
+    The order of an epoch follows from ``seed`` and the epoch's number alone. Lightning saves ``state_dict`` in its
+    checkpoints, so a run resumes with the batch after the last one it trained on.
+
+    Args:
+        tensors: each of shape (examples, ...).
+        batch_size: examples to a batch.
+        seed: of the order; ``None`` keeps the given order in every epoch.
+
+    Raises:
+        ValueError: no examples, or ``batch_size`` below 1.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int | None) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if len(tensors[0]) == 0:
+            raise ValueError("there are no examples to make batches of")
+        self.tensors, self.batch_size, self.seed = tensors, batch_size, seed
+        self.epoch, self.done, self._resuming = -1, 0, False
+
+    def __len__(self) -> int:
+        return -(-len(self.tensors[0]) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        if not (self._resuming and self.done < len(self)):
+            self.epoch, self.done = self.epoch + 1, 0
+        self._resuming = False
+        batches = self._order().split(self.batch_size)
+        while self.done < len(batches):
+            self.done += 1
+            yield tuple(tensor[batches[self.done - 1]] for tensor in self.tensors)
+
+    def _order(self) -> Tensor:
+        examples = len(self.tensors[0])
+        if self.seed is None:
+            return torch.arange(examples)
+        # Mixed so that neighbouring seeds and epochs share no permutation.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        return torch.randperm(examples, generator=generator)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch and how many of its batches were handed out."""
+        return {"epoch": self.epoch, "done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batch where ``state`` was taken; at an epoch's end with the next epoch."""
+        self.epoch, self.done, self._resuming = state["epoch"], state["done"], True

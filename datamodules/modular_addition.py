@@ -1,0 +1,71 @@
+"""Modular addition: all p*p sums, a random part of them to train on, the rest to validate. Made in memory."""
+
+import re
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+
+from datamodules.batches import TensorBatches
+
+
+class ModularAdditionData(L.LightningDataModule):
+    """Batches (tokens (batch, 3) of x, y and "=" (token p), answers (batch,)), int64.
+
+    Args:
+        p: the modulus, at least 3.
+        train_fraction: part of the p*p pairs to train on, rounded down, in (0, 1).
+        seed: of the split and of the training order.
+        batch_size: examples to a training batch; the last short batch is kept.
+        val_batch_size: examples to a validation batch.
+        questions: sums such as ``"3+5"`` for ``predict``; ``None`` asks ten of the validation pairs.
+
+    Raises:
+        ValueError: a value out of range, or a question that is not a sum of two numbers below ``p``.
+    """
+
+    def __init__(
+        self,
+        p: int = 113,
+        train_fraction: float = 0.3,
+        seed: int = 42,
+        batch_size: int = 512,
+        val_batch_size: int = 4096,
+        questions: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if p < 3:
+            raise ValueError(f"p must be at least 3, got {p}")
+        if not 0 < int(train_fraction * p * p) < p * p:
+            raise ValueError(f"train_fraction must leave pairs on both sides of the split, got {train_fraction}")
+        self.p, self.seed, self.batch_size, self.val_batch_size = p, seed, batch_size, val_batch_size
+        pairs = torch.cartesian_prod(torch.arange(p), torch.arange(p))
+        order = torch.randperm(p * p, generator=torch.Generator().manual_seed(seed))
+        self.train_pairs, self.val_pairs = pairs[order].tensor_split([int(train_fraction * p * p)])
+        self.asked = self.val_pairs[:10] if questions is None else torch.tensor([self._parse(q) for q in questions])
+
+    def _parse(self, question: str) -> tuple[int, int]:
+        match = re.fullmatch(r"\s*(\d+)\s*\+\s*(\d+)\s*=?\s*", question)
+        if match is None or max(int(match[1]), int(match[2])) >= self.p:
+            raise ValueError(f"a question is a sum of two numbers below p = {self.p}, such as '3+5', got {question!r}")
+        return int(match[1]), int(match[2])
+
+    def _examples(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        equals = torch.full((len(pairs), 1), self.p)
+        return torch.cat([pairs, equals], dim=1), pairs.sum(1) % self.p
+
+    def train_dataloader(self) -> TensorBatches:
+        """Shuffled anew each epoch."""
+        return TensorBatches(self._examples(self.train_pairs), self.batch_size, self.seed)
+
+    def val_dataloader(self) -> TensorBatches:
+        """In a fixed order."""
+        return TensorBatches(self._examples(self.val_pairs), self.val_batch_size, None)
+
+    def test_dataloader(self) -> TensorBatches:
+        """The validation pairs: the task has no third split."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> TensorBatches:
+        """The questions, in the order asked."""
+        return TensorBatches(self._examples(self.asked), self.val_batch_size, None)

@@ -1,0 +1,68 @@
+"""The one-block transformer of the grokking experiments (Nanda et al. 2023): no normalisation, learned positions."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GrokkingTransformer(nn.Module):
+    """Attention and a ReLU MLP over a few tokens; logits are read at the last position only.
+
+    The last position attends to every position, so causal masking changes nothing for it, and queries, MLP and logits
+    of the other positions are never computed.
+
+    Weights are drawn normal with deviation 1/sqrt(width), the unembedding's with 1/sqrt(vocabulary); biases are zero.
+
+    Args:
+        vocabulary: number of tokens, also of logits.
+        context: number of positions.
+        width: of the residual stream.
+        heads: number of attention heads; divides ``width``.
+        mlp_width: of the MLP's hidden layer.
+
+    Raises:
+        ValueError: ``heads`` does not divide ``width``.
+    """
+
+    def __init__(
+        self, vocabulary: int, context: int = 3, width: int = 128, heads: int = 4, mlp_width: int = 512
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"heads must divide width, got heads={heads} and width={width}")
+        self.heads = heads
+        self.token_embedding = nn.Embedding(vocabulary, width)
+        self.position_embedding = nn.Embedding(context, width)
+        self.query = nn.Parameter(torch.empty(heads, width // heads, width))
+        self.key = nn.Parameter(torch.empty(heads, width // heads, width))
+        self.value = nn.Parameter(torch.empty(heads, width // heads, width))
+        self.attention_output = nn.Linear(width, width, bias=False)
+        self.mlp_in = nn.Linear(width, mlp_width)
+        self.mlp_out = nn.Linear(mlp_width, width)
+        self.unembedding = nn.Linear(width, vocabulary, bias=False)
+        for param in self.parameters():
+            if param.ndim == 1:
+                nn.init.zeros_(param)
+            else:
+                nn.init.normal_(param, std=1 / math.sqrt(width))
+        nn.init.normal_(self.unembedding.weight, std=1 / math.sqrt(vocabulary))
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the module whose weight makes the logits, under the name that transformers gives it."""
+        return self.unembedding
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (batch, context) to the logits of the last position (batch, vocabulary)."""
+        stream = self.token_embedding(tokens) + self.position_embedding.weight
+        last = stream[:, -1]
+        query = F.linear(last, self.query.flatten(0, 1)).unflatten(-1, (self.heads, -1))
+        key = F.linear(stream, self.key.flatten(0, 1)).unflatten(-1, (self.heads, -1))
+        value = F.linear(stream, self.value.flatten(0, 1)).unflatten(-1, (self.heads, -1))
+        scores = (key * query.unsqueeze(1)).sum(-1) / math.sqrt(query.shape[-1])
+        mixed = (scores.softmax(dim=1).unsqueeze(-1) * value).sum(1).flatten(1)
+        last = last + self.attention_output(mixed)
+        last = last + self.mlp_out(F.relu(self.mlp_in(last)))
+        logits: Tensor = self.unembedding(last)
+        return logits

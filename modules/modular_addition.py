@@ -1,0 +1,49 @@
+"""Modular addition: from x, y and "=" predict (x + y) mod p (Power et al. 2022, "Grokking")."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from modules.grokking_transformer import GrokkingTransformer
+from modules.two_pass import TwoPassModule
+
+
+class ModularAddition(TwoPassModule):
+    """The grokking transformer under cross-entropy, with accuracy.
+
+    A batch is (tokens (batch, 3), answers (batch,)), both int64.
+
+    Args:
+        p: the modulus; the vocabulary is p numbers and the token "=".
+        width, heads, mlp_width: of the network, see :class:`modules.grokking_transformer.GrokkingTransformer`.
+        options: of the training step, see :class:`modules.two_pass.TwoPassModule`.
+    """
+
+    def __init__(self, p: int = 113, width: int = 128, heads: int = 4, mlp_width: int = 512, **options: Any) -> None:
+        super().__init__(**options)
+        self.p = p
+        self.network = GrokkingTransformer(p + 1, width=width, heads=heads, mlp_width=mlp_width)
+        self.set_metrics({"accuracy": MulticlassAccuracy(p + 1, average="micro", validate_args=False)})
+
+    def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Mapping[str, Metric] | None) -> Tensor:
+        """Return the mean cross-entropy in nats."""
+        tokens, answers = batch
+        logits = self.network(tokens)
+        if metrics is not None:
+            metrics["accuracy"].update(logits.detach(), answers)
+        return F.cross_entropy(logits, answers)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> list[str]:
+        """Return one line a question: the sum, the network's answer, and whether it is right."""
+        tokens, answers = batch
+        lines = []
+        for (x, y, _), guess, answer in zip(
+            tokens.tolist(), self.network(tokens).argmax(-1).tolist(), answers.tolist(), strict=True
+        ):
+            verdict = "right" if guess == answer else f"wrong, it is {answer}"
+            lines.append(f"{x} + {y} = {guess} (mod {self.p}): {verdict}")
+        return lines

@@ -1,0 +1,230 @@
+"""One training step for every optimizer: a gradient, a second one where the optimizer wants it, one update.
+
+Knows nothing of any task and names no optimizer. Both passes see the same batches and the same random numbers; BatchNorm
+statistics and the reported loss come from the first one alone.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric, Metric
+
+from ars2.param_groups import Policy, param_groups
+
+
+@contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """Normalise with batch statistics, as in training, and leave running statistics and their counters alone."""
+    tracking = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    for norm in tracking:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in tracking:
+            norm.track_running_stats = True
+
+
+def random_state(device: torch.device) -> Callable[[], None]:
+    """Remember the random state of the host and of ``device``; calling the result goes back to it."""
+    host = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def go_back() -> None:
+        torch.set_rng_state(host)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+    return go_back
+
+
+class TwoPassModule(L.LightningModule):
+    """Base of the task modules: manual optimization, metrics by stage, schedulers, clipping and accumulation.
+
+    A task module sets ``self.network``, calls :meth:`set_metrics`, and implements :meth:`compute_loss`. An optimizer
+    that has the parts of a two-pass step (``wants_second_pass``, ``perturb``, ``restore``) is driven through them; any
+    other gets one pass.
+
+    Args:
+        optimizer: takes parameter groups, returns the optimizer.
+        scheduler: takes the optimizer, returns a learning-rate scheduler.
+        scheduler_interval: whether the scheduler is stepped after every ``"epoch"`` or every ``"step"`` (update).
+        policy: which parameters are matrices, see :func:`ars2.param_groups`; every optimizer gets these groups.
+        matrix, vector: options for the groups of that track alone, such as ``{"weight_decay": 0.0}``.
+        gradient_clip_val: limit on the gradient that updates; ``None`` does not clip.
+        gradient_clip_algorithm: ``"norm"`` (global) or ``"value"`` (elementwise).
+        accumulate_grad_batches: batches to an update, in both passes; the last window of an epoch may be shorter, its
+            losses are divided by the same number (as Lightning does it).
+
+    Raises:
+        ValueError: ``accumulate_grad_batches`` below 1 or ``gradient_clip_val`` not above 0.
+    """
+
+    network: nn.Module
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        scheduler: LRSchedulerCallable | None = None,
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
+        policy: Policy = "all",
+        matrix: dict[str, Any] | None = None,
+        vector: dict[str, Any] | None = None,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        accumulate_grad_batches: int = 1,
+    ) -> None:
+        super().__init__()
+        if accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches must be at least 1, got {accumulate_grad_batches}")
+        if gradient_clip_val is not None and gradient_clip_val <= 0:
+            raise ValueError(f"gradient_clip_val must be above 0, or null for no clipping, got {gradient_clip_val}")
+        self.automatic_optimization = False
+        self.make_optimizer, self.make_scheduler, self.scheduler_interval = optimizer, scheduler, scheduler_interval
+        self.policy, self.matrix, self.vector = policy, matrix, vector
+        self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_evaluations = 0
+        self._window: list[tuple[Any, Callable[[], None]]] = []
+
+    def compute_loss(self, batch: Any, metrics: Mapping[str, Metric] | None) -> Tensor:
+        """Return the mean loss of ``batch``, a scalar; update ``metrics`` with what was seen, if there are any."""
+        raise NotImplementedError
+
+    def batch_size(self, batch: Any) -> int:
+        """Return the number of examples in ``batch``: the length of its first tensor."""
+        return len(batch[0])
+
+    def set_metrics(self, metrics: Mapping[str, Metric]) -> None:
+        """Take the task's metrics, by log name; every stage gets its own copies, and the mean loss with them."""
+
+        def stage() -> nn.ModuleDict:
+            return nn.ModuleDict({"loss": MeanMetric(), **{name: metric.clone() for name, metric in metrics.items()}})
+
+        self.train_metrics, self.val_metrics, self.test_metrics = stage(), stage(), stage()
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        """Make the passes of one batch and, when its window is full, the update; returns the first pass's loss."""
+        wrapped: Any = self.optimizers()
+        # The wrapper's class inherits from the optimizer's: only step() may be called on it.
+        optimizer = wrapped.optimizer
+        two_pass = hasattr(optimizer, "wants_second_pass")
+        if not self._window:
+            optimizer.zero_grad()
+        self._window.append((batch, random_state(self.device) if two_pass else lambda: None))
+        loss = self.compute_loss(batch, self.train_metrics)
+        self.train_metrics["loss"].update(loss.detach(), weight=self.batch_size(batch))
+        self.manual_backward(loss / self.accumulate_grad_batches)
+        if len(self._window) < self.accumulate_grad_batches and not self.trainer.is_last_batch:
+            return loss.detach()
+        passes = 1
+        # One rank's wish is everybody's: ranks that disagree would wait for each other forever.
+        if two_pass and self.trainer.strategy.reduce_boolean_decision(optimizer.wants_second_pass(), all=False):
+            self._second_pass(optimizer)
+            passes = 2
+        self._window.clear()
+        wrapped.step()
+        self.gradient_evaluations += passes
+        if self.scheduler_interval == "step":
+            self._step_scheduler()
+        return loss.detach()
+
+    def _second_pass(self, optimizer: Any) -> None:
+        after = random_state(self.device)
+        optimizer.perturb()
+        try:
+            with frozen_statistics(self.network):
+                for batch, replay in self._window:
+                    replay()
+                    self.manual_backward(self.compute_loss(batch, None) / self.accumulate_grad_batches)
+        finally:
+            optimizer.restore()
+            after()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clip the gradient that updates; by now a gradient scaler has unscaled it."""
+        if self.gradient_clip_val is not None:
+            self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
+
+    def _step_scheduler(self) -> None:
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+            scheduler.step()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
+        # Here, not at the epoch's end: callbacks read the epoch's metrics there, before this module's turn.
+        if self.trainer.is_last_batch:
+            self._log_metrics("train", self.train_metrics)
+
+    def on_train_epoch_end(self) -> None:
+        self._window.clear()
+        self._log_metrics("train", self.train_metrics)
+        if self.scheduler_interval == "epoch":
+            self._step_scheduler()
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        self._evaluate(batch, self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_index: int) -> None:
+        self._evaluate(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test", self.test_metrics)
+
+    def _evaluate(self, batch: Any, metrics: nn.ModuleDict) -> None:
+        loss = self.compute_loss(batch, metrics)
+        metrics["loss"].update(loss, weight=self.batch_size(batch))
+
+    def _log_metrics(self, stage: str, metrics: nn.ModuleDict) -> None:
+        if not metrics["loss"].update_called:
+            return
+        values = {f"{stage}/{name}": metric.compute() for name, metric in metrics.items()}
+        for metric in metrics.values():
+            metric.reset()
+        if stage == "train" and not torch.isfinite(values["train/loss"]):
+            raise FloatingPointError(
+                f"the training loss is {values['train/loss'].item()} in epoch {self.current_epoch}: lower the learning"
+                " rate, clip the gradient (gradient_clip_val), or look at the data"
+            )
+        self.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        """Build the groups, the optimizer and the scheduler.
+
+        Raises:
+            ValueError: ``matrix`` or ``vector`` name an option that the optimizer does not have, or the scheduler needs
+                a metric.
+        """
+        groups: Iterable[Any] = param_groups(self.network, self.policy, self.matrix, self.vector)
+        optimizer = self.make_optimizer(groups)
+        for track, options in (("matrix", self.matrix), ("vector", self.vector)):
+            if unknown := set(options or {}) - set(optimizer.defaults):
+                raise ValueError(
+                    f"{track} names {sorted(unknown)}, which {type(optimizer).__name__} does not have: "
+                    f"it knows {', '.join(sorted(optimizer.defaults))}"
+                )
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = self.make_scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ValueError("ReduceLROnPlateau needs a metric to watch, which is not supported: name another scheduler")
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["gradient_evaluations"] = self.gradient_evaluations
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.gradient_evaluations = checkpoint.get("gradient_evaluations", 0)
