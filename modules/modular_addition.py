@@ -29,6 +29,16 @@ class ModularAddition(TwoPassModule):
         self.network = GrokkingTransformer(p + 1, width=width, heads=heads, mlp_width=mlp_width)
         self.set_metrics({"accuracy": MulticlassAccuracy(p + 1, average="micro", validate_args=False)})
 
+    def setup(self, stage: str) -> None:
+        """Check that the data is of the same modulus.
+
+        Raises:
+            ValueError: it is not.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and data.p != self.p:
+            raise ValueError(f"the model is for p = {self.p}, the data for p = {data.p}: give both the same p")
+
     def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Mapping[str, Metric] | None) -> Tensor:
         """Return the mean cross-entropy in nats."""
         tokens, answers = batch

@@ -217,7 +217,9 @@ class TwoPassModule(L.LightningModule):
             return optimizer
         scheduler = self.make_scheduler(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ValueError("ReduceLROnPlateau needs a metric to watch, which is not supported: name another scheduler")
+            raise ValueError(
+                "ReduceLROnPlateau needs a metric to watch, which is not supported: name another scheduler"
+            )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval},

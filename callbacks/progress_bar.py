@@ -1,0 +1,62 @@
+"""Progress for people: Lightning's bar with the time the whole run may still take, or plain lines without a terminal."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.callbacks import RichProgressBar
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as h:mm:ss, or m:ss below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class ProgressBar(RichProgressBar):
+    """Adds to Lightning's bar how long the run takes at most; where there is no terminal, prints a line now and then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._start = self._last_line = 0.0
+        self._first_epoch = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._start = self._last_line = time.monotonic()
+        self._first_epoch = trainer.current_epoch
+
+    def _seconds_left(self, trainer: L.Trainer, epochs_done: float) -> float | None:
+        """Return the time to the end of the last epoch at the rate so far; ``None`` if that is not known."""
+        here = epochs_done - self._first_epoch
+        if here <= 0 or not trainer.max_epochs or trainer.max_epochs < 0:
+            return None
+        return (time.monotonic() - self._start) / here * (trainer.max_epochs - epochs_done)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Return the metrics behind the bar, without the version number, with the time left."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        total = trainer.num_training_batches
+        done = trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / total if 0 < total < float("inf") else 0.0
+        left = self._seconds_left(trainer, done)
+        return metrics if left is None else {**metrics, "at most left": clock(left)}
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        now = time.monotonic()
+        if self._console.is_terminal or not trainer.is_global_zero or now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        done = trainer.current_epoch + 1
+        left = self._seconds_left(trainer, done)
+        rate = (done - self._first_epoch) / (now - self._start)
+        metrics = [
+            f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}"
+            for name, value in trainer.progress_bar_metrics.items()
+        ]
+        parts = [f"epoch {done}", *metrics, f"{rate:.3g} epochs/s", *([f"at most {clock(left)} left"] if left else [])]
+        print(", ".join(parts), flush=True)

@@ -1,0 +1,174 @@
+"""The command line: Lightning's, with a folder for every run, overlays that cannot mix optimizers, and short errors."""
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_utilities.core.imports import RequirementCache
+
+_check_requirement = RequirementCache._check_requirement
+
+
+def _without_heavy_packages(requirement: RequirementCache) -> None:
+    _check_requirement(requirement)
+    if re.match(r"torchvision|transformers|matplotlib", requirement.requirement or ""):
+        requirement.available = False
+
+
+# torchmetrics imports these packages where it finds them, two seconds at every start; none of the metrics used here
+# needs one. A task that needs them imports them itself.
+RequirementCache._check_requirement = _without_heavy_packages  # type: ignore[method-assign]
+import lightning.pytorch as L  # noqa: E402
+import torch  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+
+RequirementCache._check_requirement = _check_requirement  # type: ignore[method-assign]
+
+from callbacks.cost_counters import CostCounters  # noqa: E402
+from callbacks.optimizer_internals import OptimizerInternals  # noqa: E402
+from callbacks.progress_bar import ProgressBar  # noqa: E402
+from callbacks.run_summary import RunSummary  # noqa: E402
+from messages import explain, one_line  # noqa: E402
+from overlays import check_overlays  # noqa: E402
+from run_loggers import make_loggers  # noqa: E402
+
+NOISE = (
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+    ".*in manual optimization.*",
+    ".*does not have many workers.*",
+    "LightningCLI's args parameter.*",
+    ".*number of training batches .* is smaller than the logging interval.*",
+)
+CHATTER = ("💡", "TPU available", "GPU available", "`Trainer.fit` stopped")
+FOLDER = "ARS2_RUN_FOLDER"
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one line with the nearest valid name."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Print what is wrong and leave with exit code 2."""
+        print(f"error: {explain(message, self)}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class CommandLine(LightningCLI):
+    """LightningCLI whose runs each have a folder: ``<runs>/<experiment>/<time>-seed<seed>``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--experiment", type=str, default="run", help="Name of the experiment: a folder and group.")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder that holds the folders of all runs.")
+        parser.add_argument(
+            "--wandb",
+            type=bool | None,
+            default=None,
+            help="Log to Weights & Biases: true, false, or null for only where a key is configured.",
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": True})
+        parser.add_lightning_class_args(OptimizerInternals, "internals")
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would take hyperparameters out of the file here; ours come from configs, and the file is checked.
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path is not None and path not in ("last", "best", "hpc", "registry"):
+            check_checkpoint(Path(path))
+        self.config[self.config.subcommand].weights_only = True
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self.config[self.subcommand]
+        if self.subcommand == "predict":
+            self.save_config_callback = None
+            return super().instantiate_trainer(**kwargs, logger=False)
+        stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{config.seed_everything}"
+        folder = run_folder(Path(config.runs) / config.experiment, stem)
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = make_loggers(folder, config.experiment, config.wandb)
+        return super().instantiate_trainer(**kwargs, default_root_dir=str(folder))
+
+    def after_predict(self) -> None:
+        """Print the lines that the module's ``predict_step`` returned."""
+        for batch in self.trainer.predict_loop.predictions:
+            for line in batch:
+                print(line)
+
+
+def run_folder(parent: Path, stem: str) -> Path:
+    """Make a folder of its own for this run, also where two start at once; its other processes are given the same."""
+    if FOLDER in os.environ:
+        return Path(os.environ[FOLDER])
+    for number in range(1000):
+        folder = parent / (stem if number == 0 else f"{stem}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            os.environ[FOLDER] = str(folder)
+            return folder
+    raise FileExistsError(f"{parent} is full of runs named {stem}: name another --runs folder")
+
+
+def check_checkpoint(path: Path) -> None:
+    """Check that ``path`` is a checkpoint that can be loaded without running any code in it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: damaged, or not a checkpoint of Lightning.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged, or another program's") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(checkpoint):
+        raise ValueError(f"{path} holds no training run: give a .ckpt file from a run's checkpoints folder")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one subcommand; returns the exit code, 0 only if all went well.
+
+    Every error is one line on standard error; what Python has to say of it goes to a file that the line names.
+    """
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not record.getMessage().startswith(CHATTER)
+    )
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.pop(FOLDER, None)
+    try:
+        check_overlays(arguments)
+        CommandLine(
+            L.LightningModule,
+            L.LightningDataModule,
+            args=list(arguments),
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            parser_class=Parser,
+            seed_everything_default=42,
+            trainer_defaults={"callbacks": [ProgressBar(), CostCounters(), RunSummary()]},
+        )
+    except Exception as error:
+        return _report(error)
+    return 0
+
+
+def _report(error: Exception) -> int:
+    where = ""
+    if FOLDER in os.environ or not isinstance(error, (ValueError, OSError)):
+        details = Path(os.environ.get(FOLDER, tempfile.gettempdir())) / "error.txt"
+        with contextlib.suppress(OSError):
+            details.write_text("".join(traceback.format_exception(error)))
+            where = f" (details in {details})"
+    print(f"error: {one_line(error)}{where}", file=sys.stderr)
+    return 1

@@ -1,0 +1,17 @@
+"""Train, evaluate and question a model; every number of a run comes from its configs.
+
+    python train.py fit --config configs/grok_aga.yaml
+    python train.py fit --config configs/grok_base.yaml --seed_everything 7 --trainer.max_epochs 300
+    python train.py test --config configs/grok_aga.yaml --ckpt_path runs/grok_aga/<run>/checkpoints/last.ckpt
+    python train.py predict --config configs/grok_aga.yaml --ckpt_path <checkpoint> --data.questions "[3+5, 100+40]"
+
+One batch, from here to the parameter update: modules/two_pass.py (training_step), the task's module (compute_loss),
+ars2/ars2_neo.py (step). The command line itself is in cli.py.
+"""
+
+import sys
+
+from cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
