@@ -1,6 +1,7 @@
 """Batches from tensors in memory: whole batches by index, a seeded order, and resuming in the middle of an epoch."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 class TensorBatches:
     """A loader over tensors that share their first dimension; the last short batch is kept.
 
-    The order of an epoch follows from ``seed`` and the epoch's number alone. Lightning saves ``state_dict`` in its
-    checkpoints, so a run resumes with the batch after the last one it trained on.
+    The order of an epoch follows from ``seed`` and the epoch's number alone. Lightning tells the number through
+    :meth:`set_epoch` and saves ``state_dict`` in its checkpoints, so a run resumes with the batch after the last one
+    it trained on. Without Lightning every iteration is the next epoch.
 
     Args:
         tensors: each of shape (examples, ...).
@@ -28,15 +30,20 @@ class TensorBatches:
         if len(tensors[0]) == 0:
             raise ValueError("there are no examples to make batches of")
         self.tensors, self.batch_size, self.seed = tensors, batch_size, seed
-        self.epoch, self.done, self._resuming = -1, 0, False
+        # Lightning looks for set_epoch here; a loader with an attribute called sampler it takes for a DataLoader.
+        self.batch_sampler = SimpleNamespace(sampler=self)
+        self.epoch, self.done = -1, 0
+        self._resuming = False
+        self._announced: int | None = None
 
     def __len__(self) -> int:
         return -(-len(self.tensors[0]) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        if not (self._resuming and self.done < len(self)):
-            self.epoch, self.done = self.epoch + 1, 0
-        self._resuming = False
+        goes_on = self._resuming and self.done < len(self) and self._announced in (None, self.epoch)
+        if not goes_on:
+            self.epoch, self.done = self.epoch + 1 if self._announced is None else self._announced, 0
+        self._resuming, self._announced = False, None
         batches = self._order().split(self.batch_size)
         while self.done < len(batches):
             self.done += 1
@@ -49,6 +56,10 @@ class TensorBatches:
         # Mixed so that neighbouring seeds and epochs share no permutation.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         return torch.randperm(examples, generator=generator)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the number of the epoch that the next iteration begins, or goes on with."""
+        self._announced = epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch and how many of its batches were handed out."""

@@ -1,15 +1,13 @@
 """Modular addition: from x, y and "=" predict (x + y) mod p (Power et al. 2022, "Grokking")."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from modules.grokking_transformer import GrokkingTransformer
-from modules.two_pass import TwoPassModule
+from modules.two_pass import Metrics, TwoPassModule
 
 
 class ModularAddition(TwoPassModule):
@@ -39,7 +37,7 @@ class ModularAddition(TwoPassModule):
         if data is not None and data.p != self.p:
             raise ValueError(f"the model is for p = {self.p}, the data for p = {data.p}: give both the same p")
 
-    def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Mapping[str, Metric] | None) -> Tensor:
+    def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Metrics | None) -> Tensor:
         """Return the mean cross-entropy in nats."""
         tokens, answers = batch
         logits = self.network(tokens)

@@ -1,12 +1,12 @@
 """One training step for every optimizer: a gradient, a second one where the optimizer wants it, one update.
 
-Knows nothing of any task and names no optimizer. Both passes see the same batches and the same random numbers; BatchNorm
-statistics and the reported loss come from the first one alone.
+Knows nothing of any task and names no optimizer. Both passes see the same batches and the same random numbers;
+BatchNorm statistics and the reported loss come from the first one alone.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import lightning.pytorch as L
 import torch
@@ -14,9 +14,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from ars2.param_groups import Policy, param_groups
+
+# A stage's torchmetrics by log name: an nn.ModuleDict, whose values type checkers take for tensors.
+Metrics: TypeAlias = Any
 
 
 @contextmanager
@@ -43,6 +46,27 @@ def random_state(device: torch.device) -> Callable[[], None]:
             torch.cuda.set_rng_state(on_device, device)
 
     return go_back
+
+
+class MeanLoss(Metric):
+    """Mean over examples that lets NaN through and reads nothing back from the device; torchmetrics' own does both."""
+
+    total: Tensor
+    examples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("examples", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, examples: int) -> None:
+        """Take in the mean ``loss`` of a number of ``examples``."""
+        self.total += loss * examples
+        self.examples += examples
+
+    def compute(self) -> Tensor:
+        """Return the mean over all examples so far."""
+        return self.total / self.examples
 
 
 class TwoPassModule(L.LightningModule):
@@ -94,7 +118,7 @@ class TwoPassModule(L.LightningModule):
         self.gradient_evaluations = 0
         self._window: list[tuple[Any, Callable[[], None]]] = []
 
-    def compute_loss(self, batch: Any, metrics: Mapping[str, Metric] | None) -> Tensor:
+    def compute_loss(self, batch: Any, metrics: Metrics | None) -> Tensor:
         """Return the mean loss of ``batch``, a scalar; update ``metrics`` with what was seen, if there are any."""
         raise NotImplementedError
 
@@ -106,9 +130,11 @@ class TwoPassModule(L.LightningModule):
         """Take the task's metrics, by log name; every stage gets its own copies, and the mean loss with them."""
 
         def stage() -> nn.ModuleDict:
-            return nn.ModuleDict({"loss": MeanMetric(), **{name: metric.clone() for name, metric in metrics.items()}})
+            return nn.ModuleDict({"loss": MeanLoss(), **{name: metric.clone() for name, metric in metrics.items()}})
 
-        self.train_metrics, self.val_metrics, self.test_metrics = stage(), stage(), stage()
+        self.train_metrics: Metrics = stage()
+        self.val_metrics: Metrics = stage()
+        self.test_metrics: Metrics = stage()
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """Make the passes of one batch and, when its window is full, the update; returns the first pass's loss."""
@@ -120,7 +146,7 @@ class TwoPassModule(L.LightningModule):
             optimizer.zero_grad()
         self._window.append((batch, random_state(self.device) if two_pass else lambda: None))
         loss = self.compute_loss(batch, self.train_metrics)
-        self.train_metrics["loss"].update(loss.detach(), weight=self.batch_size(batch))
+        self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch))
         self.manual_backward(loss / self.accumulate_grad_batches)
         if len(self._window) < self.accumulate_grad_batches and not self.trainer.is_last_batch:
             return loss.detach()
@@ -181,11 +207,11 @@ class TwoPassModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_metrics("test", self.test_metrics)
 
-    def _evaluate(self, batch: Any, metrics: nn.ModuleDict) -> None:
+    def _evaluate(self, batch: Any, metrics: Metrics) -> None:
         loss = self.compute_loss(batch, metrics)
-        metrics["loss"].update(loss, weight=self.batch_size(batch))
+        metrics["loss"].update(loss, self.batch_size(batch))
 
-    def _log_metrics(self, stage: str, metrics: nn.ModuleDict) -> None:
+    def _log_metrics(self, stage: str, metrics: Metrics) -> None:
         if not metrics["loss"].update_called:
             return
         values = {f"{stage}/{name}": metric.compute() for name, metric in metrics.items()}

@@ -1,0 +1,57 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks.cost_counters import CostCounters
+from callbacks.last_checkpoint import LastCheckpoint
+from callbacks.milestones import GrokkingMilestones
+from callbacks.optimizer_internals import OptimizerInternals
+from callbacks.run_summary import RunSummary
+from tests.callbacks.fits import MemorisedSums, ars2, data, fit, module
+
+
+def load(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(path, weights_only=True)
+    return loaded
+
+
+def test_it_is_of_the_end_of_training_between_two_periods(tmp_path: Path) -> None:
+    model = module()
+    fit(model, data(), [LastCheckpoint(2, str(tmp_path))], None, epochs=5, enable_checkpointing=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    saved = load(tmp_path / "last.ckpt")
+    assert saved["global_step"] == 20
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(saved["state_dict"][name], tensor)
+
+
+def test_it_is_of_the_end_of_training_when_stopped_early(tmp_path: Path) -> None:
+    callbacks = [LastCheckpoint(1000, str(tmp_path)), GrokkingMilestones("val_50")]
+    trainer = fit(module(), data(MemorisedSums), callbacks, None, epochs=100, enable_checkpointing=True)
+    assert load(tmp_path / "last.ckpt")["global_step"] == trainer.global_step < 400
+
+
+def test_an_interrupted_run_leaves_the_last_period(tmp_path: Path) -> None:
+    class Fails(CostCounters):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 3:
+                raise RuntimeError("the power is gone")
+
+    with pytest.raises(RuntimeError, match="power"):
+        fit(module(), data(), [LastCheckpoint(2, str(tmp_path)), Fails()], None, epochs=5, enable_checkpointing=True)
+    assert load(tmp_path / "last.ckpt")["global_step"] == 8
+
+
+def test_every_callback_is_in_it_and_read_by_the_safe_loader(tmp_path: Path) -> None:
+    callbacks = [GrokkingMilestones(), CostCounters(), OptimizerInternals(1), RunSummary()]
+    saving = LastCheckpoint(dirpath=str(tmp_path / "saved"))
+    fit(module(ars2("aga")), data(), [*callbacks, saving], tmp_path / "run", 2, enable_checkpointing=True)
+    states = load(tmp_path / "saved" / "last.ckpt")["callbacks"]
+    assert {type(callback).__name__ for callback in callbacks} < states.keys()
+
+
+def test_a_period_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="every_n_epochs must be at least 1, got 0"):
+        LastCheckpoint(every_n_epochs=0)

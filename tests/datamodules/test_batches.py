@@ -1,0 +1,91 @@
+"""Order, coverage and resuming of batches."""
+
+import pytest
+import torch
+
+from datamodules.batches import TensorBatches
+
+
+def epoch(loader: TensorBatches) -> list[list[int]]:
+    return [batch[0].tolist() for batch in loader]
+
+
+def loader(seed: int | None = 3, examples: int = 10, batch_size: int = 4) -> TensorBatches:
+    numbers = torch.arange(examples)
+    return TensorBatches((numbers, 2 * numbers), batch_size, seed)
+
+
+def test_every_epoch_holds_every_example_once_and_the_last_short_batch() -> None:
+    batches = loader()
+    for _ in range(3):
+        seen = epoch(batches)
+        assert [len(batch) for batch in seen] == [4, 4, 2] and len(batches) == 3
+        assert sorted(sum(seen, [])) == list(range(10))
+
+
+def test_tensors_stay_together() -> None:
+    assert all(torch.equal(2 * first, second) for first, second in loader())
+
+
+def test_order_follows_from_seed_and_epoch_and_leaves_the_global_random_state_alone() -> None:
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first, again, other = loader(), loader(), loader(seed=4)
+    epochs = [epoch(first) for _ in range(3)]
+    assert epochs == [epoch(again) for _ in range(3)]
+    assert len({str(e) for e in [*epochs, epoch(other)]}) == 4
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_a_seed_the_order_is_the_given_one_in_every_epoch() -> None:
+    batches = loader(seed=None)
+    assert epoch(batches) == epoch(batches) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize("done", range(7))
+def test_resuming_after_any_batch_gives_the_rest_of_the_uninterrupted_order(done: int) -> None:
+    whole = loader()
+    expected = [batch for _ in range(3) for batch in epoch(whole)]
+    stopped = loader()
+    seen = []
+    while len(seen) < done:
+        for batch in stopped:
+            seen.append(batch[0].tolist())
+            if len(seen) == done:
+                break
+    resumed = loader()
+    if done:
+        resumed.load_state_dict(stopped.state_dict())
+    while len(seen) < len(expected):
+        seen += epoch(resumed)
+    assert seen == expected
+
+
+def test_an_epoch_that_was_cut_short_is_followed_by_the_next_one() -> None:
+    whole, cut = loader(), loader()
+    second = (epoch(whole), epoch(whole))[1]
+    next(iter(cut))
+    assert epoch(cut) == second
+
+
+def test_an_announced_epoch_is_the_one_that_begins_and_only_the_resumed_one_goes_on() -> None:
+    whole, resumed = loader(), loader()
+    epochs = [epoch(whole) for _ in range(4)]
+    resumed.batch_sampler.sampler.set_epoch(2)
+    assert epoch(resumed) == epochs[2]
+    for announced, rest in ((1, epochs[1][2:]), (3, epochs[3])):
+        resumed.load_state_dict({"epoch": 1, "done": 2})
+        resumed.set_epoch(announced)
+        assert epoch(resumed) == rest
+
+
+def test_an_iterator_that_was_made_and_never_used_costs_no_epoch() -> None:
+    whole, peeked = loader(), loader()
+    iter(peeked)
+    assert epoch(peeked) == epoch(whole)
+
+
+@pytest.mark.parametrize(("examples", "batch_size", "named"), [(10, 0, "batch_size"), (0, 4, "no examples")])
+def test_what_cannot_be_batched_is_refused(examples: int, batch_size: int, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        loader(examples=examples, batch_size=batch_size)

@@ -1,0 +1,207 @@
+"""The two-pass step under Lightning against loops written by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ars2 import ARS2Neo, param_groups
+from modules.two_pass import TwoPassModule, frozen_statistics
+from tests.modules.small_task import (
+    OPTIMIZERS,
+    TWO_PASS,
+    SmallNetwork,
+    SmallTask,
+    assert_equal_states,
+    batches,
+    data,
+    fit,
+    make_optimizer,
+    state_of,
+)
+
+
+def by_hand(name: str, epochs: int = 2, window: int = 1, clip: float | None = None) -> dict[str, torch.Tensor]:
+    """Train without Lightning: windows of batches whose gradients add up, in one pass or two."""
+    torch.manual_seed(0)
+    network = SmallNetwork()
+    optimizer: Any = make_optimizer(name)(param_groups(network))
+    loader = batches()
+    for _ in range(epochs):
+        epoch = list(loader)
+        for start in range(0, len(epoch), window):
+
+            def passes(members: list[Any] = epoch[start : start + window]) -> None:
+                for images, classes in members:
+                    (F.cross_entropy(network(images), classes) / window).backward()
+
+            optimizer.zero_grad()
+            passes()
+            if isinstance(optimizer, ARS2Neo) and optimizer.wants_second_pass():
+                statistics = [buffer.clone() for buffer in network.buffers()]
+                optimizer.perturb()
+                passes()
+                optimizer.restore()
+                for buffer, before in zip(network.buffers(), statistics, strict=True):
+                    buffer.copy_(before)
+            if clip is not None:
+                ordered = [param for group in optimizer.param_groups for param in group["params"]]
+                nn.utils.clip_grad_norm_(ordered, clip)
+            optimizer.step()
+    module = SmallTask(optimizer=lambda params: optimizer)
+    module.network = network
+    module.optimizers = lambda: type("Wrapped", (), {"optimizer": optimizer})  # type: ignore[assignment, return-value]
+    return state_of(module)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_equals_a_hand_written_loop_to_the_bit(name: str) -> None:
+    module = SmallTask(optimizer=make_optimizer(name))
+    trainer = fit(module)
+    assert_equal_states(state_of(module), by_hand(name))
+    assert trainer.global_step == 12
+
+
+@pytest.mark.parametrize("name", ["adamw", "sync", "aga"])
+def test_accumulation_holds_for_both_passes_and_steps_on_the_last_short_window(name: str) -> None:
+    module = SmallTask(optimizer=make_optimizer(name), accumulate_grad_batches=4)
+    trainer = fit(module, epochs=3)
+    assert_equal_states(state_of(module), by_hand(name, epochs=3, window=4))
+    assert trainer.global_step == 6
+
+
+@pytest.mark.parametrize("name", ["muon", "sync", "aga"])
+def test_clipping_by_norm_is_of_the_gradient_that_updates(name: str) -> None:
+    module = SmallTask(optimizer=make_optimizer(name), gradient_clip_val=0.05)
+    fit(module)
+    clipped = state_of(module)
+    assert_equal_states(clipped, by_hand(name, clip=0.05))
+    assert not torch.equal(clipped["head.weight"], by_hand(name)["head.weight"])
+
+
+def test_clipping_by_value_limits_every_entry_of_the_gradient() -> None:
+    module = SmallTask(optimizer=make_optimizer("sync"), gradient_clip_val=1e-3, gradient_clip_algorithm="value")
+    fit(module, epochs=1)
+    largest = max(param.grad.abs().max().item() for param in module.network.parameters() if param.grad is not None)
+    assert largest == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("name", TWO_PASS)
+def test_the_second_pass_sees_the_same_batch_and_random_numbers(name: str) -> None:
+    """With no way to go (rho = 0) the second gradient is the first: dropout and all, training is Base's to the bit."""
+    module = SmallTask(dropout=0.5, optimizer=make_optimizer(name, rho=0.0, alpha=0.0))
+    base = SmallTask(dropout=0.5, optimizer=make_optimizer("base"))
+    fit(module)
+    fit(base)
+    mine = {key: value for key, value in state_of(module).items() if not key.endswith("shear")}
+    assert_equal_states(mine, state_of(base))
+    assert module.gradient_evaluations > base.gradient_evaluations == 12
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_batchnorm_statistics_after_a_step_are_those_of_one_pass(name: str) -> None:
+    module = SmallTask(optimizer=make_optimizer(name))
+    torch.manual_seed(0)
+    once = SmallNetwork()
+    once.train()
+    once(next(iter(batches()))[0])
+    fit(module, epochs=1, limit_train_batches=1)
+    for name_, buffer in once.named_buffers():
+        assert torch.equal(buffer, module.network.get_buffer(name_)), name_
+
+
+def test_the_second_pass_normalises_with_batch_statistics() -> None:
+    network = SmallNetwork()
+    images = data()[0]
+    expected = network(images)
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with frozen_statistics(network):
+        assert torch.equal(network(images), expected)
+    assert all(torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
+    assert network.norm.track_running_stats
+    network.eval()
+    assert not torch.allclose(network(images), expected)
+
+
+def test_the_reported_loss_is_the_first_passes() -> None:
+    module = SmallTask(optimizer=make_optimizer("sync", rho=1.0))
+    trainer = fit(module, epochs=1)
+    first, second = module.losses[0::2], module.losses[1::2]
+    weights = [len(batch[0]) for batch in batches()]
+    mean = sum(loss * weight for loss, weight in zip(first, weights, strict=True)) / sum(weights)
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(mean, rel=1e-6)
+    assert max(abs(a - b) for a, b in zip(first, second, strict=True)) > 1e-2
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+def test_an_exception_in_the_second_pass_leaves_the_parameters_where_they_were(error: type[BaseException]) -> None:
+    class Failing(SmallTask):
+        def compute_loss(self, batch: Any, metrics: Any) -> torch.Tensor:
+            if metrics is None:
+                raise error
+            return super().compute_loss(batch, metrics)
+
+    module = Failing(optimizer=make_optimizer("sync"))
+    before = [param.detach().clone() for param in module.network.parameters()]
+    with pytest.raises((Stop, SystemExit)):
+        fit(module)
+    assert all(torch.equal(a, b) for a, b in zip(before, module.network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("interval", "expected"), [("epoch", 0.5**2), ("step", 0.5**12)])
+def test_the_scheduler_is_stepped_at_its_interval(interval: Any, expected: float) -> None:
+    module = SmallTask(
+        optimizer=make_optimizer("sync"),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5),
+        scheduler_interval=interval,
+    )
+    trainer = fit(module)
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == pytest.approx([1e-2 * expected] * 2)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradient_evaluations_are_counted_and_saved(name: str, tmp_path: Any) -> None:
+    module = SmallTask(optimizer=make_optimizer(name))
+    trainer = fit(module)
+    optimizer: Any = trainer.optimizers[0]
+    looks = optimizer.diagnostics()["sync_steps"] if isinstance(optimizer, ARS2Neo) else 0
+    assert module.gradient_evaluations == 12 + looks
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    again = SmallTask(optimizer=make_optimizer(name))
+    fit(again, ckpt_path=tmp_path / "run.ckpt")
+    assert again.gradient_evaluations == 12 + looks
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be at least 1, got 0"),
+        ({"gradient_clip_val": 0.0}, "gradient_clip_val must be above 0"),
+        ({"vector": {"weight_dacay": 1.0}}, "vector names .'weight_dacay'.*weight_decay"),
+        ({"policy": "most"}, "policy must be 'all' or 'hidden', got 'most'"),
+        ({"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau needs a metric"),
+    ],
+)
+def test_options_that_make_no_sense_are_errors_that_name_them(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        fit(SmallTask(optimizer=make_optimizer("base"), **options))
+
+
+def test_one_batch_whose_loss_is_not_finite_ends_the_run_with_one_sentence() -> None:
+    class Broken(SmallTask):
+        def compute_loss(self, batch: Any, metrics: Any) -> torch.Tensor:
+            return super().compute_loss(batch, metrics) * (torch.nan if self.global_step == 3 else 1.0)
+
+    with pytest.raises(FloatingPointError, match="training loss is nan in epoch 0: lower the learning rate"):
+        fit(Broken(optimizer=make_optimizer("base")))
+
+
+def test_the_base_module_names_no_optimizer() -> None:
+    source = open(TwoPassModule.__init__.__code__.co_filename).read().lower()
+    assert not [name for name in ("adam", "muon", "ars2neo", "sgd") if name in source]
