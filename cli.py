@@ -35,6 +35,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 RequirementCache._check_requirement = _check_requirement  # type: ignore[method-assign]
 
 from callbacks.cost_counters import CostCounters  # noqa: E402
+from callbacks.last_checkpoint import LastCheckpoint  # noqa: E402
 from callbacks.optimizer_internals import OptimizerInternals  # noqa: E402
 from callbacks.progress_bar import ProgressBar  # noqa: E402
 from callbacks.run_summary import RunSummary  # noqa: E402
@@ -75,7 +76,11 @@ class CommandLine(LightningCLI):
             help="Log to Weights & Biases: true, false, or null for only where a key is configured.",
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True})
+        # The best holds weights alone: it is for looking at, and an epoch can be too short to write more each time.
+        best = {"filename": "best", "save_weights_only": True, "save_on_train_epoch_end": True}
+        parser.set_defaults({f"checkpoint.{key}": value for key, value in best.items()})
+        parser.set_defaults({"checkpoint.enable_version_counter": False})
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(OptimizerInternals, "internals")
 
     def _parse_ckpt_path(self) -> None:
@@ -156,7 +161,7 @@ def main(arguments: Sequence[str]) -> int:
             auto_configure_optimizers=False,
             parser_class=Parser,
             seed_everything_default=42,
-            trainer_defaults={"callbacks": [ProgressBar(), CostCounters(), RunSummary()]},
+            trainer_defaults={"enable_model_summary": False, "callbacks": [ProgressBar(), CostCounters(), RunSummary()]},
         )
     except Exception as error:
         return _report(error)

@@ -1,10 +1,11 @@
-"""Progress for people: Lightning's bar with the time the whole run may still take, or plain lines without a terminal."""
+"""Progress for people: the time the whole run may still take, in Lightning's bar or on plain lines."""
 
 import time
 from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import RichProgressBar
+from rich import get_console
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -17,7 +18,7 @@ def clock(seconds: float) -> str:
 
 
 class ProgressBar(RichProgressBar):
-    """Adds to Lightning's bar how long the run takes at most; where there is no terminal, prints a line now and then."""
+    """Lightning's bar with how long the run takes at most; without a terminal, a plain line now and then."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ class ProgressBar(RichProgressBar):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         now = time.monotonic()
-        if self._console.is_terminal or not trainer.is_global_zero or now - self._last_line < _SECONDS_BETWEEN_LINES:
+        if get_console().is_terminal or not trainer.is_global_zero or now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
         done = trainer.current_epoch + 1

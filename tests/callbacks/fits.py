@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from ars2 import ARS2Neo
+from ars2.ars2_neo import Mode
 from datamodules.batches import TensorBatches
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
@@ -18,7 +19,7 @@ from modules.modular_addition import ModularAddition
 adamw = functools.partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.0)
 
 
-def ars2(mode: str, **options: Any) -> Callable[..., ARS2Neo]:
+def ars2(mode: Mode, **options: Any) -> Callable[..., ARS2Neo]:
     return functools.partial(ARS2Neo, mode=mode, lr=3e-3, **options)
 
 

@@ -53,8 +53,7 @@ def test_resumed_between_two_milestones_nothing_is_lost_or_found_twice(tmp_path:
     assert whole.reached["val_10"]["epoch"] < half_way < whole.reached["full"]["epoch"]
 
     saved = LastCheckpoint(every_n_epochs=1000, dirpath=str(tmp_path))
-    options = {"enable_checkpointing": True}
-    fit(module(), sums, [GrokkingMilestones(), saved], tmp_path / "a", epochs=half_way, **options)
+    fit(module(), sums, [GrokkingMilestones(), saved], tmp_path / "a", epochs=half_way, enable_checkpointing=True)
     resumed = GrokkingMilestones()
     fit(module(), sums, [resumed], tmp_path / "b", epochs=200, ckpt_path=str(tmp_path / "last.ckpt"))
     assert resumed.reached == whole.reached
@@ -64,9 +63,13 @@ def test_resumed_between_two_milestones_nothing_is_lost_or_found_twice(tmp_path:
 
 def test_a_run_that_has_stopped_trains_no_further_when_resumed(tmp_path: Path) -> None:
     saved = LastCheckpoint(dirpath=str(tmp_path))
-    options = {"enable_checkpointing": True}
     first = fit(
-        module(), data(MemorisedSums), [GrokkingMilestones("val_50"), saved], tmp_path / "a", epochs=100, **options
+        module(),
+        data(MemorisedSums),
+        [GrokkingMilestones("val_50"), saved],
+        tmp_path / "a",
+        epochs=100,
+        enable_checkpointing=True,
     )
     again = fit(
         *(module(), data(MemorisedSums), [GrokkingMilestones("val_50")], tmp_path / "b"),

@@ -79,7 +79,7 @@ def test_a_run_stopped_by_a_milestone(tmp_path: Path, capsys: pytest.CaptureFixt
         **{"optimizer_steps": 4 * epoch, "gradient_evaluations": 4 * epoch},
     }
     # Nothing of the bar comes after the table.
-    assert capsys.readouterr().out.rstrip().endswith("┘")
+    assert capsys.readouterr().out.rstrip().endswith(f"┘\nrun folder: {tmp_path}")
 
 
 class Interrupts(L.Callback):
@@ -126,7 +126,7 @@ def test_an_error_before_fitting_has_no_summary(tmp_path: Path, capsys: pytest.C
 
 def test_without_a_logger_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(module(), data(), [RunSummary()], None, epochs=1, default_root_dir=str(tmp_path))
-    assert "nothing was saved" in capsys.readouterr().out
+    assert "run folder: none" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

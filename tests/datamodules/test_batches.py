@@ -1,5 +1,7 @@
 """Order, coverage and resuming of batches."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def test_every_epoch_holds_every_example_once_and_the_last_short_batch() -> None
     for _ in range(3):
         seen = epoch(batches)
         assert [len(batch) for batch in seen] == [4, 4, 2] and len(batches) == 3
-        assert sorted(sum(seen, [])) == list(range(10))
+        assert sorted(itertools.chain.from_iterable(seen)) == list(range(10))
 
 
 def test_tensors_stay_together() -> None:

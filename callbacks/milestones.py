@@ -1,0 +1,122 @@
+"""When a run first passed the thresholds that grokking experiments are compared by."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as L
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A milestone: its name, the logged epoch mean it reads, and the value to pass.
+
+    A ``metric`` that ends in ``loss`` must fall below ``value``; any other must be at least ``value``.
+    """
+
+    name: str
+    metric: str
+    value: float
+
+    def passed(self, measured: Tensor) -> bool:
+        """Compare in the dtype of ``measured``: 95 of 100 in float32 is a little less than the double 0.95."""
+        return bool(measured < self.value if self.metric.endswith("loss") else measured >= self.value)
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'<' if self.metric.endswith('loss') else '>='} {self.value:g}"
+
+
+THRESHOLDS = (
+    Threshold("train_loss_0.5", "train/loss", 0.5),
+    Threshold("train_loss_0.1", "train/loss", 0.1),
+    Threshold("fit", "train/accuracy", 0.99),
+    Threshold("val_10", "val/accuracy", 0.10),
+    Threshold("val_50", "val/accuracy", 0.50),
+    Threshold("val_80", "val/accuracy", 0.80),
+    Threshold("grok", "val/accuracy", 0.90),
+    Threshold("val_95", "val/accuracy", 0.95),
+    Threshold("converge", "val/accuracy", 0.98),
+    Threshold("full", "val/accuracy", 0.99),
+)
+
+
+class GrokkingMilestones(L.Callback):
+    """Remembers the epoch, the optimizer steps and the gradient evaluations at which each threshold was first passed.
+
+    The epoch is the number of completed epochs, so the first one is 1; thresholds are looked at when an epoch ends. A
+    milestone is logged once, as ``milestone/<name>`` with the epoch as its value, in the row of that epoch; the
+    progress bar names the last one. A milestone once reached stays reached, also when the metric falls back or the run
+    is resumed.
+
+    Args:
+        stop_at: the milestone at which training stops; ``None`` trains on.
+
+    Raises:
+        ValueError: ``stop_at`` is no milestone.
+    """
+
+    def __init__(self, stop_at: str | None = "full") -> None:
+        names = [threshold.name for threshold in THRESHOLDS]
+        if stop_at is not None and stop_at not in names:
+            raise ValueError(f"stop_at must be null or one of {', '.join(names)}, got {stop_at!r}")
+        self.stop_at = stop_at
+        self.reached: dict[str, dict[str, int]] = {}
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the milestone at which training stops was reached."""
+        return self.stop_at in self.reached
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Train no further if the resumed run had come to its end."""
+        self._finish(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for threshold in THRESHOLDS:
+            # Means of an earlier epoch, where this one brought none, can pass nothing that they had not passed then.
+            measured = trainer.callback_metrics.get(threshold.metric)
+            if threshold.name in self.reached or measured is None:
+                continue
+            if threshold.passed(measured):
+                epoch = trainer.current_epoch + 1
+                self.reached[threshold.name] = {
+                    "epoch": epoch,
+                    "optimizer_steps": trainer.global_step,
+                    "gradient_evaluations": int(pl_module.gradient_evaluations),  # type: ignore[arg-type]
+                }
+                pl_module.log(f"milestone/{threshold.name}", float(epoch), sync_dist=trainer.world_size > 1)
+        self._finish(trainer)
+
+    def _finish(self, trainer: L.Trainer) -> None:
+        if self.reached:
+            # Lightning logs numbers alone to the bar, where a number would not say which milestone it is.
+            name, at = list(self.reached.items())[-1]
+            shown: dict[str, Any] = trainer.progress_bar_metrics
+            shown["milestone"] = f"{name}@{at['epoch']}"
+        if self.stopped:
+            trainer.should_stop = True
+
+    def report(self, steps: int) -> dict[str, dict[str, Any]]:
+        """Return, by milestone, what was passed, when (``None`` where it was not), and the same as a phrase.
+
+        Args:
+            steps: the optimizer steps made so far.
+
+        Returns:
+            For each name, in the order of the thresholds: ``threshold``, ``epoch``, ``optimizer_steps``,
+            ``gradient_evaluations`` and ``text``, such as ``"epoch 12"`` or ``"not within 800 steps"``.
+        """
+        rows: dict[str, dict[str, Any]] = {}
+        for threshold in THRESHOLDS:
+            at = self.reached.get(threshold.name)
+            row: dict[str, Any] = {"threshold": str(threshold)}
+            row |= at or dict.fromkeys(("epoch", "optimizer_steps", "gradient_evaluations"))
+            row["text"] = f"epoch {at['epoch']}" if at else f"not within {steps} steps"
+            rows[threshold.name] = row
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reached": {name: dict(at) for name, at in self.reached.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.reached = {name: dict(at) for name, at in state_dict["reached"].items()}

@@ -1,0 +1,108 @@
+"""What the optimizer does to the weights: sizes of gradient and update, agreement of the two gradients, AGA's state."""
+
+import math
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from callbacks.cost_counters import CostCounters
+from callbacks.lookup import callbacks_of
+
+COUNTERS = ("steps", "sync_steps", "gradient_evaluations")
+
+
+def norm(tensors: list[Tensor]) -> Tensor:
+    """Return the Euclidean norm over all elements of ``tensors`` (at least one), a float32 scalar on their device."""
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).norm()
+
+
+def cosine(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the cosine of the two vectors that all elements of each side make; a scale of either does not matter."""
+    firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
+    dots = [(first.float() * second.float()).sum() for first, second in pairs]
+    return torch.stack(dots).sum() / (norm(firsts) * norm(seconds))
+
+
+class OptimizerInternals(L.Callback):
+    """Measures every n-th optimizer step, of any optimizer, and writes one row to the loggers.
+
+    The row has the step number of Lightning's own rows (the batch's index), ``epoch``, the costs if
+    :class:`callbacks.cost_counters.CostCounters` is there, and:
+
+    - ``optimizer/gradient_norm``: of the gradient that updates, before clipping;
+    - ``optimizer/update_rms_<track>``: root mean square of what the step, weight decay included, added to the weights
+      of a track (``matrix`` or ``vector``); ``optimizer/update_ratio_<track>``: that over the root mean square of the
+      weights before it;
+    - ``flatness/gradient_cosine``: of first and second gradient over all parameters, if the step looked twice;
+    - where the optimizer has ``diagnostics()``: its values as ``flatness/...`` (``effective_k`` from the first look
+      on), and ``flatness/trigger_rate``, the looks per step since the row before.
+
+    A measured step copies the weights and reads the device once. The other steps, and runs without a logger, cost
+    nothing to speak of.
+
+    Args:
+        every_n_steps: optimizer steps from one row to the next.
+
+    Raises:
+        ValueError: ``every_n_steps`` below 1.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self.steps, self.looks = 0.0, 0.0
+        self._before: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        self._measured: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if (trainer.global_step + 1) % self.every_n_steps or not trainer.loggers:
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self._measured = {"optimizer/gradient_norm": norm(gradients)}
+        firsts: dict[Tensor, Tensor] = getattr(optimizer, "first_gradients", {})
+        if pairs := [(first, p.grad) for p, first in firsts.items() if p.grad is not None]:
+            self._measured["flatness/gradient_cosine"] = cosine(pairs)
+        by_track: dict[str, list[Tensor]] = {}
+        for group in optimizer.param_groups:
+            by_track.setdefault(group["track"], []).extend(group["params"])
+        self._before = {track: (params, [p.clone() for p in params]) for track, params in by_track.items() if params}
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if not self._measured:
+            return
+        for track, (params, before) in self._before.items():
+            update = norm(list(torch._foreach_sub(params, before)))
+            self._measured[f"optimizer/update_rms_{track}"] = update / math.sqrt(sum(p.numel() for p in params))
+            self._measured[f"optimizer/update_ratio_{track}"] = update / norm(before)
+        row: dict[str, float] = {"epoch": trainer.current_epoch}
+        row |= dict(zip(self._measured, torch.stack(list(self._measured.values())).tolist(), strict=True))
+        self._before, self._measured = {}, {}
+        optimizer: Any = trainer.optimizers[0]
+        if hasattr(optimizer, "diagnostics"):
+            row |= self._flatness(optimizer.diagnostics())
+        for counters in callbacks_of(trainer, CostCounters):
+            row |= counters.costs(trainer, pl_module)
+        for logger in trainer.loggers:
+            logger.log_metrics(row, trainer.fit_loop.total_batch_idx)
+
+    def _flatness(self, report: dict[str, float]) -> dict[str, float]:
+        steps, looks = report["steps"] - self.steps, report["sync_steps"] - self.looks
+        self.steps, self.looks = report["steps"], report["sync_steps"]
+        row = {f"flatness/{name}": value for name, value in report.items() if name not in COUNTERS}
+        if math.isinf(row["flatness/effective_k"]):
+            # No look so far: not every logger takes an infinity.
+            del row["flatness/effective_k"]
+        # A gradient scaler may have skipped the step.
+        return row | ({"flatness/trigger_rate": looks / steps} if steps else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "looks": self.looks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps, self.looks = state_dict["steps"], state_dict["looks"]

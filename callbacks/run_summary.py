@@ -1,0 +1,197 @@
+"""What came of a run: a short table at its end, and the same as a file."""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from rich import get_console
+from rich.table import Table
+
+from ars2 import report
+from callbacks.cost_counters import CostCounters
+from callbacks.lookup import callbacks_of
+from callbacks.milestones import GrokkingMilestones
+from modules.two_pass import TwoPassModule
+
+LOWER_IS_BETTER = ("loss", "perplexity")
+PLACES = {"best_checkpoint": "best checkpoint", "last_checkpoint": "last checkpoint", "run_folder": "run folder"}
+
+
+def without_nonfinite(value: Any) -> Any:
+    """Return ``value`` with every NaN and infinity in it, which JSON does not know, as ``None``."""
+    if isinstance(value, dict):
+        return {key: without_nonfinite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def environment() -> dict[str, str]:
+    """Return what a number depends on beside the config: the command, versions, processor and threads."""
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        processor = models[0] if models else processor
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "lightning": L.__version__,
+        "processor": f"{processor}, {os.cpu_count()} cores",
+        "threads": str(torch.get_num_threads()),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+    }
+
+
+class RunSummary(L.Callback):
+    """Prints a table when fitting ends, is stopped or is interrupted, and writes ``summary.json`` to the run folder.
+
+    Both have the status (``finished``, ``stopped early``, ``stopped early (milestone)`` or ``interrupted``), the best
+    and last value of each validation metric (the best is the lowest of a loss or perplexity, the highest of any other;
+    epochs count from 1), and the wall seconds from the start of fitting, evaluation included, summed over resumed
+    parts. Milestones, costs and checkpoint paths come from the callbacks that know them, if they are there. The run
+    folder is the first logger's; without a logger no file is written. Non-finite numbers are ``null`` in it. At the
+    start, ``parameters.txt`` lists which parameter is on which track and why.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, dict[str, Any]] = {}
+        self.wall_seconds = 0.0
+        self._mark: float | None = None
+        self._folder: str | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._mark = perf_counter()
+        # Asked for here, because it needs every process, and an interrupted one may be alone.
+        self._folder = trainer.log_dir if trainer.loggers else None
+        if self._folder is not None and trainer.is_global_zero and isinstance(pl_module, TwoPassModule):
+            Path(self._folder).mkdir(parents=True, exist_ok=True)
+            parameters = report(pl_module.network, pl_module.policy)
+            (Path(self._folder) / "parameters.txt").write_text(parameters + "\n", encoding="utf-8")
+            get_console().print(parameters.splitlines()[-1], highlight=False)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        epoch = trainer.current_epoch + 1
+        for name, tensor in trainer.callback_metrics.items():
+            if not name.startswith("val/"):
+                continue
+            value = float(tensor)
+            entry = self.metrics.setdefault(name, {"best": math.nan, "best_epoch": None})
+            lower = name.rsplit("/")[-1] in LOWER_IS_BETTER
+            if math.isnan(entry["best"]) or (value < entry["best"] if lower else value > entry["best"]):
+                entry |= {"best": value, "best_epoch": epoch}
+            entry["last"] = value
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        status = "finished"
+        if any(milestones.stopped for milestones in callbacks_of(trainer, GrokkingMilestones)):
+            status = "stopped early (milestone)"
+        elif trainer.should_stop:
+            status = "stopped early"
+        self._close(trainer, pl_module, status)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._mark is not None:
+            self._close(trainer, pl_module, "interrupted")
+
+    def _close(self, trainer: L.Trainer, pl_module: L.LightningModule, status: str) -> None:
+        self._count()
+        self._mark = None
+        self._report(trainer, self.summary(trainer, pl_module, status))
+
+    def summary(self, trainer: L.Trainer, pl_module: L.LightningModule, status: str) -> dict[str, Any]:
+        """Return what is known of the run so far, as it is written to ``summary.json``."""
+        summary: dict[str, Any] = {
+            "status": status,
+            "epochs": trainer.current_epoch,
+            "metrics": self.metrics,
+            "wall_seconds": round(self.wall_seconds, 3),
+            "run_folder": self._folder,
+            "environment": environment(),
+        }
+        for milestones in callbacks_of(trainer, GrokkingMilestones):
+            summary["milestones"] = milestones.report(trainer.global_step)
+        for counters in callbacks_of(trainer, CostCounters):
+            costs = counters.costs(trainer, pl_module)
+            seconds = costs.pop("cost/training_seconds")
+            counts = {name.removeprefix("cost/"): int(count) for name, count in costs.items()}
+            summary["costs"] = counts | {"training_seconds": round(seconds, 3)}
+        for checkpoint in callbacks_of(trainer, ModelCheckpoint):
+            if checkpoint.monitor is not None and checkpoint.best_model_path:
+                summary["best_checkpoint"] = checkpoint.best_model_path
+            # Without a metric to watch, Lightning calls the latest one the best.
+            latest = checkpoint.best_model_path if checkpoint.monitor is None else ""
+            if last := checkpoint.last_model_path or latest:
+                summary["last_checkpoint"] = last
+        cleaned: dict[str, Any] = without_nonfinite(summary)
+        return cleaned
+
+    @rank_zero_only
+    def _report(self, trainer: L.Trainer, summary: dict[str, Any]) -> None:
+        if self._folder is not None:
+            folder = Path(self._folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / "summary.json.tmp"
+            temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            os.replace(temporary, folder / "summary.json")
+        # A Rich bar is stopped here, before its own teardown, so that the table comes after it.
+        bar = getattr(trainer.progress_bar_callback, "progress", None)
+        if bar is not None:
+            bar.stop()
+        get_console().print(table(summary))
+        print(*places(summary), sep="\n", flush=True)
+
+    def _count(self) -> None:
+        if self._mark is not None:
+            now = perf_counter()
+            self.wall_seconds += now - self._mark
+            self._mark = now
+
+    def state_dict(self) -> dict[str, Any]:
+        self._count()
+        return {
+            "metrics": {name: dict(entry) for name, entry in self.metrics.items()},
+            "wall_seconds": self.wall_seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.metrics = {name: dict(entry) for name, entry in state_dict["metrics"].items()}
+        self.wall_seconds = state_dict["wall_seconds"]
+
+
+def table(summary: dict[str, Any]) -> Table:
+    """Lay out what :meth:`RunSummary.summary` returns."""
+    rows = Table(
+        title=f"Run {summary['status']} after {summary['epochs']} epochs", show_header=False, title_justify="left"
+    )
+    rows.add_column(no_wrap=True)
+    rows.add_column()
+    for name, entry in summary["metrics"].items():
+        best, last = ("not finite" if value is None else f"{value:.5g}" for value in (entry["best"], entry["last"]))
+        rows.add_row(name, f"best {best} (epoch {entry['best_epoch']}), last {last}")
+    if milestones := summary.get("milestones"):
+        rows.add_section()
+        for name, milestone in milestones.items():
+            rows.add_row(f"{name}: {milestone['threshold']}", milestone["text"])
+    rows.add_section()
+    for name, count in summary.get("costs", {}).items():
+        rows.add_row(name.replace("_", " "), f"{count:,}" if isinstance(count, int) else f"{count:.1f}")
+    rows.add_row("wall seconds", f"{summary['wall_seconds']:.1f}")
+    return rows
+
+
+def places(summary: dict[str, Any]) -> list[str]:
+    """Return a line for each place where the run left something; not in the table, which would cut long paths."""
+    lines = [f"{name}: {summary[key]}" for key, name in PLACES.items() if summary.get(key)]
+    return lines if summary["run_folder"] else [*lines, "run folder: none, for there is no logger"]
