@@ -117,7 +117,7 @@ class ARS2Neo(TrackedOptimizer):
         for name in ("rho", "alpha", "phi_lambda", "phi_gamma"):
             validation.check_number(group, name, 0.0)
         validation.check_number(group, "phi_beta", 0.0, 1.0)
-        validation.check_number(group, "probability", 0.0, math.nextafter(1.0, 2.0))
+        validation.check_number(group, "probability", 0.0, 1.0, closed_maximum=True)
         validation.check_integer(group, "seed", 0)
         validation.check_choice(group, "mode", MODES)
         validation.check_integer(group, "k", 1 if group["mode"] == "periodic" else 0)
@@ -127,6 +127,15 @@ class ARS2Neo(TrackedOptimizer):
                 f"k must be at most {largest} in mode {group['mode']!r}, got {group['k']}:"
                 ' a period belongs to mode "periodic" or "aga"'
             )
+
+    def _check_counters(self, group: dict[str, Any], first: bool) -> None:
+        super()._check_counters(group, first)
+        if first:
+            validation.check_integer(group, "sync_steps", 0)
+            validation.check_integer(group, "last_sync", 0)
+            for name in ("phi", "phi_variance", "injected_alpha"):
+                if not isinstance(group.get(name), (int, float)):
+                    raise ValueError(f"{name} must be a number, got {group.get(name, 'nothing')!r}")
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         keeps_shear = group["mode"] in ("aga", "random") or (group["mode"] == "periodic" and group["k"] > 1)
@@ -170,7 +179,7 @@ class ARS2Neo(TrackedOptimizer):
             RuntimeError: no parameter has a gradient, or the parameters are at the adversarial point.
         """
         self._refuse_while_moved("wants_second_pass()")
-        if not self._has_gradient():
+        if not self._check_gradients():
             raise RuntimeError("wants_second_pass(): no parameter has a gradient: call it after backward()")
         main = self.param_groups[0]
         t = main["step"] + 1
@@ -205,18 +214,20 @@ class ARS2Neo(TrackedOptimizer):
                     batch.state("exp_avg_sq"), group["betas"][1], group["step"], group["eps"]
                 )
                 flatness.move_to_adversarial_point_(batch.params, batch.grads, roots, group["rho"], now.grad_scale)
+            now.first_gradients = {
+                # A view, such as into a bucket of gradients, is written over by the next backward pass.
+                param: param.grad.clone() if param.grad._is_view() else param.grad
+                for group in self.param_groups
+                for param in group["params"]
+                if param.grad is not None
+            }
+            for param in now.first_gradients:
+                param.grad = None
+            # Autocast keeps cast copies of the weights while its block lasts: they would hide the move.
+            torch.clear_autocast_cache()
         except BaseException:
-            self.restore()
-            self._pass = _Pass()
+            self._abandon()
             raise
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    # A view, such as into a bucket of gradients, is written over by the next backward pass.
-                    now.first_gradients[param] = param.grad.clone() if param.grad._is_view() else param.grad
-                    param.grad = None
-        # Autocast keeps cast copies of the weights while its block lasts: they would hide the move.
-        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -263,7 +274,7 @@ class ARS2Neo(TrackedOptimizer):
             )
         if now.stage == "decided" and now.wanted:
             raise RuntimeError("step(): a second pass was wanted and not made: call perturb(), backward and restore()")
-        if not self._has_gradient():
+        if not self._check_gradients():
             raise RuntimeError("step(): no parameter has a gradient: call it after backward()")
         self._update()
         return result
@@ -280,37 +291,42 @@ class ARS2Neo(TrackedOptimizer):
         if self.wants_second_pass():
             try:
                 self.perturb()
-                try:
-                    with torch.enable_grad():
-                        closure()
-                finally:
-                    self.restore()
-                if not self._has_gradient():
+                with torch.enable_grad():
+                    closure()
+                self.restore()
+                if not self._check_gradients():
                     raise RuntimeError("step(closure): the closure computed no gradient at the adversarial point")
             except BaseException:
-                for param, grad in self._pass.first_gradients.items():
-                    param.grad = grad
-                self._pass = _Pass()
+                self._abandon()
                 raise
         self._update()
         return result
 
+    def _abandon(self) -> None:
+        """End a step that failed: the parameters where they belong, the first gradients in ``.grad`` again."""
+        if self._pass.stage == "moved":
+            self.restore()
+        if first := self._pass.first_gradients:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.grad = first.get(param)
+        self._pass = _Pass()
+
     def _update(self) -> None:
         """Take the gradients that are there into the moments and move the parameters; ends the step."""
         now, main = self._pass, self.param_groups[0]
+        self._pass = _Pass()
         synced, t = now.stage == "restored", main["step"] + 1
         alpha = main["alpha"] * (1 + max(0.0, now.phi)) ** main["phi_gamma"] if main["mode"] == "aga" else main["alpha"]
         injects = not synced and alpha > 0 and "shear" in self._state_keys(main)
-        # Autocast would run the matrix products in its own dtype.
-        device = main["params"][0].device.type
-        with torch.autocast(device, enabled=False):
+        with self._without_autocast():
             for group in self.param_groups:
                 batch = self._batch(group)
                 group["step"] += 1
                 if not batch.params:
                     continue
                 if synced and "shear" in self._state_keys(main):
-                    self._keep_shear(batch)
+                    self._keep_shear(batch, now)
                 elif injects:
                     batch = batch._replace(grads=flatness.inject(batch.grads, batch.state("shear"), alpha))
                 self._move(group, batch)
@@ -319,10 +335,10 @@ class ARS2Neo(TrackedOptimizer):
             main["last_sync"] = t
         main["phi"], main["phi_variance"] = now.phi, now.variance
         main["injected_alpha"] = alpha if injects else 0.0
-        self._pass = _Pass()
 
-    def _keep_shear(self, batch: Batch) -> None:
-        first = self._pass.first_gradients
+    @staticmethod
+    def _keep_shear(batch: Batch, now: _Pass) -> None:
+        first = now.first_gradients
         both = [index for index, param in enumerate(batch.params) if param in first]
         if not both:
             return
@@ -330,7 +346,7 @@ class ARS2Neo(TrackedOptimizer):
         shears = flatness.shear_forces(
             second,
             [first[batch.params[index]].to(grad.dtype) for index, grad in zip(both, second, strict=True)],
-            self._pass.grad_scale,
+            now.grad_scale,
         )
         torch._foreach_copy_([batch.states[index]["shear"] for index in both], shears)
 

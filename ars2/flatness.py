@@ -16,9 +16,7 @@ from ars2.updates import Tensors
 TINY = 1e-12
 
 
-def move_to_adversarial_point_(
-    params: Tensors, grads: Tensors, roots: Tensors, rho: float, grad_scale: float
-) -> None:
+def move_to_adversarial_point_(params: Tensors, grads: Tensors, roots: Tensors, rho: float, grad_scale: float) -> None:
     """Move each parameter by ``rho * n / (|n| + 1e-12)`` with ``n = g / root * |p|``, in place.
 
     Args:

@@ -73,9 +73,8 @@ class Muon(TrackedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        device = self.param_groups[0]["params"][0].device.type
-        # Autocast would run the matrix products in its own dtype.
-        with torch.autocast(device, enabled=False):
+        self._check_gradients()
+        with self._without_autocast():
             for group in self.param_groups:
                 batch = self._batch(group)
                 group["step"] += 1

@@ -4,27 +4,32 @@ Quintic iteration and its coefficients: Jordan et al., "Muon: an optimizer for h
 Polar Express: Amsel et al., "The Polar Express: optimal matrix sign methods and their application to Muon" (2025).
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.875, -1.25, 0.375),
+)
+# Each polynomial of Polar Express is made for the range that the one before it reaches, and grows fast above it.
+# Rounding in half precision goes past it, so, as its authors do, all but the last are widened by this factor.
+_MARGIN = 1.01
 # One (a, b, c) a step; a schedule shorter than the number of steps goes on with its last entry.
 COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
     "jordan": ((3.4445, -4.7750, 2.0315),),
     "polar_express": (
-        (8.28721201814563, -23.595886519098837, 17.300387312530933),
-        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-        (1.875, -1.25, 0.375),
+        *((a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5) for a, b, c in _POLAR_EXPRESS[:-1]),
+        _POLAR_EXPRESS[-1],
     ),
 }
-# Polar Express is exact up to singular value 1: rounding in half precision may not push one past it.
-_MARGIN = {"jordan": 1.0, "polar_express": 1.01}
+_NORM_MARGIN = {"jordan": 1.0, "polar_express": _MARGIN}
 _TINY = 1e-7
 
 
@@ -61,7 +66,7 @@ def orthogonalize(
     stack = x.reshape(-1, *x.shape[-2:])
     # The norm is taken before the cast: squares of small entries underflow in half precision.
     norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True)
-    stack = (stack / (norm * _MARGIN[coefficients] + _TINY)).to(dtype)
+    stack = (stack / (norm * _NORM_MARGIN[coefficients] + _TINY)).to(dtype)
     tall = stack.shape[-2] > stack.shape[-1]
     if tall:
         stack = stack.mT
@@ -83,19 +88,24 @@ def orthogonalize_all(
     Args:
         stacks: tensors (matrices, rows, cols); shapes may differ between tensors.
         steps, coefficients, dtype: as for :func:`orthogonalize`.
-        max_numel: the most elements joined into one batch, which bounds the memory of the copies.
+        max_numel: the most elements joined into one batch, which bounds the memory of the copies; a larger tensor is
+            a batch of its own.
 
     Returns:
         One tensor of ``dtype`` for each input, same shapes, same order.
     """
-    buckets: dict[tuple[int, int, torch.device, int], list[int]] = defaultdict(list)
-    filled: dict[tuple[int, int, torch.device], int] = defaultdict(int)
+    batches: list[list[int]] = []
+    last: dict[tuple[int, int, torch.device, torch.dtype], list[int]] = {}
+    filled: dict[tuple[int, int, torch.device, torch.dtype], int] = {}
     for index, stack in enumerate(stacks):
-        shape = (min(stack.shape[1:]), max(stack.shape[1:]), stack.device)
-        filled[shape] += stack.numel()
-        buckets[(*shape, filled[shape] // max_numel)].append(index)
+        kind = (min(stack.shape[1:]), max(stack.shape[1:]), stack.device, stack.dtype)
+        if kind not in last or filled[kind] + stack.numel() > max_numel:
+            last[kind], filled[kind] = [], 0
+            batches.append(last[kind])
+        last[kind].append(index)
+        filled[kind] += stack.numel()
     results: list[Tensor] = list(stacks)
-    for members in buckets.values():
+    for members in batches:
         wide = [stacks[i] if stacks[i].shape[1] <= stacks[i].shape[2] else stacks[i].mT for i in members]
         joined = wide[0] if len(wide) == 1 else torch.cat(wide)
         parts = torch.split(orthogonalize(joined, steps, coefficients, dtype), [stack.shape[0] for stack in wide])

@@ -5,7 +5,6 @@ from construction on: distributed checkpoints need no first step. Counters are p
 """
 
 from collections.abc import Iterable
-from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -57,6 +56,10 @@ class TrackedOptimizer(Optimizer):
         validation.check_choice(group, "ns_coefficients", COEFFICIENTS)
         validation.check_choice(group, "ns_dtype", validation.DTYPES)
 
+    def _check_counters(self, group: dict[str, Any], first: bool) -> None:
+        """Check the counters of a saved group, ``first`` being whether it is the first; subclasses add their own."""
+        validation.check_integer(group, "step", 0)
+
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The names of the state tensors that each parameter of ``group`` has."""
         raise NotImplementedError
@@ -100,7 +103,7 @@ class TrackedOptimizer(Optimizer):
                 validation.check_choice(theirs, "track", (mine["track"],))
                 for name in self.fixed_options:
                     validation.check_choice(theirs, name, (mine[name],))
-                validation.check_integer(theirs, "step", 0)
+                self._check_counters(theirs, index == 0)
             except ValueError as error:
                 raise ValueError(f"saved optimizer state, group {index}: {error}") from error
             names = mine.get("param_names", range(len(mine["params"])))
@@ -117,28 +120,41 @@ class TrackedOptimizer(Optimizer):
             self.state[param] = tensors
 
     def _batch(self, group: dict[str, Any]) -> Batch:
-        """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype.
-
-        Raises:
-            RuntimeError: a sparse gradient.
-        """
+        """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype."""
         params: list[Tensor] = []
         grads: list[Tensor] = []
         states: list[dict[str, Tensor]] = []
-        for index, param in enumerate(group["params"]):
+        for param in group["params"]:
             grad = param.grad
             if grad is None or param.numel() == 0:
                 continue
-            if grad.layout is not torch.strided:
-                name = group.get("param_names", {index: index})[index]
-                raise RuntimeError(
-                    f"parameter {name} has a sparse gradient, which is not supported: make its module with sparse=False"
-                )
             dtype = torch.promote_types(param.dtype, torch.float32)
             params.append(param)
             grads.append(grad if grad.dtype == dtype else grad.to(dtype))
             states.append(self.state[param])
         return Batch(params, grads, states)
 
-    def _has_gradient(self) -> bool:
-        return any(p.grad is not None for p in chain.from_iterable(group["params"] for group in self.param_groups))
+    def _check_gradients(self) -> bool:
+        """Check every gradient before anything is changed; return whether there is any.
+
+        Raises:
+            RuntimeError: a sparse gradient.
+        """
+        found = False
+        for group in self.param_groups:
+            for index, param in enumerate(group["params"]):
+                if param.grad is None:
+                    continue
+                found = True
+                if param.grad.layout is not torch.strided:
+                    name = group.get("param_names", {index: index})[index]
+                    raise RuntimeError(
+                        f"parameter {name} has a sparse gradient, which is not supported:"
+                        " make its module with sparse=False"
+                    )
+        return found
+
+    def _without_autocast(self) -> torch.autocast:
+        """A block in which autocast, if it is on, does not run the matrix products in its own dtype."""
+        device = next((param.device.type for group in self.param_groups for param in group["params"]), "cpu")
+        return torch.autocast(device, enabled=False)

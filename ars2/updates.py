@@ -11,9 +11,7 @@ from ars2.orthogonalize import orthogonalize_all
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
 
-def update_moments_(
-    grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, betas: tuple[float, float]
-) -> None:
+def update_moments_(grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, betas: tuple[float, float]) -> None:
     """Take ``grads`` into both moments, in place: ``m <- b1 m + (1-b1) g``, ``v <- b2 v + (1-b2) g*g``."""
     torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])
     torch._foreach_mul_(exp_avg_sqs, betas[1])

@@ -9,18 +9,30 @@ from torch import Tensor
 
 
 def check_number(
-    options: Mapping[str, Any], name: str, minimum: float, maximum: float = math.inf, *, open_minimum: bool = False
+    options: Mapping[str, Any],
+    name: str,
+    minimum: float,
+    maximum: float = math.inf,
+    *,
+    open_minimum: bool = False,
+    closed_maximum: bool = False,
 ) -> None:
-    """Check that ``options[name]`` is a finite number in [minimum, maximum), or above ``minimum`` if that is open.
+    """Check that ``options[name]`` is a finite number in [minimum, maximum), or with the ends as they are said to be.
 
     Raises:
         ValueError: missing, not a number, not finite, or out of range.
     """
-    left = "(" if open_minimum else "["
+    left, right = "(" if open_minimum else "[", "]" if closed_maximum else ")"
     value = options.get(name, "nothing")
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < minimum or (open_minimum and value == minimum) or value >= maximum:
-        raise ValueError(f"{name} must be a number in {left}{minimum:g}, {maximum:g}), got {value!r}")
+    if (
+        not number
+        or value < minimum
+        or value > maximum
+        or (open_minimum and value == minimum)
+        or (not closed_maximum and value == maximum)
+    ):
+        raise ValueError(f"{name} must be a number in {left}{minimum:g}, {maximum:g}{right}, got {value!r}")
 
 
 def check_integer(options: Mapping[str, Any], name: str, minimum: int) -> None:
@@ -54,7 +66,7 @@ def check_choice(options: Mapping[str, Any], name: str, allowed: Collection[Any]
         ValueError: anything else.
     """
     value = options.get(name, "nothing")
-    if value not in allowed:
+    if not any(isinstance(value, type(item)) and value == item for item in allowed):
         raise ValueError(f"{name} must be one of {', '.join(repr(item) for item in allowed)}, got {value!r}")
 
 
@@ -65,9 +77,8 @@ def check_same_options(groups: list[dict[str, Any]], names: Collection[str]) -> 
         ValueError: two groups differ.
     """
     for name in names:
-        values = {repr(group.get(name)) for group in groups}
-        if len(values) > 1:
-            found = " and ".join(sorted(values))
+        if any(group.get(name) != groups[0].get(name) for group in groups):
+            found = " and ".join(sorted({repr(group.get(name)) for group in groups}))
             raise ValueError(f"{name} is one for the whole optimizer, but the groups say {found}")
 
 
@@ -76,7 +87,7 @@ def check_parameter(param: Any, name: str, track: str) -> None:
 
     Raises:
         TypeError: not a tensor.
-        ValueError: complex or integer values, or fewer than two dimensions on the matrix track.
+        ValueError: complex or integer values, a sparse layout, or fewer than two dimensions on the matrix track.
     """
     if not isinstance(param, Tensor):
         raise TypeError(f"parameter {name} must be a tensor, got {type(param).__name__}")
@@ -84,6 +95,8 @@ def check_parameter(param: Any, name: str, track: str) -> None:
         raise ValueError(
             f"parameter {name} is complex ({param.dtype}), which is not supported: optimize torch.view_as_real of it"
         )
+    if param.layout is not torch.strided:
+        raise ValueError(f"parameter {name} is sparse ({param.layout}), which is not supported: make it dense")
     if not param.is_floating_point():
         raise ValueError(f"parameter {name} must be of a floating-point dtype, got {param.dtype}")
     if track == "matrix" and param.ndim < 2:

@@ -1,0 +1,243 @@
+"""The order of calls: a right one updates, a wrong one says so, and none trains nothing in silence."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from ars2 import ARS2Neo
+from tests.ars2.problems import SmallProblem
+from tests.ars2.training import (
+    MODES,
+    TWO_PASS_MODES,
+    assert_identical,
+    closure_of,
+    copies,
+    parameters_of,
+    same,
+    setup,
+    snapshot,
+    step_by_parts,
+    train,
+)
+
+CALLS = ("backward", "wants_second_pass", "perturb", "restore", "step", "step(closure)", "step(no-op)")
+
+
+def call(name: str, model: SmallProblem, optimizer: ARS2Neo) -> None:
+    actions: dict[str, Callable[[], object]] = {
+        "backward": lambda: model.loss(0).backward(),
+        "wants_second_pass": optimizer.wants_second_pass,
+        "perturb": optimizer.perturb,
+        "restore": optimizer.restore,
+        "step": optimizer.step,
+        "step(closure)": lambda: optimizer.step(closure_of(model, optimizer, 0)),
+        "step(no-op)": lambda: optimizer.step(lambda: None),
+    }
+    actions[name]()
+
+
+def started(mode: str) -> tuple[SmallProblem, ARS2Neo]:
+    """A few steps in, just after a backward pass."""
+    model, optimizer = setup(mode)
+    train(model, optimizer, range(3))
+    optimizer.zero_grad()
+    model.loss(3).backward()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("mode", ["base", "sync", "aga", "periodic"])
+@pytest.mark.parametrize("has_gradient", [False, True])
+def test_any_order_of_calls_is_an_error_or_trains(mode: str, has_gradient: bool) -> None:
+    model, optimizer = started(mode)
+    start, at_start = deepcopy(optimizer.state_dict()), copies(model.parameters())
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    steps_done = errors = 0
+    for order in product(CALLS, repeat=3):
+        for p, value, g in zip(model.parameters(), at_start, gradients, strict=True):
+            p.data.copy_(value)
+            p.grad = g.clone() if has_gradient else None
+        optimizer.load_state_dict(start)
+        before = copies(model.parameters())
+        for name in order:
+            counted = optimizer.diagnostics()["steps"]
+            try:
+                call(name, model, optimizer)
+            except RuntimeError:
+                assert optimizer.diagnostics()["steps"] == counted
+                errors += 1
+                break
+            if name.startswith("step"):
+                # A step that returns has moved every parameter and has counted itself.
+                assert optimizer.diagnostics()["steps"] == counted + 1, order
+                after = copies(model.parameters())
+                assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True)), order
+                before, steps_done = after, steps_done + 1
+            elif name == "restore":
+                assert same(before, model.parameters()), order
+        if optimizer._pass.stage == "moved":
+            optimizer.restore()
+            assert same(before, model.parameters()), order
+    assert steps_done > 50 and errors > 100
+
+
+@pytest.mark.parametrize("mode", TWO_PASS_MODES)
+def test_a_no_op_closure_is_an_error(mode: str) -> None:
+    _, optimizer = started(mode)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="the closure computed no gradient; it must zero the gradients"):
+        optimizer.step(lambda: None)
+    assert_identical(before, snapshot(optimizer))
+
+
+@pytest.mark.parametrize("mode", TWO_PASS_MODES)
+def test_a_no_op_closure_without_any_gradient_is_an_error(mode: str) -> None:
+    _, optimizer = setup(mode)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+        optimizer.step(lambda: None)
+    assert_identical(before, snapshot(optimizer))
+
+
+@pytest.mark.parametrize("mode", TWO_PASS_MODES)
+def test_a_closure_that_computes_nothing_at_the_adversarial_point_is_an_error(mode: str) -> None:
+    model, optimizer = setup(mode)
+    calls: list[Tensor | None] = []
+
+    def closure() -> None:
+        calls.append(None)
+        if len(calls) == 1:
+            model.loss(0).backward()
+
+    before = copies(model.parameters())
+    with pytest.raises(RuntimeError, match="computed no gradient at the adversarial point"):
+        optimizer.step(closure)
+    assert len(calls) == 2 and same(before, model.parameters())
+    assert optimizer.diagnostics()["steps"] == 0
+
+
+def test_base_takes_a_no_op_closure_for_the_gradients_that_are_there() -> None:
+    model, optimizer = started("base")
+    other, other_optimizer = started("base")
+    optimizer.step(lambda: None)
+    other_optimizer.step()
+    assert same(model.parameters(), other.parameters())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_after_the_parts_a_closure_is_evaluated_once_and_only_the_update_applied(mode: str) -> None:
+    model, optimizer = setup(mode)
+    other, other_optimizer = setup(mode)
+    for step in range(4):
+        step_by_parts(model, optimizer, step)
+        calls: list[int] = []
+
+        def evaluate(calls: list[int] = calls) -> str:
+            calls.append(1)
+            return "the hook's value"
+
+        other_optimizer.zero_grad()
+        other.loss(step).backward()
+        if other_optimizer.wants_second_pass():
+            other_optimizer.perturb()
+            other.loss(step).backward()
+            other_optimizer.restore()
+        assert other_optimizer.step(evaluate) == "the hook's value"
+        assert calls == [1]
+    assert_identical(snapshot(optimizer), snapshot(other_optimizer))
+
+
+@pytest.mark.parametrize("mode", TWO_PASS_MODES)
+def test_step_without_closure_or_parts_says_what_to_call(mode: str) -> None:
+    _, optimizer = started(mode)
+    with pytest.raises(RuntimeError, match=r"pass step\(closure\), or call wants_second_pass\(\)"):
+        optimizer.step()
+
+
+def test_a_second_pass_that_was_wanted_must_be_made() -> None:
+    model, optimizer = started("sync")
+    assert optimizer.wants_second_pass()
+    before = snapshot(optimizer)
+    for closure in (None, lambda: None):
+        with pytest.raises(RuntimeError, match="a second pass was wanted and not made"):
+            optimizer.step(closure)
+    assert_identical(before, snapshot(optimizer))
+    # Nothing is lost: it can still be made.
+    optimizer.perturb()
+    model.loss(3).backward()
+    optimizer.restore()
+    optimizer.step()
+    assert optimizer.diagnostics()["sync_steps"] == 4
+
+
+def test_no_second_gradient_is_an_error() -> None:
+    _, optimizer = started("sync")
+    optimizer.wants_second_pass()
+    optimizer.perturb()
+    optimizer.restore()
+    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+        optimizer.step()
+    assert optimizer.diagnostics()["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "forbidden"),
+    [
+        ("perturb", lambda optimizer: optimizer.perturb()),
+        ("step", lambda optimizer: optimizer.step()),
+        ("step", lambda optimizer: optimizer.step(lambda: None)),
+        ("wants_second_pass", lambda optimizer: optimizer.wants_second_pass()),
+        ("load_state_dict", lambda optimizer: optimizer.load_state_dict(optimizer.state_dict())),
+        ("add_param_group", lambda optimizer: optimizer.add_param_group({"params": [torch.ones(2, 2)]})),
+        ("copying", lambda optimizer: deepcopy(optimizer)),
+    ],
+)
+def test_while_moved_only_restore_is_allowed(name: str, forbidden: Callable[[ARS2Neo], object]) -> None:
+    model, optimizer = started("sync")
+    before = copies(model.parameters())
+    optimizer.wants_second_pass()
+    optimizer.perturb()
+    moved = copies(model.parameters())
+    with pytest.raises(RuntimeError, match=name):
+        forbidden(optimizer)
+    assert same(moved, model.parameters()) and len(optimizer.param_groups) == 2
+    optimizer.restore()
+    assert same(before, model.parameters())
+
+
+@pytest.mark.parametrize("name", ["perturb", "restore"])
+@pytest.mark.parametrize("mode", MODES)
+def test_perturb_and_restore_need_what_comes_before_them(mode: str, name: str) -> None:
+    _, optimizer = started(mode)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=rf"{name}\(\)"):
+        getattr(optimizer, name)()
+    assert_identical(before, snapshot(optimizer))
+
+
+def test_restoring_twice_is_an_error() -> None:
+    _, optimizer = started("sync")
+    optimizer.wants_second_pass()
+    optimizer.perturb()
+    optimizer.restore()
+    with pytest.raises(RuntimeError, match="the parameters are where they belong"):
+        optimizer.restore()
+
+
+def test_a_look_may_be_taken_although_it_was_not_wanted() -> None:
+    # Another rank may want it.
+    model, optimizer = setup("periodic")
+    train(model, optimizer, range(1))
+    optimizer.zero_grad()
+    model.loss(1).backward()
+    assert not optimizer.wants_second_pass()
+    optimizer.perturb()
+    model.loss(1).backward()
+    optimizer.restore()
+    optimizer.step()
+    assert optimizer.diagnostics()["sync_steps"] == 2
+    assert optimizer.param_groups[0]["last_sync"] == 2
+    assert len(parameters_of(optimizer)) == 8

@@ -1,0 +1,121 @@
+"""What a step costs beside its arithmetic: reads of the device, calls of the matrix kernel, memory kept."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ars2 import ARS2Neo, Muon
+from tests.ars2.problems import problem_groups
+from tests.ars2.training import MODES, setup, step_by_parts
+
+# Operations that hand values of a tensor to Python, and so make a host wait for its device.
+READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select")
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that reach the kernels, by name, and the lists and numbers that Python read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket._qualified_op_name.split("::")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object]) -> Counter[str]:
+    real = torch.Tensor.tolist
+    calls = Calls()
+
+    def tolist(tensor: torch.Tensor) -> Any:
+        calls.counts["tolist"] += 1
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    with calls:
+        run()
+    monkeypatch.undo()
+    return calls.counts
+
+
+def optimizer_calls(mode: str, monkeypatch: pytest.MonkeyPatch, steps: int = 8) -> list[Counter[str]]:
+    """The calls made by the optimizer's parts alone, step by step; the passes are not counted."""
+    model, optimizer = setup(mode)
+    seen = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        model.loss(step).backward()
+        decision: list[bool] = []
+        counts = count(monkeypatch, lambda: decision.append(optimizer.wants_second_pass()))  # noqa: B023
+        if decision[0]:
+            counts += count(monkeypatch, optimizer.perturb)
+            model.loss(step).backward()
+            counts += count(monkeypatch, optimizer.restore)
+        counts += count(monkeypatch, optimizer.step)
+        seen.append(counts)
+    return seen
+
+
+def reads(counts: Counter[str]) -> int:
+    return sum(counts[name] for name in (*READS, "tolist"))
+
+
+def test_the_counter_sees_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(3)
+    assert reads(count(monkeypatch, lambda: x.sum().item())) == 1
+    assert reads(count(monkeypatch, lambda: float(x.sum()))) == 1
+    assert reads(count(monkeypatch, lambda: bool(x.any()))) >= 1
+    assert reads(count(monkeypatch, lambda: x.tolist())) == 1
+    assert reads(count(monkeypatch, lambda: x * 2)) == 0
+
+
+@pytest.mark.parametrize("mode", ["base", "sync", "periodic", "periodic, k=1", "random"])
+def test_a_step_reads_nothing_from_the_device(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [reads(counts) for counts in optimizer_calls(mode, monkeypatch)] == [0] * 8
+
+
+@pytest.mark.parametrize("mode", ["aga", "aga, rare"])
+def test_a_step_of_aga_reads_once_from_its_second_step_on(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [reads(counts) for counts in optimizer_calls(mode, monkeypatch)] == [0] + [1] * 7
+
+
+def test_diagnostics_read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = setup("aga")
+    for step in range(3):
+        step_by_parts(model, optimizer, step)
+    assert not count(monkeypatch, optimizer.diagnostics)
+
+
+def products_of(shapes: list[tuple[int, ...]], cls: type, monkeypatch: pytest.MonkeyPatch) -> int:
+    params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = cls(params, **({"mode": "base"} if cls is ARS2Neo else {}))
+    for p in params:
+        p.grad = torch.randn(p.shape)
+    counts = count(monkeypatch, optimizer.step)
+    assert not counts["mm"] and not counts["addmm"]
+    return counts["bmm"] + counts["baddbmm"]
+
+
+@pytest.mark.parametrize("cls", [ARS2Neo, Muon])
+def test_products_depend_on_the_number_of_shapes_not_of_tensors(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(8, 6), (6, 8), (3, 5, 7), (4, 3, 2, 2)]  # a transposed shape is no other shape
+    once = products_of(shapes, cls, monkeypatch)
+    assert once == 3 * 15  # three shapes, five steps of three products
+    assert products_of(shapes * 10, cls, monkeypatch) == once
+    assert products_of([*shapes, (9, 9)], cls, monkeypatch) == once + 15
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_number_of_state_tensors(mode: str) -> None:
+    model, optimizer = setup(mode)
+    expected = 2 if mode in ("base", "sync", "periodic, k=1") else 3
+    for _ in range(2):
+        assert {len(state) for state in optimizer.state.values()} == {expected}
+        step_by_parts(model, optimizer, 0)
+    assert len(optimizer.state) == len(problem_groups(model)[0]["params"]) + len(problem_groups(model)[1]["params"])

@@ -1,0 +1,190 @@
+"""The adversarial point, the shear force, its injection, and the decisions, by hand."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ars2 import ARS2Neo, flatness
+from tests.ars2.problems import SmallProblem, problem_groups
+from tests.ars2.training import setup, step_by_parts, train
+
+
+def double(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+# --- the adversarial point ---
+
+
+def test_the_move_has_length_rho_along_gradient_over_root_times_magnitude() -> None:
+    param, start = double(0.1, -2.0, 0.0), double(0.1, -2.0, 0.0)
+    flatness.move_to_adversarial_point_([param], [double(3.0, 4.0, 5.0)], [double(1.0, 2.0, 1.0)], 0.5, 1.0)
+    n = double(0.3, 4.0, 0.0)
+    torch.testing.assert_close(param, start + 0.5 * n / n.norm(), rtol=0, atol=1e-12)
+
+
+def test_a_zero_gradient_does_not_move() -> None:
+    param = double(0.1, -2.0)
+    flatness.move_to_adversarial_point_([param], [double(0.0, 0.0)], [double(1e-8, 1e-8)], 0.5, 1.0)
+    assert torch.equal(param, double(0.1, -2.0))
+
+
+def test_every_tensor_moves_by_its_own_rho() -> None:
+    model, optimizer = setup("sync", torch.float64, "float64")
+    train(model, optimizer, range(3))
+    before = {p: p.detach().clone() for p in model.parameters()}
+    optimizer.zero_grad()
+    model.loss(3).backward()
+    optimizer.wants_second_pass()
+    optimizer.perturb()
+    for group, rho in zip(optimizer.param_groups, (0.1, 0.05), strict=True):
+        for p in group["params"]:
+            assert (p - before[p]).norm().item() == pytest.approx(rho, rel=1e-9)
+    optimizer.restore()
+
+
+# --- the shear force ---
+
+
+def test_the_shear_force_is_orthogonal_to_the_first_gradient_and_completes_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in [(4, 5), (3,), (2, 3, 4)]]
+    second = [torch.randn(g.shape, dtype=torch.float64, generator=generator) for g in first]
+    for g, g_adversarial, s in zip(first, second, flatness.shear_forces(second, first, 1.0), strict=True):
+        assert abs((g * s).sum()) <= 1e-11
+        rest = g_adversarial - s
+        torch.testing.assert_close(rest / g, torch.full_like(g, (rest / g).flatten()[0].item()), rtol=1e-9, atol=0)
+
+
+def test_the_shear_force_of_a_zero_gradient_is_the_whole_second_one() -> None:
+    (shear,) = flatness.shear_forces([double(1.0, 2.0)], [double(0.0, 0.0)], 1.0)
+    assert torch.equal(shear, double(1.0, 2.0))
+
+
+def test_injection_adds_alpha_times_the_gradients_length_along_the_shear() -> None:
+    grads, shears = [double(3.0, 4.0), double(1.0, 1.0)], [double(0.0, 2.0), double(0.0, 0.0)]
+    injected = flatness.inject(grads, shears, 0.1)
+    torch.testing.assert_close(injected[0], double(3.0, 4.5), rtol=0, atol=1e-11)
+    assert torch.equal(injected[1], double(1.0, 1.0))
+    assert torch.equal(grads[0], double(3.0, 4.0)), "the given gradient was changed"
+
+
+def test_phi_is_one_cosine_over_all_tensors_with_a_shear_force() -> None:
+    pairs = [([double(3.0, 4.0)], [double(0.0, 2.0)]), ([double(1.0), double(7.0)], [double(-1.0), double(0.0)])]
+    # The tensor without a shear force counts on neither side.
+    expected = (8.0 - 1.0) / (math.sqrt(25.0 + 1.0) * math.sqrt(4.0 + 1.0))
+    assert flatness.global_cosine(pairs, 1.0) == pytest.approx(expected, rel=1e-12)
+    assert flatness.global_cosine([([double(5.0)], [double(0.0)]), ([], [])], 1.0) == 0.0
+    assert flatness.global_cosine([], 1.0) == 0.0
+
+
+# --- decisions ---
+
+
+def group(**options: Any) -> dict[str, Any]:
+    return {"k": 0, "last_sync": 0, "phi_variance": 0.0, "phi_beta": 0.75, "phi_lambda": 0.5, **options}
+
+
+def test_base_never_looks_and_sync_always() -> None:
+    assert not any(flatness.looks_again(group(mode="base"), t, -1.0, 0.0) for t in range(1, 50))
+    assert all(flatness.looks_again(group(mode="sync"), t, 1.0, 0.0) for t in range(1, 50))
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, [1, 2, 3, 4, 5, 6, 7]), (2, [1, 3, 5, 7]), (3, [1, 4, 7]), (9, [1])])
+def test_periodic_looks_at_steps_one_k_plus_one_and_so_on(k: int, expected: list[int]) -> None:
+    looks = [t for t in range(1, 8) if flatness.looks_again(group(mode="periodic", k=k), t, 0.0, 0.0)]
+    assert looks == expected
+    model = SmallProblem()
+    optimizer = ARS2Neo(problem_groups(model), mode="periodic", k=k)
+    assert [t for t in range(1, 8) if step_by_parts(model, optimizer, t - 1)] == expected
+
+
+def test_aga_looks_first_when_phi_drops_and_after_k_steps() -> None:
+    def looks(t: int, phi: float, variance: float, **options: Any) -> bool:
+        return flatness.looks_again(group(mode="aga", **options), t, phi, variance)
+
+    assert looks(1, 0.0, 0.0)
+    assert looks(5, -0.51, 1.0) and not looks(5, -0.5, 1.0) and not looks(5, 0.9, 1.0)
+    assert not looks(5, 0.0, 1.0, k=4, last_sync=2) and looks(6, 0.0, 1.0, k=4, last_sync=2)
+    # k up to 1 sets no longest stretch.
+    assert not looks(99, 0.0, 1.0, k=0, last_sync=2) and not looks(99, 0.0, 1.0, k=1, last_sync=2)
+
+
+def test_the_variance_starts_at_the_first_step_and_skips_the_step_after_a_look() -> None:
+    assert flatness.next_variance(group(phi_variance=9.0), 0.5, 1) == 0.25
+    assert flatness.next_variance(group(phi_variance=1.0, last_sync=4), 0.5, 5) == 1.0
+    assert flatness.next_variance(group(phi_variance=1.0, last_sync=4), 0.5, 6) == 0.75 + 0.25 * 0.25
+
+
+def draws(seed: int, probability: float = 0.3, steps: int = 4000) -> list[bool]:
+    options = group(mode="random", seed=seed, probability=probability)
+    return [flatness.looks_again(options, t, 0.0, 0.0) for t in range(1, steps + 1)]
+
+
+def test_random_looks_at_the_first_step_whatever_the_probability() -> None:
+    for seed in range(20):
+        assert draws(seed, 0.0, 50) == [True] + [False] * 49
+    assert all(draws(0, 1.0, 50))
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.3, 0.9])
+def test_random_looks_about_as_often_as_its_probability_says(probability: float) -> None:
+    for seed in range(5):
+        drawn = draws(seed, probability)[1:]
+        deviation = math.sqrt(probability * (1 - probability) / len(drawn))
+        assert abs(sum(drawn) / len(drawn) - probability) < 4 * deviation
+        # Neighbouring steps are drawn independently.
+        both = sum(a and b for a, b in pairwise(drawn)) / len(drawn)
+        assert abs(both - probability**2) < 0.03
+
+
+def test_random_is_the_same_for_the_same_seed_and_another_for_another() -> None:
+    assert draws(1) == draws(1)
+    assert draws(1) != draws(2)
+
+
+def test_random_of_the_optimizer_is_a_matter_of_seed_and_step_alone() -> None:
+    def looks(seed: int) -> list[bool]:
+        model, optimizer = setup("random", seed=seed)
+        torch.rand(seed)  # the global generator does not matter
+        return [step_by_parts(model, optimizer, step) for step in range(30)]
+
+    assert looks(3) == draws(3, 0.3, 30) == looks(3)
+    assert looks(4) == draws(4, 0.3, 30) != looks(3)
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    model, optimizer = setup("random")
+    train(model, optimizer, range(5))
+    # SmallProblem draws its default initialisation from it; the optimizer must not draw from it on top.
+    torch.manual_seed(7)
+    train(model, optimizer, range(5, 10))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("mode", ["periodic", "random", "aga"])
+def test_without_injection_a_step_without_a_look_is_that_of_base(mode: str) -> None:
+    options = {"periodic": {"k": 100}, "random": {"probability": 0.0}, "aga": {"phi_lambda": 1e6, "k": 0}}[mode]
+    param, plain = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
+    optimizer = ARS2Neo([param], mode=mode, alpha=0.0, rho=0.0, **options)  # rho 0: the first look changes nothing
+    base = ARS2Neo([plain], mode="base")
+    weights = torch.arange(12.0).reshape(3, 4)
+    for step in range(6):
+
+        def closure(param: nn.Parameter, optimizer: torch.optim.Optimizer, power: int = step % 3 + 1) -> Any:
+            def evaluate() -> None:
+                optimizer.zero_grad()
+                (weights * param**power).sum().backward()
+
+            return evaluate
+
+        optimizer.step(closure(param, optimizer))
+        base.step(closure(plain, base))
+    assert torch.equal(param, plain) and optimizer.diagnostics()["sync_steps"] == 1

@@ -1,0 +1,209 @@
+"""Which parameter goes on which track, and why: by role, never by name."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ars2 import ARS2Neo, Muon, param_groups, report
+from ars2.param_groups import assign
+
+
+class Network(nn.Module):
+    """Names that mislead on purpose; subclasses say which module is the head, or that none is."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.lm_head = nn.Embedding(11, 8)  # an embedding
+        self.norm = nn.Linear(8, 8)  # a hidden matrix
+        self.embed = nn.LayerNorm(8)
+        self.grid = nn.LayerNorm((4, 8))
+        self.wave = nn.Conv1d(8, 6, 3)
+        self.image = nn.Conv2d(3, 4, 3)
+        self.volume = nn.Conv3d(1, 2, 2)
+        self.heads = nn.Parameter(torch.zeros(2, 5, 8))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.word_embeddings = nn.Linear(8, 11, bias=False)  # the output head
+        if tied:
+            self.word_embeddings.weight = self.lm_head.weight
+
+
+class SayingNetwork(Network):
+    """Its head is not its last linear layer, and it says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(8, 8, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.word_embeddings
+
+
+class HeadlessNetwork(Network):
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+def roles(model: nn.Module, policy: Any = "all") -> dict[str, tuple[str, str]]:
+    return {item.name: (item.role, item.track) for item in assign(model, policy)}
+
+
+EXPECTED = {
+    "lm_head.weight": ("embedding", "vector"),
+    "norm.weight": ("hidden", "matrix"),
+    "norm.bias": ("bias or gain", "vector"),
+    "embed.weight": ("norm", "vector"),
+    "embed.bias": ("norm", "vector"),
+    "grid.weight": ("norm", "vector"),
+    "grid.bias": ("norm", "vector"),
+    "wave.weight": ("convolution", "matrix"),
+    "wave.bias": ("bias or gain", "vector"),
+    "image.weight": ("convolution", "matrix"),
+    "image.bias": ("bias or gain", "vector"),
+    "volume.weight": ("convolution", "matrix"),
+    "volume.bias": ("bias or gain", "vector"),
+    "heads": ("stack", "matrix"),
+    "scale": ("bias or gain", "vector"),
+    "word_embeddings.weight": ("output head", "vector"),
+}
+MATRIX_ONLY_IN_ALL = {"lm_head.weight", "grid.weight", "grid.bias", "word_embeddings.weight"}
+
+
+def test_hidden_leaves_out_embeddings_heads_and_norms() -> None:
+    assert roles(Network(), "hidden") == EXPECTED
+
+
+def test_all_takes_everything_of_two_dimensions() -> None:
+    expected = {n: (role, "matrix" if n in MATRIX_ONLY_IN_ALL else track) for n, (role, track) in EXPECTED.items()}
+    assert roles(Network(), "all") == expected
+
+
+def test_the_model_says_which_module_is_its_head() -> None:
+    expected = {**EXPECTED, "projection.weight": ("hidden", "matrix")}
+    assert roles(SayingNetwork(), "hidden") == expected
+
+
+def test_a_model_may_say_that_it_has_no_head() -> None:
+    assert roles(HeadlessNetwork(), "hidden")["word_embeddings.weight"] == ("hidden", "matrix")
+
+
+def test_without_a_word_the_last_linear_layer_is_the_head() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.BatchNorm1d(5))
+    assert {name: role for name, (role, _) in roles(model).items()} == {
+        "0.weight": "hidden",
+        "0.bias": "bias or gain",
+        "2.weight": "output head",
+        "2.bias": "bias or gain",
+        "3.weight": "norm",
+        "3.bias": "norm",
+    }
+
+
+@pytest.mark.parametrize(("policy", "track"), [("all", "matrix"), ("hidden", "vector")])
+def test_a_tied_embedding_appears_once_under_its_first_name(policy: str, track: str) -> None:
+    found = roles(Network(tied=True), policy)
+    assert found["lm_head.weight"] == ("tied embedding", track) and "word_embeddings.weight" not in found
+
+
+def test_an_embedding_tied_the_other_way_round_is_known_too() -> None:
+    model = nn.Module()
+    model.head = nn.Linear(8, 11, bias=False)
+    model.tokens = nn.Embedding(11, 8)
+    model.tokens.weight = model.head.weight
+    assert roles(model, "hidden") == {"head.weight": ("tied embedding", "vector")}
+
+
+@pytest.mark.parametrize("policy", ["all", "hidden"])
+@pytest.mark.parametrize(("rows", "track"), [(9_999, "matrix"), (10_000, "vector"), (40_000, "vector")])
+def test_large_dimensions_are_vectors(policy: str, rows: int, track: str) -> None:
+    model = nn.Sequential(nn.Linear(2, rows, bias=False), nn.Linear(rows, 2, bias=False), nn.Linear(2, 2))
+    found = roles(model, policy)
+    assert found["0.weight"][1] == found["1.weight"][1] == track
+    reason = next(item.reason for item in assign(model, policy) if item.name == "0.weight")
+    assert ("10000" in reason) == (track == "vector")
+
+
+@pytest.mark.parametrize("policy", ["all", "hidden"])
+@pytest.mark.parametrize("model_of", [Network, SayingNetwork, lambda: Network(tied=True)])
+def test_every_trainable_parameter_is_in_exactly_one_group(model_of: Any, policy: str) -> None:
+    model = model_of()
+    model.norm.weight.requires_grad_(False)
+    model.scale.requires_grad_(False)
+    placed = [p for group in param_groups(model, policy) for _, p in group["params"]]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(placed) == len(trainable) and set(placed) == set(trainable)
+    names = dict(model.named_parameters())
+    assert all(names[name] is p for group in param_groups(model, policy) for name, p in group["params"])
+
+
+def test_kernels_of_one_dimension_have_a_group_that_is_flattened() -> None:
+    groups = param_groups(Network())
+    flattened = [group for group in groups if group.get("flatten")]
+    assert [[name for name, _ in group["params"]] for group in flattened] == [["wave.weight"]]
+    assert flattened[0]["track"] == "matrix"
+    stacked = next(group for group in groups if any(name == "heads" for name, _ in group["params"]))
+    assert stacked["track"] == "matrix" and "flatten" not in stacked
+
+
+def test_options_go_to_the_groups_of_their_track() -> None:
+    groups = param_groups(Network(), "hidden", matrix={"lr": 0.1, "betas": (0.8, 0.9)}, vector={"weight_decay": 0.0})
+    assert len(groups) == 3
+    for group in groups:
+        options = {name: value for name, value in group.items() if name not in ("params", "track", "flatten")}
+        expected = {"lr": 0.1, "betas": (0.8, 0.9)} if group["track"] == "matrix" else {"weight_decay": 0.0}
+        assert options == expected
+    optimizer = ARS2Neo(groups, lr=0.5, weight_decay=0.3)
+    seen = {(g["track"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups}
+    assert seen == {("matrix", 0.1, 0.3), ("vector", 0.5, 0.0)}
+
+
+@pytest.mark.parametrize("name", ["params", "track", "flatten"])
+@pytest.mark.parametrize("track", ["matrix", "vector"])
+def test_options_may_not_undo_the_policy(track: str, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"options of the {track} track may not name \['{name}'\]"):
+        param_groups(Network(), **{track: {name: "vector"}})
+
+
+@pytest.mark.parametrize("cls", [ARS2Neo, Muon, torch.optim.AdamW, torch.optim.SGD])
+def test_any_optimizer_takes_the_groups(cls: Any) -> None:
+    model = Network()
+    optimizer = cls(param_groups(model, "hidden"), lr=0.01)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+    assert {group["track"] for group in optimizer.param_groups} == {"matrix", "vector"}
+
+
+def test_a_lazy_parameter_is_named() -> None:
+    with pytest.raises(ValueError, match=r"parameter 0\.(weight|bias) has no shape yet: run one forward pass"):
+        param_groups(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_misuse_is_named() -> None:
+    with pytest.raises(ValueError, match="policy must be 'all' or 'hidden', got 'muon'"):
+        param_groups(Network(), "muon")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        param_groups(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        param_groups(nn.Linear(2, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize("policy", ["all", "hidden"])
+def test_the_report_has_a_line_a_parameter_and_right_totals(policy: Any) -> None:
+    model = Network()
+    header, *lines, totals = report(model, policy).splitlines()
+    assert header.split() == ["track", "role", "shape", "parameter", "reason"]
+    items = assign(model, policy)
+    assert len(lines) == len(items)
+    for line, item in zip(lines, items, strict=True):
+        track, role, shape, name, reason = (
+            re.split(r"\s{2,}", line)
+            if item.param.ndim
+            else re.split(r"\s{2,}", line.replace(item.name, "() " + " " + item.name, 1))
+        )
+        assert (track, role, name, reason) == (item.track, item.role, item.name, item.reason)
+        assert item.param.ndim == 0 or tuple(map(int, shape.split("x"))) == item.param.shape
+    for track in ("matrix", "vector"):
+        params = [item.param for item in items if item.track == track]
+        assert f"{track} {len(params)} tensors, {sum(p.numel() for p in params):,} numbers" in totals
+    assert totals.startswith(f"policy {policy}: ")

@@ -1,0 +1,236 @@
+"""The way back from the adversarial point: exact to the bit, on every way out, and the next step as if nothing was."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ars2 import ARS2Neo
+from tests.ars2.problems import SmallProblem
+from tests.ars2.training import (
+    SHEAR_MODES,
+    assert_identical,
+    closure_of,
+    copies,
+    parameters_of,
+    same,
+    setup,
+    snapshot,
+    train,
+)
+
+LOOKING = ["sync", "periodic, k=1", *SHEAR_MODES]  # all look twice at the first step
+
+
+class Failing(SmallProblem):
+    """Raises inside the forward pass, the given number of passes from now."""
+
+    passes_left = -1
+    error: BaseException = RuntimeError("in forward")
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        self.passes_left -= 1
+        if self.passes_left == 0:
+            raise self.error
+        return super().forward(images, tokens)
+
+
+def fail_in_forward(model: Failing, optimizer: ARS2Neo, step: int, error: BaseException) -> Callable[[], Tensor]:
+    model.passes_left, model.error = 2, error
+    return closure_of(model, optimizer, step)
+
+
+def fail_after_backward(model: Failing, optimizer: ARS2Neo, step: int, error: BaseException) -> Callable[[], Tensor]:
+    calls: list[int] = []
+    whole = closure_of(model, optimizer, step)
+
+    def closure() -> Tensor:
+        loss = whole()
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return loss
+
+    return closure
+
+
+def fail_within_backward(model: Failing, optimizer: ARS2Neo, step: int, error: BaseException) -> Callable[[], Tensor]:
+    """The later layers have their second gradient by then, the earlier ones do not."""
+    calls: list[int] = []
+
+    def hook(_: Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+
+    handle = model.tall.weight.register_hook(hook)
+    whole = closure_of(model, optimizer, step)
+
+    def closure() -> Tensor:
+        try:
+            return whole()
+        finally:
+            if len(calls) == 2:
+                handle.remove()
+
+    return closure
+
+
+def failing(mode: str) -> tuple[Failing, ARS2Neo]:
+    like, optimizer = setup(mode)
+    model = Failing()
+    # The same optimizer class and options over the parameters of the failing model.
+    groups = [{**group, "params": []} for group in optimizer.param_groups]
+    names = {p: name for name, p in like.named_parameters()}
+    mine = dict(model.named_parameters())
+    for group, source in zip(groups, optimizer.param_groups, strict=True):
+        group["params"] = [mine[names[p]] for p in source["params"]]
+    return model, ARS2Neo(groups, **{name: optimizer.defaults[name] for name in ("mode", "k", "ns_dtype")})
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(3), GeneratorExit()])
+@pytest.mark.parametrize("way_out", [fail_in_forward, fail_within_backward, fail_after_backward])
+@pytest.mark.parametrize("mode", LOOKING)
+def test_an_error_in_the_second_pass_leaves_everything_as_after_the_first(
+    mode: str, way_out: Callable[..., Any], error: BaseException
+) -> None:
+    model, optimizer = failing(mode)
+    undisturbed, undisturbed_optimizer = failing(mode)
+    first_gradients: list[Tensor] = []
+    # The first evaluation, for what the gradients should be.
+    undisturbed.loss(0).backward()
+    first_gradients = [p.grad.clone() for p in parameters_of(undisturbed_optimizer) if p.grad is not None]
+    undisturbed_optimizer.zero_grad()
+    before = snapshot(optimizer)
+
+    with pytest.raises(type(error)):
+        optimizer.step(way_out(model, optimizer, 0, error))
+
+    after = snapshot(optimizer)
+    assert same(after.pop("grads"), first_gradients)
+    before.pop("grads")
+    assert_identical(before, after)
+    assert not optimizer.first_gradients
+    # The same batch again, and on: as a run that never failed.
+    train(model, optimizer, range(4))
+    train(undisturbed, undisturbed_optimizer, range(4))
+    assert_identical(snapshot(undisturbed_optimizer), snapshot(optimizer))
+
+
+def test_a_gradient_that_only_the_failed_second_pass_computed_is_taken_away() -> None:
+    used, unused = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    optimizer = ARS2Neo([used, unused])
+    calls: list[int] = []
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        calls.append(1)
+        (used.square().sum() + (unused.square().sum() if len(calls) == 2 else 0)).backward()
+        if len(calls) == 2:
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        optimizer.step(closure)
+    assert torch.equal(used.grad, torch.full((3, 3), 2.0)) and unused.grad is None
+
+
+@pytest.mark.parametrize("where", ["perturb", "restore"])
+def test_an_interrupt_within_the_moves_themselves_restores(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ctrl-C may arrive at any line. Both moves end with this call, so it stands for a late one.
+    model, optimizer = setup("sync")
+    train(model, optimizer, range(2))
+    before = copies(model.parameters())
+    calls: list[int] = []
+
+    def interrupted() -> None:
+        calls.append(1)
+        if len(calls) == (1 if where == "perturb" else 2):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "clear_autocast_cache", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure_of(model, optimizer, 2))
+    monkeypatch.undo()
+    assert same(before, model.parameters())
+    assert all(p.grad is not None for p in model.parameters())
+    train(model, optimizer, range(2, 4))
+    undisturbed, undisturbed_optimizer = setup("sync")
+    train(undisturbed, undisturbed_optimizer, range(4))
+    assert_identical(snapshot(undisturbed_optimizer), snapshot(optimizer))
+
+
+def test_an_interrupt_in_the_middle_of_copying_back_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = setup("sync")
+    before = copies(model.parameters())
+    real = torch._foreach_copy_
+    calls: list[int] = []
+
+    def interrupted(targets: list[Tensor], sources: list[Tensor]) -> None:
+        calls.append(1)
+        if len(calls) == 2:  # the first group is back, the second is not
+            raise KeyboardInterrupt
+        real(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure_of(model, optimizer, 0))
+    assert same(before, model.parameters())
+
+
+def test_a_perturbation_that_fails_halfway_is_undone() -> None:
+    first, second = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+    table = nn.Embedding(4, 3, sparse=True)
+    optimizer = ARS2Neo([{"params": [first]}, {"params": [second, table.weight]}])
+    (first.sum() + second.sum() + table(torch.tensor([1])).sum()).backward()
+    gradients = [first.grad, second.grad]
+    with pytest.raises(RuntimeError, match="sparse"):
+        if optimizer.wants_second_pass():
+            optimizer.perturb()
+    assert torch.equal(first, torch.ones(3, 3)) and first.grad is gradients[0] and second.grad is gradients[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_restoring_is_exact_to_the_bit_whatever_the_values(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-6, 4, 64, dtype=torch.float64)
+    values = (torch.randn(64, 64, dtype=torch.float64, generator=generator) * scales).to(dtype)
+    values[0, 0], values[1, 1] = -0.0, torch.finfo(dtype).tiny
+    param = nn.Parameter(values.clone())
+    optimizer = ARS2Neo([param], rho=1e6)
+    param.grad = torch.randn(64, 64, dtype=torch.float64, generator=generator).to(dtype)
+    optimizer.wants_second_pass()
+    optimizer.perturb()
+    assert not torch.equal(param, values)
+    optimizer.restore()
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(param.detach().view(bits), values.view(bits))
+
+
+def test_what_was_moved_is_remembered_and_not_guessed_from_the_gradients() -> None:
+    # A gradient that comes or goes between the passes must not decide what is moved back.
+    first, second, third = (nn.Parameter(torch.full((3, 3), v)) for v in (1.0, 2.0, 3.0))
+    optimizer = ARS2Neo([first, second, third])
+    (first.square().sum() + second.square().sum()).backward()
+    optimizer.wants_second_pass()
+    optimizer.perturb()
+    assert not torch.equal(first, torch.ones(3, 3)) and not torch.equal(second, torch.full((3, 3), 2.0))
+    assert torch.equal(third, torch.full((3, 3), 3.0))
+    (second.square().sum() + third.square().sum()).backward()
+    optimizer.restore()
+    assert [p[0, 0].item() for p in (first, second, third)] == [1.0, 2.0, 3.0]
+    optimizer.step()
+    assert first[0, 0].item() == 1.0 and second[0, 0].item() < 2.0 and third[0, 0].item() < 3.0
+
+
+def test_the_parameters_given_by_a_user_inside_the_second_pass_do_not_stay() -> None:
+    model, optimizer = setup("sync")
+    before = copies(model.parameters())
+    model.loss(0).backward()
+    optimizer.wants_second_pass()
+    optimizer.perturb()
+    with torch.no_grad():
+        model.tall.weight.zero_()
+    optimizer.restore()
+    assert same(before, model.parameters())

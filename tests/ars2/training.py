@@ -1,0 +1,128 @@
+"""How the tests drive an optimizer: the modes with their options, closures, the parts, and what is compared."""
+
+import io
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ars2 import ARS2Neo
+from tests.ars2.problems import SmallProblem, problem_groups
+
+# Every mode with options under which it does all that it can do within a few dozen steps of the small problem: AGA's
+# decisions are then taken with a margin that float32 cannot close.
+MODES: dict[str, dict[str, Any]] = {
+    "base": {"mode": "base"},
+    "sync": {"mode": "sync"},
+    "aga": {"mode": "aga", "k": 6, "phi_lambda": 2.0},
+    "aga, rare": {"mode": "aga", "k": 10, "phi_lambda": 3.0},
+    "periodic": {"mode": "periodic", "k": 3},
+    "periodic, k=1": {"mode": "periodic", "k": 1},
+    "random": {"mode": "random", "probability": 0.3, "seed": 5},
+}
+TWO_PASS_MODES = [name for name in MODES if name != "base"]
+SHEAR_MODES = ["aga", "periodic", "random"]
+
+
+def setup(
+    mode: str = "sync", dtype: torch.dtype = torch.float32, ns_dtype: str = "float32", **options: Any
+) -> tuple[SmallProblem, ARS2Neo]:
+    """The small problem and an ARS2Neo over its two tracks, in a mode of the table above."""
+    model = SmallProblem(dtype)
+    return model, ARS2Neo(problem_groups(model), ns_dtype=ns_dtype, **{**MODES[mode], **options})
+
+
+def closure_of(model: SmallProblem, optimizer: Optimizer, step: int) -> Callable[[], Tensor]:
+    """The standard closure for the batch of `step` (from 0)."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model.loss(step)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def train(model: SmallProblem, optimizer: Optimizer, steps: Iterable[int]) -> None:
+    """Whole steps, by closure."""
+    for step in steps:
+        optimizer.step(closure_of(model, optimizer, step))
+
+
+def step_by_parts(
+    model: SmallProblem,
+    optimizer: ARS2Neo,
+    step: int,
+    between: Callable[[], None] = lambda: None,
+    loss_scale: float = 1.0,
+) -> bool:
+    """One step through the parts; `between` runs before the update. Returns whether there was a second pass."""
+    optimizer.zero_grad()
+    (model.loss(step) * loss_scale).backward()
+    again = optimizer.wants_second_pass(grad_scale=loss_scale)
+    if again:
+        optimizer.perturb()
+        try:
+            (model.loss(step) * loss_scale).backward()
+        finally:
+            optimizer.restore()
+    between()
+    optimizer.step()
+    return again
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t.detach().clone() for t in tensors]
+
+
+def same(left: Iterable[Tensor], right: Iterable[Tensor]) -> bool:
+    """Equal to the bit, dtypes included."""
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def snapshot(optimizer: Optimizer) -> dict[str, Any]:
+    """All that a step may change, copied: parameters, gradients, state, and the groups' numbers."""
+    params = parameters_of(optimizer)
+    return {
+        "params": copies(params),
+        "grads": [None if p.grad is None else p.grad.clone() for p in params],
+        **deepcopy(optimizer.state_dict()),
+    }
+
+
+def assert_identical(left: Any, right: Any, where: str = "") -> None:
+    """Assert that two nested structures of tensors and plain values are equal to the bit."""
+    assert type(left) is type(right), f"{where}: {type(left)} against {type(right)}"
+    if isinstance(left, Tensor):
+        assert left.dtype == right.dtype and torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_identical(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), where
+        for index, pair in enumerate(zip(left, right, strict=True)):
+            assert_identical(*pair, f"{where}[{index}]")
+    else:
+        assert left == right, f"{where}: {left} against {right}"
+
+
+def through_a_file(saved: Any) -> Any:
+    """Saved and read back by the loader that takes nothing but tensors and plain values."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def worst_difference(left: Iterable[Tensor], right: Iterable[Tensor]) -> float:
+    """The largest absolute difference of any entry, taken in float64."""
+    return max((a.double() - b.double()).abs().max().item() for a, b in zip(left, right, strict=True))

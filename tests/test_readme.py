@@ -1,0 +1,52 @@
+"""What the README says works: its code runs, its links and commands lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_plain_loops_run_one_after_the_other_and_learn(capsys: pytest.CaptureFixture[str]) -> None:
+    loop, parts = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict[str, object] = {}
+    exec(loop, names)
+    printed = capsys.readouterr().out
+    match = re.search(r"loss ([\d.]+) after (\d+) gradient evaluations", printed)
+    assert match is not None and int(match[2]) == 400
+    model, inputs, targets = names["model"], names["inputs"], names["targets"]
+    assert float(match[1]) < 0.5 * targets.var().item()  # type: ignore[attr-defined]
+    assert "policy hidden leaves out every output head" in printed
+    before = [param.clone() for param in model.parameters()]  # type: ignore[attr-defined]
+    exec(parts, names)
+    moved = [not before[i].equal(param) for i, param in enumerate(model.parameters())]  # type: ignore[attr-defined]
+    assert all(moved) and model(inputs).shape == targets.shape  # type: ignore[operator, attr-defined]
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))
+def test_links_lead_to_files(target: str) -> None:
+    assert (ROOT / target).exists()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"(?<!tests/)(?:configs|modules|ars2|results|benchmarks)/[\w/]+\.\w+", README)))
+)
+def test_named_files_exist(path: str) -> None:
+    assert (ROOT / path).is_file()
+
+
+def test_every_module_is_on_the_map() -> None:
+    tree = README.split("```text")[1].split("```")[0]
+    folders = ("ars2", "modules", "datamodules", "benchmarks")
+    files = [path for folder in folders for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]
+    # The networks and tasks are named together with their folder.
+    missing = [path.name for path in files if path.name not in tree and path.name != "grokking_transformer.py"]
+    assert not missing
+
+
+def test_named_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", "\n".join(re.findall(r"`make \w+`|^make \w+", README, re.M))):
+        assert re.search(rf"^{target}:", makefile, re.M), target
