@@ -4,6 +4,8 @@ import contextlib
 import logging
 import os
 import re
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -26,11 +28,12 @@ def _without_heavy_packages(requirement: RequirementCache) -> None:
 
 # torchmetrics imports these packages where it finds them, two seconds at every start; none of the metrics used here
 # needs one. A task that needs them imports them itself.
-RequirementCache._check_requirement = _without_heavy_packages  # type: ignore[method-assign]
+RequirementCache._check_requirement = _without_heavy_packages  # type: ignore[assignment, method-assign]
 import lightning.pytorch as L  # noqa: E402
 import torch  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
 
 RequirementCache._check_requirement = _check_requirement  # type: ignore[method-assign]
 
@@ -49,13 +52,25 @@ NOISE = (
     ".*does not have many workers.*",
     "LightningCLI's args parameter.*",
     ".*number of training batches .* is smaller than the logging interval.*",
+    "The dirpath has changed from",
+    "Be aware that when using `ckpt_path`",
+    "Experiment logs directory .* exists and is not empty",
+    "Encountered `nan` values in tensor",
+    "Detected pickle protocol .* in the checkpoint",
 )
-CHATTER = ("💡", "TPU available", "GPU available", "`Trainer.fit` stopped")
+CHATTER = (
+    *("💡", "TPU available", "GPU available", "`Trainer.fit` stopped", "Seed set to"),
+    *("Restoring states", "Restored all states", "Loaded model weights"),
+)
 FOLDER = "ARS2_RUN_FOLDER"
+RESULTS = ("summary.json", "metrics.csv", "checkpoints", "wandb")
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one line with the nearest valid name."""
+    """A parser whose errors are one line with the nearest valid name, and which completes no abbreviated option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print what is wrong and leave with exit code 2."""
@@ -85,10 +100,14 @@ class CommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would take hyperparameters out of the file here; ours come from configs, and the file is checked.
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path is not None and path not in ("last", "best", "hpc", "registry"):
-            check_checkpoint(Path(path))
-        self.config[self.config.subcommand].weights_only = True
+        # Its words for a path ("last", "best") cannot mean anything either where every run has a folder of its own.
+        subcommand = self.config.subcommand
+        path = self.config[subcommand].get("ckpt_path")
+        if path is not None:
+            check_checkpoint(Path(path), resume=subcommand == "fit")
+        elif subcommand != "fit":
+            raise ValueError(f"{subcommand} needs a trained network: add --ckpt_path <run>/checkpoints/last.ckpt")
+        self.config[subcommand].weights_only = True
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
@@ -121,12 +140,16 @@ def run_folder(parent: Path, stem: str) -> Path:
     raise FileExistsError(f"{parent} is full of runs named {stem}: name another --runs folder")
 
 
-def check_checkpoint(path: Path) -> None:
+def check_checkpoint(path: Path, resume: bool) -> None:
     """Check that ``path`` is a checkpoint that can be loaded without running any code in it.
+
+    Args:
+        path: of the file.
+        resume: whether training goes on from it, which needs more than the weights.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: damaged, or not a checkpoint of Lightning.
+        ValueError: damaged, not a checkpoint of Lightning, or without what resuming needs.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -136,6 +159,8 @@ def check_checkpoint(path: Path) -> None:
         raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged, or another program's") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(checkpoint):
         raise ValueError(f"{path} holds no training run: give a .ckpt file from a run's checkpoints folder")
+    if resume and not checkpoint.get("optimizer_states"):
+        raise ValueError(f"{path} holds weights alone, no state to resume from: give the last.ckpt of a run")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -145,9 +170,8 @@ def main(arguments: Sequence[str]) -> int:
     """
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not record.getMessage().startswith(CHATTER)
-    )
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_is_news)
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(FOLDER, None)
     try:
@@ -161,17 +185,31 @@ def main(arguments: Sequence[str]) -> int:
             auto_configure_optimizers=False,
             parser_class=Parser,
             seed_everything_default=42,
-            trainer_defaults={"enable_model_summary": False, "callbacks": [ProgressBar(), CostCounters(), RunSummary()]},
+            trainer_defaults={
+                "enable_model_summary": False,
+                "callbacks": [ProgressBar(), CostCounters(), RunSummary()],
+            },
         )
+    except SIGTERMException:
+        return 128 + signal.SIGTERM
     except Exception as error:
         return _report(error)
     return 0
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(CHATTER)
+
+
 def _report(error: Exception) -> int:
     where = ""
-    if FOLDER in os.environ or not isinstance(error, (ValueError, OSError)):
-        details = Path(os.environ.get(FOLDER, tempfile.gettempdir())) / "error.txt"
+    folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else None
+    if folder is not None and "LOCAL_RANK" not in os.environ and not any((folder / name).exists() for name in RESULTS):
+        # Nothing came of this run: an option was refused once it was put to use.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder = None
+    if folder is not None or not isinstance(error, (ValueError, OSError)):
+        details = (folder or Path(tempfile.mkdtemp(prefix="ars2-"))) / "error.txt"
         with contextlib.suppress(OSError):
             details.write_text("".join(traceback.format_exception(error)))
             where = f" (details in {details})"

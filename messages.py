@@ -11,19 +11,49 @@ _NOISE = re.compile(
 )
 _MAX_LENGTH = 500
 _REQUIRED = "the following arguments are required"
+_NO_CLASS = r"Expected a dot import path string: (.+)"
 
 
 def one_line(error: BaseException) -> str:
     """Return the exception's message on one line; its type comes first where the message alone says too little."""
     text = str(error)
-    if "Does not validate against" in text:
+    if isinstance(error, KeyError) and " " in text:
+        text = str(error.args[0])  # a sentence, not a key
+    elif "Does not validate against" in text:
         text = explain(text, None)
+    elif "loading state_dict" in text:
+        text = _other_network(text)
+    elif "could not find the monitored key" in text:
+        text = _not_logged(text)
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     text = " ".join(text.split())
     if len(text) > _MAX_LENGTH:
         text = text[:_MAX_LENGTH] + " ..."
-    if not text or isinstance(error, (KeyError, AttributeError, AssertionError, IndexError, TypeError)):
+    if " " not in text or isinstance(error, (AttributeError, AssertionError, IndexError, TypeError)):
         return f"{type(error).__name__}: {text}"
     return text
+
+
+def _other_network(message: str) -> str:
+    """Shorten what torch says of a checkpoint that does not fit: it goes through all tensors."""
+    shapes = re.findall(r"size mismatch for (\S+): .*?Size\((.*?)\) from checkpoint.*?Size\((.*?)\)", message)
+    parts = [f"{name} is {there} there and {here} here" for name, there, here in shapes[:1]]
+    for kind, phrase in (("Missing", "it lacks"), ("Unexpected", "it also has")):
+        if names := re.findall(rf'{kind} key\(s\) in state_dict: "([^"]+)"', message):
+            parts.append(f"{phrase} {names[0]}")
+    more = f" ({len(shapes)} tensors differ)" if len(shapes) > 1 else ""
+    return f"the checkpoint is of another network than the configs: {', '.join(parts)}{more}"
+
+
+def _not_logged(message: str) -> str:
+    """Shorten what Lightning says of a checkpoint's metric that nobody logs."""
+    found = re.search(r"monitor='(.*?)'.*?metrics: \[(.*?)\]", message)
+    if found is None:
+        return message
+    logged = re.findall(r"'([^']+)'", found[2])
+    hint = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(found[1], logged, n=1))
+    return f"checkpoint.monitor is {found[1]}, which is not logged{hint}"
 
 
 def explain(message: str, parser: Any) -> str:
@@ -31,7 +61,7 @@ def explain(message: str, parser: Any) -> str:
 
     Args:
         message: jsonargparse's message, nested over many lines.
-        parser: the parser it comes from, if any; its keys are the valid names at the top level.
+        parser: the parser it comes from, if any; its keys are the valid names.
     """
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     place = ".".join(re.findall(r'Parser key "([^"]+)"', message))
@@ -41,43 +71,47 @@ def explain(message: str, parser: Any) -> str:
     said = [re.sub(r"^Type \S.* expects a function or a callable class: ", "", line) for line in said]
     said = [re.sub(r"\.? Got value: Namespace\(.*$", "", line) for line in said]
     said = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in said]
+    said = [re.sub(r"\. Got value: ", "; got ", line) for line in said]
+    said = [re.sub(r"Expected a <class '(\w+)'>", r"expected \1", line) for line in said]
+    said = [re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", line) for line in said]
+    said = [re.sub(_NO_CLASS, r"there is no class \1 (a class is given by its full path)", line) for line in said]
     said = [line for line in said if line and not line.startswith("Expected a path but")]
-    text = "; ".join(dict.fromkeys(said))
-    if given and not given.startswith(("{", "NestedArg", "Namespace")) and "Got value" not in text:
+    text = "; ".join(dict.fromkeys(said)).replace("; expected ", " or ")
+    told = "; got " in text or "there is no class" in text or given.startswith(("{", "NestedArg", "Namespace"))
+    if given and not told:
         text += f"; got {given}"
-    text = re.sub(r"Expected a <class '(\w+)'>", r"expected \1", text)
-    text = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", text)
-    if _REQUIRED in text:
-        text += "; name a config, such as --config configs/grok_aga.yaml"
-    if hint := _nearest(message, parser):
+    if re.search(rf"{_REQUIRED}.*\bmodel\b", text) or (text.startswith("Option ") and _keys(parser) == {"help"}):
+        text += "; first name a config, such as --config configs/grok_aga.yaml"
+    elif hint := _nearest(message, parser):
         text += f"; did you mean {hint}?"
     text = " ".join(text.split())[:_MAX_LENGTH]
     return f"{place}: {text}" if place and text else text or place or message
 
 
+def _keys(parser: Any, subcommand: str = "") -> set[str]:
+    """Return the keys that a parser, or one of its subcommands, knows; none without a parser."""
+    for action in [] if parser is None else parser._actions:
+        if isinstance(action.choices, dict) and subcommand in action.choices:
+            return _keys(action.choices[subcommand])
+    return set() if parser is None else {action.dest for action in parser._actions if action.dest}
+
+
 def _nearest(message: str, parser: Any) -> str | None:
     """Return the valid name most like the one that was refused."""
-    patterns = (
-        r"Option '([\w.]+)' is not accepted",
-        r"Key '([\w.]+)' is not expected",
-        r"[Uu]nrecognized arguments: --([\w.]+)",
-        r"No action for (?:destination )?key \"?'?([\w.]+)",
-        r"has no attribute '(\w+)'",
-        r"Got value: (\w+)",
-    )
-    wrong = next((found for pattern in patterns if (found := re.findall(pattern, message))), None)
-    if wrong is None:
+    if match := re.search(r"Literal\[(.*)\].*Got value: (\w+)", message):
+        wrong, candidates = match[2], set(re.findall(r"'(\w+)'", match[1]))
+    elif match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        wrong, candidates = match[2], set(dir(importlib.import_module(match[1])))
+    elif match := re.search(r"invalid choice: '(\w+)' \(choose from (.*)\)", message):
+        wrong, candidates = match[1], set(re.findall(r"'(\w+)'", match[2]))
+    elif match := re.search(r"Subcommand '(\w+)' does not accept option '([\w.]+)'", message):
+        wrong, candidates = match[2], _keys(parser, match[1])
+    elif match := re.search(r"Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+)", message):
+        wrong, candidates = match[1] or match[2], _keys(parser)
+        candidates |= {f"init_args.{name}" for name in candidates if "." in wrong}
+    else:
         return None
-    name = wrong[-1]
-    candidates = set() if parser is None else {action.dest for action in parser._actions if action.dest}
-    for class_path in re.findall(r"class_path[ =]'([\w.]+)'", message):
-        candidates |= option_names(class_path)
-    for module in re.findall(r"module '([\w.]+)' has no attribute", message):
-        candidates = set(dir(importlib.import_module(module)))
-    for choices in re.findall(r"Literal\[(.*?)\]", message):
-        candidates |= set(re.findall(r"'(\w+)'", choices))
-    matches = difflib.get_close_matches(name, candidates - {name}, n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    return next(iter(difflib.get_close_matches(wrong, candidates - {wrong}, n=1)), None)
 
 
 def option_names(class_path: str) -> set[str]:

@@ -4,91 +4,133 @@ Where a later config names another optimizer class, the parser keeps every optio
 has too. In a comparison of optimizers that is a wrong learning rate or weight decay that nobody wrote down.
 """
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from messages import option_names
 
-_OPTION = re.compile(r"--model\.(?:init_args\.)?(optimizer|matrix|vector)(?:\.(?:init_args\.)?(\w+))?(?:=(.*))?$", re.S)
-_TRACK_OPTIONS = ("matrix", "vector")
+_TRACKS = ("matrix", "vector")
+_CONFIG = re.compile(r"(?:--config=|-c=?)(.+)", re.S)
+_SETTING = re.compile(r"--((?:model|\w+\.model)[\w.]*)(?:=(.*))?", re.S)
+_SUBCOMMANDS = ("fit", "validate", "test", "predict")
+# Where a value may also be the path of a file that holds it.
+_NESTED = ("model", "model.optimizer")
 
 
 class _Source:
-    """What one config or command-line option says of the optimizer: its class, if named, and the options stated."""
+    """What one config or command-line option says of the optimizer.
 
-    def __init__(self, name: str) -> None:
+    ``class_path`` is its class, if named; ``stated`` are the options and tracks it gives; of those in ``anew`` nothing
+    stated before is left.
+    """
+
+    def __init__(self, name: str, settings: dict[str, Any]) -> None:
         self.name = name
         self.class_path: str | None = None
-        self.options: set[str] = set()
+        self.stated: set[str] = set()
+        self.anew: set[str] = set()
+        for key, value in settings.items():
+            _, option, *deeper = *key.split("."), ""
+            if option == "optimizer" and deeper[0] in ("", "class_path"):
+                self.class_path = value if isinstance(value, str) else self.class_path
+                continue
+            name = option if option in _TRACKS else deeper[0]
+            if value is not None or option not in _TRACKS:
+                self.stated.add(name)
+            # One key of a track leaves the track's others as they were.
+            if option not in _TRACKS or not deeper[0]:
+                self.anew.add(name)
 
 
-def _from_config(path: str) -> _Source:
-    source = _Source(path)
+def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk through nested mappings, dotted keys and files; yield the keys about the optimizer in one spelling."""
+    parts = [part for part in key.split(".") if part and part != "init_args"]
+    if parts[:1] and parts[0] in _SUBCOMMANDS:
+        parts = parts[1:]
+    name = ".".join(parts)
+    if name in _NESTED and isinstance(value, str):
+        value = _read(value) if os.path.isfile(value) else value
+    if isinstance(value, dict) and (len(parts) < 2 or name == "model.optimizer"):
+        for inner, item in value.items():
+            yield from _settings(item, f"{name}.{inner}")
+    elif re.match(r"model\.(optimizer|matrix|vector)(\.|$)", name):
+        yield name, value
+
+
+def _read(text: str) -> Any:
+    """Return what the file of that name holds, or else what the text itself says."""
+    if not os.path.isfile(text):
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError:
+            return None  # the parser says what is wrong with it
     try:
-        config = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return source  # the parser says what is wrong with it
-    arguments = _mapping(_mapping(config, "model"), "init_args")
-    source.options |= {track for track in _TRACK_OPTIONS if arguments.get(track) is not None}
-    optimizer = arguments.get("optimizer")
-    if isinstance(optimizer, str):
-        source.class_path = optimizer
-    elif isinstance(optimizer, dict):
-        source.class_path = optimizer.get("class_path")
-        source.options |= set(_mapping(optimizer, "init_args"))
-    return source
+        return yaml.safe_load(Path(text).read_text())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text} is not a text file") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise ValueError(f"{text} is not valid YAML: {getattr(error, 'problem', None) or 'not text'}{where}") from error
 
 
-def _mapping(config: Any, key: str) -> dict[str, Any]:
-    value = config.get(key) if isinstance(config, dict) else None
-    return value if isinstance(value, dict) else {}
-
-
-def _sources(arguments: Sequence[str]) -> list[_Source]:
-    sources: list[_Source] = []
-    for index, argument in enumerate(arguments):
-        following = arguments[index + 1] if index + 1 < len(arguments) else ""
+def _sources(arguments: Sequence[str]) -> Iterator[_Source]:
+    for argument, following in pairwise([*arguments, ""]):
         if argument in ("--config", "-c"):
-            sources.append(_from_config(following))
-        elif argument.startswith("--config="):
-            sources.append(_from_config(argument.removeprefix("--config=")))
-        elif match := _OPTION.match(argument):
-            key, option, value = match.groups()
-            source = _Source("the command line")
-            if key in _TRACK_OPTIONS:
-                source.options.add(key)
-            elif option in (None, "class_path"):
-                source.class_path = following if value is None else value
-            else:
-                source.options.add(option)
-            sources.append(source)
-    return sources
+            yield _Source(following, dict(_settings(_read(following))))
+        elif match := _CONFIG.fullmatch(argument):
+            yield _Source(match[1], dict(_settings(_read(match[1]))))
+        elif match := _SETTING.fullmatch(argument):
+            value = following if match[2] is None else match[2]
+            yield _Source("the command line", dict(_settings(_read(value), match[1])))
+
+
+def _options_kept(class_path: str, stated: set[str]) -> set[str]:
+    """Return which of the options ``stated`` the class has too: the parser drops the others."""
+    if "." in class_path:
+        return stated & {*_TRACKS, *names} if (names := option_names(class_path)) else set()
+    kinds = [kind for kind in _subclasses(torch.optim.Optimizer) if kind.__name__ == class_path]
+    if not kinds:  # perhaps one that is imported later
+        return stated
+    return stated & {*_TRACKS}.union(*(option_names(f"{kind.__module__}.{class_path}") for kind in kinds))
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    subclasses: list[type] = kind.__subclasses__()
+    for subclass in subclasses:
+        yield subclass
+        yield from _subclasses(subclass)
 
 
 def check_overlays(arguments: Sequence[str]) -> None:
     """Check that the last source that switches the optimizer's class leaves no option of the former one in force.
 
+    Args:
+        arguments: of the command line, in their order.
+
     Raises:
-        ValueError: it does; the message names both classes, the options, and the source that must state them.
+        ValueError: it does; the message names both classes, the options, and the source that must state them. Or a
+            config is not valid YAML.
     """
-    sources = _sources(arguments)
-    class_path, inherited, switched = None, set[str](), None
-    stated: set[str] = set()
-    for source in sources:
+    class_path, switch = None, ("", "", "")
+    stated, inherited = set[str](), set[str]()
+    for source in _sources(arguments):
         if source.class_path is not None and source.class_path != class_path:
             if class_path is not None:
-                # Options that the new class does not have are dropped by the parser.
-                kept = {*_TRACK_OPTIONS, *option_names(source.class_path)}
-                switched, inherited = (source.name, class_path, source.class_path), stated & kept
+                switch = (source.name, class_path, source.class_path)
+                stated = inherited = _options_kept(source.class_path, stated)
             class_path = source.class_path
-        inherited -= source.options
-        stated |= source.options
-    if switched is not None and inherited:
-        name, former, new = switched
+        inherited = inherited - source.anew
+        stated = (stated - source.anew) | source.stated
+    if inherited:
+        name, former, new = switch
         raise ValueError(
             f"{name} switches the optimizer from {former} to {new}, which would inherit {', '.join(sorted(inherited))}:"
             f" state every one of them anew, or name one config that states the optimizer whole"

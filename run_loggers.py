@@ -1,11 +1,14 @@
 """Where a run's numbers go: a CSV file always, Weights & Biases when asked or when a key is configured."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+_PATIENCE = 10.0  # seconds for the server to answer; WANDB_INIT_TIMEOUT says otherwise
 
 
 def make_loggers(folder: Path, experiment: str, wandb: bool | None) -> list[Logger]:
@@ -14,12 +17,12 @@ def make_loggers(folder: Path, experiment: str, wandb: bool | None) -> list[Logg
     Args:
         folder: of the run.
         experiment: the run's group.
-        wandb: whether to log to Weights & Biases; ``None`` does so only where a key is configured. Without a key the run
-            is recorded offline, and a line says how to upload it.
+        wandb: whether to log to Weights & Biases; ``None`` does so only where a key is configured. Without a key, or
+            where the server does not answer, the run is recorded offline, and a line says how to upload it.
     """
     parent, version = folder.parent, folder.name
     loggers: list[Logger] = [CSVLogger(save_dir=str(parent.parent), name=parent.name, version=version)]
-    if rank_zero_only.rank == 0 and wandb is not False:
+    if not getattr(rank_zero_only, "rank", 0) and wandb is not False:
         key = _has_key()
         if wandb or key:
             loggers.append(_wandb_logger(folder, experiment, online=key))
@@ -32,23 +35,32 @@ def _has_key() -> bool:
     homes = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
     if not any(home and Path(home).is_file() for home in homes):
         return False
+    # In that mode wandb denies that there is a key; who sets it wants a record.
+    return os.environ.get("WANDB_MODE") == "offline" or bool(_quiet_wandb().login(prompt=False, verify=False))
+
+
+def _quiet_wandb() -> Any:
+    """Import wandb, whose messages repeat ours or tell how to log in."""
+    os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    return bool(wandb.api.api_key)
+    return wandb
 
 
 def _wandb_logger(folder: Path, experiment: str, online: bool) -> Logger:
-    import wandb
     from lightning.pytorch.loggers import WandbLogger
 
+    wandb = _quiet_wandb()
+
     def start(mode: str) -> Any:
-        settings = wandb.Settings(console="off", silent=True, init_timeout=30)
+        patience = float(os.environ.get("WANDB_INIT_TIMEOUT", _PATIENCE))
+        settings = wandb.Settings(console="off", silent=True, init_timeout=patience)
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "ars2"),
             group=experiment,
             name=f"{experiment}-{folder.name}",
             dir=str(folder),
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             settings=settings,
         )
 
@@ -59,7 +71,11 @@ def _wandb_logger(folder: Path, experiment: str, online: bool) -> Logger:
         if mode != "online":
             raise
         print(f"W&B cannot be reached ({type(error).__name__}): the run is recorded offline")
+        for attempt in (folder / "wandb").glob("run-*"):
+            shutil.rmtree(attempt, ignore_errors=True)
         mode, run = "offline", start("offline")
     if mode == "offline":
         print(f"W&B records offline; upload the run with: wandb sync {Path(run.dir).parent}")
+    elif run.url:
+        print(f"W&B records at {run.url}")
     return WandbLogger(experiment=run, save_dir=str(folder))

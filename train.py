@@ -11,7 +11,18 @@ ars2/ars2_neo.py (step). The command line itself is in cli.py.
 
 import sys
 
-from cli import main
+
+def run() -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        # Here, because this import takes seconds, in which people may change their mind.
+        from cli import main
+
+        return main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted before training began", file=sys.stderr)
+        return 130
+
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run())

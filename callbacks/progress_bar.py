@@ -25,6 +25,11 @@ class ProgressBar(RichProgressBar):
         self._start = self._last_line = 0.0
         self._first_epoch = 0
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not get_console().is_terminal:
+            self.disable()
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._start = self._last_line = time.monotonic()

@@ -116,6 +116,7 @@ class TwoPassModule(L.LightningModule):
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_evaluations = 0
+        self._resumed_optimizer: str | None = None
         self._window: list[tuple[Any, Callable[[], None]]] = []
 
     def compute_loss(self, batch: Any, metrics: Metrics | None) -> Tensor:
@@ -228,11 +229,16 @@ class TwoPassModule(L.LightningModule):
         """Build the groups, the optimizer and the scheduler.
 
         Raises:
-            ValueError: ``matrix`` or ``vector`` name an option that the optimizer does not have, or the scheduler needs
-                a metric.
+            ValueError: ``matrix`` or ``vector`` name an option that the optimizer does not have, the scheduler needs a
+                metric, or the checkpoint that the run goes on from was another optimizer's.
         """
         groups: Iterable[Any] = param_groups(self.network, self.policy, self.matrix, self.vector)
         optimizer = self.make_optimizer(groups)
+        if self._resumed_optimizer not in (None, type(optimizer).__name__):
+            raise ValueError(
+                f"the checkpoint is of a run under {self._resumed_optimizer} and cannot go on under"
+                f" {type(optimizer).__name__}: resume with the config of that run"
+            )
         for track, options in (("matrix", self.matrix), ("vector", self.vector)):
             if unknown := set(options or {}) - set(optimizer.defaults):
                 raise ValueError(
@@ -253,6 +259,8 @@ class TwoPassModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["gradient_evaluations"] = self.gradient_evaluations
+        checkpoint["optimizer"] = type(self.trainer.optimizers[0]).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.gradient_evaluations = checkpoint.get("gradient_evaluations", 0)
+        self.gradient_evaluations = checkpoint["gradient_evaluations"]
+        self._resumed_optimizer = checkpoint["optimizer"]

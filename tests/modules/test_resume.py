@@ -70,6 +70,14 @@ def test_resuming_at_an_epochs_end_changes_nothing(name: str, tmp_path: Path) ->
     assert {**first.metrics, **second.metrics} == whole.metrics
 
 
+@pytest.mark.parametrize(("name", "other"), [("base", "adamw"), ("adamw", "muon"), ("muon", "base")])
+def test_going_on_under_another_optimizer_is_refused(name: str, other: str, tmp_path: Path) -> None:
+    first = Recorder(path=tmp_path / "run.ckpt")
+    train(name, 1, first)
+    with pytest.raises(ValueError, match="cannot go on under"):
+        train(other, 2, Recorder(), first.path)
+
+
 @pytest.mark.parametrize("name", ["adamw", "aga"])
 def test_resuming_in_the_middle_of_an_epoch_goes_on_with_the_next_batch(name: str, tmp_path: Path) -> None:
     expected = train(name, 4, Recorder())

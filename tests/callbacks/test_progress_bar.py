@@ -1,0 +1,54 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from callbacks import progress_bar
+from callbacks.progress_bar import clock
+from tests.commands import AGA, TINY, call, fit
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0:00"), (9.4, "0:09"), (59.6, "1:00"), (61, "1:01"), (3599.7, "1:00:00"), (3661, "1:01:01")],
+)
+def test_clock(seconds: float, shown: str) -> None:
+    assert clock(seconds) == shown
+
+
+def lines(*arguments: object) -> list[str]:
+    """The progress lines of a run of six epochs without a terminal."""
+    result = call("fit", *AGA, *TINY, "--trainer.max_epochs", 6, *arguments)
+    assert result.code == 0
+    return [line for line in result.out.splitlines() if line.startswith("epoch ")]
+
+
+def test_lines_are_rare(tmp_path: Path) -> None:
+    # Six epochs take less than the ten seconds between two lines.
+    assert lines("--runs", tmp_path) == []
+
+
+def test_a_line_has_metrics_rate_and_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_bar, "_SECONDS_BETWEEN_LINES", 0.0)
+    shown = lines("--runs", tmp_path)
+    assert [line.split(",")[0] for line in shown] == [f"epoch {number}" for number in range(1, 7)]
+    number = r"\d+(\.\d+)?(e-?\d+)?"
+    metrics = "".join(rf".*{name} {number}" for name in ("val/loss", "val/accuracy", "train/loss", "train/accuracy"))
+    for line in shown[:-1]:
+        assert re.search(rf"{metrics}, .*{number} epochs/s, at most \d+:\d\d left$", line), line
+
+
+def test_time_left_counts_from_where_the_run_was_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that goes one second from one look to the next: after the resumed epoch, one second a look."""
+    folder = fit(tmp_path, *AGA, *TINY, "--trainer.max_epochs", 4)
+    monkeypatch.setattr(progress_bar, "_SECONDS_BETWEEN_LINES", 0.0)
+    now = iter(range(10**9))
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: float(next(now)))
+    shown = lines("--runs", tmp_path, "--ckpt_path", folder / "checkpoints/last.ckpt")
+    assert [line.split(",")[0] for line in shown] == ["epoch 5", "epoch 6"]
+    # One epoch took a few of these seconds. Four that were not seen would have made that a fifth.
+    left = re.search(r"at most 0:(\d\d) left", shown[0])
+    rate = re.search(r"([\d.]+) epochs/s", shown[0])
+    assert left is not None
+    assert rate is not None
+    assert abs(int(left[1]) - 1 / float(rate[1])) <= 1.5

@@ -1,0 +1,187 @@
+"""Whatever goes wrong is one line that names it, a non-zero exit code, and nothing left behind."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.commands import ADAMW, AGA, TINY, call, fit, folders, metrics
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good checkpoint; the tests damage copies."""
+    return fit(tmp_path_factory.mktemp("runs"), *AGA, *TINY) / "checkpoints/last.ckpt"
+
+
+def refused(runs: Path, subcommand: str, *arguments: object, config: tuple[str, ...] = AGA) -> str:
+    """The error line of a command that must stop before it trains: it leaves no run folder."""
+    result = call(subcommand, *config, *TINY, "--runs", runs, *arguments)
+    assert folders(runs) == []
+    return result.error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--model.widht", "8"], ["widht", "did you mean width?"]),
+        (["--model.optimizer.weight_decai", "1"], ["weight_decai", "did you mean weight_decay?"]),
+        (["--trainer.max_epoch", "1"], ["max_epoch", "did you mean trainer.max_epochs?"]),
+        (["--checkpoint.moniter", "x"], ["moniter", "did you mean checkpoint.monitor?"]),
+        (["--trainer.max_epochs", "many"], ["max_epochs", "int", "many"]),
+        (["--data.train_fraction", "half"], ["train_fraction", "float", "half"]),
+        (["--model.optimizer.mode", "agga"], ["mode", "agga", "did you mean aga?"]),
+        (["--model.optimizer.lr", "-1"], ["lr", "-1", "[0, inf)"]),
+        (["--model.vector", "{weight_decai: 1}"], ["vector", "weight_decai", "weight_decay"]),
+        (["--model.accumulate_grad_batches", "0"], ["accumulate_grad_batches", "0", "at least 1"]),
+        (["--model.heads", "3"], ["heads=3", "width=8"]),
+        (["--data.p", "2"], ["p must be at least 3", "2"]),
+        (["--data.p", "11"], ["p = 7", "p = 11"]),
+        (["--data.train_fraction", "1.5"], ["train_fraction", "1.5"]),
+        (["--internals.every_n_steps", "0"], ["every_n_steps", "0"]),
+        (["--model.optimizer", "ars2.ARS2Ne"], ["ARS2Ne", "did you mean ARS2Neo?"]),
+        (["--model", "modules.modular_additon.ModularAddition"], ["did you mean modular_addition?"]),
+        (["--model", "modules.modular_addition.ModularAdition"], ["did you mean ModularAddition?"]),
+        (["--config", "configs/nope.yaml"], ["configs/nope.yaml", "not exist"]),
+        (["--trainer.accelerator", "gpuu"], ["gpuu", "cpu"]),
+        (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val"]),
+        (["--ckpt_path", "last"], ["there is no checkpoint last"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
+)
+def test_a_wrong_option_is_named(arguments: list[str], named: list[str], tmp_path: Path) -> None:
+    line = refused(tmp_path / "runs", "fit", *arguments)
+    for word in named:
+        assert word in line
+
+
+def test_a_wrong_key_in_a_config_is_named(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text("model: {init_args: {optimizer: {init_args: {weight_decai: 1}}}}\n")
+    assert "did you mean weight_decay?" in refused(tmp_path / "runs", "fit", "--config", overlay)
+    overlay.write_text("trainr: {max_epochs: 1}\n")
+    assert "did you mean trainer.max_epochs?" in refused(tmp_path / "runs", "fit", "--config", overlay)
+    overlay.write_text("model: [1, 2\n")
+    assert str(overlay) in refused(tmp_path / "runs", "fit", "--config", overlay)
+
+
+def test_a_subcommand_is_asked_for() -> None:
+    assert "{fit,validate,test,predict}" in call().error
+    assert "fit.model" in call("fit").error
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_an_untrained_network_is_not_evaluated(subcommand: str, tmp_path: Path) -> None:
+    assert f"{subcommand} needs a trained network: add --ckpt_path" in refused(tmp_path / "runs", subcommand)
+
+
+@pytest.mark.parametrize("question", ["9+1", "1-1", "one+two", ""])
+def test_a_question_out_of_range_is_quoted(question: str, checkpoint: Path, tmp_path: Path) -> None:
+    line = refused(
+        tmp_path / "runs", "predict", "--ckpt_path", checkpoint, "--data.questions", f"['1+2', '{question}']"
+    )
+    assert f"'{question}'" in line
+    assert "p = 7" in line
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+def test_a_missing_checkpoint_is_named(subcommand: str, tmp_path: Path) -> None:
+    assert "nope.ckpt" in refused(tmp_path / "runs", subcommand, "--ckpt_path", tmp_path / "nope.ckpt")
+    assert str(tmp_path) in refused(tmp_path / "runs", subcommand, "--ckpt_path", tmp_path)
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "predict"])
+@pytest.mark.parametrize("kept", [0, 100, 3000, -1])
+def test_a_truncated_checkpoint_is_refused(subcommand: str, kept: int, checkpoint: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.ckpt"
+    damaged.write_bytes(checkpoint.read_bytes()[:kept])
+    line = refused(tmp_path / "runs", subcommand, "--ckpt_path", damaged)
+    assert f"{damaged} cannot be read as a checkpoint" in line
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.ckpt"
+    foreign.write_text("experiment: mine\n")
+    assert str(foreign) in refused(tmp_path / "runs", "fit", "--ckpt_path", foreign)
+    for content in ({"weights": torch.zeros(3)}, torch.zeros(3), [1, 2]):
+        torch.save(content, foreign)
+        assert f"{foreign} holds no training run" in refused(tmp_path / "runs", "predict", "--ckpt_path", foreign)
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "test", "predict"])
+@pytest.mark.parametrize("packed", ["pickle", "torch", "checkpoint"])
+def test_code_in_a_checkpoint_does_not_run(subcommand: str, packed: str, checkpoint: Path, tmp_path: Path) -> None:
+    sprung, trap = tmp_path / "sprung", tmp_path / "trap.ckpt"
+    if packed == "pickle":
+        trap.write_bytes(pickle.dumps(Trap(sprung)))
+    else:
+        good = torch.load(checkpoint, weights_only=True) if packed == "checkpoint" else {}
+        torch.save({**good, "callbacks": Trap(sprung)}, trap)
+    assert str(trap) in refused(tmp_path / "runs", subcommand, "--ckpt_path", trap)
+    assert not sprung.exists()
+    # The trap works: a loader that trusts the file springs it.
+    if packed == "pickle":
+        pickle.loads(trap.read_bytes())
+    else:
+        torch.load(trap, weights_only=False)
+    assert sprung.exists()
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "test", "predict"])
+def test_a_checkpoint_of_another_network_is_refused(subcommand: str, checkpoint: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path / "runs", subcommand, "--ckpt_path", checkpoint, "--model.width", 16)
+    assert "another network" in line
+    assert "[2, 4, 8] there and [2, 8, 16] here" in line
+
+
+def test_weights_alone_are_nothing_to_resume_from(checkpoint: Path, tmp_path: Path) -> None:
+    best = checkpoint.with_name("best.ckpt")
+    assert f"{best} holds weights alone" in refused(tmp_path / "runs", "fit", "--ckpt_path", best)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    result = call("fit", *ADAMW, *TINY, "--runs", tmp_path, "--trainer.max_epochs", 4, "--ckpt_path", checkpoint)
+    assert result.error
+
+
+def test_runs_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    line = call("fit", *AGA, *TINY, "--runs", in_the_way / "runs").error
+    assert str(in_the_way) in line
+    assert "Not a directory" in line
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it(tmp_path: Path) -> None:
+    # One step to an epoch: the first epoch is still finite, the second is not.
+    options = ("--model.optimizer.lr", 1e9, "--data.batch_size", 512, "--trainer.max_epochs", 9)
+    result = call("fit", *AGA, *TINY, "--runs", tmp_path, *options)
+    assert "the training loss is" in result.error
+    assert "lower the learning rate" in result.error
+    (folder,) = folders(tmp_path)
+    assert f"details in {folder / 'error.txt'}" in result.error
+    assert "Traceback" in (folder / "error.txt").read_text()
+    assert "Traceback" not in result.out
+    assert "interrupted" in (folder / "summary.json").read_text()
+    assert [row["epoch"] for row in metrics(folder) if "train/loss" in row] == ["0"]
+
+
+def test_an_error_leaves_other_runs_alone(tmp_path: Path) -> None:
+    kept = fit(tmp_path, *AGA, *TINY)
+    before = sorted(path.name for path in kept.rglob("*"))
+    assert call("fit", *AGA, *TINY, "--runs", tmp_path, "--model.optimizer.lr", "-1").error
+    assert folders(tmp_path) == [kept]
+    assert sorted(path.name for path in kept.rglob("*")) == before

@@ -1,0 +1,82 @@
+"""Start-up is part of every run: what it imports is pinned, each look in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import AGA, ROOT, TINY, clean_environment
+
+# Prints the installed packages whose modules were loaded, by top-level name.
+LOOK = """
+import json, sys, sysconfig
+places = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+files = {name: getattr(module, "__file__", None) or "" for name, module in list(sys.modules.items())}
+print(json.dumps(sorted({name.partition(".")[0] for name, file in files.items() if file.startswith(places)})))
+"""
+RUN = """
+import os, runpy, sys
+sys.argv = ["train.py", *sys.argv[1:]]
+sys.path.insert(0, os.getcwd())
+try:
+    runpy.run_path("train.py", run_name="__main__")
+except SystemExit as leaving:
+    assert leaving.code == 0, leaving.code
+"""
+
+# What `import torch` brings along on one machine or another; none of it is ours to choose.
+WITH_TORCH = {
+    *("torch", "torchgen", "functorch", "typing_extensions", "numpy", "sympy", "mpmath", "networkx", "jinja2"),
+    *("markupsafe", "fsspec", "filelock", "triton", "nvidia", "cuda", "optree", "tqdm", "dill", "psutil", "PIL"),
+    *("yaml", "regex", "attr", "attrs", "packaging", "setuptools", "_distutils_hack", "expecttest", "pkg_resources"),
+    *("opt_einsum", "ml_dtypes", "pytz", "dateutil", "six"),
+}
+# What a grokking run may import besides.
+WITH_A_RUN = {
+    *("lightning", "lightning_utilities", "torchmetrics", "rich", "pygments", "markdown_it", "mdurl"),
+    *("jsonargparse", "docstring_parser", "typeshed_client", "importlib_resources", "aiohttp", "requests"),
+}
+NEVER = {
+    *("transformers", "datasets", "torchvision", "torchaudio", "wandb", "matplotlib", "pandas", "scipy", "sklearn"),
+    *("tensorboard", "tokenizers", "pyarrow", "pytorch_lightning", "onnx", "ipywidgets", "IPython"),
+}
+
+
+def packages_after(code: str, home: Path, *arguments: str) -> set[str]:
+    process = subprocess.run(
+        [sys.executable, "-c", code + LOOK, *arguments],
+        cwd=ROOT,
+        env=clean_environment(home),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return set(json.loads(process.stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def of_a_run(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+    """The packages of a grokking run of one step, from start to summary."""
+    home = tmp_path_factory.mktemp("home")
+    # Without --wandb: where no key is configured, the default must not import it either.
+    tiny = [*TINY[: TINY.index("--wandb")], "--trainer.max_steps", "1"]
+    return packages_after(RUN, home, "fit", *AGA, *tiny, "--runs", str(home / "runs"))
+
+
+def test_a_run_imports_no_heavy_package(of_a_run: set[str]) -> None:
+    assert {"torch", "lightning", "torchmetrics"} <= of_a_run
+    assert not of_a_run & NEVER
+
+
+def test_a_run_imports_what_is_pinned_and_no_more(of_a_run: set[str]) -> None:
+    assert of_a_run - WITH_TORCH - WITH_A_RUN == set()
+
+
+def test_the_optimizer_needs_torch_alone(tmp_path: Path) -> None:
+    torch_alone = packages_after("import torch", tmp_path)
+    with_optimizer = packages_after("import sys; sys.path.insert(0, ''); import ars2", tmp_path)
+    assert with_optimizer - torch_alone - {"ars2"} == set()
