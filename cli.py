@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import re
 import shutil
 import signal
 import sys
@@ -15,36 +14,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.imports import RequirementCache
+from lean_imports import without_heavy_packages
 
-_check_requirement = RequirementCache._check_requirement
+with without_heavy_packages():
+    import lightning.pytorch as L
+    import torch
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-
-def _without_heavy_packages(requirement: RequirementCache) -> None:
-    _check_requirement(requirement)
-    if re.match(r"torchvision|transformers|matplotlib", requirement.requirement or ""):
-        requirement.available = False
-
-
-# torchmetrics imports these packages where it finds them, two seconds at every start; none of the metrics used here
-# needs one. A task that needs them imports them itself.
-RequirementCache._check_requirement = _without_heavy_packages  # type: ignore[assignment, method-assign]
-import lightning.pytorch as L  # noqa: E402
-import torch  # noqa: E402
-from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
-from lightning.pytorch.utilities.exceptions import SIGTERMException  # noqa: E402
-
-RequirementCache._check_requirement = _check_requirement  # type: ignore[method-assign]
-
-from callbacks.cost_counters import CostCounters  # noqa: E402
-from callbacks.last_checkpoint import LastCheckpoint  # noqa: E402
-from callbacks.optimizer_internals import OptimizerInternals  # noqa: E402
-from callbacks.progress_bar import ProgressBar  # noqa: E402
-from callbacks.run_summary import RunSummary  # noqa: E402
-from messages import explain, one_line  # noqa: E402
-from overlays import check_overlays  # noqa: E402
-from run_loggers import make_loggers  # noqa: E402
+    from callbacks.cost_counters import CostCounters
+    from callbacks.last_checkpoint import LastCheckpoint
+    from callbacks.optimizer_internals import OptimizerInternals
+    from callbacks.progress_bar import ProgressBar
+    from callbacks.run_summary import RunSummary
+    from messages import explain, one_line
+    from overlays import check_overlays
+    from run_loggers import make_loggers
 
 NOISE = (
     ".*isinstance\\(treespec, LeafSpec\\).*",

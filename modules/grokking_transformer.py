@@ -33,21 +33,23 @@ class GrokkingTransformer(nn.Module):
         if width % heads:
             raise ValueError(f"heads must divide width, got heads={heads} and width={width}")
         self.heads = heads
-        self.token_embedding = nn.Embedding(vocabulary, width)
-        self.position_embedding = nn.Embedding(context, width)
+        # Without torch's own initialisation, which would only use up random numbers.
+        self.token_embedding = nn.utils.skip_init(nn.Embedding, vocabulary, width)
+        self.position_embedding = nn.utils.skip_init(nn.Embedding, context, width)
         self.query = nn.Parameter(torch.empty(heads, width // heads, width))
         self.key = nn.Parameter(torch.empty(heads, width // heads, width))
         self.value = nn.Parameter(torch.empty(heads, width // heads, width))
-        self.attention_output = nn.Linear(width, width, bias=False)
-        self.mlp_in = nn.Linear(width, mlp_width)
-        self.mlp_out = nn.Linear(mlp_width, width)
-        self.unembedding = nn.Linear(width, vocabulary, bias=False)
-        for param in self.parameters():
-            if param.ndim == 1:
-                nn.init.zeros_(param)
-            else:
-                nn.init.normal_(param, std=1 / math.sqrt(width))
+        self.attention_output = nn.utils.skip_init(nn.Linear, width, width, bias=False)
+        self.mlp_in = nn.utils.skip_init(nn.Linear, width, mlp_width)
+        self.mlp_out = nn.utils.skip_init(nn.Linear, mlp_width, width)
+        self.unembedding = nn.utils.skip_init(nn.Linear, width, vocabulary, bias=False)
+        embeddings = self.token_embedding.weight, self.position_embedding.weight
+        attention = self.query, self.key, self.value, self.attention_output.weight
+        for weight in (*embeddings, *attention, self.mlp_in.weight, self.mlp_out.weight):
+            nn.init.normal_(weight, std=1 / math.sqrt(width))
         nn.init.normal_(self.unembedding.weight, std=1 / math.sqrt(vocabulary))
+        nn.init.zeros_(self.mlp_in.bias)
+        nn.init.zeros_(self.mlp_out.bias)
 
     def get_output_embeddings(self) -> nn.Module:
         """Return the module whose weight makes the logits, under the name that transformers gives it."""

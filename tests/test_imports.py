@@ -14,7 +14,9 @@ LOOK = """
 import json, sys, sysconfig
 places = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 files = {name: getattr(module, "__file__", None) or "" for name, module in list(sys.modules.items())}
-print(json.dumps(sorted({name.partition(".")[0] for name, file in files.items() if file.startswith(places)})))
+names = {name.partition(".")[0] for name, file in files.items() if file.startswith(places)}
+# Not a package: how an installer may make a checkout importable, under a name with the version in it.
+print(json.dumps(sorted(name for name in names if not name.startswith("__editable__"))))
 """
 RUN = """
 import os, runpy, sys
