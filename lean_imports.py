@@ -26,10 +26,10 @@ def without_heavy_packages() -> Iterator[None]:
     def light_package_available(package_name: str) -> bool:
         return package_name not in _HEAVY and package_available(package_name)
 
-    RequirementCache._check_requirement = check_light_requirement  # type: ignore[method-assign]
+    RequirementCache._check_requirement = check_light_requirement  # type: ignore[method-assign, assignment]
     imports.package_available = light_package_available  # type: ignore[assignment]
     try:
         yield
     finally:
-        RequirementCache._check_requirement = check_requirement  # type: ignore[method-assign]
+        RequirementCache._check_requirement = check_requirement  # type: ignore[method-assign, assignment]
         imports.package_available = package_available
