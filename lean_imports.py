@@ -31,5 +31,5 @@ def without_heavy_packages() -> Iterator[None]:
     try:
         yield
     finally:
-        RequirementCache._check_requirement = check_requirement  # type: ignore[method-assign, assignment]
+        RequirementCache._check_requirement = check_requirement  # type: ignore[method-assign]
         imports.package_available = package_available

@@ -108,9 +108,8 @@ if __name__ == "__main__":
     if options.json:
         print(json.dumps(result))
     else:
-        print(
-            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}"
-        )
+        processor = platform.processor() or platform.machine()
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor}")
         print(f"hand-written loop   {result['by_hand']:7.1f} ms/epoch")
         print(f"command line        {result['suite']:7.1f} ms/epoch")
         print(f"ratio               {result['ratio']:7.3f}   (at most {LARGEST_RATIO})")
