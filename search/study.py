@@ -20,15 +20,14 @@ from search.specification import Contender, Sweep
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 Job = Callable[[], None]
-WITH_CLASS = ("model", "data", "optimizer", "scheduler")
 
 
 class Search:
     """A sweep under way in a folder.
 
     The folder gets ``trials.journal`` (Optuna's storage: one study an optimizer, and one an optimizer's final runs),
-    ``<optimizer>.yaml`` (what its runs have in common), ``<optimizer>-winner.yaml`` (the best trial's options, as a
-    config to lay over the others), ``logs/``, and the run folders ``<optimizer>/<time>-seed<seed>``, and
+    ``<optimizer>.yaml`` (what its runs have in common), ``<optimizer>-winner.yaml`` (the best trial's model
+    and optimizer, as a config to lay over the others), ``logs/``, and the run folders ``<optimizer>/<time>-seed<seed>``, and
     ``<optimizer>-final/...`` of the winners' runs.
 
     Args:
@@ -91,10 +90,13 @@ class Search:
 
         def waiting(name: str) -> Iterator[Job]:
             best = self.best(name)
-            if best is None:
+            if best is None or not self.sweep.final_seeds:
                 return
             options = {key: json.loads(value) for key, value in best.user_attrs["options"].items()}
-            self._write(f"{name}-winner.yaml", nested(options))
+            # The whole model, not the searched options alone: a config that is laid over others replaces a track's
+            # options, where an option of the command line adds to them.
+            saved = yaml.safe_load((Path(best.user_attrs["folder"]) / "config.yaml").read_text(encoding="utf-8"))
+            self._write(f"{name}-winner.yaml", {"model": saved["model"]})
             study = self._study(f"{name}-final", [{"seed": seed, **options} for seed in self.sweep.final_seeds])
             for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 yield lambda: self._run_one(study, name, f"{name}-final", None, self.sweep.final)
@@ -178,22 +180,6 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
         result[key] = merged(result[key], value) if both else value
     return result
-
-
-def nested(options: dict[str, Any]) -> dict[str, Any]:
-    """Return dotted options of the command line as a config, which names ``init_args`` where the other need not."""
-    config: dict[str, Any] = {}
-    for option, value in options.items():
-        path: list[str] = []
-        for key in option.split("."):
-            if path and path[-1] in WITH_CLASS and key not in ("init_args", "class_path"):
-                path.append("init_args")
-            path.append(key)
-        place = config
-        for key in path[:-1]:
-            place = place.setdefault(key, {})
-        place[path[-1]] = value
-    return config
 
 
 def run_jobs(jobs: Iterator[Job], workers: int, advanced: Callable[[], None]) -> None:
