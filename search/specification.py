@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from scipy.stats import qmc
@@ -71,7 +71,7 @@ class Objective:
     cost: str = "gradient_evaluations"
     metric: str | None = None
     statistic: str = "best"
-    direction: str = "minimize"
+    direction: Literal["minimize", "maximize"] = "minimize"
 
     def __post_init__(self) -> None:
         if (self.milestone is None) == (self.metric is None):

@@ -27,8 +27,8 @@ class Search:
 
     The folder gets ``trials.journal`` (Optuna's storage: one study an optimizer, and one an optimizer's final runs),
     ``<optimizer>.yaml`` (what its runs have in common), ``<optimizer>-winner.yaml`` (the best trial's model
-    and optimizer, as a config to lay over the others), ``logs/``, and the run folders ``<optimizer>/<time>-seed<seed>``, and
-    ``<optimizer>-final/...`` of the winners' runs.
+    and optimizer, as a config to lay over the others), ``logs/``, and the run folders ``<optimizer>/<time>-seed<seed>``
+    and, of the winners' runs, ``<optimizer>-final/...``.
 
     Args:
         sweep: what to run.
