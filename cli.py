@@ -19,6 +19,7 @@ from lean_imports import without_heavy_packages
 with without_heavy_packages():
     import lightning.pytorch as L
     import torch
+    import yaml
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -28,8 +29,10 @@ with without_heavy_packages():
     from callbacks.optimizer_internals import OptimizerInternals
     from callbacks.progress_bar import ProgressBar
     from callbacks.run_summary import RunSummary
+    from callbacks.save_config import SaveConfig
     from messages import explain, one_line
     from overlays import check_overlays
+    from run_identity import Sweep
     from run_loggers import make_loggers
 
 NOISE = (
@@ -76,6 +79,7 @@ class CommandLine(LightningCLI):
             default=None,
             help="Log to Weights & Biases: true, false, or null for only where a key is configured.",
         )
+        parser.add_argument("--sweep", type=Sweep | None, default=None, help="The search that the run is part of.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         # The best holds weights alone: it is for looking at, and an epoch can be too short to write more each time.
         best = {"filename": "best", "save_weights_only": True, "save_on_train_epoch_end": True}
@@ -103,7 +107,8 @@ class CommandLine(LightningCLI):
         stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{config.seed_everything}"
         folder = run_folder(Path(config.runs) / config.experiment, stem)
         if config.trainer.logger in (None, True):
-            kwargs["logger"] = make_loggers(folder, config.experiment, config.wandb)
+            saved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            kwargs["logger"] = make_loggers(folder, saved, config.wandb)
         return super().instantiate_trainer(**kwargs, default_root_dir=str(folder))
 
     def after_predict(self) -> None:
@@ -170,6 +175,7 @@ def main(arguments: Sequence[str]) -> int:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             parser_class=Parser,
+            save_config_callback=SaveConfig,
             seed_everything_default=42,
             trainer_defaults={
                 "enable_model_summary": False,
