@@ -157,6 +157,9 @@ class Search:
             self._write("final.yaml", final)
             arguments += ["--config", str(self.folder / "final.yaml")]
         arguments += ["--runs", str(self.folder), "--experiment", experiment, "--wandb", "false"]
+        arguments += ["--sweep.name", self.sweep.name, "--sweep.optimizer", name]
+        if experiment == name:
+            arguments += ["--sweep.trial", str(index)]
         for option in self.sweep.seeded:
             arguments += [f"--{option}", str(seed)]
         for option, value in options.items():

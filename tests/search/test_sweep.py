@@ -90,6 +90,7 @@ def test_every_optimizer_gets_its_trials_and_the_winner_fresh_seeds(done: tuple[
     points = read(folder / "sweep.yaml").points("sync")
     for trial, point in zip(found["sync"], points, strict=True):
         config = saved(trial)
+        assert config["sweep"] == {"name": "small", "optimizer": "sync", "trial": trial.user_attrs["index"]}
         assert config["seed_everything"] == config["data"]["init_args"]["seed"] == 7
         model = config["model"]["init_args"]
         assert model["policy"] == "hidden" and model["p"] == 7
@@ -98,6 +99,7 @@ def test_every_optimizer_gets_its_trials_and_the_winner_fresh_seeds(done: tuple[
     best = max(found["sync"], key=lambda trial: trial.value or 0.0)
     for seed, trial in enumerate(found["sync-final"]):
         config = saved(trial)
+        assert config["sweep"] == {"name": "small", "optimizer": "sync", "trial": None}
         assert config["seed_everything"] == config["data"]["init_args"]["seed"] == seed
         assert config["model"] == saved(best)["model"]
     assert "sweep folder:" in process.stdout and "best val/accuracy" in process.stdout
