@@ -30,6 +30,7 @@ with without_heavy_packages():
     from callbacks.progress_bar import ProgressBar
     from callbacks.run_summary import RunSummary
     from callbacks.save_config import SaveConfig
+    from callbacks.wandb_run import WandbRun
     from messages import explain, one_line
     from overlays import check_overlays
     from run_identity import Sweep
@@ -179,7 +180,7 @@ def main(arguments: Sequence[str]) -> int:
             seed_everything_default=42,
             trainer_defaults={
                 "enable_model_summary": False,
-                "callbacks": [ProgressBar(), CostCounters(), RunSummary()],
+                "callbacks": [ProgressBar(), CostCounters(), RunSummary(), WandbRun()],
             },
         )
     except SIGTERMException:

@@ -26,6 +26,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--title", default="Comparison of optimizers", help="heading of the report")
     parser.add_argument("--baseline", help="row, or optimizer, that the others are compared with (default: adamw)")
     parser.add_argument("--target", action="append", default=[], help='level to reach, such as "val/accuracy >= 0.9"')
+    parser.add_argument("--wandb", metavar="PROJECT", help="also send the report to this project")
     return parser.parse_args()
 
 
@@ -40,7 +41,7 @@ def main() -> int:
     targets = []
     for text in options.target:
         if (match := _TARGET.fullmatch(text.strip())) is None:
-            print(f"error: a target is a metric, >= or <, and a number, such as 'val/loss < 0.2'; got {text!r}")
+            print(f"error: a target is a metric, >= or <, and a number, such as 'val/loss < 0.2'; got {text!r}", file=sys.stderr)
             return 2
         targets.append(Target(text, match[1], float(match[3]), lower=match[2] == "<"))
     runs, problems = read(options.folders)
@@ -52,6 +53,10 @@ def main() -> int:
     write(options.output, groups, problems, options.title, options.baseline)
     print(summary(groups, problems))
     print(f"report: {options.output / 'report.html'}")
+    if options.wandb:
+        from comparison.upload import upload
+
+        print(upload(options.output, options.wandb, options.title))
     return 0
 
 

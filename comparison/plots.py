@@ -107,6 +107,13 @@ def _legend(figure: Figure, axes: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=1.8, columnspacing=1.2)
 
 
+def _log_if_wide(axes: Axes, low: float, high: float) -> None:
+    """Scale the values logarithmically where they span more than a factor of ten."""
+    if low > 0 and high > 10 * low:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.3, 1.3 * high)
+
+
 def curves(group: Group, metric: str, axis: str, legend: bool = False) -> Figure | None:
     """Draw a metric of every row over an axis: thin lines are seeds, thick ones their mean.
 
@@ -154,8 +161,7 @@ def curves(group: Group, metric: str, axis: str, legend: bool = False) -> Figure
             if share:
                 axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low) + 1e-9)
             elif low > 0:
-                axes.set_yscale("log")
-                axes.set_ylim(low / 1.3, 1.3 * high)
+                _log_if_wide(axes, low, high)
         if legend:
             _legend(figure, axes)
     return figure if drawn else None
@@ -176,7 +182,8 @@ def looks(row: Row) -> Figure | None:
         axis = "cost/optimizer_steps" if run.has("cost/optimizer_steps") else "epoch"
         top.set_title(f"{row.label}, seed {run.identity.seed}: when it looked again", loc="left")
         top.plot(*_thin(*run.curve("train/loss", axis)), color=COLOURS[0], linewidth=1.4)
-        top.set_yscale("log")
+        _, loss = run.curve("train/loss", axis)
+        _log_if_wide(top, loss.min(), loss.max())
         top.set_ylabel("train/loss")
         x, phi = run.curve("flatness/phi", axis)
         middle.plot(*_thin(x, phi), color=COLOURS[1], linewidth=1.0, label="phi")
@@ -219,7 +226,8 @@ def sensitivity(group: Group, name: str) -> list[Figure]:
             positive = all(x > 0 for points in by_optimizer.values() for x, _ in points)
             axes.set_xscale("log" if positive else "symlog", **({} if positive else {"linthresh": 1e-3}))
             if scale == 1:
-                axes.set_yscale("log")
+                values = [y for points in by_optimizer.values() for _, y in points]
+                _log_if_wide(axes, min(values), max(values))
             _legend(figure, axes)
         figures.append(figure)
     return figures
