@@ -108,7 +108,7 @@ class CommandLine(LightningCLI):
         stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{config.seed_everything}"
         folder = run_folder(Path(config.runs) / config.experiment, stem)
         if config.trainer.logger in (None, True):
-            saved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            saved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
             kwargs["logger"] = make_loggers(folder, saved, config.wandb)
         return super().instantiate_trainer(**kwargs, default_root_dir=str(folder))
 

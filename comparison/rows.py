@@ -57,9 +57,9 @@ class Row:
         nothing."""
         times = {}
         for seed, run in self.runs.items():
-            end = run.at_end(axis)
+            end = np.inf if run.diverged else run.at_end(axis)
             if end is not None:
-                times[seed] = Time(run.reached(target, axis), np.inf if run.diverged else end)
+                times[seed] = Time(run.reached(target, axis), end)
         return times
 
     def median(self, target: Target, axis: str) -> Median | None:

@@ -61,13 +61,14 @@ class Run:
         config = _mapping(folder / "config.yaml")
         self.identity = RunIdentity(config)
         self._check_protocol()
-        self.diverged = False
+        self.diverged = _LOSS_ERROR in _text(folder / "error.txt")
         self.log = self._read()
         self.resumed_from = self._join(config.get("ckpt_path"))
-        self.epochs = int(self.log["epoch"].max())
+        done = self.log["epoch"][self.log["train/loss"].notna()]
+        self.epochs = int(done.max()) if len(done) else 0
         self.summary = _summary(folder / "summary.json")
         ended = self._came_to_an_end()
-        self.diverged = not ended and (self.diverged or _LOSS_ERROR in _text(folder / "error.txt"))
+        self.diverged = self.diverged and not ended
         self.finished = ended or self.diverged
 
     def _check_protocol(self) -> None:
@@ -80,6 +81,8 @@ class Run:
     def _read(self) -> pd.DataFrame:
         path = self.folder / "metrics.csv"
         if not path.exists():
+            if self.diverged:  # before anything was logged
+                return pd.DataFrame({"epoch": [], "train/loss": []}, dtype=float)
             raise ValueError("it has no metrics.csv: it ended before its first epoch did")
         # A run that was killed may have left a part of a line.
         content, newline, _ = path.read_bytes().rpartition(b"\n")
@@ -90,20 +93,22 @@ class Run:
         log = cells.apply(pd.to_numeric, errors="coerce")
         if "train/loss" not in log and any(column.startswith("test/") for column in log):
             raise ValueError("it is an evaluation, no training run")
+        if self.diverged and "train/loss" not in log:
+            log["train/loss"] = np.nan
         if not {"epoch", "train/loss"} <= set(log):
             raise ValueError("metrics.csv has no columns epoch and train/loss")
         if (log.isna() & (cells != "") & (cells != "nan")).to_numpy().any():
             raise ValueError("metrics.csv has a cell that is no number")
-        if log["train/loss"].notna().sum() == 0 or log["epoch"].isna().any():
+        if (log["train/loss"].notna().sum() == 0 and not self.diverged) or log["epoch"].isna().any():
             raise ValueError("metrics.csv has no complete epoch")
         log["epoch"] += 1
         validated = cells[cells["val/loss"] != ""]["val/loss"] if "val/loss" in cells else cells["train/loss"]
-        self.diverged = not np.isfinite(float(validated.iloc[-1])) if len(validated) else False
+        self.diverged |= len(validated) > 0 and not np.isfinite(float(validated.iloc[-1]))
         return log
 
     def _join(self, checkpoint: str | None) -> Path | None:
         """Put the rows before a resumed run's first in front; the costs in them go on without a gap."""
-        first = int(self.log["epoch"].min())
+        first = int(self.log["epoch"].min()) if len(self.log) else 1
         if checkpoint is None:
             if first > 1:
                 raise ValueError(f"metrics.csv begins with epoch {first}")

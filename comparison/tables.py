@@ -125,6 +125,8 @@ def mean_text(mean: Mean, digits: int = 4) -> str:
 def median_text(median: Median) -> str:
     """Return the median with its interval; "not within" the time watched where it is longer than that."""
     if median.median is None:
+        if median.horizon != median.horizon:  # not watched at all: every run diverged
+            return "not reached"
         text = f"not within {number(median.horizon)}"
         return text if not median.reached else f"{text} [{number(median.low)}, –]"
     if median.n < 2:
