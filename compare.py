@@ -33,17 +33,18 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Write the report; returns the exit code."""
     options = arguments()
+    matches = [_TARGET.fullmatch(text.strip()) for text in options.target]
+    for text, match in zip(options.target, matches, strict=True):
+        if match is None:
+            example = "a metric, >= or <, and a number, such as 'val/loss < 0.2'"
+            print(f"error: a target is {example}; got {text!r}", file=sys.stderr)
+            return 2
     # Here, because these imports take seconds, and a wrong option should not.
     from comparison.report import summary, write
     from comparison.rows import group
     from comparison.runs import Target, read
 
-    targets = []
-    for text in options.target:
-        if (match := _TARGET.fullmatch(text.strip())) is None:
-            print(f"error: a target is a metric, >= or <, and a number, such as 'val/loss < 0.2'; got {text!r}", file=sys.stderr)
-            return 2
-        targets.append(Target(text, match[1], float(match[3]), lower=match[2] == "<"))
+    targets = [Target(m[0], m[1], float(m[3]), lower=m[2] == "<") for m in matches if m is not None]
     runs, problems = read(options.folders)
     groups = group(runs, problems, targets)
     if not groups:

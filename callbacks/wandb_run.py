@@ -20,8 +20,8 @@ class WandbRun(L.Callback):
 
     Validation metrics are drawn over the epoch, their summary is the lowest value of a loss or perplexity and the
     highest of any other, beside the last one (``val/loss.min``, ``val/loss.last``). The pictures are the run's curves,
-    AGA's looks if it made any, and every ``.png`` in the run folder's ``pictures``, under ``pictures/<name>``; the files
-    become an artifact of type ``run``. Does nothing, and imports nothing, where W&B is not among the loggers.
+    AGA's looks if it made any, and every ``.png`` in the run folder's ``pictures``, under ``pictures/<name>``; the
+    files become an artifact of type ``run``. Does nothing, and imports nothing, where W&B is not among the loggers.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

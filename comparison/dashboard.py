@@ -1,4 +1,4 @@
-"""The project's dashboard on Weights & Biases, as code: one section a task, its runs grouped by everything but the seed.
+"""The project's dashboard on Weights & Biases, as code: a section a task, its runs grouped by all but the seed.
 
     python -m comparison.dashboard ENTITY/PROJECT modular_addition cifar wikitext
 
@@ -7,6 +7,7 @@ runs: here each section has those of its task alone, on every axis that costs ar
 """
 
 import argparse
+from typing import Any
 
 import wandb_workspaces.reports.v2 as wr
 from wandb_workspaces import expr
@@ -17,7 +18,7 @@ from comparison.runs import AXES
 METRICS = {"modular_addition": "val/accuracy", "cifar": "val/accuracy", "wikitext": "val/perplexity"}
 
 
-def panels(metric: str) -> list[wr.LinePlot | wr.BarPlot | wr.MediaBrowser | wr.RunComparer]:
+def panels(metric: str) -> list[Any]:
     """Return the panels of a task: its metric over every axis, losses, AGA's decisions, best values, pictures."""
 
     def line(title: str, x: str, *y: str, log: bool = False) -> wr.LinePlot:
@@ -61,7 +62,7 @@ def dashboard(entity: str, project: str, tasks: list[str]) -> wr.Report:
         project: that the runs are in.
         tasks: as runs name theirs, see :class:`run_identity.RunIdentity`.
     """
-    blocks: list[wr.H2 | wr.P | wr.PanelGrid] = []
+    blocks: list[Any] = []
     for task in tasks:
         runs = wr.Runset(
             name=task,

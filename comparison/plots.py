@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,7 +22,7 @@ STYLES = ("-", "--", ":", "-.")
 # Stands for the page's own text colour until the picture is put on one.
 _INK = "#010203"
 _POINTS = 160
-_STYLE = {
+_STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
     **{"font.size": 9.0, "axes.titlesize": 10.0, "axes.spines.top": False, "axes.spines.right": False},
     **{"svg.fonttype": "none", "svg.hashsalt": "ars2", "figure.facecolor": "none", "axes.facecolor": "none"},
@@ -30,7 +31,7 @@ _STYLE = {
 }
 
 
-def style(index: int) -> dict[str, str]:
+def style(index: int) -> dict[str, Any]:
     """Return colour and line style of the row with this index, the same in every picture."""
     return {
         "color": COLOURS[index % len(COLOURS)],
@@ -157,11 +158,12 @@ def curves(group: Group, metric: str, axis: str, legend: bool = False) -> Figure
                 axes.axhline(level, color=_INK, linewidth=0.8, alpha=0.6, linestyle=(0, (4, 3)))
                 drawn.append(np.asarray([level]))
         if drawn:
-            low, high = min(y.min() for y in drawn), max(y.max() for y in drawn)
+            lowest, highest = min(float(y.min()) for y in drawn), max(float(y.max()) for y in drawn)
             if share:
-                axes.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low) + 1e-9)
-            elif low > 0:
-                _log_if_wide(axes, low, high)
+                margin = 0.04 * (highest - lowest) + 1e-9
+                axes.set_ylim(lowest - margin, highest + margin)
+            else:
+                _log_if_wide(axes, lowest, highest)
         if legend:
             _legend(figure, axes)
     return figure if drawn else None

@@ -1,4 +1,4 @@
-"""The report as a folder: ``report.html``, ``report.md``, ``report.tex``, ``runs.csv`` and the pictures of the second."""
+"""The report as a folder: ``report.html``, ``report.md``, ``report.tex``, ``runs.csv`` and pictures."""
 
 import html
 import re
@@ -19,6 +19,8 @@ from comparison.tables import Table, median_text, number
 _CSS = Path(__file__).with_name("report.css")
 # What Markdown shows, which has no room for a choice of axes.
 _MARKDOWN_AXES = ("epoch", "cost/gradient_evaluations")
+# Notes that also stand at the top.
+_WARNINGS = ("UNEQUAL", "The rows were")
 _ON_WHITE = ("#ffffff", "#1c1e21")
 
 
@@ -194,8 +196,8 @@ def _section_html(section: Section) -> str:
         f'<section id="{section.anchor}"><h2>{html.escape(group.title)}</h2>'
         f'<p class="soft">protocol <code>{group.digest}</code>: runs of other protocols are in tables of their own</p>'
     ]
-    warnings = [note for table in section.tables for note in table.notes if note.startswith(("UNEQUAL", "The rows were"))]
-    parts += [f'<p class="warning">{html.escape(warning)}</p>' for warning in warnings]
+    notes = [note for table in section.tables for note in table.notes if note.startswith(_WARNINGS)]
+    parts += [f'<p class="warning">{html.escape(note)}</p>' for note in notes]
     if section.headlines:
         lines = "".join(f"<li>{html.escape(line)}</li>" for line in section.headlines)
         parts.append(f'<ul class="headline">{lines}</ul>')
@@ -222,7 +224,7 @@ def _curves_html(section: Section) -> str:
         figures = "".join(f"<figure>{picture}</figure>" for picture in _apart(section, pictures, f"c{index}"))
         panels += f'<div class="pictures">{figures}</div>'
     rows = "".join(_swatch(index, row) for index, row in enumerate(section.group.rows))
-    words = "Thin lines are seeds; thick ones their mean, from three seeds on with its 95 % band, as far as every seed goes."
+    words = "Thin lines are seeds; thick ones their mean, from three seeds on with its 95 % band, until a seed ends."
     return (
         f'<fieldset class="choice"><legend>Curves over</legend>{buttons}'
         f'<ul class="rows">{rows}</ul><p class="soft">{words}</p>{panels}</fieldset>'

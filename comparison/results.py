@@ -44,27 +44,28 @@ def published(group: Group) -> Table | None:
     strong = set()
     for entry in group.published["rows"]:
         for report in entry["published"]:
-            cells = [report.get(name, "–") for name in shown]
-            lines.append([f"{entry['label']}: {report['source']}", "–", str(entry.get("epochs", "–")), *cells])
+            cells = [report.get(name, "-") for name in shown]
+            lines.append([f"{entry['label']}: {report['source']}", "-", str(entry.get("epochs", "-")), *cells])
         measured = [row for row in group.rows if matches(row.any.identity.options, entry["settings"])]
         for row in measured:
             cells = [_measured(group, row, name, targets) for name in shown]
             strong.add(len(lines))
             lines.append([f"{entry['label']}: measured ({row.label})", str(len(row.runs)), _epochs(row), *cells])
         if not measured:
-            lines.append([f"{entry['label']}: no run here", *["–"] * (len(shown) + 2)])
+            lines.append([f"{entry['label']}: no run here", *["-"] * (len(shown) + 2)])
     heads = [f"{name}: {targets[name]}" if name in targets else f"{name} {group.metric}" for name in shown]
     notes = [
         "Published: one run each, by the ARS2 project. Targets in epochs, median and 95 % interval over seeds; "
         "best and last as mean and 95 % interval."
     ]
+    notes += [group.published["note"]] if "note" in group.published else []
     return Table("Published against measured", ["row", "seeds", "epochs", *heads], lines, notes, strong)
 
 
 def _measured(group: Group, row: Row, name: str, targets: dict[str, Target]) -> str:
     if name in targets:
         median = row.median(targets[name], "epoch")
-        return "–" if median is None else median_text(median)
+        return "-" if median is None else median_text(median)
     values = row.best(group.metric, group.lower) if name == "best" else row.last(group.metric)
     return metric_text(group.metric, _mean(values))
 
@@ -112,10 +113,10 @@ def milestones(group: Group) -> Table | None:
     lines = []
     for row in group.rows:
         medians = [row.median(target, "epoch") for target in group.targets]
-        lines.append([row.label, *("–" if median is None else median_text(median) for median in medians)])
+        lines.append([row.label, *("-" if median is None else median_text(median) for median in medians)])
     notes = [
-        "Epochs: Kaplan-Meier median over seeds and its 95 % interval. A run that ended without reaching a target counts "
-        "as longer than it was watched."
+        "Epochs: Kaplan-Meier median over seeds and its 95 % interval. A run that ended without reaching a target "
+        "counts as longer than it was watched."
     ]
     return Table("Milestones", ["row", *heads], lines, notes)
 
@@ -128,8 +129,8 @@ def to_target(group: Group) -> Table | None:
     lines = []
     for row in group.rows:
         medians = [row.median(target, axis) for axis in group.axes]
-        counts = next((f"{m.reached} of {m.n}" for m in medians if m is not None), "–")
-        lines.append([row.label, counts, *("–" if median is None else median_text(median) for median in medians)])
+        counts = next((f"{m.reached} of {m.n}" for m in medians if m is not None), "-")
+        lines.append([row.label, counts, *("-" if median is None else median_text(median) for median in medians)])
     notes = [
         "Median over seeds and its 95 % interval. Seconds are of training alone, and compare only between runs on one "
         "machine that did nothing else."
@@ -159,7 +160,7 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
     lines = []
     for row, pair, p in zip(others, compared, adjusted, strict=True):
         if pair is None:
-            lines.append([row.label, str(len(row.runs.keys() & mine.keys())), "–", "–", "–", "–"])
+            lines.append([row.label, str(len(row.runs.keys() & mine.keys())), "-", "-", "-", "-"])
             continue
         d = pair.difference
         scaled = Mean(d.n, scale * d.mean, *(None if v is None else scale * v for v in (d.low, d.high)))
@@ -167,9 +168,10 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
         lines.append([row.label, str(d.n), *cells])
     heads = ["row", "common seeds", f"difference{unit}", "p", "p (Holm)", f"smallest detectable{unit}"]
     notes = [
-        f"Best {group.metric} minus that of {reference.label}, seed by seed: mean, 95 % interval, paired t-test; p (Holm) "
-        "is adjusted for the number of rows. The last column is the true difference that so many seeds would have shown "
-        "(5 % level) in 80 % of experiments: smaller ones are not excluded. A dash: fewer than two common seeds."
+        f"Best {group.metric} minus that of {reference.label}, seed by seed: mean, 95 % interval, paired t-test; "
+        "p (Holm) is adjusted for the number of rows. The last column is the true difference that so many seeds would "
+        "have shown (5 % level) in 80 % of experiments: smaller ones are not excluded. A dash: fewer than two common "
+        "seeds, or no scatter among them."
     ]
     yield Table(f"Paired seeds against {reference.label}: best {group.metric}", heads, lines, notes)
     axis = "cost/gradient_evaluations"
@@ -184,15 +186,15 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
             f"{r.first} / {r.second} / {r.undecided}",
             number(r.p, 2),
             number(p, 2),
-            "–" if r.ratio is None else mean_text(r.ratio, 3),
+            "-" if r.ratio is None else mean_text(r.ratio, 3),
         ]
         for row, r, p in zip(others, races, adjusted, strict=True)
     ]
     heads = ["row", "first / second / undecided", "p", "p (Holm)", "ratio of evaluations"]
     notes = [
-        f"Gradient evaluations to {target} against {reference.label}, seed by seed: how often the row was first, and the "
-        "sign test. The ratio is a geometric mean with its 95 % interval, given where both reached it on every common "
-        "seed: below 1 the row needs fewer."
+        f"Gradient evaluations to {target} against {reference.label}, seed by seed: how often the row was first, and "
+        "the sign test. The ratio is a geometric mean with its 95 % interval, given where both reached it on every "
+        "common seed: below 1 the row needs fewer."
     ]
     yield Table(f"Paired seeds against {reference.label}: {target}", heads, lines, notes)
 

@@ -141,15 +141,17 @@ def group(runs: Iterable[Run], problems: Iterable[Problem] = (), targets: Sequen
     groups = []
     for (task, digest), members in sorted(by_protocol.items()):
         options = members[0].identity.options
-        entry = published.get(task, {})
+        entries = [entry for entry in published.values() if entry["task"] == task]
+        entry = next((entry for entry in entries if matches(options, entry["protocol"])), {})
+        levels = (entry or next(iter(entries), {})).get("targets", [])
         found = Group(
             task,
             digest,
             rows=[],
             metric=str(options.get("checkpoint.monitor") or "val/loss"),
             lower=options.get("checkpoint.mode", "min") == "min",
-            targets=list(targets) or [Target(**target) for target in entry.get("targets", [])],
-            published=entry if matches(options, entry.get("protocol", {})) else {},
+            targets=list(targets) or [Target(**target) for target in levels],
+            published=entry,
         )
         for identity in lost:
             if identity.sweep and (identity.task, identity.protocol_digest) == (task, digest):

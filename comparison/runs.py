@@ -128,7 +128,7 @@ class Run:
         options = self.identity.options
         epochs, steps = options.get("trainer.max_epochs"), options.get("trainer.max_steps")
         done = self.at_end("cost/optimizer_steps")
-        if epochs and 0 < epochs <= self.epochs or steps and 0 < steps <= (done or 0):
+        if (epochs and 0 < epochs <= self.epochs) or (steps and 0 < steps <= (done or 0)):
             return True
         stops = [callback.get("init_args", {}).get("stop_at") for callback in options.get("trainer.callbacks") or []]
         return any(self.has(f"milestone/{stop}") for stop in stops if stop)

@@ -54,9 +54,9 @@ def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paire
         return None
     error = differences.std(ddof=1) / np.sqrt(n)
     if error == 0:  # no scatter to measure the difference by
-        return Paired(mean_interval(differences), np.nan, 0.0)
+        return Paired(mean_interval(differences.tolist()), np.nan, 0.0)
     p = float(stats.ttest_1samp(differences, 0.0).pvalue)
-    return Paired(mean_interval(differences), p, float(detectable_effect(n) * error))
+    return Paired(mean_interval(differences.tolist()), p, float(detectable_effect(n) * error))
 
 
 @functools.cache
@@ -114,7 +114,7 @@ class Time:
 def median_time(times: Sequence[Time]) -> Median:
     """Return the Kaplan-Meier median of right-censored times (Kaplan and Meier 1958).
 
-    Its interval is that of Brookmeyer and Crowley (1982): where the log-log interval of the survival curve has one half.
+    Its interval is that of Brookmeyer and Crowley (1982): where the log-log band of the survival curve has one half.
     """
     n = len(times)
     reached = np.asarray([time.reached for time in times if time.reached is not None], dtype=float)

@@ -16,9 +16,6 @@ _LATEX = {
     "≤": r"$\leq$",
     ">": r"\textgreater{}",
     "<": r"\textless{}",
-    "−": "$-$",
-    "×": r"$\times$",
-    "–": "--",
     "φ": r"$\varphi$",
     "½": r"$\frac{1}{2}$",
     "·": r"$\cdot$",
@@ -39,7 +36,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     notes: list[str] = field(default_factory=list)
     strong: set[int] = field(default_factory=set)
 
@@ -64,9 +61,7 @@ class Table:
         """Return a figure with heading, table and notes; all text in it is escaped."""
         head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in self.columns)
         marks = [' class="strong"' if index in self.strong else "" for index in range(len(self.rows))]
-        body = "".join(
-            f"<tr{mark}>{''.join(_cells(row))}</tr>" for mark, row in zip(marks, self.rows, strict=True)
-        )
+        body = "".join(f"<tr{mark}>{''.join(_cells(row))}</tr>" for mark, row in zip(marks, self.rows, strict=True))
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
         return (
             f'<figure class="table{" some" if self.strong else ""}"><h3>{html.escape(self.title)}</h3>'
@@ -76,8 +71,10 @@ class Table:
 
     def latex(self) -> str:
         """Return a ``table`` environment for the booktabs package, with everything that LaTeX reads as code escaped."""
-        text: str = self.frame.rename(columns=_latex_text).map(_latex_text).to_latex(
-            index=False, escape=False, column_format="l" + "r" * (len(self.columns) - 1)
+        text: str = (
+            self.frame.rename(columns=_latex_text)
+            .map(_latex_text)
+            .to_latex(index=False, escape=False, column_format="l" + "r" * (len(self.columns) - 1))
         )
         notes = " ".join(_latex_text(note) for note in self.notes)
         caption = f"\\caption{{{_latex_text(self.title)}.{' ' + notes if notes else ''}}}"
@@ -108,7 +105,7 @@ def _escape(character: str) -> str:
 def number(value: float | None, digits: int = 4) -> str:
     """Return ``value`` with so many significant digits, at least all before the point; a dash for none or NaN."""
     if value is None or value != value:
-        return "–"
+        return "-"
     if abs(value) >= 1e6:
         return f"{value:.{digits - 1}e}"
     if value == round(value) or abs(value) >= 10 ** (digits - 1):
@@ -128,7 +125,7 @@ def median_text(median: Median) -> str:
         if median.horizon != median.horizon:  # not watched at all: every run diverged
             return "not reached"
         text = f"not within {number(median.horizon)}"
-        return text if not median.reached else f"{text} [{number(median.low)}, –]"
+        return text if not median.reached else f"{text} [{number(median.low)}, -]"
     if median.n < 2:
         return number(median.median)
     high = f"> {number(median.horizon)}" if median.high is None else number(median.high)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from run_loggers import has_key
 
@@ -20,7 +21,7 @@ def upload(folder: Path, project: str, title: str) -> str:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    mode = os.environ.get("WANDB_MODE", "online" if has_key() else "offline")
+    mode: Any = os.environ.get("WANDB_MODE", "online" if has_key() else "offline")
     settings = wandb.Settings(console="off", silent=True)
     run = wandb.init(project=project, name=title, job_type="report", dir=str(folder), mode=mode, settings=settings)
     run.log({"report": wandb.Html((folder / "report.html").read_text(encoding="utf-8"), inject=False)})
