@@ -118,7 +118,7 @@ def _log_if_wide(axes: Axes, low: float, high: float) -> None:
 def curves(group: Group, metric: str, axis: str, legend: bool = False) -> Figure | None:
     """Draw a metric of every row over an axis: thin lines are seeds, thick ones their mean.
 
-    From three seeds on the mean has its 95 % band; that of two is wider than everything else. Where runs are of very
+    From three seeds on the mean has its 95 % band; that of two is wider than everything else. Of losses it is the geometric mean. Where runs are of very
     different lengths, the axis is logarithmic.
 
     The vertical range is that of the lines, not of the bands.
@@ -148,7 +148,10 @@ def curves(group: Group, metric: str, axis: str, legend: bool = False) -> Figure
             if len(lines) == 1:
                 axes.plot(*_thin(*lines[0]), linewidth=1.5, label=label, **style(index))
             elif lines:
-                x, mean, low, high = band(lines)
+                # A loss scatters by factors: the interval of its logarithm does not reach below zero.
+                logs = not share and all((y > 0).all() for _, y in lines)
+                x, *limits = band([(x, np.log(y) if logs else y) for x, y in lines])
+                mean, low, high = (np.exp(limit) if logs else limit for limit in limits)
                 axes.plot(x, mean, linewidth=1.8, label=label, **style(index))
                 if len(lines) > 2:
                     axes.fill_between(x, low, high, alpha=0.18, linewidth=0, color=style(index)["color"])

@@ -224,7 +224,8 @@ def _curves_html(section: Section) -> str:
         figures = "".join(f"<figure>{picture}</figure>" for picture in _apart(section, pictures, f"c{index}"))
         panels += f'<div class="pictures">{figures}</div>'
     rows = "".join(_swatch(index, row) for index, row in enumerate(section.group.rows))
-    words = "Thin lines are seeds; thick ones their mean, from three seeds on with its 95 % band, until a seed ends."
+    words = "Thin lines are seeds; thick ones their mean (geometric for losses), from three seeds on with its 95 % "
+    words += "band, until a seed ends."
     return (
         f'<fieldset class="choice"><legend>Curves over</legend>{buttons}'
         f'<ul class="rows">{rows}</ul><p class="soft">{words}</p>{panels}</fieldset>'

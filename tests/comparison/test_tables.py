@@ -51,7 +51,7 @@ def test_latex_escapes_what_latex_reads_as_code() -> None:
     (line,) = [line for line in text.splitlines() if line.startswith("a")]
     assert line == (
         r"a\_b \& 50 \% \textless{}i\textgreater{}|x| \$1 \#2 \{c\} \textasciitilde{}d \textasciicircum{}e"
-        r" \textbackslash{}f $\pm$ $\geq$ -- & 1.5 & 3 \\"
+        r" \textbackslash{}f $\pm$ $\geq$ - & 1.5 & 3 \\"
     )
     assert r"\caption{Loss \textless{}best\textgreater{} \& last\_one. So\_so.}" in text
     assert r"row & val\_loss & n \\" in text
