@@ -142,7 +142,7 @@ def group(runs: Iterable[Run], problems: Iterable[Problem] = (), targets: Sequen
     for (task, digest), members in sorted(by_protocol.items()):
         options = members[0].identity.options
         entries = [entry for entry in published.values() if entry["task"] == task]
-        entry = next((entry for entry in entries if matches(options, entry["protocol"])), {})
+        entry: dict[str, Any] = next((entry for entry in entries if matches(options, entry["protocol"])), {})
         levels = (entry or next(iter(entries), {})).get("targets", [])
         found = Group(
             task,
