@@ -118,8 +118,8 @@ def _log_if_wide(axes: Axes, low: float, high: float) -> None:
 def curves(group: Group, metric: str, axis: str, legend: bool = False) -> Figure | None:
     """Draw a metric of every row over an axis: thin lines are seeds, thick ones their mean.
 
-    From three seeds on the mean has its 95 % band; that of two is wider than everything else. Of losses it is the geometric mean. Where
-    runs are of very different lengths, the axis is logarithmic.
+    From three seeds on the mean has its 95 % band; that of two is wider than everything else. Of losses it is the
+    geometric mean. Where runs are of very different lengths, the axis is logarithmic.
 
     The vertical range is that of the lines, not of the bands.
 
