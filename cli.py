@@ -30,6 +30,7 @@ with without_heavy_packages():
     from callbacks.progress_bar import ProgressBar
     from callbacks.run_summary import RunSummary
     from callbacks.save_config import SaveConfig
+    from callbacks.wandb_run import WandbRun
     from messages import explain, one_line
     from overlays import check_overlays
     from run_identity import Sweep
@@ -107,7 +108,7 @@ class CommandLine(LightningCLI):
         stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{config.seed_everything}"
         folder = run_folder(Path(config.runs) / config.experiment, stem)
         if config.trainer.logger in (None, True):
-            saved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            saved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
             kwargs["logger"] = make_loggers(folder, saved, config.wandb)
         return super().instantiate_trainer(**kwargs, default_root_dir=str(folder))
 
@@ -179,7 +180,7 @@ def main(arguments: Sequence[str]) -> int:
             seed_everything_default=42,
             trainer_defaults={
                 "enable_model_summary": False,
-                "callbacks": [ProgressBar(), CostCounters(), RunSummary()],
+                "callbacks": [ProgressBar(), CostCounters(), RunSummary(), WandbRun()],
             },
         )
     except SIGTERMException:

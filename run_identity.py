@@ -1,4 +1,4 @@
-"""What a run is, told by its resolved config alone: task, optimizer, seed, setting, and the protocol it is judged under.
+"""What a run is, told by its resolved config alone: task, optimizer, seed, setting, and protocol.
 
 Two runs of one *setting* differ in nothing but their seeds and are repeats of each other. Two runs of one *protocol*
 were trained on the same data by the same rules of evaluation, with the same network, and may stand in one table.
@@ -13,7 +13,11 @@ from typing import Any
 # How optimizers are called in names; any other goes by its class.
 _SHORT = {"ARS2Neo": "ars2"}
 # Options of the data that decide how fast batches come, or where from, and never which numbers are in them.
-_LOGISTICS = {"num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "download", "questions", "images"}
+_LOGISTICS = {
+    *("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "download"),
+    # What predict is asked.
+    *("questions", "images", "prompts"),
+}
 _PLACES = ("root", "dir", "directory", "folder", "path", "cache", "file")
 # What modules.two_pass.TwoPassModule adds to every task: how a network is trained, not what it is.
 _TRAINING = (

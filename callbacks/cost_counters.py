@@ -19,8 +19,8 @@ class CostCounters(L.Callback):
     ``cost/optimizer_steps``; ``cost/gradient_evaluations`` (a step that looks twice makes two);
     ``cost/examples`` (handed to training, over all processes; a second look at the same batch adds none);
     ``cost/training_seconds`` (waiting for data included; evaluation, and saving checkpoints, excluded); and
-    ``cost/flops``. All go on where they were when a run is resumed. Numbers are logged in double precision, where counts
-    are exact up to 2**53.
+    ``cost/flops``. All go on where they were when a run is resumed. Numbers are logged in double precision, where
+    counts are exact up to 2**53.
 
     Floating-point operations are those of matrix products, convolutions and attention, as torch counts them: the
     training's first update is watched while it is made, and gives the operations per example of a gradient evaluation

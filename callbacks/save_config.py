@@ -17,7 +17,7 @@ class SaveConfig(SaveConfigCallback):
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``protocol.yaml`` to the run folder; called on the first process alone."""
-        identity = RunIdentity(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+        identity = RunIdentity(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
         content = {"digest": identity.protocol_digest, **identity.protocol}
         assert trainer.log_dir is not None  # else Lightning would have refused to save the config
         path = Path(trainer.log_dir) / "protocol.yaml"
