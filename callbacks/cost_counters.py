@@ -38,7 +38,8 @@ class CostCounters(L.Callback):
             self.training_seconds += now - self._mark
             self._mark = now
 
-    def _pause(self, pl_module: L.LightningModule) -> None:
+    def pause(self, pl_module: L.LightningModule) -> None:
+        """Stop the clock until the next batch: what follows is not training."""
         if self._mark is not None and pl_module.device.type == "cuda":
             # Work that was queued for training would otherwise be waited for by what follows.
             torch.cuda.synchronize(pl_module.device)
@@ -60,14 +61,14 @@ class CostCounters(L.Callback):
         self._count()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._pause(pl_module)
+        self.pause(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._log(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._pause(pl_module)
+        self.pause(pl_module)
         self._log(trainer, pl_module)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -78,7 +79,7 @@ class CostCounters(L.Callback):
             pl_module.log(name, torch.tensor(value, dtype=torch.float64, device=device), batch_size=1, sync_dist=shared)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._pause(pl_module)
+        self.pause(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         self._count()
