@@ -34,9 +34,9 @@ def as_long(direction: Tensor, weights: Tensor, flatten: bool) -> Tensor:
 
 
 def label(path: str) -> str:
-    """Name a checkpoint by its run, if it lies in one."""
-    file = Path(path)
-    return f"{file.resolve().parents[1].name}/{file.stem}" if file.resolve().parent.name == "checkpoints" else file.stem
+    """Name a checkpoint by its experiment and run, if it lies in the folder of one."""
+    file = Path(path).resolve()
+    return "/".join([*file.parts[-4:-2], file.stem]) if file.parent.name == "checkpoints" else file.stem
 
 
 def parameters_in(path: str, pl_module: L.LightningModule) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ class LossSurface(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what cannot be drawn before the testing begins."""
         if stage != "test":
-            raise ValueError(f"LossSurface is for testing a checkpoint, not for {stage}: use python train.py test")
+            raise ValueError("LossSurface looks at a checkpoint that is tested: use it with python train.py test")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(f"LossSurface needs whole parameters, not {type(trainer.strategy).__name__}'s shares")
         if self.split == "train" and getattr(trainer, "datamodule", None) is None:
@@ -133,7 +133,8 @@ class LossSurface(L.Callback):
             )
         picture = folder / "loss_surface.png"
         name = "training loss" if self.split == "train" else "test loss"
-        units = ("x", "y") if self._others else ("first random direction", "second random direction")
+        alone = ("first random direction", "second random direction")
+        units = ("distance between parameters",) * 2 if self._others else alone
         draw(picture, axes, losses, plane.marks, name, units)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
@@ -179,5 +180,5 @@ def draw(
     for (text, x, y), marker in zip(marks, "o^s", strict=False):
         axis.plot(x, y, marker=marker, color="red", markeredgecolor="white", markersize=9, linestyle="none", label=text)
     axis.set(xlabel=units[0], ylabel=units[1])
-    axis.legend(fontsize=8, loc="upper right")
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     figure.savefig(path, dpi=130)
