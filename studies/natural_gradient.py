@@ -116,13 +116,13 @@ def trajectory(driver: str, seed: int, steps: int) -> Iterator[tuple[int, Tensor
     observers = {name: Observer(name) for name in OPTIMIZERS}
     at = flat(Network().parameters())
     inputs, answers = training_set(seed)
-    order = torch.Generator().manual_seed(seed)
+    order, beta = torch.Generator().manual_seed(seed), OPTIMIZERS["AdamW"][1]["betas"][1]
     for step in range(1, steps + 1):
         batch = torch.randperm(len(inputs), generator=order)[:BATCH]
         after = {name: observer.step(at, inputs[batch], answers[batch]) for name, observer in observers.items()}
         adam = observers["AdamW"]
         states = [adam.optimizer.state[parameter] for parameter in adam.network.parameters()]
-        second_moment = flat(state["exp_avg_sq"] for state in states) / (1 - 0.98**step)
+        second_moment = flat(state["exp_avg_sq"] for state in states) / (1 - beta**step)
         yield step, at, {name: (at - end) / observers[name].lr for name, end in after.items()}, second_moment
         at = after[driver]
 

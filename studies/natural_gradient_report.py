@@ -23,6 +23,7 @@ PAIRS = (
     ("shape", "orthogonal Adam", "orthogonal gradient"),
     ("shape", "orthogonal 1/sqrt(diagonal Fisher)", "1/sqrt(diagonal Fisher)"),
     ("shape", "orthogonal 1/diagonal Fisher", "1/diagonal Fisher"),
+    ("shape", "orthogonal 1/sqrt(diagonal Fisher)", "orthogonal gradient"),
 )
 
 
@@ -82,14 +83,15 @@ def table(rows: Rows) -> str:
     """Return all tables as Markdown."""
     dampings, steps = sorted({row["damping"] for row in rows}), sorted({row["step"] for row in rows})
     drivers, seeds = list(dict.fromkeys(row["driver"] for row in rows)), len({row["seed"] for row in rows})
-    candidates = list(dict.fromkeys((row["kind"], row["candidate"]) for row in rows))
+    candidates: dict[tuple[str, str], Rows] = {}
+    for row in rows:
+        candidates.setdefault((row["kind"], row["candidate"]), []).append(row)
 
     def lines(columns: list[tuple[str, dict[str, Any]]], signed: bool = False) -> list[list[str]]:
         """One line a candidate, one cell a (column of the rows, chosen fields)."""
         return [
-            [f"{kind}: {name}"]
-            + [cell(by_seed(rows, column, kind=kind, candidate=name, **chosen), signed) for column, chosen in columns]
-            for kind, name in candidates
+            [f"{kind}: {name}"] + [cell(by_seed(own, column, **chosen), signed) for column, chosen in columns]
+            for (kind, name), own in candidates.items()
         ]
 
     def differences(target: str) -> list[list[str]]:
@@ -97,8 +99,10 @@ def table(rows: Rows) -> str:
         for kind, mine, theirs in PAIRS:
             result.append([f"{kind}: {mine} minus {theirs}"])
             for factor in dampings:
-                chosen = {"target": target, "damping": factor, "kind": kind}
-                sides = [by_seed(rows, "cosine_weights", candidate=name, **chosen) for name in (mine, theirs)]
+                sides = [
+                    by_seed(candidates[kind, name], "cosine_weights", target=target, damping=factor)
+                    for name in (mine, theirs)
+                ]
                 result[-1].append(cell([a - b for a, b in zip(*sides, strict=True)], signed=True))
         return result
 
@@ -141,8 +145,8 @@ def picture(rows: Rows, path: Path) -> None:
         names = list(dict.fromkeys(row["candidate"] for row in rows if row["kind"] == kind))
         for axis, (target, title) in zip(line, TARGETS.items(), strict=True):
             for index, name in enumerate(names):
-                chosen = {"target": target, "kind": kind, "candidate": name}
-                points = [interval(by_seed(rows, "cosine_weights", damping=d, **chosen)) for d in dampings]
+                own = [row for row in rows if (row["kind"], row["candidate"], row["target"]) == (kind, name, target)]
+                points = [interval(by_seed(own, "cosine_weights", damping=d)) for d in dampings]
                 dashed = "--" if name.startswith("orthogonal") else "-"
                 color = f"C{(index % 4) if kind == 'shape' and index < 8 else index}"
                 means, halves = zip(*points, strict=True)
