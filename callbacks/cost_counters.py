@@ -1,5 +1,7 @@
 """What a run has spent, as columns of its log: every curve can then be drawn over any of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -38,13 +40,22 @@ class CostCounters(L.Callback):
             self.training_seconds += now - self._mark
             self._mark = now
 
-    def pause(self, pl_module: L.LightningModule) -> None:
-        """Stop the clock until the next batch: what follows is not training."""
+    def _pause(self, pl_module: L.LightningModule) -> None:
         if self._mark is not None and pl_module.device.type == "cuda":
             # Work that was queued for training would otherwise be waited for by what follows.
             torch.cuda.synchronize(pl_module.device)
         self._count()
         self._mark = None
+
+    @contextmanager
+    def paused(self, pl_module: L.LightningModule) -> Iterator[None]:
+        """A block whose time is not training's, wherever it stands; if the clock ran before it, it runs on after it."""
+        running = self._mark is not None
+        self._pause(pl_module)
+        try:
+            yield
+        finally:
+            self._mark = perf_counter() if running else None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._mark = perf_counter()
@@ -61,14 +72,14 @@ class CostCounters(L.Callback):
         self._count()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.pause(pl_module)
+        self._pause(pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._log(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.pause(pl_module)
+        self._pause(pl_module)
         self._log(trainer, pl_module)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -79,7 +90,7 @@ class CostCounters(L.Callback):
             pl_module.log(name, torch.tensor(value, dtype=torch.float64, device=device), batch_size=1, sync_dist=shared)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.pause(pl_module)
+        self._pause(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         self._count()

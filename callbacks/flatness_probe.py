@@ -1,6 +1,8 @@
 """Measures how flat the loss is where training has come to: its Hessian, and how far it rises nearby."""
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from time import perf_counter
 from typing import Any
@@ -51,7 +53,8 @@ class FlatnessProbe(L.Callback):
     A radius is a length in each tensor: a network of T tensors moves by ``rho * sqrt(T)``. No number here is the same
     after a rescaling of the weights that leaves the network's function alone (Dinh et al. 2017).
 
-    Runs without a logger are not looked at.
+    Runs without a logger are not looked at. At a run's beginning one product with the Hessian is tried, so that a loss
+    that cannot be differentiated twice, or too little memory, shows before anything was trained.
 
     Args:
         epochs: the period in epochs, or the list of completed epochs after which to look; the end of training is
@@ -65,7 +68,8 @@ class FlatnessProbe(L.Callback):
         seed: of the random vectors and the dropout mask, the same in every probe.
 
     Raises:
-        ValueError: a number out of range, or a strategy that does not keep whole parameters on every process.
+        ValueError: a number out of range, a strategy that does not keep whole parameters on every process, or a loss
+            that cannot be differentiated twice.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class FlatnessProbe(L.Callback):
         self.random_directions, self.max_products, self.trace_samples = random_directions, max_products, trace_samples
         self._batches: list[Any] = []
         self._probed_at = 0
+        self._checked = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
@@ -104,6 +109,10 @@ class FlatnessProbe(L.Callback):
     ) -> None:
         if len(self._batches) < self.batches:
             self._batches.append(apply_to_collection(batch, Tensor, torch.clone))
+        if len(self._batches) == self.batches and not self._checked and trainer.loggers:
+            self._checked = True
+            with self._aside(trainer, pl_module) as loss:
+                loss.check()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         done = trainer.current_epoch + 1
@@ -117,12 +126,9 @@ class FlatnessProbe(L.Callback):
     def _log(self, trainer: L.Trainer, pl_module: TwoPassModule, epoch: int) -> None:
         if not self._batches or not trainer.loggers:
             return
-        counters = callbacks_of(trainer, CostCounters)
-        for counter in counters:
-            counter.pause(pl_module)
         row = {"epoch": float(epoch)} | self.probe(trainer, pl_module)
-        for counter in counters:
-            row |= counter.costs(trainer, pl_module)
+        for counters in callbacks_of(trainer, CostCounters):
+            row |= counters.costs(trainer, pl_module)
         self._probed_at = trainer.global_step
         for logger in trainer.loggers:
             # The number of the last batch, as in Lightning's rows of an epoch's end.
@@ -130,12 +136,21 @@ class FlatnessProbe(L.Callback):
 
     def probe(self, trainer: L.Trainer, pl_module: TwoPassModule) -> dict[str, float]:
         """Measure at the parameters as they are; returns the columns by log key."""
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)
-        start = perf_counter()
-        with unchanged(pl_module):
-            row = self._measure(ProbedLoss(trainer, pl_module, self._batches, self.seed))
-        return row | {"flatness/probe_seconds": perf_counter() - start}
+        with self._aside(trainer, pl_module) as loss:
+            start = perf_counter()
+            row = self._measure(loss)
+            return row | {"flatness/probe_seconds": perf_counter() - start}
+
+    @contextmanager
+    def _aside(self, trainer: L.Trainer, pl_module: Any) -> Iterator[ProbedLoss]:
+        """A block that is no part of training: neither its state nor its costs."""
+        with ExitStack() as stack:
+            for counters in callbacks_of(trainer, CostCounters):
+                stack.enter_context(counters.paused(pl_module))
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize(pl_module.device)
+            stack.enter_context(unchanged(pl_module))
+            yield ProbedLoss(trainer, pl_module, self._batches, self.seed)
 
     def _measure(self, loss: ProbedLoss) -> dict[str, float]:
         vectors = random_vectors(loss.params, torch.Generator().manual_seed(self.seed))

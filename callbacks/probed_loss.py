@@ -1,6 +1,6 @@
 """The training loss as a function of the parameters, to be looked at without leaving a trace."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,18 @@ def unchanged(pl_module: TwoPassModule) -> Iterator[None]:
                 tensor.copy_(copy)
         for param, gradient in gradients:
             param.grad = gradient
+
+
+def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield every node of the graph that ``outputs`` were made by, once."""
+    waiting: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        waiting += new
 
 
 class ProbedLoss:
@@ -71,7 +83,12 @@ class ProbedLoss:
         """Return the loss, its gradient, and the function that multiplies a vector by its Hessian."""
         with torch.enable_grad():
             loss = self._on_this_process()
-            gradient = torch.autograd.grad(loss, self.params, create_graph=True, materialize_grads=True)
+            # A factor that wants a gradient: without one, torch takes what can be differentiated only once for linear
+            # and says nothing.
+            one = torch.ones_like(loss).requires_grad_()
+            gradient = torch.autograd.grad(loss, self.params, one, create_graph=True, materialize_grads=True)
+        if any(type(node).__name__ == "Error" for node in nodes(gradient)):
+            raise NotImplementedError("a part of it has a derivative that was marked as once_differentiable")
 
         def product(vector: Vector) -> Vector:
             pairs = [(g, v) for g, v in zip(gradient, vector, strict=True) if g.requires_grad]
@@ -86,6 +103,22 @@ class ProbedLoss:
             [self._mean(g.detach().clone()) for g in gradient],
             product,
         )
+
+    def check(self) -> None:
+        """Multiply once by the Hessian.
+
+        Raises:
+            ValueError: the loss has a part that cannot be differentiated twice.
+        """
+        try:
+            self.twice()[2](self.start)
+        except RuntimeError as error:  # NotImplementedError is one
+            reason = str(error).strip().splitlines()[0]
+            if not any(word in reason for word in ("differentia", "derivative", "double backward")):
+                raise
+            raise ValueError(
+                f"the Hessian needs a loss that can be differentiated twice, which this one cannot: {reason}"
+            ) from error
 
     @torch.no_grad()
     def optimizers_move(self, gradient: Vector, rho: float) -> Vector | None:

@@ -231,6 +231,43 @@ def test_a_longer_batch_is_the_mean_of_its_parts(tmp_path: Path) -> None:
     assert parts["flatness/probe_gradient_evaluations"] > 3 * whole["flatness/probe_gradient_evaluations"]
 
 
+class Once(torch.autograd.Function):
+    """A square that can be differentiated once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient
+
+
+class OnceDifferentiable(ModularAddition):
+    def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
+        return Once.apply(super().compute_loss(batch, metrics))
+
+
+def test_a_loss_that_cannot_be_differentiated_twice_is_refused_before_training(tmp_path: Path) -> None:
+    model = module(kind=OnceDifferentiable)
+    before = [param.clone() for param in model.parameters()]
+    with pytest.raises(ValueError, match="which this one cannot: a part of it has a derivative that was"):
+        fit(model, data(), [FlatnessProbe(epochs=50)], tmp_path, epochs=2)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_other_errors_of_the_first_look_are_themselves(tmp_path: Path) -> None:
+    class Broken(ModularAddition):
+        def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        fit(module(kind=Broken), data(), [FlatnessProbe(epochs=50)], tmp_path, epochs=2)
+
+
 def test_a_run_without_a_logger_is_not_looked_at() -> None:
     class Never(FlatnessProbe):
         def probe(self, *arguments: Any) -> dict[str, float]:
