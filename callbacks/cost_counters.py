@@ -1,5 +1,7 @@
 """What a run has spent, as columns of its log: every curve can then be drawn over any of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +68,16 @@ class CostCounters(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._evaluations = int(pl_module.gradient_evaluations)  # type: ignore[arg-type]
+
+    @contextmanager
+    def paused(self, pl_module: L.LightningModule) -> Iterator[None]:
+        """A block whose time is not training's, wherever it stands; if the clock ran before it, it runs on after it."""
+        running = self._mark is not None
+        self._pause(pl_module)
+        try:
+            yield
+        finally:
+            self._mark = perf_counter() if running else None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._mark = perf_counter()
