@@ -17,7 +17,7 @@ def gradients_of(optimizer: Optimizer) -> dict[Tensor, Tensor]:
     return {p: p.grad for p in params if p.grad is not None and p.grad.layout is torch.strided and p.grad.numel()}
 
 
-def all_finite(losses: Sequence[Tensor], gradients: Sequence[Tensor]) -> bool:
+def all_finite(losses: Sequence[Tensor], gradients: list[Tensor]) -> bool:
     """Say whether every loss and every gradient is finite; the device is read once.
 
     The gradients are looked at through their norms, which costs a small part of the update and needs one fused kernel.
@@ -46,7 +46,7 @@ def describe(
     """
     for name, losses, gradients in passes:
         found = [f"the loss is {value}" for value in (loss.item() for loss in losses) if not math.isfinite(value)][:1]
-        bad = [key for key, p in network.named_parameters() if p in gradients and not all_finite((), [gradients[p]])]
+        bad = [key for key, p in network.named_parameters() if p in gradients and not all_finite([], [gradients[p]])]
         if bad:
             found.append(f"the gradient of {bad[0]} is not finite{_also(len(bad) - 1)}")
         if found:

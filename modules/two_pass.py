@@ -111,7 +111,7 @@ class TwoPassModule(L.LightningModule):
         accumulate_grad_batches: batches to an update, in both passes; the last window of an epoch may be shorter, its
             losses are divided by the same number (as Lightning does it).
         clip_first_pass: whether the first gradient of a step that looks twice is clipped too, to the same limit.
-        nonfinite: what comes of a step in which a loss or gradient is not finite, in either pass. It is never made; with
+        nonfinite: what comes of a step whose loss or gradient is not finite, in either pass. It is never made; with
             ``"stop"`` the run ends with a sentence that names step, pass and parameter, with ``"skip"`` it goes on with
             the next batch. Under a gradient scaler such steps are part of finding the scale: they are skipped and the
             scale lowered, and ``"stop"`` ends the run only when the scale has become useless. Skipped steps are counted
@@ -279,8 +279,8 @@ class TwoPassModule(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         """Train every epoch on the first one's batches where the trainer is to overfit a few (overfit_batches)."""
         # Lightning turns off shuffling in torch's DataLoader alone.
-        sampler = getattr(getattr(self.trainer.train_dataloader, "batch_sampler", None), "sampler", None)
-        if self.trainer.overfit_batches > 0 and hasattr(sampler, "set_epoch"):
+        sampler: Any = getattr(getattr(self.trainer.train_dataloader, "batch_sampler", None), "sampler", None)
+        if vars(self.trainer)["overfit_batches"] > 0 and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(0)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
