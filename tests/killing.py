@@ -1,0 +1,56 @@
+"""Lives of a command line that end with SIGKILL: each in a process that is forked from one with the imports done."""
+
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from cli import main
+from tests.commands import ROOT
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["tests.killing"])
+
+
+def live(arguments: list[str], output: str, kill_at_call: int | None) -> None:
+    """Run the command line in this process, which kills itself in place of a given call that changes the disk."""
+    with open(output, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    calls = itertools.count(1)
+
+    def deadly(real: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(calls) == kill_at_call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("replace", "fsync") if kill_at_call is not None else ():
+        setattr(os, name, deadly(getattr(os, name)))
+    sys.exit(main(arguments))
+
+
+def life(
+    arguments: list[str], output: Path, kill_after: float | None = None, kill_at_call: int | None = None
+) -> int | None:
+    """Run the command line in a process of its own; returns its exit code, -9 if it was killed.
+
+    Args:
+        arguments: of the command line.
+        output: file for what it prints.
+        kill_after: seconds after which it is killed, if it still runs.
+        kill_at_call: number of the call, of those that rename files or bring them to the disk, before which it dies.
+    """
+    process = context.Process(target=live, args=(arguments, str(output), kill_at_call))
+    process.start()
+    process.join(kill_after)
+    if process.is_alive():
+        process.kill()
+    process.join(120)
+    return process.exitcode
