@@ -131,6 +131,9 @@ class CommandLine(LightningCLI):
         folder = run_folder(Path(config.runs) / config.experiment, stem)
         if "LOCAL_RANK" not in os.environ:
             hold(folder)
+        if self.resumes:
+            # The same options are there already, and a process that dies while it writes them again loses the run.
+            self.save_config_callback = None
         if config.trainer.logger in (None, True):
             kwargs["logger"] = make_loggers(folder, config.experiment, config.wandb, self.resumes)
         plugins = self.config_init[self.subcommand].trainer.plugins or []
@@ -216,7 +219,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _report(error: Exception) -> int:
-    where = ""
+    where, said = "", one_line(error, os.environ.get(FOLDER))
     folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else None
     if folder is not None and "LOCAL_RANK" not in os.environ and not any((folder / name).exists() for name in RESULTS):
         # Nothing came of this run: an option was refused once it was put to use.
@@ -227,5 +230,5 @@ def _report(error: Exception) -> int:
         with contextlib.suppress(OSError):
             details.write_text("".join(traceback.format_exception(error)))
             where = f" (details in {details})"
-    print(f"error: {one_line(error)}{where}", file=sys.stderr)
+    print(f"error: {said}{where}", file=sys.stderr)
     return 1

@@ -41,13 +41,19 @@ class Rows(ExperimentWriter):
         """Bring the rows since the last save to the disk: they are appended, or with new columns all rewritten."""
         if not self.metrics:
             return
-        if self._record_new_keys() or not self.path.exists():
-            self._write([*(self._read() if self.path.exists() else []), *self.metrics])
-        else:
-            with open(self.path, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, fieldnames=self.metrics_keys).writerows(self.metrics)
-                _finish(file)
-        self.metrics = []
+        try:
+            if self._record_new_keys() or not self.path.exists():
+                self._write([*(self._read() if self.path.exists() else []), *self.metrics])
+            else:
+                with open(self.path, "a", newline="", encoding="utf-8") as file:
+                    csv.DictWriter(file, fieldnames=self.metrics_keys).writerows(self.metrics)
+                    _finish(file)
+        except OSError as error:
+            # Where the disk is full, the system does not say which file it was.
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        finally:
+            # Rows that could not be written once are not tried again in the middle of leaving.
+            self.metrics = []
 
     def go_back(self, count: int) -> None:
         """Forget all but the first ``count`` rows, and columns that only the others had."""

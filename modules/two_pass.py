@@ -199,8 +199,8 @@ class TwoPassModule(L.LightningModule):
             self._statistics.keep()
         self._window.append((batch, random_state(self.device) if two_pass else lambda: None))
         loss = self.compute_loss(batch, self.train_metrics)
-        skips = self.nonfinite == "skip" or self._scaler is not None
-        self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch), only_finite=skips)
+        # A loss that is not finite is that of a step that is not made.
+        self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch), only_finite=True)
         self._losses[0].append(loss.detach())
         self.manual_backward(loss / self.accumulate_grad_batches)
         if len(self._window) < self.accumulate_grad_batches and not self.trainer.is_last_batch:

@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -15,11 +16,13 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["tests.killing"])
 
 
-def live(arguments: list[str], output: str, kill_at_call: int | None) -> None:
+def live(arguments: list[str], output: str, kill_at_call: int | None, largest_file: int | None) -> None:
     """Run the command line in this process, which kills itself in place of a given call that changes the disk."""
     with open(output, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     os.chdir(ROOT)
     calls = itertools.count(1)
 
@@ -37,7 +40,11 @@ def live(arguments: list[str], output: str, kill_at_call: int | None) -> None:
 
 
 def life(
-    arguments: list[str], output: Path, kill_after: float | None = None, kill_at_call: int | None = None
+    arguments: list[str],
+    output: Path,
+    kill_after: float | None = None,
+    kill_at_call: int | None = None,
+    largest_file: int | None = None,
 ) -> int | None:
     """Run the command line in a process of its own; returns its exit code, -9 if it was killed.
 
@@ -46,8 +53,9 @@ def life(
         output: file for what it prints.
         kill_after: seconds after which it is killed, if it still runs.
         kill_at_call: number of the call, of those that rename files or bring them to the disk, before which it dies.
+        largest_file: bytes that a file may have; the system refuses to write more.
     """
-    process = context.Process(target=live, args=(arguments, str(output), kill_at_call))
+    process = context.Process(target=live, args=(arguments, str(output), kill_at_call, largest_file))
     process.start()
     process.join(kill_after)
     if process.is_alive():

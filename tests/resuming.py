@@ -90,3 +90,12 @@ def assert_same_run(mine: Path, theirs: Path) -> None:
 def only_folder(runs: Path) -> Path:
     (folder,) = folders(runs)
     return folder
+
+
+class BrokenStep(ModularAddition):
+    """The loss of the third batch of training is not a number."""
+
+    def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Metrics | None) -> Tensor:
+        loss = super().compute_loss(batch, metrics)
+        broken = self.trainer.training and self.global_step == 2 and self.skipped_steps == 0
+        return loss * torch.nan if broken else loss
