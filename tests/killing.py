@@ -39,26 +39,27 @@ def live(arguments: list[str], output: str, kill_at_call: int | None, largest_fi
     sys.exit(main(arguments))
 
 
-def life(
-    arguments: list[str],
-    output: Path,
-    kill_after: float | None = None,
-    kill_at_call: int | None = None,
-    largest_file: int | None = None,
-) -> int | None:
+def begin(arguments: list[str], output: Path, kill_at_call: int | None = None, largest_file: int | None = None) -> Any:
+    """Start the command line in a process of its own; the arguments are those of :func:`life`."""
+    process = context.Process(target=live, args=(arguments, str(output), kill_at_call, largest_file))
+    process.start()
+    return process
+
+
+def life(arguments: list[str], output: Path, kill_after: float | None = None, **options: int) -> int | None:
     """Run the command line in a process of its own; returns its exit code, -9 if it was killed.
 
     Args:
         arguments: of the command line.
         output: file for what it prints.
         kill_after: seconds after which it is killed, if it still runs.
-        kill_at_call: number of the call, of those that rename files or bring them to the disk, before which it dies.
-        largest_file: bytes that a file may have; the system refuses to write more.
+        options: ``kill_at_call``, the number of the call, of those that rename files or bring them to the disk, before
+            which it dies; ``largest_file``, the bytes that a file may have until the system refuses to write more.
     """
-    process = context.Process(target=live, args=(arguments, str(output), kill_at_call, largest_file))
-    process.start()
+    process = begin(arguments, output, **options)
     process.join(kill_after)
     if process.is_alive():
         process.kill()
     process.join(120)
-    return process.exitcode
+    code: int | None = process.exitcode
+    return code
