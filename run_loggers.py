@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from csv_rows import RunCSVLogger
 from wandb_naming import init_arguments
 
 _PATIENCE = 10.0  # seconds for the server to answer; WANDB_INIT_TIMEOUT says otherwise
 
 
-def make_loggers(folder: Path, config: Mapping[str, Any], wandb: bool | None) -> list[Logger]:
+def make_loggers(folder: Path, config: Mapping[str, Any], wandb: bool | None, resumes: bool = False) -> list[Logger]:
     """Return the loggers of a run; the CSV file comes first, so that the run's folder is the one Lightning writes to.
 
     Args:
@@ -22,9 +23,9 @@ def make_loggers(folder: Path, config: Mapping[str, Any], wandb: bool | None) ->
         config: of the run, resolved; Weights & Biases names and groups the run by it, and records it.
         wandb: whether to log to Weights & Biases; ``None`` does so only where a key is configured. Without a key, or
             where the server does not answer, the run is recorded offline, and a line says how to upload it.
+        resumes: whether the run goes on in a folder that has rows of it.
     """
-    parent, version = folder.parent, folder.name
-    loggers: list[Logger] = [CSVLogger(save_dir=str(parent.parent), name=parent.name, version=version)]
+    loggers: list[Logger] = [RunCSVLogger(folder, resumes)]
     if not getattr(rank_zero_only, "rank", 0) and wandb is not False:
         key = has_key()
         if wandb or key:

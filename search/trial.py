@@ -51,7 +51,8 @@ def _train(arguments: list[str], log: str, sender: Connection) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(output, stream)
-    from cli import FOLDER, main
+    from cli import main
+    from run_folders import FOLDER
 
     os.environ.pop(FOLDER, None)
     sys.argv = ["train.py", *arguments]
