@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,9 @@ def test_giving_up_while_it_starts_is_no_crash(tmp_path: Path) -> None:
     (tmp_path / "cli.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     (tmp_path / "train.py").write_text((ROOT / "train.py").read_text())
     command = [sys.executable, str(tmp_path / "train.py"), "fit"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    # In a background job a child would ignore Ctrl-C.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, preexec_fn=heeds)
     assert result.returncode == 130
     assert result.stderr == "interrupted before training began\n"
 
