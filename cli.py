@@ -199,6 +199,12 @@ def main(arguments: Sequence[str]) -> int:
             raise
         _say_how_to_go_on(arguments)
         return 128 + signal.SIGINT
+    except KeyboardInterrupt:
+        # While Lightning was leaving, or between two of its steps.
+        if FOLDER not in os.environ:
+            raise
+        _say_how_to_go_on(arguments)
+        return 128 + signal.SIGINT
     except Exception as error:
         return _report(error)
     finally:
