@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 Protocol = Literal["packed", "contiguous"]
 END, PAD = 0, 1  # the tokenizer's special tokens, <|endoftext|> and <pad>
+UNKNOWN = "<unk>"  # what the tokens version of WikiText-2 has in place of rare words
 _PIECE = re.compile(r"[^.]*\.|[^.]+")
 
 # Texts in, the tokens of each out; a lazy iterable, so that not all tokens are Python numbers at once.
@@ -19,12 +20,14 @@ class SplitTokens(NamedTuple):
     """A split as tokens, and the size of its text.
 
     ``tokens`` (int32) are rows (rows, context + 1) under ``packed``, one stream (tokens,) under ``contiguous``.
-    ``words`` are whitespace-separated, with one end of line a line; ``utf8_bytes`` counts one byte an end of line.
+    ``words`` are whitespace-separated, with one end of line a line; ``utf8_bytes`` counts one byte an end of line;
+    ``unknown_words`` are those that read ``<unk>``, of which the raw version has none.
     """
 
     tokens: NDArray[np.int32]
     words: int
     utf8_bytes: int
+    unknown_words: int
 
 
 def pieces(lines: Iterable[str]) -> Iterator[str]:
@@ -64,5 +67,6 @@ def contiguous(lines: Sequence[str], encode: Encode) -> NDArray[np.int32]:
 def split_tokens(lines: Sequence[str], encode: Encode, protocol: Protocol, context: int) -> SplitTokens:
     """Turn one split into tokens by ``protocol``; only ``packed`` depends on ``context`` here."""
     tokens = packed(lines, encode, context) if protocol == "packed" else contiguous(lines, encode)
-    words = sum(len(line.split()) + 1 for line in lines)
-    return SplitTokens(tokens, words, sum(len(line.encode()) + 1 for line in lines))
+    words = [word for line in lines for word in line.split()]
+    utf8_bytes = sum(len(line.encode()) + 1 for line in lines)
+    return SplitTokens(tokens, len(words) + len(lines), utf8_bytes, words.count(UNKNOWN))

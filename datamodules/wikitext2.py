@@ -12,7 +12,7 @@ from torch import Tensor
 from datamodules.batches import TensorBatches
 from datamodules.text_corpus import open_corpus
 from datamodules.token_cache import Tokens, cached_tokens, default_cache
-from datamodules.token_rows import Protocol, SplitTokens
+from datamodules.token_rows import UNKNOWN, Protocol, SplitTokens
 
 ROOT = "ARS2_WIKITEXT2_ROOT"
 _PROMPTS, _PROMPT_TOKENS = 3, 16
@@ -71,10 +71,13 @@ class WikiText2Data(L.LightningDataModule):
         self._load()
 
     def setup(self, stage: str) -> None:
-        """Load the tokens, on every process."""
+        """Load the tokens, on every process; loggers are told corpus and protocol, which every number depends on."""
         self._load()
         if stage == "predict":
             self.prompt_tokens()
+        elif stage == "fit" and self.trainer is not None:
+            for logger in self.trainer.loggers:
+                logger.log_hyperparams(self.description())
 
     def _load(self) -> None:
         if self._tokens is not None:
@@ -102,11 +105,13 @@ class WikiText2Data(L.LightningDataModule):
         for name, split in self.tokens.splits.items():
             rows, rest = self._rows(split)
             tokens = rows[:, 1:].numel() + max(0, len(rest) - 1)
-            sizes[name] = {"rows": len(rows), "predicted_tokens": tokens, "words": split.words}
-            sizes[name] |= {"utf8_bytes": split.utf8_bytes}
+            sizes[name] = {"rows": len(rows), "predicted_tokens": tokens}
+            sizes[name] |= {"words": split.words, "utf8_bytes": split.utf8_bytes}
+        unknown = sum(split.unknown_words for split in self.tokens.splits.values())
+        version = f"tokens version ({unknown:,} words are {UNKNOWN})" if unknown else f"raw version (no {UNKNOWN})"
         return {
-            **{"corpus": f"WikiText-2, {self.source}", "corpus_sha256": self.digest, "protocol": self.protocol},
-            **{"vocabulary": self.vocabulary, "context": self.context, "splits": sizes},
+            **{"corpus": f"WikiText-2, {version}, {self.source}", "corpus_sha256": self.digest},
+            **{"protocol": self.protocol, "vocabulary": self.vocabulary, "context": self.context, "splits": sizes},
         }
 
     def _rows(self, split: SplitTokens) -> tuple[Tensor, Tensor]:
