@@ -1,6 +1,7 @@
 """The lines of a text corpus, split by split, by ``datasets``: from the hub, or from a folder on disk."""
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,10 +68,13 @@ def _file(root: Path, split: str) -> Path:
 
 
 def _from_hub() -> Any:
-    from datasets import DownloadConfig, load_dataset
+    from datasets import load_dataset
 
+    print(f"asking the hub for {HUB_CONFIG}", flush=True)
+    # Each of its attempts would print two lines where there is no network.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        return load_dataset(HUB_NAME, HUB_CONFIG, download_config=DownloadConfig(max_retries=1))
+        return load_dataset(HUB_NAME, HUB_CONFIG)
     except Exception as error:
         # Several libraries are involved, each with errors of its own for the same trouble.
         raise ConnectionError(
@@ -99,9 +103,5 @@ def _digested(source: str, dataset: Any) -> Corpus:
 def _lines(dataset: Any) -> dict[str, list[str]]:
     if missing := [split for split in SPLITS if split not in dataset]:
         raise ValueError(f"the corpus lacks the split {missing[0]}; it has {', '.join(dataset)}")
-    lines = {}
-    for split in SPLITS:
-        rows = dataset[split]
-        # One entry is one line; the hub's copy keeps the line ends in some of them.
-        lines[split] = [str(row["text"]).rstrip("\r\n") for row in rows]
-    return lines
+    # One entry is one line; the hub's copy keeps the line ends in some of them.
+    return {split: [str(row["text"]).rstrip("\r\n") for row in dataset[split]] for split in SPLITS}
