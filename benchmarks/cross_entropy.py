@@ -4,7 +4,7 @@
 
 Forward and backward of an unembedding of 40,479 tokens on 8 x 255 hidden states, in float32 and under bf16 autocast.
 Times are medians of rounds in which the two take turns, in this process; a peak is what a process of its own held in
-addition to what was there before its first pass. Exits with 1 if the chunked one's peak is above half of the plain one's.
+addition to what was there before its first pass. Exits with 1 if the chunked peak is above half of the plain one.
 """
 
 import argparse

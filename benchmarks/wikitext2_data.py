@@ -52,7 +52,7 @@ def pace_of_model(data: WikiText2Data, options: argparse.Namespace) -> float:
     """Return predicted tokens per second of forward and backward passes, the first one left out."""
     from modules.language_model import LanguageModel
 
-    model = LanguageModel(torch.optim.AdamW, vocabulary=options.vocabulary, context=options.context)
+    model = LanguageModel(optimizer=torch.optim.AdamW, vocabulary=options.vocabulary, context=options.context)
     tokens = 0
     for number, batch in enumerate(data.train_dataloader()):
         if number == 1:

@@ -120,7 +120,8 @@ class RunSummary(L.Callback):
             "run_folder": self._folder,
             "environment": environment(),
         }
-        if hasattr(data := getattr(trainer, "datamodule", None), "description"):
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "description"):
             summary["data"] = data.description()
         for milestones in callbacks_of(trainer, GrokkingMilestones):
             summary["milestones"] = milestones.report(trainer.global_step)

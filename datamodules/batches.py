@@ -25,9 +25,7 @@ class TensorBatches:
         ValueError: no examples, none left, or ``batch_size`` below 1.
     """
 
-    def __init__(
-        self, tensors: tuple[Tensor, ...], batch_size: int, seed: int | None, drop_last: bool = False
-    ) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int | None, drop_last: bool = False) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if len(tensors[0]) == 0:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from datamodules.batches import TensorBatches
 from datamodules.text_corpus import open_corpus
@@ -75,8 +76,11 @@ class WikiText2Data(L.LightningDataModule):
         self._load()
         if stage == "predict":
             self.prompt_tokens()
-        elif stage == "fit" and self.trainer is not None:
-            for logger in self.trainer.loggers:
+        elif stage == "fit":
+            # Too few rows for a batch are found here, before anything is written.
+            self.train_dataloader()
+            self.val_dataloader()
+            for logger in [] if self.trainer is None else self.trainer.loggers:
                 logger.log_hyperparams(self.description())
 
     def _load(self) -> None:
@@ -166,14 +170,14 @@ class WikiText2Data(L.LightningDataModule):
 
     def predict_dataloader(self) -> Any:
         """The prompts, one a batch, in the order given."""
-        return [(prompt,) for prompt in self.prompt_tokens()]
+        return DataLoader([(prompt,) for prompt in self.prompt_tokens()], batch_size=None)  # type: ignore[arg-type]
 
 
 class _WholeText:
     """Whole rows in batches, then the rest of the text as one shorter row."""
 
     def __init__(self, rows: Tensor, rest: Tensor, batch_size: int) -> None:
-        self.rows = TensorBatches((rows,), batch_size, None) if len(rows) else []
+        self.rows: TensorBatches | list[Any] = TensorBatches((rows,), batch_size, None) if len(rows) else []
         self.rest = [(rest.unsqueeze(0),)] if len(rest) > 1 else []
 
     def __len__(self) -> int:

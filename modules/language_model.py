@@ -90,7 +90,7 @@ class LanguageModel(TwoPassModule):
                 tie_word_embeddings=tied_embeddings,
                 attention_dropout=0.0,
                 use_cache=False,
-                attn_implementation="sdpa",
+                attn_implementation="sdpa",  # type: ignore[call-arg]
             )
         )
         if projections == "per_head":

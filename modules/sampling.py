@@ -33,7 +33,9 @@ def continuation(
     network.eval()
     try:
         for _ in range(length):
-            logits = network(input_ids=text[:, -context:], use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu()
+            logits = (
+                network(input_ids=text[:, -context:], use_cache=False, logits_to_keep=1).logits[0, -1].float().cpu()
+            )
             if temperature == 0:
                 following = logits.argmax(keepdim=True)
             else:

@@ -146,9 +146,7 @@ def test_evaluating_the_checkpoint_gives_the_numbers_of_its_run(trained: Path, t
         (("--data.protocol", "packed", "--data.batch_size", 5000), "too few for one batch of 5000"),
     ],
 )
-def test_bad_options_are_one_sentence_and_leave_no_run(
-    options: tuple[object, ...], named: str, tmp_path: Path
-) -> None:
+def test_bad_options_are_one_sentence_and_leave_no_run(options: tuple[object, ...], named: str, tmp_path: Path) -> None:
     text = write_corpus(tmp_path / "text")
     result = call("fit", *NANO, *where(text), "--runs", tmp_path / "runs", *options)
     assert named in result.error

@@ -48,7 +48,7 @@ def test_the_digest_follows_from_the_text_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
         open_corpus(tmp_path / "nowhere")
 
 

@@ -21,7 +21,9 @@ def corpus(tmp_path: Path) -> Corpus:
     return open_corpus(write_corpus(tmp_path / "text"))
 
 
-def load(corpus: Corpus, cache: Path, vocabulary: int = 300, protocol: Protocol = "packed", context: int = 15) -> Tokens:
+def load(
+    corpus: Corpus, cache: Path, vocabulary: int = 300, protocol: Protocol = "packed", context: int = 15
+) -> Tokens:
     return cached_tokens(corpus, vocabulary, protocol, context, cache)
 
 
@@ -156,7 +158,7 @@ def test_the_default_place_is_the_users_cache(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("vocabulary", [257, 5000])
 def test_a_vocabulary_that_bpe_cannot_give_is_refused(vocabulary: int, corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="vocabulary .*(at least 258|too small for more than)"):
+    with pytest.raises(ValueError, match=r"vocabulary .*(at least 258|too small for more than)"):
         load(corpus, tmp_path / "cache", vocabulary=vocabulary)
     assert folders(tmp_path / "cache") == []
 
