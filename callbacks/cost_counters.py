@@ -19,10 +19,10 @@ class CostCounters(L.Callback):
     """Logs the costs so far with every row that an epoch's end or a validation writes.
 
     ``cost/optimizer_steps``; ``cost/gradient_evaluations`` (a step that looks twice makes two);
-    ``cost/examples`` (handed to training, over all processes; a second look at the same batch adds none);
-    ``cost/training_seconds`` (waiting for data included; evaluation, and saving checkpoints, excluded); and
-    ``cost/flops``. All go on where they were when a run is resumed. Numbers are logged in double precision, where
-    counts are exact up to 2**53.
+    ``cost/examples``, or ``cost/tokens`` where the module counts those (its ``unit``; handed to training, over all
+    processes; a second look at the same batch adds none); ``cost/training_seconds`` (waiting for data included;
+    evaluation, and saving checkpoints, excluded); and ``cost/flops``. All go on where they were when a run is resumed.
+    Numbers are logged in double precision, where counts are exact up to 2**53.
 
     Floating-point operations are those of matrix products, convolutions and attention, as torch counts them: the
     training's first update is watched while it is made, and gives the operations per example of a gradient evaluation
@@ -47,7 +47,7 @@ class CostCounters(L.Callback):
         return {
             "cost/optimizer_steps": float(trainer.global_step),
             "cost/gradient_evaluations": float(pl_module.gradient_evaluations),  # type: ignore[arg-type]
-            "cost/examples": float(self.examples),
+            f"cost/{getattr(pl_module, 'unit', 'examples')}": float(self.examples),
             "cost/training_seconds": self.training_seconds,
             "cost/flops": float(self.flops),
         }

@@ -24,7 +24,7 @@ from callbacks.lookup import callbacks_of
 from callbacks.milestones import GrokkingMilestones
 from modules.two_pass import TwoPassModule
 
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
 PLACES = {"best_checkpoint": "best checkpoint", "last_checkpoint": "last checkpoint", "run_folder": "run folder"}
 
 
@@ -120,6 +120,9 @@ class RunSummary(L.Callback):
             "run_folder": self._folder,
             "environment": environment(),
         }
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "description"):
+            summary["data"] = data.description()
         for milestones in callbacks_of(trainer, GrokkingMilestones):
             summary["milestones"] = milestones.report(trainer.global_step)
         for counters in callbacks_of(trainer, CostCounters):

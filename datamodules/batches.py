@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class TensorBatches:
-    """A loader over tensors that share their first dimension; the last short batch is kept.
+    """A loader over tensors that share their first dimension.
 
     The order of an epoch follows from ``seed`` and the epoch's number alone. Lightning tells the number through
     :meth:`set_epoch` and saves ``state_dict`` in its checkpoints, so a run resumes with the batch after the last one
@@ -19,17 +19,20 @@ class TensorBatches:
         tensors: each of shape (examples, ...).
         batch_size: examples to a batch.
         seed: of the order; ``None`` keeps the given order in every epoch.
+        drop_last: whether a last short batch is left out; of a shuffled epoch it holds other examples each time.
 
     Raises:
-        ValueError: no examples, or ``batch_size`` below 1.
+        ValueError: no examples, none left, or ``batch_size`` below 1.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int | None) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int | None, drop_last: bool = False) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if len(tensors[0]) == 0:
             raise ValueError("there are no examples to make batches of")
-        self.tensors, self.batch_size, self.seed = tensors, batch_size, seed
+        if drop_last and len(tensors[0]) < batch_size:
+            raise ValueError(f"there are {len(tensors[0])} examples, too few for one batch of {batch_size}")
+        self.tensors, self.batch_size, self.seed, self.drop_last = tensors, batch_size, seed, drop_last
         # Lightning looks for set_epoch here; a loader with an attribute called sampler it takes for a DataLoader.
         self.batch_sampler = SimpleNamespace(sampler=self)
         self.epoch, self.done = -1, 0
@@ -37,7 +40,8 @@ class TensorBatches:
         self._announced: int | None = None
 
     def __len__(self) -> int:
-        return -(-len(self.tensors[0]) // self.batch_size)
+        examples = len(self.tensors[0])
+        return examples // self.batch_size if self.drop_last else -(-examples // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         goes_on = self._resuming and self.done < len(self) and self._announced in (None, self.epoch)
@@ -45,7 +49,7 @@ class TensorBatches:
             self.epoch, self.done = self.epoch + 1 if self._announced is None else self._announced, 0
         self._resuming, self._announced = False, None
         batches = self._order().split(self.batch_size)
-        while self.done < len(batches):
+        while self.done < len(self):
             self.done += 1
             yield tuple(tensor[batches[self.done - 1]] for tensor in self.tensors)
 

@@ -122,6 +122,7 @@ class TwoPassModule(L.LightningModule):
     """
 
     network: nn.Module
+    unit = "examples"  # what batch_size() counts, and losses are means over
 
     def __init__(
         self,
@@ -163,7 +164,7 @@ class TwoPassModule(L.LightningModule):
         raise NotImplementedError
 
     def batch_size(self, batch: Any) -> int:
-        """Return the number of examples in ``batch``: the length of its first tensor."""
+        """Return the number of examples, or other units, in ``batch``: the length of its first tensor."""
         return len(batch[0])
 
     def set_metrics(self, metrics: Mapping[str, Metric]) -> None:

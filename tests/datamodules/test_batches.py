@@ -91,3 +91,15 @@ def test_an_iterator_that_was_made_and_never_used_costs_no_epoch() -> None:
 def test_what_cannot_be_batched_is_refused(examples: int, batch_size: int, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         loader(examples=examples, batch_size=batch_size)
+
+
+def test_a_last_short_batch_can_be_left_out_of_every_epoch() -> None:
+    batches = TensorBatches((torch.arange(10),), 4, seed=3, drop_last=True)
+    epochs = [epoch(batches) for _ in range(20)]
+    assert all([len(batch) for batch in seen] == [4, 4] for seen in epochs) and len(batches) == 2
+    assert {number for seen in epochs for batch in seen for number in batch} == set(range(10))
+
+
+def test_leaving_out_the_only_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 examples, too few for one batch of 4"):
+        TensorBatches((torch.arange(3),), 4, seed=None, drop_last=True)
