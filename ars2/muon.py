@@ -101,6 +101,4 @@ class Muon(TrackedOptimizer):
         )
         shapes = [updates.as_stack(direction, group["flatten"]).shape for direction in directions]
         scales = [math.sqrt(max(1.0, shape[1] / shape[2])) for shape in shapes]
-        if any(scale != 1.0 for scale in scales):
-            torch._foreach_mul_(directions, scales)
-        updates.apply_(batch.params, directions, None, group["lr"], group["weight_decay"])
+        updates.apply_(batch.params, directions, scales, group["lr"], group["weight_decay"])

@@ -3,8 +3,8 @@
 Quintic iteration and its coefficients: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
 Polar Express: Amsel et al., "The Polar Express: optimal matrix sign methods and their application to Muon" (2025).
 
-*Standard*: ``X <- (a I + b A + c A A) X`` with ``A = X X^T``, which costs ``4 r^2 n + 2 r^3`` operations a step for r rows
-and n columns. *Gram*: every step is a polynomial ``P`` in the same A, so that A can be iterated alone, ``A <- P A P``,
+*Standard*: ``X <- (a I + b A + c A A) X`` with ``A = X X^T``, which costs ``4 r^2 n + 2 r^3`` operations a step for r
+rows and n columns. *Gram*: every step is a polynomial ``P`` in the same A, so that A can be iterated alone, ``A <- P A P``,
 the polynomials be multiplied, ``Q <- P Q``, and X be touched once at the end: ``4 r^2 n`` in all and ``8 r^3`` a step.
 
 The Gram side squares singular values, and rounding of A is amplified by up to a^2 a step where they are small. So it
@@ -46,10 +46,11 @@ ALGORITHMS = ("auto", "standard", "gram")
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 # Of A's rounding, from one forming of A to the next: two updates under "jordan", 3.4445^4 = 141.
 _MOST_GROWTH = 150.0
-# From how many columns a row, and from how many rows on, Gram is the faster one on the CPU; see
-# results/benchmarks/newton_schulz.txt. Elsewhere it was not measured, and standard is taken.
-_GRAM_FROM_ASPECT = {torch.bfloat16: 3.0, torch.float32: 6.0}
-_GRAM_FROM_ROWS = 48
+# From how many columns a row, and from how many rows on, Gram is the faster one on the CPU, as
+# benchmarks/newton_schulz.py measures it. In float32, whose inner side is float64, it is neither faster by much nor
+# always as accurate; other devices were not measured. There standard is taken.
+_GRAM_FROM_ASPECT = {torch.bfloat16: 4.0}
+_GRAM_FROM_ROWS = 24
 
 
 def schedule(name: str, steps: int) -> list[Coefficients]:

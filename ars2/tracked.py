@@ -132,9 +132,7 @@ class TrackedOptimizer(Optimizer):
                 validation.check_state(tensors, str(name), param, self._state_keys(theirs))
                 dtype = torch.promote_types(param.dtype, torch.float32)
                 # In the parameter's own memory layout, whatever the saved one.
-                loaded.append(
-                    (param, {k: torch.zeros_like(param, dtype=dtype).copy_(v) for k, v in tensors.items()})
-                )
+                loaded.append((param, {k: torch.zeros_like(param, dtype=dtype).copy_(v) for k, v in tensors.items()}))
         validation.check_same_options(groups, self.shared_options)
         super().load_state_dict(state_dict)
         for param, tensors in loaded:
@@ -167,7 +165,14 @@ class TrackedOptimizer(Optimizer):
     @staticmethod
     def _move_vectors(group: dict[str, Any], batch: Batch) -> None:
         """AdamW for the parameters of one vector group."""
-        adam = batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq"), group["betas"], group["step"], group["eps"]
+        adam = (
+            batch.grads,
+            batch.state("exp_avg"),
+            batch.state("exp_avg_sq"),
+            group["betas"],
+            group["step"],
+            group["eps"],
+        )
         if all(p.dtype == g.dtype and p.stride() == g.stride() for p, g in zip(batch.params, batch.grads, strict=True)):
             updates.adamw_(batch.params, *adam, group["lr"], group["weight_decay"])
         else:

@@ -95,14 +95,19 @@ def energies(directions: Tensors) -> Tensors:
     return torch._foreach_norm(directions)
 
 
-def apply_(params: Tensors, directions: Tensors, scales: Tensors | None, lr: float, weight_decay: float) -> None:
+def apply_(
+    params: Tensors, directions: Tensors, scales: Tensors | list[float] | None, lr: float, weight_decay: float
+) -> None:
     """Move the parameters with decoupled decay, in place: ``p <- (1 - lr*wd) p - lr*scale*direction``.
 
-    ``scales`` are scalar tensors, one a parameter; none means 1. The dtypes of the three may differ.
+    ``scales`` are scalar tensors or numbers, one a parameter; none means 1. The dtypes may differ.
     """
     if weight_decay != 0:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     if scales is None:
         torch._foreach_add_(params, directions, alpha=-lr)
-    else:
+    elif isinstance(scales[0], Tensor):
         torch._foreach_addcmul_(params, directions, scales, value=-lr)
+    else:
+        for param, direction, scale in zip(params, directions, scales, strict=True):
+            param.add_(direction, alpha=-lr * scale)
