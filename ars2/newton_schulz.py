@@ -4,8 +4,9 @@ Quintic iteration and its coefficients: Jordan et al., "Muon: an optimizer for h
 Polar Express: Amsel et al., "The Polar Express: optimal matrix sign methods and their application to Muon" (2025).
 
 *Standard*: ``X <- (a I + b A + c A A) X`` with ``A = X X^T``, which costs ``4 r^2 n + 2 r^3`` operations a step for r
-rows and n columns. *Gram*: every step is a polynomial ``P`` in the same A, so that A can be iterated alone, ``A <- P A P``,
-the polynomials be multiplied, ``Q <- P Q``, and X be touched once at the end: ``4 r^2 n`` in all and ``8 r^3`` a step.
+rows and n columns. *Gram*: every step is a polynomial ``P`` in the same A, so that A can be iterated alone,
+``A <- P A P``, the polynomials be multiplied, ``Q <- P Q``, and X be touched once at the end: ``4 r^2 n`` in all and
+``8 r^3`` a step.
 
 The Gram side squares singular values, and rounding of A is amplified by up to a^2 a step where they are small. So it
 runs one precision wider than X, and A is formed anew from X before the amplification passes ``_MOST_GROWTH``.

@@ -53,12 +53,16 @@ def adamw_(
     for index, grad in enumerate(grads):
         kinds.setdefault((grad.device, grad.dtype), []).append(index)
     for (device, _), indices in kinds.items():
-        lists: list[Tensors] = [params, grads, exp_avgs, exp_avg_sqs]
+        lists: tuple[Tensors, Tensors, Tensors, Tensors] = (params, grads, exp_avgs, exp_avg_sqs)
         if len(kinds) > 1:
-            lists = [[tensors[index] for index in indices] for tensors in lists]
+            p, g, m, v = ([tensors[index] for index in indices] for tensors in lists)
+            lists = p, g, m, v
         count = torch.full((), float(step), device=device)
         torch._fused_adamw_(
-            *lists,
+            lists[0],
+            lists[1],
+            lists[2],
+            lists[3],
             [],
             [count] * len(indices),
             lr=lr,
@@ -84,7 +88,7 @@ def as_stack(tensor: Tensor, flatten: bool) -> Tensor:
 def orthogonal_directions(
     directions: Tensors, flatten: bool, steps: int, coefficients: str, dtype: torch.dtype, algorithm: str
 ) -> list[Tensor]:
-    """Return each direction's orthogonal factor, stacks matrix by matrix, in the directions' shapes and in ``dtype``."""
+    """Return each direction's orthogonal factor, stacks matrix by matrix, in its shape and in ``dtype``."""
     stacks = [as_stack(direction, flatten) for direction in directions]
     factors = orthogonalize_all(stacks, steps, coefficients, dtype, algorithm=algorithm)
     return [factor.reshape(direction.shape) for factor, direction in zip(factors, directions, strict=True)]

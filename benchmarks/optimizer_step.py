@@ -3,8 +3,8 @@
     python -m benchmarks.optimizer_step [--networks grokking resnet18 qwen3 gpt2] [--rounds 5] [--seconds 1] [--json]
 
 Whole model: ARS2-Neo in its modes (policy "all", its parts alone, no forward or backward), the same algorithm written
-tensor by tensor (benchmarks/per_tensor.py), and torch's AdamW. Matrices: the Muons, on the same 2-D tensors: the matrix
-track with convolutions flattened to (out, in*kh*kw) and stacks taken apart, because torch.optim.Muon takes nothing else.
+tensor by tensor (benchmarks/per_tensor.py), and torch's AdamW. Matrices: the Muons, on the same 2-D tensors: the
+matrix track with convolutions flattened to (out, in*kh*kw) and stacks taken apart, as torch.optim.Muon takes no others.
 
 All run five Newton-Schulz steps in bfloat16 and keep float32 state. In a round every optimizer is made anew, makes two
 steps unmeasured, and is then timed for --seconds (three steps at least); medians are over all rounds, so a machine that
@@ -115,6 +115,8 @@ def parts(looks: bool, **options: Any) -> Competitor:
             put(first)
             if looks:
                 optimizer.param_groups[0]["last_sync"] = -2  # a period ago, whatever phi says
+            else:
+                optimizer.param_groups[0]["phi_variance"] = 1.0  # a threshold far away, whatever phi was before
             wanted = optimizer.wants_second_pass()
             if wanted:
                 optimizer.perturb()

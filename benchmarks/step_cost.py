@@ -55,6 +55,8 @@ class Trainer:
     def step(self, record: bool) -> None:
         self.optimizer.zero_grad()
         passes = [self.forward_and_backward()]
+        if self.two_pass:
+            self.optimizer.param_groups[0]["phi_variance"] = 1.0  # AGA: the period alone decides
         start, again = time.perf_counter(), False
         if self.two_pass and (again := self.optimizer.wants_second_pass()):
             self.optimizer.perturb()

@@ -1,4 +1,4 @@
-"""The two Newton-Schulz algorithms: equal in float64, and Gram no less accurate than standard in what it is used for."""
+"""The two Newton-Schulz algorithms: equal in float64, Gram no less accurate than standard where it is used."""
 
 import pytest
 import torch
