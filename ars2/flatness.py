@@ -36,7 +36,14 @@ def move_to_adversarial_point_(params: Tensors, grads: Tensors, roots: Tensors, 
 
 def inner_products(left: Tensors, right: Tensors) -> Tensor:
     """Return the inner product of each pair, a tensor (pairs,)."""
-    return torch.stack([product.sum() for product in torch._foreach_mul(left, right)])
+    # dot() reads both once and keeps no product; it takes vectors, and a view of any dense layout will do.
+    return torch.stack([torch.dot(*_flat(a, b)) for a, b in zip(left, right, strict=True)])
+
+
+def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.is_contiguous() and b.is_contiguous():
+        return a.view(-1), b.view(-1)
+    return a.reshape(-1), b.reshape(-1)
 
 
 def shear_forces(second: Tensors, first: Tensors, grad_scale: float) -> Tensors:
@@ -54,7 +61,7 @@ def inject(grads: Tensors, shears: Tensors, alpha: float) -> Tensors:
     """Return ``g + alpha * |g| / (|s| + 1e-12) * s`` for each pair; the given gradients are left as they are."""
     lengths = torch.stack(torch._foreach_norm(grads)), torch.stack(torch._foreach_norm(shears))
     scales = alpha * lengths[0] / (lengths[1] + TINY)
-    return torch._foreach_add(grads, torch._foreach_mul(shears, list(scales.unbind())))
+    return torch._foreach_addcmul(grads, shears, list(scales.unbind()))
 
 
 def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float) -> float:

@@ -26,7 +26,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if torch.is_grad_enabled():
-            return (*_differentiable(*ctx.saved_tensors, gradient), None, None, None)
+            hidden, weight, targets = ctx.saved_tensors
+            return (*_differentiable(hidden, weight, targets, gradient), None, None, None)
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this cross-entropy were used up by a first backward pass")
         hidden, weight = ctx.gradients
