@@ -54,8 +54,8 @@ class TensorBatches:
         examples, ranks = len(self.tensors[0]), world()[1]
         if min(self.batch_size, examples) < ranks:
             raise ValueError(
-                f"a batch of {min(self.batch_size, examples)} cannot be shared among {ranks} processes: raise batch_size"
-                " to their number at least"
+                f"a batch of {min(self.batch_size, examples)} cannot be shared among {ranks} processes:"
+                " raise batch_size to their number at least"
             )
         bounds = [*range(0, examples, self.batch_size), examples]
         if len(bounds) > 2 and bounds[-1] - bounds[-2] < ranks:
