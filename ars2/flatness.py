@@ -77,7 +77,9 @@ def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float) -> fl
     known = [index for index, length in enumerate(shear_lengths) if length != 0]
     grad_length: float = math.sqrt(math.fsum(grad_lengths[index] ** 2 for index in known)) / grad_scale
     shear_length: float = math.sqrt(math.fsum(shear_lengths[index] ** 2 for index in known))
-    product: float = math.fsum(inner[index] for index in known) / grad_scale
+    products = [inner[index] for index in known]
+    # Infinities of both signs, as an overflow under a gradient scaler leaves them, have no sum.
+    product: float = math.fsum(products) / grad_scale if all(map(math.isfinite, products)) else math.nan
     return product / (grad_length * shear_length + TINY)
 
 

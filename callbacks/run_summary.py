@@ -141,10 +141,18 @@ class RunSummary(L.Callback):
     def _report(self, trainer: L.Trainer, summary: dict[str, Any]) -> None:
         if self._folder is not None:
             folder = Path(self._folder)
-            folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / "summary.json.tmp"
-            temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(temporary, folder / "summary.json")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+                os.replace(temporary, folder / "summary.json")
+            except OSError as error:
+                # Of an interrupted run, perhaps for the same reason: that one is to be heard.
+                if summary["status"] != "interrupted":
+                    raise
+                print(f"summary.json could not be written ({error.strerror})")
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
         # A Rich bar is stopped here, before its own teardown, so that the table comes after it.
         bar = getattr(trainer.progress_bar_callback, "progress", None)
         if bar is not None:

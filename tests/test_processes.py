@@ -53,7 +53,7 @@ def test_help_names_the_subcommands_and_our_options(tmp_path: Path) -> None:
         assert re.search(rf"^ +{subcommand}\b", result.out, re.M)
 
 
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_a_run_keeps_what_it_has(stop: signal.Signals, code: int, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     with start("fit", *LONG, "1", "--runs", runs, home=tmp_path) as process:
