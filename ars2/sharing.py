@@ -6,12 +6,20 @@ the rows of the result go back; shards may be uneven or empty. Nothing here sync
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Orthogonalize = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+class Ranks(NamedTuple):
+    """The processes that share the work, and the dtype that results are gathered in (``None``: their own)."""
+
+    group: dist.ProcessGroup
+    dtype: torch.dtype | None
 
 
 def newton_schulz_cost(matrices: int, rows: int, cols: int) -> int:

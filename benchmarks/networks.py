@@ -1,9 +1,9 @@
 """The networks that the benchmarks measure, built from their libraries, with a batch and a loss for each.
 
-    grokking    the transformer of configs/grok_*.yaml, batch 512
-    resnet18    torchvision's ResNet-18 with the CIFAR stem (3x3, stride 1, no max-pool), 10 classes, batch 256
-    qwen3       transformers' Qwen3, 3 layers of width 512, vocabulary 40,479, tied embeddings, batch 8 of 255 tokens
-    gpt2        GPT-2 small, for its shapes alone
+grokking    the transformer of configs/grok_*.yaml, batch 512
+resnet18    torchvision's ResNet-18 with the CIFAR stem (3x3, stride 1, no max-pool), 10 classes, batch 256
+qwen3       transformers' Qwen3, 3 layers of width 512, vocabulary 40,479, tied embeddings, batch 8 of 255 tokens
+gpt2        GPT-2 small, for its shapes alone
 """
 
 from collections.abc import Callable
