@@ -166,6 +166,11 @@ class ARS2Neo(TrackedOptimizer):
             raise RuntimeError(f"{what} while the parameters are at the adversarial point: call restore() first")
 
     @property
+    def always_looks_twice(self) -> bool:
+        """Whether every step wants a second pass, so that the first one need not be shared among processes."""
+        return bool(self.param_groups[0]["mode"] == "sync")
+
+    @property
     def first_gradients(self) -> dict[Tensor, Tensor]:
         """The gradients of the first pass by parameter, from :meth:`perturb` until :meth:`step`; otherwise empty."""
         return self._pass.first_gradients
@@ -365,7 +370,7 @@ class ARS2Neo(TrackedOptimizer):
         energies = updates.energies(directions)
         directions = updates.orthogonal_directions(
             *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),
+            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks),
         )
         updates.apply_(batch.params, directions, energies, group["lr"], group["weight_decay"])
 

@@ -88,8 +88,7 @@ class Muon(TrackedOptimizer):
                     self._move_matrices(group, batch)
         return result
 
-    @staticmethod
-    def _move_matrices(group: dict[str, Any], batch: Batch) -> None:
+    def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:
         buffers = batch.state("momentum_buffer")
         torch._foreach_lerp_(buffers, batch.grads, 1 - group["momentum"])
         momenta: Tensors = buffers
@@ -97,7 +96,7 @@ class Muon(TrackedOptimizer):
             momenta = torch._foreach_lerp(batch.grads, buffers, group["momentum"])
         directions = updates.orthogonal_directions(
             *(momenta, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),
+            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks),
         )
         shapes = [updates.as_stack(direction, group["flatten"]).shape for direction in directions]
         scales = [math.sqrt(max(1.0, shape[1] / shape[2])) for shape in shapes]

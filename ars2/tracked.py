@@ -6,14 +6,16 @@ from construction on: distributed checkpoints need no first step. Counters are p
 
 import operator
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ars2 import updates, validation
 from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
+from ars2.sharing import Ranks
 from ars2.updates import Tensors
 
 TRACKS = ("matrix", "vector")
@@ -60,6 +62,7 @@ class TrackedOptimizer(Optimizer):
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._plans: dict[int, _Plan] = {}
+        self._ranks: Ranks | None = None
         self._check_options({"track": "matrix", "flatten": False, **defaults})
         super().__init__(params, {"track": "matrix", "flatten": False, "step": 0, **defaults})
 
@@ -141,6 +144,24 @@ class TrackedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = {}
+        # A copy starts alone; loading a state leaves the ranks as they are.
+        self.__dict__.setdefault("_ranks", None)
+
+    def distribute(self, group: dist.ProcessGroup, gather: Literal["exact", "bfloat16"] = "exact") -> None:
+        """Share the Newton-Schulz iterations out among processes that hold the same parameters and gradients (DDP).
+
+        Every process keeps all moments, so nothing but the results is exchanged, once for each group of matrices. The
+        processes' parameters stay the same to the bit.
+
+        Args:
+            group: of the processes; all of them must call :meth:`step` equally often.
+            gather: ``"exact"`` sends the results in ``ns_dtype``, ``"bfloat16"`` rounds them to it where that is wider.
+
+        Raises:
+            ValueError: another ``gather``.
+        """
+        validation.check_choice({"gather": gather}, "gather", ("exact", "bfloat16"))
+        self._ranks = Ranks(group, None if gather == "exact" else torch.bfloat16)
 
     def _batch(self, group: dict[str, Any]) -> Batch:
         """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype and strides."""

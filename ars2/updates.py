@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ars2.orthogonalize import orthogonalize_all
+from ars2.sharing import Ranks, orthogonalize_replicated
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
@@ -86,11 +87,27 @@ def as_stack(tensor: Tensor, flatten: bool) -> Tensor:
 
 
 def orthogonal_directions(
-    directions: Tensors, flatten: bool, steps: int, coefficients: str, dtype: torch.dtype, algorithm: str
+    directions: Tensors,
+    flatten: bool,
+    steps: int,
+    coefficients: str,
+    dtype: torch.dtype,
+    algorithm: str,
+    ranks: Ranks | None = None,
 ) -> list[Tensor]:
-    """Return each direction's orthogonal factor, stacks matrix by matrix, in its shape and in ``dtype``."""
+    """Return each direction's orthogonal factor, stacks matrix by matrix, in its shape and in ``dtype``.
+
+    With ``ranks`` the directions are the same on all of them, which share the work out.
+    """
+
+    def orthogonalize(stacks: list[Tensor]) -> list[Tensor]:
+        return orthogonalize_all(stacks, steps, coefficients, dtype, algorithm=algorithm)
+
     stacks = [as_stack(direction, flatten) for direction in directions]
-    factors = orthogonalize_all(stacks, steps, coefficients, dtype, algorithm=algorithm)
+    if ranks is None:
+        factors = orthogonalize(stacks)
+    else:
+        factors = orthogonalize_replicated(stacks, orthogonalize, ranks.dtype or dtype, ranks.group)
     return [factor.reshape(direction.shape) for factor, direction in zip(factors, directions, strict=True)]
 
 
