@@ -52,13 +52,18 @@ def environment() -> dict[str, str]:
     }
 
 
+def splits(trainer: L.Trainer) -> dict[str, str]:
+    """Return what each split is, where the data module has a choice and says so in ``splits``."""
+    return dict(getattr(getattr(trainer, "datamodule", None), "splits", {}))
+
+
 class RunSummary(L.Callback):
     """Prints a table when fitting ends, is stopped or is interrupted, and writes ``summary.json`` to the run folder.
 
     Both have the status (``finished``, ``stopped early``, ``stopped early (milestone)`` or ``interrupted``), the best
     and last value of each validation metric (the best is the lowest of a loss or perplexity, the highest of any other;
     epochs count from 1), and the wall seconds from the start of fitting, evaluation included, summed over resumed
-    parts. Milestones, costs and checkpoint paths come from the callbacks that know them, if they are there. The run
+    parts. What each split is, milestones, costs and checkpoint paths come from the callbacks that know them, if they are there. The run
     folder is the first logger's; without a logger no file is written. Non-finite numbers are ``null`` in it. At the
     start, ``parameters.txt`` lists which parameter is on which track and why.
     """
@@ -78,6 +83,9 @@ class RunSummary(L.Callback):
             parameters = report(pl_module.network, pl_module.policy)
             (Path(self._folder) / "parameters.txt").write_text(parameters + "\n", encoding="utf-8")
             get_console().print(parameters.splitlines()[-1], highlight=False)
+        if trainer.is_global_zero:
+            for split, examples in splits(trainer).items():
+                get_console().print(f"{split}: {examples}", highlight=False, soft_wrap=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -120,6 +128,8 @@ class RunSummary(L.Callback):
             "run_folder": self._folder,
             "environment": environment(),
         }
+        if said := splits(trainer):
+            summary["data"] = said
         for milestones in callbacks_of(trainer, GrokkingMilestones):
             summary["milestones"] = milestones.report(trainer.global_step)
         for counters in callbacks_of(trainer, CostCounters):

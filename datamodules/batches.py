@@ -47,7 +47,11 @@ class TensorBatches:
         batches = self._order().split(self.batch_size)
         while self.done < len(batches):
             self.done += 1
-            yield tuple(tensor[batches[self.done - 1]] for tensor in self.tensors)
+            yield self._batch(batches[self.done - 1])
+
+    def _batch(self, examples: Tensor) -> tuple[Tensor, ...]:
+        """Return the batch of the examples of these numbers (batch,); the ``done``-th of the epoch ``epoch``."""
+        return tuple(tensor[examples] for tensor in self.tensors)
 
     def _order(self) -> Tensor:
         examples = len(self.tensors[0])
