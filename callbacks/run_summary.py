@@ -63,9 +63,10 @@ class RunSummary(L.Callback):
     Both have the status (``finished``, ``stopped early``, ``stopped early (milestone)`` or ``interrupted``), the best
     and last value of each validation metric (the best is the lowest of a loss or perplexity, the highest of any other;
     epochs count from 1), and the wall seconds from the start of fitting, evaluation included, summed over resumed
-    parts. What each split is, milestones, costs and checkpoint paths come from the callbacks that know them, if they are there. The run
-    folder is the first logger's; without a logger no file is written. Non-finite numbers are ``null`` in it. At the
-    start, ``parameters.txt`` lists which parameter is on which track and why.
+    parts. What each split is, milestones, costs and checkpoint paths come from the data module and the callbacks that
+    know them, if they are there. The run folder is the first logger's; without a logger no file is written. Non-finite
+    numbers are ``null`` in it. At the start it prints what each split is, and ``parameters.txt`` lists which parameter
+    is on which track and why.
     """
 
     def __init__(self) -> None:
