@@ -18,7 +18,7 @@ from datamodules.cifar10 import CLASSES, CIFAR10Data
 from modules.image_classifier import ImageClassifier
 from tests.commands import call, fit, folders
 from tests.datamodules.tiny_cifar10 import TEST, tiny_cifar10, tiny_files  # noqa: F401
-from tests.modules.small_task import OPTIMIZERS, assert_equal_states, make_optimizer, state_of
+from tests.modules.small_task import assert_equal_states, make_optimizer, state_of
 
 pytestmark = pytest.mark.usefixtures("tiny_cifar10")
 # On the command line: a narrow network, two batches an epoch.
@@ -73,7 +73,7 @@ def train(
         callbacks=callbacks,
         **options,
     )
-    trainer.fit(classifier, CIFAR10Data(batch_size=64), ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(classifier, CIFAR10Data(batch_size=16, train_examples=60), ckpt_path=ckpt_path, weights_only=True)
     return trainer
 
 
@@ -121,7 +121,7 @@ def test_the_second_pass_normalises_with_batch_statistics() -> None:
     assert not torch.isclose(F.cross_entropy(classifier.network(images), labels), with_batch)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["adamw", "muon", "sync", "aga"])
 def test_resuming_in_the_middle_of_an_epoch_is_the_run_that_was_never_stopped(name: str, tmp_path: Path) -> None:
     expected = module(name)
     train(expected, epochs=2)
@@ -134,17 +134,19 @@ def test_resuming_in_the_middle_of_an_epoch_is_the_run_that_was_never_stopped(na
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sync", "aga"])
 def test_channels_last_changes_rounding_alone(name: str) -> None:
-    results = []
+    updates = []
     for channels_last in (False, True):
-        classifier = module(name, Seen, channels_last=channels_last).double()
-        train(classifier, precision="64-true")
-        assert classifier.seen[0].is_contiguous(  # type: ignore[attr-defined]
-            memory_format=torch.channels_last if channels_last else torch.contiguous_format
-        )
-        results.append(state_of(classifier))
-    for key, value in results[0].items():
-        # Newton-Schulz works in bfloat16, where rounding another way is seen.
-        torch.testing.assert_close(results[1][key], value, rtol=1e-2, atol=1e-2, msg=key)
+        classifier = module(name, Seen, channels_last=channels_last)
+        before = [param.detach().clone() for param in classifier.network.parameters()]
+        train(classifier, limit_train_batches=1, limit_val_batches=0)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        assert classifier.seen[0].is_contiguous(memory_format=layout)  # type: ignore[attr-defined]
+        assert classifier.network.layer4[0].conv2.weight.is_contiguous(memory_format=layout)
+        after = classifier.network.parameters()
+        updates.append([param.detach() - value for param, value in zip(after, before, strict=True)])
+    for mine, theirs in zip(*updates, strict=True):
+        # A kernel read in the wrong order would give another update altogether; Newton-Schulz rounds to bfloat16.
+        assert (mine - theirs).norm() < 0.1 * theirs.norm()
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "sync", "aga"])
