@@ -73,7 +73,8 @@ class Augmentation(NamedTuple):
         normalised = self.normalise(images)
         if self.cutout:
             inside = [
-                (torch.arange(length, device=images.device) - centre.unsqueeze(1) + self.cutout // 2) // self.cutout == 0
+                (torch.arange(length, device=images.device) - centre.unsqueeze(1) + self.cutout // 2) // self.cutout
+                == 0
                 for length, centre in ((height, centres[:, 0]), (width, centres[:, 1]))
             ]
             square = inside[0].unsqueeze(2) & inside[1].unsqueeze(1)

@@ -6,6 +6,7 @@ import torch
 import yaml
 
 from tests.commands import ROOT, SMALL, fit
+from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 NEO = {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 1.0, "ns_steps": 5}
@@ -41,6 +42,10 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], int]] = {
 NETWORK = {"p": 113, "width": 128, "heads": 4, "mlp_width": 512}
 DATA = {"p": 113, "train_fraction": 0.3, "batch_size": 512}
 
+# What makes a task's configs small enough for a step: one batch an epoch.
+TINY_CIFAR = ("--model.width", "2", "--data.train_examples", "null")
+TINY = {"grok": SMALL, "cifar": TINY_CIFAR}
+
 
 def read(config: Path) -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load(config.read_text())
@@ -59,8 +64,9 @@ def saved_groups(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_config_takes_a_step(config: Path, tmp_path: Path) -> None:
-    folder = fit(tmp_path, "--config", config, *SMALL, "--trainer.max_epochs", 1, "--wandb", "false")
+def test_config_takes_a_step(config: Path, tmp_path: Path, tiny_cifar10: Path) -> None:  # noqa: F811
+    tiny = TINY[config.stem.split("_")[0]]
+    folder = fit(tmp_path, "--config", config, *tiny, "--trainer.max_epochs", 1, "--wandb", "false")
     assert folder.parent.name == config.stem
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
 

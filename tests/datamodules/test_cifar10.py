@@ -128,7 +128,9 @@ def test_training_batches_are_augmented_on_their_way_and_others_only_normalised(
     assert (images == 0).flatten(1).sum(1).min() >= 3 * 8 * 8  # the smallest piece of a square that a corner leaves
     raw = next(iter(module.val_dataloader()))
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (MEAN, STD))
-    torch.testing.assert_close(module.on_after_batch_transfer(raw, 0)[0], (raw[0] / 255 - mean) / std, rtol=0, atol=2e-6)
+    torch.testing.assert_close(
+        module.on_after_batch_transfer(raw, 0)[0], (raw[0] / 255 - mean) / std, rtol=0, atol=2e-6
+    )
 
 
 def test_a_data_set_that_is_not_there_is_fetched_and_verified(

@@ -32,7 +32,9 @@ def test_full_width_has_the_published_number_of_parameters_and_a_map_of_four_by_
 @pytest.mark.parametrize("width", [1, 3, 8])
 def test_stages_are_multiples_of_the_width(width: int) -> None:
     network = CIFARResNet18(classes=7, width=width)
-    channels = [stage[-1].bn2.num_features for stage in (network.layer1, network.layer2, network.layer3, network.layer4)]
+    channels = [
+        stage[-1].bn2.num_features for stage in (network.layer1, network.layer2, network.layer3, network.layer4)
+    ]
     assert channels == [width, 2 * width, 4 * width, 8 * width]
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
