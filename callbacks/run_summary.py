@@ -52,15 +52,22 @@ def environment() -> dict[str, str]:
     }
 
 
+def description(trainer: L.Trainer) -> dict[str, Any]:
+    """Return what the numbers depend on that the data module has a choice of, where it says so: splits, corpus."""
+    data: Any = getattr(trainer, "datamodule", None)
+    return dict(data.description()) if hasattr(data, "description") else {}
+
+
 class RunSummary(L.Callback):
     """Prints a table when fitting ends, is stopped or is interrupted, and writes ``summary.json`` to the run folder.
 
     Both have the status (``finished``, ``stopped early``, ``stopped early (milestone)`` or ``interrupted``), the best
     and last value of each validation metric (the best is the lowest of a loss or perplexity, the highest of any other;
     epochs count from 1), and the wall seconds from the start of fitting, evaluation included, summed over resumed
-    parts. Milestones, costs and checkpoint paths come from the callbacks that know them, if they are there. The run
-    folder is the first logger's; without a logger no file is written. Non-finite numbers are ``null`` in it. At the
-    start, ``parameters.txt`` lists which parameter is on which track and why.
+    parts. What each split is, milestones, costs and checkpoint paths come from the data module and the callbacks that
+    know them, if they are there. The run folder is the first logger's; without a logger no file is written. Non-finite
+    numbers are ``null`` in it. At the start it prints what each split is, and ``parameters.txt`` lists which parameter
+    is on which track and why.
     """
 
     def __init__(self) -> None:
@@ -78,6 +85,10 @@ class RunSummary(L.Callback):
             parameters = report(pl_module.network, pl_module.policy)
             (Path(self._folder) / "parameters.txt").write_text(parameters + "\n", encoding="utf-8")
             get_console().print(parameters.splitlines()[-1], highlight=False)
+        if trainer.is_global_zero:
+            for name, value in description(trainer).items():
+                if isinstance(value, str):
+                    get_console().print(f"{name}: {value}", highlight=False, soft_wrap=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -120,9 +131,8 @@ class RunSummary(L.Callback):
             "run_folder": self._folder,
             "environment": environment(),
         }
-        data: Any = getattr(trainer, "datamodule", None)
-        if hasattr(data, "description"):
-            summary["data"] = data.description()
+        if said := description(trainer):
+            summary["data"] = said
         for milestones in callbacks_of(trainer, GrokkingMilestones):
             summary["milestones"] = milestones.report(trainer.global_step)
         for counters in callbacks_of(trainer, CostCounters):

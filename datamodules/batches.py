@@ -15,6 +15,14 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
 
+def share(examples: int) -> slice:
+    """Return which of the examples of a batch are this process': a run of them, as long as the others' or one longer."""
+    rank, ranks = world()
+    each, more = divmod(examples, ranks)
+    start = rank * each + min(rank, more)
+    return slice(start, start + each + (rank < more))
+
+
 class TensorBatches:
     """A loader over tensors that share their first dimension.
 
@@ -74,16 +82,15 @@ class TensorBatches:
         if not goes_on:
             self.epoch, self.done = self.epoch + 1 if self._announced is None else self._announced, 0
         self._resuming, self._announced = False, None
-        rank, ranks = world()
         order, bounds = self._order(), self._bounds()
         while self.done < len(bounds) - 1:
             self.done += 1
-            examples = order[bounds[self.done - 1] : bounds[self.done]].tensor_split(ranks)[rank]
-            yield self._batch(examples)
+            batch = order[bounds[self.done - 1] : bounds[self.done]]
+            yield self._batch(batch, share(len(batch)))
 
-    def _batch(self, examples: Tensor) -> tuple[Tensor, ...]:
-        """Return the batch of the examples of these numbers (batch,); the ``done``-th of the epoch ``epoch``."""
-        return tuple(tensor[examples] for tensor in self.tensors)
+    def _batch(self, examples: Tensor, mine: slice) -> tuple[Tensor, ...]:
+        """Return this process' part of the ``done``-th batch of the epoch, ``examples`` being the numbers of all of it."""
+        return tuple(tensor[examples[mine]] for tensor in self.tensors)
 
     def _order(self) -> Tensor:
         examples = len(self.tensors[0])

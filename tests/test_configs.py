@@ -7,6 +7,7 @@ import yaml
 
 from tests import text
 from tests.commands import ROOT, SMALL, fit
+from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 NEO = {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 1.0, "ns_steps": 5}
@@ -42,6 +43,9 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], int]] = {
 NETWORK = {"p": 113, "width": 128, "heads": 4, "mlp_width": 512}
 DATA = {"p": 113, "train_fraction": 0.3, "batch_size": 512}
 
+# What makes a task's configs small enough for a step: one batch an epoch.
+TINY_CIFAR = ("--model.width", "2", "--data.train_examples", "null")
+
 
 def read(config: Path) -> dict[str, Any]:
     content: dict[str, Any] = yaml.safe_load(config.read_text())
@@ -64,11 +68,11 @@ def small(config: Path, folder: Path) -> tuple[object, ...]:
     if config.stem.startswith("wikitext2_"):
         root = text.write_corpus(folder / "text")
         return *text.SMALL_TEXT, "--data.root", root, "--data.cache", folder, "--trainer.limit_train_batches", 1
-    return SMALL
+    return TINY_CIFAR if config.stem.startswith("cifar_") else SMALL
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_config_takes_a_step(config: Path, tmp_path: Path) -> None:
+def test_config_takes_a_step(config: Path, tmp_path: Path, tiny_cifar10: Path) -> None:  # noqa: F811
     options = small(config, tmp_path / "data")
     folder = fit(tmp_path / "runs", "--config", config, *options, "--trainer.max_epochs", 1, "--wandb", "false")
     assert folder.parent.name == config.stem

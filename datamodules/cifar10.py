@@ -1,0 +1,225 @@
+"""CIFAR-10: fetched and verified by torchvision, held in memory as bytes, augmented by whole batches on the device."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.functional import pil_to_tensor
+
+from datamodules.augmentation import Augmentation, ImageBatches, TrainingImages
+
+ROOT_VARIABLE = "ARS2_CIFAR10_ROOT"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+SIZE = 32
+
+
+def stratified_order(labels: Tensor, seed: int) -> Tensor:
+    """Return a seeded order of all examples in which every beginning holds the classes in equal numbers, give or take 1.
+
+    Args:
+        labels: (examples,) int64; a class that has run out is left out from there on.
+        seed: of the order within each class.
+    """
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    among_its_class = F.one_hot(labels[shuffled]).cumsum(0).gather(1, labels[shuffled].unsqueeze(1)).squeeze(1)
+    return shuffled[among_its_class.argsort(stable=True)]
+
+
+class CIFAR10Data(L.LightningDataModule):
+    """Batches (images (batch, 3, 32, 32) float32, labels (batch,) int64) once they are on their device.
+
+    Training images are cropped, flipped, normalised and cut out there, see
+    :class:`datamodules.augmentation.Augmentation`, once a batch, so that both passes of a step see the same; all other
+    images are normalised.
+
+    Args:
+        root: folder that has, or gets, torchvision's ``cifar-10-batches-py``; ``None`` is the environment variable
+            ``ARS2_CIFAR10_ROOT``, or else ``data/cifar10``.
+        download: whether to fetch the data set if it is not there.
+        validation: ``"test"``, the 10,000 test images, as published, or ``"holdout"``, images taken from the training
+            set, every class alike. ``test`` evaluates on the test images in both cases.
+        holdout_examples: how many are taken, at least 1.
+        train_examples: how many images to train on, every class alike; ``None`` is all that are left.
+        seed: of the hold-out, the choice of training images, the order and the augmentation.
+        batch_size: images to a training batch, of all processes together; the last short batch is kept.
+        val_batch_size: images to a batch elsewhere.
+        padding, flip, cutout: of the augmentation.
+        images: image files for ``predict``, shrunk or enlarged to 32 x 32; ``None`` takes the first ten test images.
+
+    Raises:
+        ValueError: a value out of range, a damaged file, or a file that is no image.
+        FileNotFoundError: the data set is not there and cannot be fetched.
+    """
+
+    classes = CLASSES
+
+    def __init__(
+        self,
+        root: str | None = None,
+        download: bool = True,
+        validation: Literal["test", "holdout"] = "test",
+        holdout_examples: int = 5000,
+        train_examples: int | None = None,
+        seed: int = 42,
+        batch_size: int = 256,
+        val_batch_size: int = 1000,
+        padding: int = 4,
+        flip: bool = True,
+        cutout: int = 16,
+        images: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if validation not in ("test", "holdout"):
+            raise ValueError(f"validation must be 'test' or 'holdout', got {validation!r}")
+        if holdout_examples < 1:
+            raise ValueError(f"holdout_examples must be at least 1, got {holdout_examples}")
+        if train_examples is not None and train_examples < 1:
+            raise ValueError(f"train_examples must be at least 1, or null for all, got {train_examples}")
+        if padding < 0:
+            raise ValueError(f"padding must not be negative, got {padding}")
+        if cutout < 0 or cutout % 2:
+            raise ValueError(f"cutout must be an even number of pixels, or 0, got {cutout}")
+        self.root = Path(root or os.environ.get(ROOT_VARIABLE) or "data/cifar10")
+        self.download, self.validation, self.holdout_examples = download, validation, holdout_examples
+        self.train_examples, self.seed = train_examples, seed
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size
+        self.augmentation = Augmentation(MEAN, STD, padding, flip, cutout)
+        self.images = images
+        self.train_set: tuple[Tensor, Tensor]
+        self.val_set: tuple[Tensor, Tensor]
+        self.test_set: tuple[Tensor, Tensor]
+        self._splits: dict[str, str] = {}
+
+    def description(self) -> dict[str, Any]:
+        """Return what is trained and validated on."""
+        return dict(self._splits)
+
+    @property
+    def _asks_about_files(self) -> bool:
+        return self.images is not None and self.trainer is not None and self.trainer.predicting
+
+    def prepare_data(self) -> None:
+        """Look for the data set, fetch it if it is not there, and name the file that is damaged if one is.
+
+        Raises:
+            FileNotFoundError, ValueError: see the class.
+        """
+        if self._asks_about_files:
+            return
+        folder = self.root / CIFAR10.base_folder
+        files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
+        missing = [name for name, _ in files if not (folder / name).is_file()]
+        for name, checksum in files:
+            if name not in missing and not check_integrity(folder / name, checksum):
+                raise ValueError(
+                    f"{folder / name} is damaged (its MD5 sum is not the official one): delete it, and the next run"
+                    " fetches it again"
+                )
+        if not missing:
+            return
+        reason = "data.download is false"
+        if self.download:
+            made = [path for path in (self.root, *self.root.parents) if not path.exists()]
+            try:
+                CIFAR10(self.root, download=True)
+                return
+            except (OSError, RuntimeError) as error:
+                reason = f"it cannot be fetched ({getattr(error, 'reason', error)})"
+                for path in made:
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
+        raise FileNotFoundError(
+            f"CIFAR-10 is not complete in {self.root} ({CIFAR10.base_folder}/{missing[0]} is missing) and {reason}:"
+            f" run once with a network, or name a folder that has it by --data.root or {ROOT_VARIABLE}"
+        )
+
+    def setup(self, stage: str) -> None:
+        """Read the images into memory (154 MB for the training set) and split them.
+
+        Raises:
+            ValueError: there are fewer training images than the options ask for.
+        """
+        if self._asks_about_files:
+            return
+        self.val_set = self.test_set = self._read(train=False)
+        validated = f"test set, as published ({len(self.test_set[0]):,} images)"
+        if stage == "fit" or (stage == "validate" and self.validation == "holdout"):
+            images, labels = self._read(train=True)
+            order = stratified_order(labels, self.seed)
+            held_out = self.holdout_examples if self.validation == "holdout" else 0
+            wanted = len(order) - held_out if self.train_examples is None else self.train_examples
+            if not 0 < wanted <= len(order) - held_out:
+                raise ValueError(
+                    f"{wanted} images cannot be trained on: the training set has {len(order)}, of which {held_out} are"
+                    " held out"
+                )
+            # Sorted, so that all images are in the order of the files.
+            val, train = (part.sort().values for part in order[: held_out + wanted].tensor_split([held_out]))
+            self.train_set = images[train], labels[train]
+            if held_out:
+                self.val_set = images[val], labels[val]
+                validated = f"hold-out from the training set, stratified, seed {self.seed} ({held_out:,} images)"
+            self._splits["train"] = f"training set ({wanted:,} of {len(order):,} images)"
+        self._splits["val"] = validated
+
+    def _read(self, train: bool) -> tuple[Tensor, Tensor]:
+        source = CIFAR10(self.root, train=train)
+        # Contiguous channel by channel: crops and normalisation run over planes.
+        images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+        return images, torch.tensor(source.targets)
+
+    def _batches(self, images: Tensor, labels: Tensor, training: bool = False) -> ImageBatches:
+        return ImageBatches(
+            images,
+            labels,
+            self.batch_size if training else self.val_batch_size,
+            self.seed if training else None,
+            self.augmentation if training else None,
+        )
+
+    def train_dataloader(self) -> ImageBatches:
+        """Shuffled and augmented anew each epoch."""
+        return self._batches(*self.train_set, training=True)
+
+    def val_dataloader(self) -> ImageBatches:
+        """The test images or the hold-out, in a fixed order."""
+        return self._batches(*self.val_set)
+
+    def test_dataloader(self) -> ImageBatches:
+        """The test images, in a fixed order."""
+        return self._batches(*self.test_set)
+
+    def predict_dataloader(self) -> ImageBatches:
+        """The image files, in the order given, with label -1; or the first ten test images with theirs."""
+        if self.images is None:
+            images, labels = self.test_set
+            return self._batches(images[:10], labels[:10])
+        pixels = torch.stack([self._open(path) for path in self.images])
+        return self._batches(pixels, torch.full((len(pixels),), -1))
+
+    def _open(self, path: str) -> Tensor:
+        """Return an image file as (3, 32, 32) uint8; of one that is not square, the middle."""
+        try:
+            with Image.open(path) as file:
+                image = ImageOps.fit(file.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        return pil_to_tensor(image)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Augment or only normalise the images, on the device that they are on by now."""
+        if isinstance(batch, TrainingImages):
+            return self.augmentation.apply(batch.images, batch.draws), batch.labels
+        images, labels = batch
+        return self.augmentation.normalise(images), labels

@@ -1,0 +1,143 @@
+"""Images into classes: ResNet-18 under cross-entropy, with per-class accuracy and a confusion matrix at the end."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from modules.cifar_resnet import CIFARResNet18
+from modules.two_pass import Metrics, TwoPassModule
+
+
+class ImageClassifier(TwoPassModule):
+    """ResNet-18 under cross-entropy, with top-1 and top-5 accuracy.
+
+    A batch is (images (batch, 3, height, width) float32, labels (batch,) int64). ``test`` also logs the accuracy of
+    every class and draws the confusion matrix, ``confusion_matrix.png`` in the run folder and in every logger that
+    takes pictures.
+
+    Args:
+        classes, width: of the network, see :class:`modules.cifar_resnet.CIFARResNet18`.
+        label_smoothing: share of the target spread evenly over all classes, in [0, 1), in training alone.
+        channels_last: keep images, activations and kernels with the channels innermost in memory, where convolutions
+            are faster; results differ by rounding.
+        compile: compile the network with ``torch.compile``, which takes a minute once and saves time on every step.
+        options: of the training step, see :class:`modules.two_pass.TwoPassModule`.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        classes: int = 10,
+        width: int = 64,
+        label_smoothing: float = 0.0,
+        channels_last: bool = False,
+        compile: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        self.network = CIFARResNet18(classes, width)
+        self.classes, self.label_smoothing = classes, label_smoothing
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.compile_network = compile
+        metrics = {"accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False)}
+        if classes > 5:
+            metrics["top5_accuracy"] = MulticlassAccuracy(classes, average="micro", top_k=5, validate_args=False)
+        self.set_metrics(metrics)
+        self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
+
+    def configure_model(self) -> None:
+        """Lay the network out in memory and compile it, where that is asked for."""
+        self.network.to(memory_format=self.memory_format)
+        if self.compile_network and self.network._compiled_call_impl is None:
+            # In place: a wrapper would change the names of the parameters.
+            self.network.compile()
+
+    def setup(self, stage: str) -> None:
+        """Check that the data has as many classes.
+
+        Raises:
+            ValueError: it has not.
+        """
+        if len(self._names()) != self.classes:
+            raise ValueError(f"the model is for {self.classes} classes, the data has {len(self._names())}")
+
+    def _names(self) -> list[str]:
+        data = getattr(self.trainer, "datamodule", None)
+        return list(getattr(data, "classes", map(str, range(self.classes))))
+
+    def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Metrics | None) -> Tensor:
+        """Return the mean cross-entropy in nats."""
+        images, labels = batch
+        logits = self.network(images.contiguous(memory_format=self.memory_format))
+        if metrics is not None:
+            scores = logits.detach()
+            metrics["accuracy"].update(scores, labels)
+            if "top5_accuracy" in metrics:
+                metrics["top5_accuracy"].update(scores, labels)
+            if metrics is self.test_metrics:
+                self.confusion.update(scores, labels)
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if self.training else 0.0)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the accuracy of every class beside the other metrics, and draw the confusion matrix."""
+        super().on_test_epoch_end()
+        counts = self.confusion.compute().cpu()
+        self.confusion.reset()
+        per_class = counts.diag() / counts.sum(1).clamp(min=1)
+        self.log_dict({f"test/accuracy_{name}": value for name, value in zip(self._names(), per_class, strict=True)})
+        if self.trainer.is_global_zero and self.trainer.log_dir is not None:
+            picture = Path(self.trainer.log_dir) / "confusion_matrix.png"
+            draw_confusion_matrix(counts, self._names(), picture)
+            for logger in self.loggers:
+                if hasattr(logger, "log_image"):
+                    logger.log_image("test/confusion_matrix", [str(picture)])
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> list[str]:
+        """Return one line an image: its number or file, the class and its probability, and whether it is right."""
+        images, labels = batch
+        probabilities = self.network(images.contiguous(memory_format=self.memory_format)).float().softmax(1)
+        names, files = self._names(), getattr(self.trainer.datamodule, "images", None)
+        lines = []
+        for i, (label, row) in enumerate(zip(labels.tolist(), probabilities, strict=True)):
+            guess = int(row.argmax())
+            number = batch_index * self.trainer.predict_dataloaders.batch_size + i
+            line = f"{f'image {number}' if files is None else files[number]}: {names[guess]} ({100 * row[guess]:.1f} %)"
+            if label >= 0:
+                line += ", right" if guess == label else f", wrong, it is {names[label]}"
+            lines.append(line)
+        return lines
+
+
+def draw_confusion_matrix(counts: Tensor, names: list[str], path: Path) -> None:
+    """Draw how often images of each class (rows) were taken for each (columns).
+
+    Args:
+        counts: (classes, classes) int64.
+        names: of the classes.
+        path: of the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2 + 0.55 * len(names), 1.5 + 0.5 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0.0, vmax=1.0)
+    for row, column in torch.cartesian_prod(*[torch.arange(len(names))] * 2).tolist():
+        colour = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("label")
+    axes.set_title(f"accuracy {counts.diag().sum() / counts.sum().clamp(min=1):.2%}")
+    figure.savefig(path, dpi=120)
