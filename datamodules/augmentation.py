@@ -22,7 +22,7 @@ class Draws(NamedTuple):
 
 
 class TrainingImages(NamedTuple):
-    """A batch on its way to the device: ``images`` (batch, channels, height, width) uint8, ``labels`` (batch,) int64."""
+    """A batch on its way: ``images`` (batch, channels, height, width) uint8, ``labels`` (batch,) int64, ``draws``."""
 
     images: Tensor
     labels: Tensor

@@ -23,7 +23,7 @@ SIZE = 32
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """Return a seeded order of all examples in which every beginning holds the classes in equal numbers, give or take 1.
+    """Return a seeded order of all examples whose every beginning holds the classes in equal numbers, give or take 1.
 
     Args:
         labels: (examples,) int64; a class that has run out is left out from there on.

@@ -73,10 +73,16 @@ class ImageClassifier(TwoPassModule):
         data = getattr(self.trainer, "datamodule", None)
         return list(getattr(data, "classes", map(str, range(self.classes))))
 
+    def _logits(self, images: Tensor) -> Tensor:
+        # Images come in float32, also where all of the network is in another precision.
+        dtype = next(self.network.parameters()).dtype
+        logits: Tensor = self.network(images.to(dtype, memory_format=self.memory_format))
+        return logits
+
     def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Metrics | None) -> Tensor:
         """Return the mean cross-entropy in nats."""
         images, labels = batch
-        logits = self.network(images.contiguous(memory_format=self.memory_format))
+        logits = self._logits(images)
         if metrics is not None:
             scores = logits.detach()
             metrics["accuracy"].update(scores, labels)
@@ -103,12 +109,13 @@ class ImageClassifier(TwoPassModule):
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> list[str]:
         """Return one line an image: its number or file, the class and its probability, and whether it is right."""
         images, labels = batch
-        probabilities = self.network(images.contiguous(memory_format=self.memory_format)).float().softmax(1)
-        names, files = self._names(), getattr(self.trainer.datamodule, "images", None)
+        probabilities = self._logits(images).float().softmax(1)
+        names, files = self._names(), getattr(getattr(self.trainer, "datamodule", None), "images", None)
+        loader: Any = self.trainer.predict_dataloaders
         lines = []
         for i, (label, row) in enumerate(zip(labels.tolist(), probabilities, strict=True)):
             guess = int(row.argmax())
-            number = batch_index * self.trainer.predict_dataloaders.batch_size + i
+            number = batch_index * loader.batch_size + i
             line = f"{f'image {number}' if files is None else files[number]}: {names[guess]} ({100 * row[guess]:.1f} %)"
             if label >= 0:
                 line += ", right" if guess == label else f", wrong, it is {names[label]}"

@@ -164,7 +164,7 @@ def test_without_data_and_network_one_sentence_names_both_ways_out_and_nothing_i
 
 @pytest.mark.usefixtures("tiny_cifar10")
 def test_nothing_is_fetched_where_that_is_switched_off(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="data.download is false"):
+    with pytest.raises(FileNotFoundError, match=r"data\.download is false"):
         data(root=str(tmp_path / "new"), download=False)
 
 
