@@ -2,10 +2,10 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-all lint bench clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1: /p' $(firstword $(MAKEFILE_LIST))
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' $(firstword $(MAKEFILE_LIST))
 
 demo: .venv/.installed ## train the grokking transformer with ARS2-Neo AGA
 	@$(RUN) train.py fit --config configs/grok_aga.yaml
@@ -13,13 +13,18 @@ demo: .venv/.installed ## train the grokking transformer with ARS2-Neo AGA
 test: .venv/.installed ## run the tests
 	@$(RUN) -m pytest
 
+test-all: .venv/.installed ## run the slow tests too: four processes, twenty kills
+	@$(RUN) -m pytest -m ""
+
 lint: .venv/.installed ## check style and types
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy
 
-bench: .venv/.installed ## measure the cost of the training loop
+bench: .venv/.installed ## measure the training loop, the optimizer's step and the whole step
 	@$(RUN) -m benchmarks.loop_overhead
+	@$(RUN) -m benchmarks.optimizer_step
+	@$(RUN) -m benchmarks.step_cost
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -16,7 +16,7 @@ def world() -> tuple[int, int]:
 
 
 def share(examples: int) -> slice:
-    """Return which of the examples of a batch are this process': a run of them, as long as the others' or one longer."""
+    """Return which of a batch's examples are this process': a run of them, as long as the others' or one longer."""
     rank, ranks = world()
     each, more = divmod(examples, ranks)
     start = rank * each + min(rank, more)
@@ -89,7 +89,7 @@ class TensorBatches:
             yield self._batch(batch, share(len(batch)))
 
     def _batch(self, examples: Tensor, mine: slice) -> tuple[Tensor, ...]:
-        """Return this process' part of the ``done``-th batch of the epoch, ``examples`` being the numbers of all of it."""
+        """Return this process' part of the ``done``-th batch of the epoch, whose numbers are ``examples``."""
         return tuple(tensor[examples[mine]] for tensor in self.tensors)
 
     def _order(self) -> Tensor:

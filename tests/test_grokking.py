@@ -10,7 +10,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
 def test_aga_reaches_99_percent_between_epochs_90_and_160(tmp_path: Path) -> None:
     command = [sys.executable, "train.py", "fit", "--config", "configs/grok_aga.yaml", "--wandb", "false"]
     done = subprocess.run(
