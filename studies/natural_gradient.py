@@ -150,9 +150,8 @@ class Layout:
         result = vector.clone()
         for name, s in self.slices.items():
             if name.endswith("weight"):
-                (factor,) = orthogonal_directions(
-                    [vector[s].view(self.shapes[name])], False, 5, "jordan", torch.float64
-                )
+                matrix = vector[s].view(self.shapes[name])
+                (factor,) = orthogonal_directions([matrix], False, 5, "jordan", torch.float64, "standard")
                 result[s] = vector[s].norm() * factor.flatten()
         return result
 

@@ -123,7 +123,6 @@ def test_shapes_that_do_not_fit_are_refused(
         chunked_cross_entropy(torch.zeros(hidden), torch.zeros(weight), torch.zeros(targets, dtype=torch.int64))
 
 
-@pytest.mark.slow
 def test_peak_memory_is_at_most_half_of_the_plain_ones_at_the_published_size() -> None:
     """Vocabulary 40,479, 8 x 255 tokens; each in a process of its own, over what it held before."""
     peaks = {}
