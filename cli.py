@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -18,18 +19,27 @@ from lean_imports import without_heavy_packages
 
 with without_heavy_packages():
     import lightning.pytorch as L
-    import torch
+    import yaml
+    from lightning.fabric.plugins import CheckpointIO
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from callbacks.cost_counters import CostCounters
     from callbacks.last_checkpoint import LastCheckpoint
+    from callbacks.log_position import LogPosition
     from callbacks.optimizer_internals import OptimizerInternals
     from callbacks.progress_bar import ProgressBar
+    from callbacks.random_states import RandomStates
     from callbacks.run_summary import RunSummary
+    from callbacks.save_config import SaveConfig
+    from callbacks.stop_signals import Stopped, StopSignals
+    from callbacks.wandb_run import WandbRun
+    from checkpoint_files import AtomicCheckpointIO, check_checkpoint, last_checkpoint
     from messages import explain, one_line
     from overlays import check_overlays
+    from run_folders import FOLDER, hold, let_go, run_folder, unfinished_run
+    from run_identity import Sweep
     from run_loggers import make_loggers
 
 NOISE = (
@@ -40,7 +50,7 @@ NOISE = (
     ".*number of training batches .* is smaller than the logging interval.*",
     "The dirpath has changed from",
     "Be aware that when using `ckpt_path`",
-    "Experiment logs directory .* exists and is not empty",
+    "Checkpoint directory .* exists and is not empty",
     "Encountered `nan` values in tensor",
     "Detected pickle protocol .* in the checkpoint",
 )
@@ -48,7 +58,6 @@ CHATTER = (
     *("💡", "TPU available", "GPU available", "`Trainer.fit` stopped", "Seed set to"),
     *("Restoring states", "Restored all states", "Loaded model weights"),
 )
-FOLDER = "ARS2_RUN_FOLDER"
 RESULTS = ("summary.json", "metrics.csv", "checkpoints", "wandb")
 
 
@@ -67,6 +76,8 @@ class Parser(LightningArgumentParser):
 class CommandLine(LightningCLI):
     """LightningCLI whose runs each have a folder: ``<runs>/<experiment>/<time>-seed<seed>``."""
 
+    resumes = False  # whether the run goes on in a folder that has its checkpoints and rows
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str, default="run", help="Name of the experiment: a folder and group.")
         parser.add_argument("--runs", type=str, default="runs", help="Folder that holds the folders of all runs.")
@@ -76,6 +87,7 @@ class CommandLine(LightningCLI):
             default=None,
             help="Log to Weights & Biases: true, false, or null for only where a key is configured.",
         )
+        parser.add_argument("--sweep", type=Sweep | None, default=None, help="The search that the run is part of.")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         # The best holds weights alone: it is for looking at, and an epoch can be too short to write more each time.
         best = {"filename": "best", "save_weights_only": True, "save_on_train_epoch_end": True}
@@ -86,14 +98,33 @@ class CommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would take hyperparameters out of the file here; ours come from configs, and the file is checked.
-        # Its words for a path ("last", "best") cannot mean anything either where every run has a folder of its own.
+        # Of its words for a path "best" can mean nothing where every run has a folder of its own.
         subcommand = self.config.subcommand
-        path = self.config[subcommand].get("ckpt_path")
+        config = self.config[subcommand]
+        if config.get("ckpt_path") == "last" and subcommand == "fit":
+            config.ckpt_path = self._go_on(config)
+        path = config.get("ckpt_path")
         if path is not None:
             check_checkpoint(Path(path), resume=subcommand == "fit")
         elif subcommand != "fit":
             raise ValueError(f"{subcommand} needs a trained network: add --ckpt_path <run>/checkpoints/last.ckpt")
-        self.config[subcommand].weights_only = True
+        config.weights_only = True
+
+    def _go_on(self, config: Any) -> str | None:
+        """Find the run that this command began, and take its folder; returns its last checkpoint, if it has one."""
+        if FOLDER in os.environ:  # another process of a run whose folder is known
+            folder: Path | None = Path(os.environ[FOLDER])
+        else:
+            saved = yaml.safe_load(self._parser(self.config.subcommand).dump(config, skip_none=False))
+            folder = unfinished_run(Path(config.runs) / config.experiment, saved)
+        if folder is None:
+            print("no unfinished run of these options: a new one begins")
+            return None
+        os.environ[FOLDER] = str(folder)
+        checkpoint = last_checkpoint(folder)
+        self.resumes = checkpoint is not None
+        print(f"going on with {folder}" + ("" if checkpoint else " from its beginning, for it has no checkpoint"))
+        return None if checkpoint is None else str(checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
@@ -102,8 +133,18 @@ class CommandLine(LightningCLI):
             return super().instantiate_trainer(**kwargs, logger=False)
         stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{config.seed_everything}"
         folder = run_folder(Path(config.runs) / config.experiment, stem)
+        if "LOCAL_RANK" not in os.environ:
+            hold(folder)
+        if self.resumes:
+            # The same options are there already, and a process that dies while it writes them again loses the run.
+            self.save_config_callback = None
         if config.trainer.logger in (None, True):
-            kwargs["logger"] = make_loggers(folder, config.experiment, config.wandb)
+            saved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
+            kwargs["logger"] = make_loggers(folder, saved, config.wandb, self.resumes)
+        plugins = self.config_init[self.subcommand].trainer.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs, default_root_dir=str(folder))
 
     def after_predict(self) -> None:
@@ -111,42 +152,6 @@ class CommandLine(LightningCLI):
         for batch in self.trainer.predict_loop.predictions:
             for line in batch:
                 print(line)
-
-
-def run_folder(parent: Path, stem: str) -> Path:
-    """Make a folder of its own for this run, also where two start at once; its other processes are given the same."""
-    if FOLDER in os.environ:
-        return Path(os.environ[FOLDER])
-    for number in range(1000):
-        folder = parent / (stem if number == 0 else f"{stem}-{number}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            os.environ[FOLDER] = str(folder)
-            return folder
-    raise FileExistsError(f"{parent} is full of runs named {stem}: name another --runs folder")
-
-
-def check_checkpoint(path: Path, resume: bool) -> None:
-    """Check that ``path`` is a checkpoint that can be loaded without running any code in it.
-
-    Args:
-        path: of the file.
-        resume: whether training goes on from it, which needs more than the weights.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: damaged, not a checkpoint of Lightning, or without what resuming needs.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        checkpoint = torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged, or another program's") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(checkpoint):
-        raise ValueError(f"{path} holds no training run: give a .ckpt file from a run's checkpoints folder")
-    if resume and not checkpoint.get("optimizer_states"):
-        raise ValueError(f"{path} holds weights alone, no state to resume from: give the last.ckpt of a run")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -170,17 +175,55 @@ def main(arguments: Sequence[str]) -> int:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             parser_class=Parser,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
             seed_everything_default=42,
             trainer_defaults={
                 "enable_model_summary": False,
-                "callbacks": [ProgressBar(), CostCounters(), RunSummary()],
+                "callbacks": [
+                    *(ProgressBar(), CostCounters(), RunSummary(), WandbRun()),
+                    *(RandomStates(), LogPosition(), StopSignals()),
+                ],
             },
         )
+    except Stopped as leaving:
+        print(f"stopped by {leaving.received.name}, saved in {leaving.saved}")
+        _say_how_to_go_on(arguments)
+        return 128 + leaving.received
     except SIGTERMException:
+        _say_how_to_go_on(arguments)
         return 128 + signal.SIGTERM
+    except SystemExit as leaving:
+        # How Lightning leaves when Ctrl-C comes before or after training, or twice.
+        if not isinstance(leaving.__context__, KeyboardInterrupt):
+            raise
+        _say_how_to_go_on(arguments)
+        return 128 + signal.SIGINT
+    except KeyboardInterrupt:
+        # While Lightning was leaving, or between two of its steps.
+        if FOLDER not in os.environ:
+            raise
+        _say_how_to_go_on(arguments)
+        return 128 + signal.SIGINT
     except Exception as error:
         return _report(error)
+    finally:
+        let_go()
     return 0
+
+
+def _say_how_to_go_on(arguments: Sequence[str]) -> None:
+    """Print the command that goes on with the run of the command line ``arguments``, once for all its processes."""
+    if "LOCAL_RANK" in os.environ:
+        return
+    kept = list(arguments)
+    for index, argument in enumerate(arguments):
+        if argument == "--ckpt_path":
+            kept[index : index + 2] = ["", ""]
+        elif argument.startswith("--ckpt_path="):
+            kept[index] = ""
+    parts = [*("python", "train.py"), *filter(None, kept), "--ckpt_path", "last"]
+    print(f"go on with: {shlex.join(parts)}")
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -188,7 +231,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _report(error: Exception) -> int:
-    where = ""
+    where, said = "", one_line(error, os.environ.get(FOLDER))
     folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else None
     if folder is not None and "LOCAL_RANK" not in os.environ and not any((folder / name).exists() for name in RESULTS):
         # Nothing came of this run: an option was refused once it was put to use.
@@ -199,5 +242,5 @@ def _report(error: Exception) -> int:
         with contextlib.suppress(OSError):
             details.write_text("".join(traceback.format_exception(error)))
             where = f" (details in {details})"
-    print(f"error: {one_line(error)}{where}", file=sys.stderr)
+    print(f"error: {said}{where}", file=sys.stderr)
     return 1

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import re
+from collections.abc import Iterator
 from typing import Any
 
 _NOISE = re.compile(
@@ -14,8 +15,13 @@ _REQUIRED = "the following arguments are required"
 _NO_CLASS = r"Expected a dot import path string: (.+)"
 
 
-def one_line(error: BaseException) -> str:
-    """Return the exception's message on one line; its type comes first where the message alone says too little."""
+def one_line(error: BaseException, folder: Any = None) -> str:
+    """Return the exception's message on one line; its type comes first where the message alone says too little.
+
+    Args:
+        error: the exception.
+        folder: of the run, named where the system does not say which file it could not write.
+    """
     text = str(error)
     if isinstance(error, KeyError) and " " in text:
         text = str(error.args[0])  # a sentence, not a key
@@ -27,12 +33,24 @@ def one_line(error: BaseException) -> str:
         text = _not_logged(text)
     elif isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        # The system names no file where the disk is full; perhaps something that failed before it does.
+        named = (e for e in _before(error) if isinstance(e, OSError) and e.filename and e.strerror)
+        return one_line(next(named, OSError(error.errno, error.strerror, str(folder or "a file of the run"))))
     text = " ".join(text.split())
     if len(text) > _MAX_LENGTH:
         text = text[:_MAX_LENGTH] + " ..."
     if " " not in text or isinstance(error, (AttributeError, AssertionError, IndexError, TypeError)):
         return f"{type(error).__name__}: {text}"
     return text
+
+
+def _before(error: BaseException) -> Iterator[BaseException]:
+    """Go through the exceptions that were being handled when ``error`` was raised, the latest first."""
+    earlier = error.__cause__ or error.__context__
+    while earlier is not None:
+        yield earlier
+        earlier = earlier.__cause__ or earlier.__context__
 
 
 def _other_network(message: str) -> str:

@@ -2,34 +2,39 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from csv_rows import RunCSVLogger
+from wandb_naming import init_arguments
 
 _PATIENCE = 10.0  # seconds for the server to answer; WANDB_INIT_TIMEOUT says otherwise
 
 
-def make_loggers(folder: Path, experiment: str, wandb: bool | None) -> list[Logger]:
+def make_loggers(folder: Path, config: Mapping[str, Any], wandb: bool | None, resumes: bool = False) -> list[Logger]:
     """Return the loggers of a run; the CSV file comes first, so that the run's folder is the one Lightning writes to.
 
     Args:
         folder: of the run.
-        experiment: the run's group.
+        config: of the run, resolved; Weights & Biases names and groups the run by it, and records it.
         wandb: whether to log to Weights & Biases; ``None`` does so only where a key is configured. Without a key, or
             where the server does not answer, the run is recorded offline, and a line says how to upload it.
+        resumes: whether the run goes on in a folder that has rows of it.
     """
-    parent, version = folder.parent, folder.name
-    loggers: list[Logger] = [CSVLogger(save_dir=str(parent.parent), name=parent.name, version=version)]
+    loggers: list[Logger] = [RunCSVLogger(folder, resumes)]
     if not getattr(rank_zero_only, "rank", 0) and wandb is not False:
-        key = _has_key()
+        key = has_key()
         if wandb or key:
-            loggers.append(_wandb_logger(folder, experiment, online=key))
+            loggers.append(_wandb_logger(folder, config, online=key))
     return loggers
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
+    """Return whether a key of Weights & Biases is configured."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     homes = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
@@ -47,7 +52,7 @@ def _quiet_wandb() -> Any:
     return wandb
 
 
-def _wandb_logger(folder: Path, experiment: str, online: bool) -> Logger:
+def _wandb_logger(folder: Path, config: Mapping[str, Any], online: bool) -> Logger:
     from lightning.pytorch.loggers import WandbLogger
 
     wandb = _quiet_wandb()
@@ -57,8 +62,7 @@ def _wandb_logger(folder: Path, experiment: str, online: bool) -> Logger:
         settings = wandb.Settings(console="off", silent=True, init_timeout=patience)
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "ars2"),
-            group=experiment,
-            name=f"{experiment}-{folder.name}",
+            **init_arguments(config),
             dir=str(folder),
             mode=mode,
             settings=settings,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ars2 import flatness, updates, validation
 from ars2.tracked import Batch, TrackedOptimizer
+from ars2.updates import Tensors
 
 Mode = Literal["base", "sync", "aga", "periodic", "random"]
 MODES: tuple[Mode, ...] = ("base", "sync", "aga", "periodic", "random")
@@ -66,6 +67,7 @@ class ARS2Neo(TrackedOptimizer):
         phi_beta, phi_lambda, phi_gamma: AGA's variance decay, threshold in standard deviations, and exponent.
         ns_steps, ns_coefficients, ns_dtype: iterations, ``"jordan"`` or ``"polar_express"``, and the products' dtype
             (``"bfloat16"``, ``"float32"``, ``"float64"``).
+        ns_algorithm: ``"standard"``, ``"gram"``, or ``"auto"``: the faster one for each shape, by measurement.
         probability, seed: of ``"random"``; the draws depend on the seed and the step number alone.
 
     Raises:
@@ -74,7 +76,7 @@ class ARS2Neo(TrackedOptimizer):
 
     shared_options = (
         *("mode", "k", "alpha", "phi_beta", "phi_lambda", "phi_gamma"),
-        *("ns_steps", "ns_coefficients", "ns_dtype", "probability", "seed"),
+        *("ns_steps", "ns_coefficients", "ns_dtype", "ns_algorithm", "probability", "seed"),
     )
     fixed_options = ("mode",)
 
@@ -95,6 +97,7 @@ class ARS2Neo(TrackedOptimizer):
         ns_steps: int = 5,
         ns_coefficients: str = "jordan",
         ns_dtype: str = "bfloat16",
+        ns_algorithm: str = "auto",
         probability: float = 0.1,
         seed: int = 0,
     ) -> None:
@@ -106,6 +109,7 @@ class ARS2Neo(TrackedOptimizer):
                 **{"mode": mode, "k": k, "alpha": alpha},
                 **{"phi_beta": phi_beta, "phi_lambda": phi_lambda, "phi_gamma": phi_gamma},
                 **{"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype},
+                "ns_algorithm": ns_algorithm,
                 **{"probability": probability, "seed": seed},
             },
         )
@@ -160,6 +164,11 @@ class ARS2Neo(TrackedOptimizer):
     def _refuse_while_moved(self, what: str) -> None:
         if self._pass.stage == "moved":
             raise RuntimeError(f"{what} while the parameters are at the adversarial point: call restore() first")
+
+    @property
+    def always_looks_twice(self) -> bool:
+        """Whether every step wants a second pass, so that the first one need not be shared among processes."""
+        return bool(self.param_groups[0]["mode"] == "sync")
 
     @property
     def first_gradients(self) -> dict[Tensor, Tensor]:
@@ -350,19 +359,20 @@ class ARS2Neo(TrackedOptimizer):
         )
         torch._foreach_copy_([batch.states[index]["shear"] for index in both], shears)
 
-    @staticmethod
-    def _move(group: dict[str, Any], batch: Batch) -> None:
-        exp_avgs, exp_avg_sqs = batch.state("exp_avg"), batch.state("exp_avg_sq")
-        updates.update_moments_(batch.grads, exp_avgs, exp_avg_sqs, group["betas"])
-        directions = updates.adam_directions(exp_avgs, exp_avg_sqs, group["betas"], group["step"], group["eps"])
-        if group["track"] == "matrix":
-            energy = updates.energies(directions)
-            directions = updates.orthogonal_directions(
-                *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-                validation.DTYPES[group["ns_dtype"]],
-            )
-            torch._foreach_mul_(directions, energy)
-        updates.apply_(batch.params, directions, group["lr"], group["weight_decay"])
+    def _move(self, group: dict[str, Any], batch: Batch) -> None:
+        if group["track"] == "vector":
+            self._move_vectors(group, batch)
+            return
+        directions: Tensors = updates.adam_directions(
+            *(batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq")),
+            *(group["betas"], group["step"], group["eps"]),
+        )
+        energies = updates.energies(directions)
+        directions = updates.orthogonal_directions(
+            *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
+            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks),
+        )
+        updates.apply_(batch.params, directions, energies, group["lr"], group["weight_decay"])
 
     def diagnostics(self) -> dict[str, float]:
         """Return what the last step saw, as plain numbers, without reading the device.

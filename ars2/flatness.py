@@ -36,7 +36,14 @@ def move_to_adversarial_point_(params: Tensors, grads: Tensors, roots: Tensors, 
 
 def inner_products(left: Tensors, right: Tensors) -> Tensor:
     """Return the inner product of each pair, a tensor (pairs,)."""
-    return torch.stack([product.sum() for product in torch._foreach_mul(left, right)])
+    # dot() reads both once and keeps no product; it takes vectors, and a view of any dense layout will do.
+    return torch.stack([torch.dot(*_flat(a, b)) for a, b in zip(left, right, strict=True)])
+
+
+def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    if a.is_contiguous() and b.is_contiguous():
+        return a.view(-1), b.view(-1)
+    return a.reshape(-1), b.reshape(-1)
 
 
 def shear_forces(second: Tensors, first: Tensors, grad_scale: float) -> Tensors:
@@ -54,7 +61,7 @@ def inject(grads: Tensors, shears: Tensors, alpha: float) -> Tensors:
     """Return ``g + alpha * |g| / (|s| + 1e-12) * s`` for each pair; the given gradients are left as they are."""
     lengths = torch.stack(torch._foreach_norm(grads)), torch.stack(torch._foreach_norm(shears))
     scales = alpha * lengths[0] / (lengths[1] + TINY)
-    return torch._foreach_add(grads, torch._foreach_mul(shears, list(scales.unbind())))
+    return torch._foreach_addcmul(grads, shears, list(scales.unbind()))
 
 
 def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float) -> float:
@@ -77,7 +84,9 @@ def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float) -> fl
     known = [index for index, length in enumerate(shear_lengths) if length != 0]
     grad_length: float = math.sqrt(math.fsum(grad_lengths[index] ** 2 for index in known)) / grad_scale
     shear_length: float = math.sqrt(math.fsum(shear_lengths[index] ** 2 for index in known))
-    product: float = math.fsum(inner[index] for index in known) / grad_scale
+    products = [inner[index] for index in known]
+    # Infinities of both signs, as an overflow under a gradient scaler leaves them, have no sum.
+    product: float = math.fsum(products) / grad_scale if all(map(math.isfinite, products)) else math.nan
     return product / (grad_length * shear_length + TINY)
 
 

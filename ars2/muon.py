@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ars2 import updates, validation
-from ars2.tracked import TrackedOptimizer
+from ars2.tracked import Batch, TrackedOptimizer
 from ars2.updates import Tensors
 
 
@@ -27,14 +27,14 @@ class Muon(TrackedOptimizer):
         momentum: decay of the momentum of matrices, in [0, 1).
         nesterov: whether matrices look ahead by one decay of the momentum.
         weight_decay: decoupled weight decay, multiplied by ``lr``.
-        ns_steps, ns_coefficients, ns_dtype: as for :class:`ars2.ARS2Neo`.
+        ns_steps, ns_coefficients, ns_dtype, ns_algorithm: as for :class:`ars2.ARS2Neo`.
         betas, eps: of the vector track.
 
     Raises:
         ValueError: an option out of its range, or a parameter that its track cannot take; named in the message.
     """
 
-    shared_options = ("ns_steps", "ns_coefficients", "ns_dtype")
+    shared_options = ("ns_steps", "ns_coefficients", "ns_dtype", "ns_algorithm")
 
     def __init__(
         self,
@@ -46,6 +46,7 @@ class Muon(TrackedOptimizer):
         ns_steps: int = 5,
         ns_coefficients: str = "jordan",
         ns_dtype: str = "bfloat16",
+        ns_algorithm: str = "auto",
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
@@ -54,6 +55,7 @@ class Muon(TrackedOptimizer):
             {
                 **{"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay},
                 **{"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype},
+                "ns_algorithm": ns_algorithm,
                 **{"betas": betas, "eps": eps},
             },
         )
@@ -81,22 +83,21 @@ class Muon(TrackedOptimizer):
                 if not batch.params:
                     continue
                 if group["track"] == "vector":
-                    moments = batch.state("exp_avg"), batch.state("exp_avg_sq")
-                    updates.update_moments_(batch.grads, *moments, group["betas"])
-                    directions = updates.adam_directions(*moments, group["betas"], group["step"], group["eps"])
+                    self._move_vectors(group, batch)
                 else:
-                    directions = self._orthogonal_momenta(group, batch.grads, batch.state("momentum_buffer"))
-                updates.apply_(batch.params, directions, group["lr"], group["weight_decay"])
+                    self._move_matrices(group, batch)
         return result
 
-    @staticmethod
-    def _orthogonal_momenta(group: dict[str, Any], grads: Tensors, buffers: Tensors) -> Tensors:
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        momenta: Tensors = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+    def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:
+        buffers = batch.state("momentum_buffer")
+        torch._foreach_lerp_(buffers, batch.grads, 1 - group["momentum"])
+        momenta: Tensors = buffers
+        if group["nesterov"]:
+            momenta = torch._foreach_lerp(batch.grads, buffers, group["momentum"])
         directions = updates.orthogonal_directions(
             *(momenta, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-            validation.DTYPES[group["ns_dtype"]],
+            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks),
         )
         shapes = [updates.as_stack(direction, group["flatten"]).shape for direction in directions]
-        torch._foreach_mul_(directions, [math.sqrt(max(1.0, shape[1] / shape[2])) for shape in shapes])
-        return directions
+        scales = [math.sqrt(max(1.0, shape[1] / shape[2])) for shape in shapes]
+        updates.apply_(batch.params, directions, scales, group["lr"], group["weight_decay"])

@@ -1,40 +1,32 @@
-"""Newton-Schulz orthogonalisation: move a matrix towards the nearest orthogonal one by matrix products alone.
+"""Newton-Schulz orthogonalisation: move a matrix towards the nearest orthogonal one by matrix products alone."""
 
-Quintic iteration and its coefficients: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
-Polar Express: Amsel et al., "The Polar Express: optimal matrix sign methods and their application to Muon" (2025).
-"""
-
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-_POLAR_EXPRESS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-    (1.875, -1.25, 0.375),
-)
-# Each polynomial of Polar Express is made for the range that the one before it reaches, and grows fast above it.
-# Rounding in half precision goes past it, so, as its authors do, all but the last are widened by this factor.
-_MARGIN = 1.01
-# One (a, b, c) a step; a schedule shorter than the number of steps goes on with its last entry.
-COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
-    "jordan": ((3.4445, -4.7750, 2.0315),),
-    "polar_express": (
-        *((a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5) for a, b, c in _POLAR_EXPRESS[:-1]),
-        _POLAR_EXPRESS[-1],
-    ),
-}
-_NORM_MARGIN = {"jordan": 1.0, "polar_express": _MARGIN}
+from ars2 import newton_schulz
+from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
+
+_NORM_MARGIN = {"jordan": 1.0, "polar_express": newton_schulz.POLAR_EXPRESS_MARGIN}
 _TINY = 1e-7
+# The most elements in one batch. A core's cache is what counts on the CPU: larger batches are no faster there.
+_MAX_NUMEL = {"cpu": 1 << 20}
+_MAX_NUMEL_ELSEWHERE = 1 << 26
+# Padding joins matrices that fill at least this part of the widest one's columns: more than that costs more than a
+# batch less saves.
+_LEAST_FILLED = 0.9
 
 
 def orthogonalize(
-    x: Tensor, steps: int = 5, coefficients: str = "jordan", dtype: torch.dtype = torch.bfloat16
+    x: Tensor,
+    steps: int = 5,
+    coefficients: str = "jordan",
+    dtype: torch.dtype = torch.bfloat16,
+    algorithm: str = "auto",
 ) -> Tensor:
     """Return ``x`` with its singular values moved towards 1, its singular vectors kept.
 
@@ -46,13 +38,15 @@ def orthogonalize(
         x: a matrix (rows, cols) or a stack (..., rows, cols); every matrix of a stack is taken for itself.
         steps: number of iterations, at least 1.
         coefficients: ``"jordan"`` or ``"polar_express"``.
-        dtype: the dtype the products run in, and that of the result.
+        dtype: the dtype the products with ``x`` run in, and that of the result.
+        algorithm: ``"standard"``; ``"gram"``, the same iteration on the small side alone, for elongated matrices; or
+            ``"auto"``, the faster one for the shape by measurement. See :mod:`ars2.newton_schulz`.
 
     Returns:
         A tensor of ``x``'s shape and of ``dtype``.
 
     Raises:
-        ValueError: fewer than two dimensions, ``steps`` below 1, or unknown ``coefficients``.
+        ValueError: fewer than two dimensions, ``steps`` below 1, or unknown ``coefficients`` or ``algorithm``.
     """
     if x.ndim < 2:
         raise ValueError(f"orthogonalize needs a matrix or a stack of matrices, got a tensor of shape {tuple(x.shape)}")
@@ -60,55 +54,90 @@ def orthogonalize(
         raise ValueError(f"orthogonalize: steps must be at least 1, got {steps}")
     if coefficients not in COEFFICIENTS:
         raise ValueError(f"orthogonalize: coefficients must be one of {sorted(COEFFICIENTS)}, got {coefficients!r}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"orthogonalize: algorithm must be one of {sorted(ALGORITHMS)}, got {algorithm!r}")
     if x.numel() == 0:
         return x.to(dtype)
-    schedule = COEFFICIENTS[coefficients]
     stack = x.reshape(-1, *x.shape[-2:])
+    tall = stack.shape[1] > stack.shape[2]
+    result = _orthogonalize_wide(stack.mT if tall else stack, steps, coefficients, dtype, algorithm)
+    return (result.mT if tall else result).reshape(x.shape)
+
+
+def _orthogonalize_wide(stack: Tensor, steps: int, coefficients: str, dtype: torch.dtype, algorithm: str) -> Tensor:
     # The norm is taken before the cast: squares of small entries underflow in half precision.
     norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True)
-    stack = (stack / (norm * _NORM_MARGIN[coefficients] + _TINY)).to(dtype)
-    tall = stack.shape[-2] > stack.shape[-1]
-    if tall:
-        stack = stack.mT
-    for step in range(steps):
-        a, b, c = schedule[min(step, len(schedule) - 1)]
-        gram = torch.bmm(stack, stack.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        stack = torch.baddbmm(stack, polynomial, stack, beta=a)
-    if tall:
-        stack = stack.mT
-    return stack.reshape(x.shape)
+    if (margin := _NORM_MARGIN[coefficients]) != 1.0:
+        norm = norm * margin
+    stack = (stack / (norm + _TINY)).to(dtype)
+    if algorithm == "auto":
+        algorithm = newton_schulz.faster_algorithm(stack.shape[1], stack.shape[2], dtype, stack.device)
+    iterate = newton_schulz.gram if algorithm == "gram" else newton_schulz.standard
+    return iterate(stack, newton_schulz.schedule(coefficients, steps))
 
 
 def orthogonalize_all(
-    stacks: Sequence[Tensor], steps: int, coefficients: str, dtype: torch.dtype, max_numel: int = 1 << 26
+    stacks: Sequence[Tensor],
+    steps: int,
+    coefficients: str,
+    dtype: torch.dtype,
+    max_numel: int | None = None,
+    algorithm: str = "auto",
 ) -> list[Tensor]:
     """Orthogonalise many stacks at once: matrices of one shape (or its transpose) share one batched iteration.
 
+    Matrices with as many rows and nearly as many columns are padded with columns of zeros to share it too; these stay
+    zero, change nothing else, and are cut off again.
+
     Args:
         stacks: tensors (matrices, rows, cols); shapes may differ between tensors.
-        steps, coefficients, dtype: as for :func:`orthogonalize`.
+        steps, coefficients, dtype, algorithm: as for :func:`orthogonalize`.
         max_numel: the most elements joined into one batch, which bounds the memory of the copies; a larger tensor is
-            a batch of its own.
+            a batch of its own. ``None`` is 2^20 on the CPU and 2^26 elsewhere.
 
     Returns:
         One tensor of ``dtype`` for each input, same shapes, same order.
     """
-    batches: list[list[int]] = []
-    last: dict[tuple[int, int, torch.device, torch.dtype], list[int]] = {}
-    filled: dict[tuple[int, int, torch.device, torch.dtype], int] = {}
-    for index, stack in enumerate(stacks):
-        kind = (min(stack.shape[1:]), max(stack.shape[1:]), stack.device, stack.dtype)
-        if kind not in last or filled[kind] + stack.numel() > max_numel:
-            last[kind], filled[kind] = [], 0
-            batches.append(last[kind])
-        last[kind].append(index)
-        filled[kind] += stack.numel()
     results: list[Tensor] = list(stacks)
-    for members in batches:
+    for members, columns in _plan(tuple((*stack.shape, stack.device, stack.dtype) for stack in stacks), max_numel):
         wide = [stacks[i] if stacks[i].shape[1] <= stacks[i].shape[2] else stacks[i].mT for i in members]
-        joined = wide[0] if len(wide) == 1 else torch.cat(wide)
-        parts = torch.split(orthogonalize(joined, steps, coefficients, dtype), [stack.shape[0] for stack in wide])
-        for i, part in zip(members, parts, strict=True):
+        padded = [
+            stack if stack.shape[2] == columns else functional.pad(stack, (0, columns - stack.shape[2]))
+            for stack in wide
+        ]
+        joined = padded[0] if len(padded) == 1 else torch.cat(padded)
+        if joined.numel() == 0:
+            parts: Sequence[Tensor] = [stack.to(dtype) for stack in wide]
+        else:
+            joined = _orthogonalize_wide(joined, steps, coefficients, dtype, algorithm)
+            parts = torch.split(joined, [stack.shape[0] for stack in wide])
+        for i, part, stack in zip(members, parts, wide, strict=True):
+            part = part if part.shape[2] == stack.shape[2] else part[..., : stack.shape[2]]
             results[i] = part if part.shape == stacks[i].shape else part.mT
     return results
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(kinds: tuple[tuple[Any, ...], ...], max_numel: int | None) -> list[tuple[list[int], int]]:
+    """Say which stacks share a batch: lists of indices, and the number of columns that each list is padded to.
+
+    Args:
+        kinds: for each stack (matrices, rows, cols, device, dtype).
+        max_numel: as for :func:`orthogonalize_all`.
+    """
+    order = sorted(range(len(kinds)), key=lambda i: (min(kinds[i][1:3]), -max(kinds[i][1:3])))
+    batches: list[tuple[list[int], int]] = []
+    last: dict[tuple[Any, ...], tuple[list[int], int]] = {}
+    filled: dict[tuple[Any, ...], int] = {}
+    for index in order:
+        matrices, rows, columns, device, dtype = kinds[index]
+        rows, columns = min(rows, columns), max(rows, columns)
+        most = max_numel or _MAX_NUMEL.get(device.type, _MAX_NUMEL_ELSEWHERE)
+        kind = rows, device, dtype
+        widest = last[kind][1] if kind in last else 0
+        if columns < _LEAST_FILLED * widest or not widest or filled[kind] + matrices * rows * widest > most:
+            last[kind], filled[kind] = ([], columns), 0
+            batches.append(last[kind])
+        last[kind][0].append(index)
+        filled[kind] += matrices * rows * last[kind][1]
+    return batches

@@ -4,15 +4,18 @@ State is made of tensors only, in float32 (float64 for float64 parameters) whate
 from construction on: distributed checkpoints need no first step. Counters are plain numbers in the groups.
 """
 
+import operator
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ars2 import validation
-from ars2.orthogonalize import COEFFICIENTS
+from ars2 import updates, validation
+from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
+from ars2.sharing import Ranks
 from ars2.updates import Tensors
 
 TRACKS = ("matrix", "vector")
@@ -29,6 +32,23 @@ class Batch(NamedTuple):
         return [state[key] for state in self.states]
 
 
+class _Plan(NamedTuple):
+    """What :meth:`TrackedOptimizer._batch` found out about a group, good while the same parameters have gradients."""
+
+    everything: list[Tensor]
+    present: list[bool]
+    params: list[Tensor]
+    states: list[dict[str, Tensor]]
+    layouts: list[tuple[torch.dtype, tuple[int, ...]]]
+
+    def holds(self, params: list[Tensor], present: list[bool]) -> bool:
+        return (
+            present == self.present
+            and len(params) == len(self.everything)
+            and all(map(operator.is_, params, self.everything))
+        )
+
+
 class TrackedOptimizer(Optimizer):
     """Base of optimizers whose groups say ``track: "matrix"`` or ``track: "vector"`` (matrix if unsaid).
 
@@ -41,6 +61,8 @@ class TrackedOptimizer(Optimizer):
     fixed_options: ClassVar[tuple[str, ...]] = ()  # a saved state with another value is refused
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._plans: dict[int, _Plan] = {}
+        self._ranks: Ranks | None = None
         self._check_options({"track": "matrix", "flatten": False, **defaults})
         super().__init__(params, {"track": "matrix", "flatten": False, "step": 0, **defaults})
 
@@ -55,6 +77,7 @@ class TrackedOptimizer(Optimizer):
         validation.check_integer(group, "ns_steps", 1)
         validation.check_choice(group, "ns_coefficients", COEFFICIENTS)
         validation.check_choice(group, "ns_dtype", validation.DTYPES)
+        validation.check_choice(group, "ns_algorithm", ALGORITHMS)
 
     def _check_counters(self, group: dict[str, Any], first: bool) -> None:
         """Check the counters of a saved group, ``first`` being whether it is the first; subclasses add their own."""
@@ -111,28 +134,70 @@ class TrackedOptimizer(Optimizer):
                 tensors = saved.get(key, {})
                 validation.check_state(tensors, str(name), param, self._state_keys(theirs))
                 dtype = torch.promote_types(param.dtype, torch.float32)
-                loaded.append(
-                    (param, {k: v.to(device=param.device, dtype=dtype, copy=True) for k, v in tensors.items()})
-                )
+                # In the parameter's own memory layout, whatever the saved one.
+                loaded.append((param, {k: torch.zeros_like(param, dtype=dtype).copy_(v) for k, v in tensors.items()}))
         validation.check_same_options(groups, self.shared_options)
         super().load_state_dict(state_dict)
         for param, tensors in loaded:
             self.state[param] = tensors
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+        # A copy starts alone; loading a state leaves the ranks as they are.
+        self.__dict__.setdefault("_ranks", None)
+
+    def distribute(self, group: dist.ProcessGroup, gather: Literal["exact", "bfloat16"] = "exact") -> None:
+        """Share the Newton-Schulz iterations out among processes that hold the same parameters and gradients (DDP).
+
+        Every process keeps all moments, so nothing but the results is exchanged, once for each group of matrices. The
+        processes' parameters stay the same to the bit.
+
+        Args:
+            group: of the processes; all of them must call :meth:`step` equally often.
+            gather: ``"exact"`` sends the results in ``ns_dtype``, ``"bfloat16"`` rounds them to it where that is wider.
+
+        Raises:
+            ValueError: another ``gather``.
+        """
+        validation.check_choice({"gather": gather}, "gather", ("exact", "bfloat16"))
+        self._ranks = Ranks(group, None if gather == "exact" else torch.bfloat16)
+
     def _batch(self, group: dict[str, Any]) -> Batch:
-        """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype."""
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        states: list[dict[str, Tensor]] = []
-        for param in group["params"]:
-            grad = param.grad
-            if grad is None or param.numel() == 0:
-                continue
-            dtype = torch.promote_types(param.dtype, torch.float32)
-            params.append(param)
-            grads.append(grad if grad.dtype == dtype else grad.to(dtype))
-            states.append(self.state[param])
-        return Batch(params, grads, states)
+        """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype and strides."""
+        found = [param.grad for param in group["params"]]
+        present = [grad is not None for grad in found]
+        plan = self._plans.get(id(group))
+        if plan is None or not plan.holds(group["params"], present):
+            plan = self._plans[id(group)] = self._plan(group, present)
+        grads = []
+        for grad, (dtype, strides) in zip((g for g in found if g is not None and g.numel()), plan.layouts, strict=True):
+            if grad.dtype != dtype or grad.stride() != strides:
+                grad = torch.empty_strided(grad.shape, strides, dtype=dtype, device=grad.device).copy_(grad)
+            grads.append(grad)
+        return Batch(plan.params, grads, plan.states)
+
+    def _plan(self, group: dict[str, Any], present: list[bool]) -> _Plan:
+        params = [p for p, there in zip(group["params"], present, strict=True) if there and p.numel()]
+        states = [self.state[param] for param in params]
+        likes = [next(iter(state.values())) for state in states]
+        return _Plan(list(group["params"]), present, params, states, [(like.dtype, like.stride()) for like in likes])
+
+    @staticmethod
+    def _move_vectors(group: dict[str, Any], batch: Batch) -> None:
+        """AdamW for the parameters of one vector group."""
+        adam = (
+            batch.grads,
+            batch.state("exp_avg"),
+            batch.state("exp_avg_sq"),
+            group["betas"],
+            group["step"],
+            group["eps"],
+        )
+        if all(p.dtype == g.dtype and p.stride() == g.stride() for p, g in zip(batch.params, batch.grads, strict=True)):
+            updates.adamw_(batch.params, *adam, group["lr"], group["weight_decay"])
+        else:
+            updates.apply_(batch.params, updates.adam_directions(*adam), None, group["lr"], group["weight_decay"])
 
     def _check_gradients(self) -> bool:
         """Check every gradient before anything is changed; return whether there is any.

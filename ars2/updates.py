@@ -7,15 +7,9 @@ import torch
 from torch import Tensor
 
 from ars2.orthogonalize import orthogonalize_all
+from ars2.sharing import Ranks, orthogonalize_replicated
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
-
-
-def update_moments_(grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, betas: tuple[float, float]) -> None:
-    """Take ``grads`` into both moments, in place: ``m <- b1 m + (1-b1) g``, ``v <- b2 v + (1-b2) g*g``."""
-    torch._foreach_lerp_(exp_avgs, grads, 1 - betas[0])
-    torch._foreach_mul_(exp_avg_sqs, betas[1])
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - betas[1])
 
 
 def second_moment_root(exp_avg_sqs: Tensors, beta: float, step: int, eps: float) -> Tensors:
@@ -28,12 +22,58 @@ def second_moment_root(exp_avg_sqs: Tensors, beta: float, step: int, eps: float)
 
 
 def adam_directions(
-    exp_avgs: Tensors, exp_avg_sqs: Tensors, betas: tuple[float, float], step: int, eps: float
-) -> Tensors:
-    """Return ``u = m_hat / (sqrt(v_hat) + eps)`` for moments that have seen ``step`` gradients (Kingma & Ba 2015)."""
-    root = second_moment_root(exp_avg_sqs, betas[1], step, eps)
-    torch._foreach_mul_(root, 1 - betas[0] ** step)
-    return torch._foreach_div(exp_avgs, root)
+    grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, betas: tuple[float, float], step: int, eps: float
+) -> list[Tensor]:
+    """Take ``grads`` into both moments, in place, and return ``u = m_hat / (sqrt(v_hat) + eps)`` (Kingma & Ba 2015).
+
+    ``m <- b1 m + (1-b1) g``, ``v <- b2 v + (1-b2) g*g``; hats are for ``step`` gradients, this one included. All
+    tensors of one index must have the same dtype and strides.
+    """
+    directions = [torch.zeros_like(exp_avg) for exp_avg in exp_avgs]
+    # An AdamW step from zero with learning rate -1 and no decay leaves u: one pass over memory instead of ten.
+    adamw_(directions, grads, exp_avgs, exp_avg_sqs, betas, step, eps, lr=-1.0, weight_decay=0.0)
+    return directions
+
+
+def adamw_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    betas: tuple[float, float],
+    step: int,
+    eps: float,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """Take ``grads`` into both moments and move the parameters, in place: ``p <- (1 - lr*wd) p - lr*u``.
+
+    All tensors of one index must have the same dtype and strides; torch's fused kernel does not check it.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, grad in enumerate(grads):
+        kinds.setdefault((grad.device, grad.dtype), []).append(index)
+    for (device, _), indices in kinds.items():
+        lists: tuple[Tensors, Tensors, Tensors, Tensors] = (params, grads, exp_avgs, exp_avg_sqs)
+        if len(kinds) > 1:
+            p, g, m, v = ([tensors[index] for index in indices] for tensors in lists)
+            lists = p, g, m, v
+        count = torch.full((), float(step), device=device)
+        torch._fused_adamw_(
+            lists[0],
+            lists[1],
+            lists[2],
+            lists[3],
+            [],
+            [count] * len(indices),
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 def as_stack(tensor: Tensor, flatten: bool) -> Tensor:
@@ -47,12 +87,28 @@ def as_stack(tensor: Tensor, flatten: bool) -> Tensor:
 
 
 def orthogonal_directions(
-    directions: Tensors, flatten: bool, steps: int, coefficients: str, dtype: torch.dtype
-) -> Tensors:
-    """Return each direction's orthogonal factor, stacks matrix by matrix, in the directions' shapes and dtype."""
+    directions: Tensors,
+    flatten: bool,
+    steps: int,
+    coefficients: str,
+    dtype: torch.dtype,
+    algorithm: str,
+    ranks: Ranks | None = None,
+) -> list[Tensor]:
+    """Return each direction's orthogonal factor, stacks matrix by matrix, in its shape and in ``dtype``.
+
+    With ``ranks`` the directions are the same on all of them, which share the work out.
+    """
+
+    def orthogonalize(stacks: list[Tensor]) -> list[Tensor]:
+        return orthogonalize_all(stacks, steps, coefficients, dtype, algorithm=algorithm)
+
     stacks = [as_stack(direction, flatten) for direction in directions]
-    factors = orthogonalize_all(stacks, steps, coefficients, dtype)
-    return [o.to(u.dtype).reshape(u.shape) for o, u in zip(factors, directions, strict=True)]
+    if ranks is None:
+        factors = orthogonalize(stacks)
+    else:
+        factors = orthogonalize_replicated(stacks, orthogonalize, ranks.dtype or dtype, ranks.group)
+    return [factor.reshape(direction.shape) for factor, direction in zip(factors, directions, strict=True)]
 
 
 def energies(directions: Tensors) -> Tensors:
@@ -60,8 +116,19 @@ def energies(directions: Tensors) -> Tensors:
     return torch._foreach_norm(directions)
 
 
-def apply_(params: Tensors, directions: Tensors, lr: float, weight_decay: float) -> None:
-    """Move the parameters with decoupled decay, in place: ``p <- (1 - lr*wd) p - lr*direction``."""
+def apply_(
+    params: Tensors, directions: Tensors, scales: Tensors | list[float] | None, lr: float, weight_decay: float
+) -> None:
+    """Move the parameters with decoupled decay, in place: ``p <- (1 - lr*wd) p - lr*scale*direction``.
+
+    ``scales`` are scalar tensors or numbers, one a parameter; none means 1. The dtypes may differ.
+    """
     if weight_decay != 0:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_add_(params, directions, alpha=-lr)
+    if scales is None:
+        torch._foreach_add_(params, directions, alpha=-lr)
+    elif isinstance(scales[0], Tensor):
+        torch._foreach_addcmul_(params, directions, scales, value=-lr)
+    else:
+        for param, direction, scale in zip(params, directions, scales, strict=True):
+            param.add_(direction, alpha=-lr * scale)

@@ -1,25 +1,39 @@
 """The checkpoint to resume from: where training really ended, and every so often on the way there."""
 
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from callbacks.stop_signals import asked_to_stop
+from checkpoint_files import PARTIAL, PREVIOUS
+
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps one file, ``last.ckpt``, of every n-th epoch's end and of the end of training.
+    """Keeps ``last.ckpt``: of every n-th epoch's end, of every n-th step if wanted, and of the end of training.
+
+    It is also written when a signal asks training to stop, and when training stops for a loss or gradient that is not
+    finite, before that has touched anything. The one before it stays as ``last-previous.ckpt``.
 
     Lightning's own ``save_last`` follows its other saves: with a period above 1 it leaves the last multiple of it.
 
     Args:
         every_n_epochs: epochs from one save to the next, at least 1; what a killed run can lose.
         dirpath: where to; ``None`` is ``checkpoints`` in the run folder.
+        every_n_steps: optimizer steps after which to save in between too, at least 1; ``None`` does not.
 
     Raises:
-        ValueError: ``every_n_epochs`` below 1.
+        ValueError: ``every_n_epochs`` or ``every_n_steps`` below 1.
     """
 
-    def __init__(self, every_n_epochs: int = 10, dirpath: str | None = None) -> None:
+    def __init__(self, every_n_epochs: int = 10, dirpath: str | None = None, every_n_steps: int | None = None) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, or null, got {every_n_steps}")
         super().__init__(
             dirpath=dirpath,
             filename="last",
@@ -27,7 +41,62 @@ class LastCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=True,
             enable_version_counter=False,
         )
+        self.every_n_steps = every_n_steps
+        self._saved_at_step = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and self.dirpath:
+            for left_by_a_killed_process in Path(self.dirpath).glob(f"*{PARTIAL}"):
+                left_by_a_killed_process.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._saved_at_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not getattr(pl_module, "between_steps", True):
+            return
+        stopping = asked_to_stop(trainer)
+        if getattr(pl_module, "damage", None) is not None:
+            self._save(trainer)
+        # After an epoch's last batch come its validation and its row in the log: the epoch's end saves them too.
+        elif (stopping or self._is_due(trainer)) and not trainer.is_last_batch:
+            self._save(trainer)
+            for callback in stopping:
+                callback.saved = self.best_model_path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        stopping = asked_to_stop(trainer)
+        if stopping or self._is_due(trainer):
+            self._save(trainer)
+            for callback in stopping:
+                callback.saved = self.best_model_path
+        else:
+            super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        return self.every_n_steps is not None and trainer.global_step - self._saved_at_step >= self.every_n_steps
+
+    def _save(self, trainer: L.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        place = Path(filepath)
+        new, previous = place.with_name(f"{place.stem}-new{place.suffix}"), place.with_name(PREVIOUS)
+        super()._save_checkpoint(trainer, str(new))
+        if trainer.is_global_zero:
+            # Killed in between, a run goes on from the previous one.
+            if place.exists():
+                if previous.is_dir():
+                    shutil.rmtree(previous)
+                os.replace(place, previous)
+            os.replace(new, place)
+        trainer.strategy.barrier()
+        self._last_checkpoint_saved, self._saved_at_step = filepath, trainer.global_step

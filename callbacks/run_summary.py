@@ -24,7 +24,7 @@ from callbacks.lookup import callbacks_of
 from callbacks.milestones import GrokkingMilestones
 from modules.two_pass import TwoPassModule
 
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
 PLACES = {"best_checkpoint": "best checkpoint", "last_checkpoint": "last checkpoint", "run_folder": "run folder"}
 
 
@@ -52,9 +52,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def splits(trainer: L.Trainer) -> dict[str, str]:
-    """Return what each split is, where the data module has a choice and says so in ``splits``."""
-    return dict(getattr(getattr(trainer, "datamodule", None), "splits", {}))
+def description(trainer: L.Trainer) -> dict[str, Any]:
+    """Return what the numbers depend on that the data module has a choice of, where it says so: splits, corpus."""
+    data: Any = getattr(trainer, "datamodule", None)
+    return dict(data.description()) if hasattr(data, "description") else {}
 
 
 class RunSummary(L.Callback):
@@ -85,8 +86,9 @@ class RunSummary(L.Callback):
             (Path(self._folder) / "parameters.txt").write_text(parameters + "\n", encoding="utf-8")
             get_console().print(parameters.splitlines()[-1], highlight=False)
         if trainer.is_global_zero:
-            for split, examples in splits(trainer).items():
-                get_console().print(f"{split}: {examples}", highlight=False, soft_wrap=True)
+            for name, value in description(trainer).items():
+                if isinstance(value, str):
+                    get_console().print(f"{name}: {value}", highlight=False, soft_wrap=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -129,7 +131,7 @@ class RunSummary(L.Callback):
             "run_folder": self._folder,
             "environment": environment(),
         }
-        if said := splits(trainer):
+        if said := description(trainer):
             summary["data"] = said
         for milestones in callbacks_of(trainer, GrokkingMilestones):
             summary["milestones"] = milestones.report(trainer.global_step)
@@ -152,10 +154,18 @@ class RunSummary(L.Callback):
     def _report(self, trainer: L.Trainer, summary: dict[str, Any]) -> None:
         if self._folder is not None:
             folder = Path(self._folder)
-            folder.mkdir(parents=True, exist_ok=True)
             temporary = folder / "summary.json.tmp"
-            temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            os.replace(temporary, folder / "summary.json")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+                os.replace(temporary, folder / "summary.json")
+            except OSError as error:
+                # Of an interrupted run, perhaps for the same reason: that one is to be heard.
+                if summary["status"] != "interrupted":
+                    raise
+                print(f"summary.json could not be written ({error.strerror})")
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
         # A Rich bar is stopped here, before its own teardown, so that the table comes after it.
         bar = getattr(trainer.progress_bar_callback, "progress", None)
         if bar is not None:

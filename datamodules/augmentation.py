@@ -83,7 +83,7 @@ class Augmentation(NamedTuple):
 
 
 class ImageBatches(TensorBatches):
-    """A loader over images and labels that shares every batch out among the processes of a run.
+    """A loader over images and labels.
 
     With an augmentation, every batch comes with what was drawn for it: from the seed, the epoch and the number of the
     batch alone, so that a run resumed in the middle of an epoch, and one on more processes, trains on the same images.
@@ -94,11 +94,9 @@ class ImageBatches(TensorBatches):
         batch_size: examples to a batch, of all processes together; the last short batch is kept.
         seed: of the order and the augmentation; ``None`` keeps the given order and augments nothing.
         augmentation: what to draw for.
-        rank, world_size: which process of how many this is.
 
     Raises:
-        ValueError: as for :class:`datamodules.batches.TensorBatches`, an augmentation without a seed, or a batch that
-            is too small to be shared out.
+        ValueError: as for :class:`datamodules.batches.TensorBatches`, or an augmentation without a seed.
     """
 
     def __init__(
@@ -108,23 +106,14 @@ class ImageBatches(TensorBatches):
         batch_size: int,
         seed: int | None,
         augmentation: Augmentation | None = None,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         super().__init__((images, labels), batch_size, seed)
         if augmentation is not None and seed is None:
             raise ValueError("an augmentation needs a seed")
-        smallest = len(images) % batch_size or batch_size
-        if smallest < world_size:
-            raise ValueError(
-                f"{world_size} processes cannot share a batch of {smallest}, the last of {len(images)} images at"
-                f" {batch_size} a batch: choose another batch size"
-            )
-        self.augmentation, self.rank, self.world_size = augmentation, rank, world_size
+        self.augmentation = augmentation
 
-    def _batch(self, examples: Tensor) -> tuple[Tensor, ...]:
-        mine = slice(self.rank, None, self.world_size)
-        images, labels = super()._batch(examples[mine])
+    def _batch(self, examples: Tensor, mine: slice) -> tuple[Tensor, ...]:
+        images, labels = super()._batch(examples, mine)
         if self.augmentation is None or self.seed is None:
             return images, labels
         # Mixed as the order's seed is; drawn for all processes, so that their number changes nothing.

@@ -5,31 +5,53 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
+def world() -> tuple[int, int]:
+    """Return this process' rank and the number of processes that train together."""
+    together = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def share(examples: int) -> slice:
+    """Return which of the examples of a batch are this process': a run of them, as long as the others' or one longer."""
+    rank, ranks = world()
+    each, more = divmod(examples, ranks)
+    start = rank * each + min(rank, more)
+    return slice(start, start + each + (rank < more))
+
+
 class TensorBatches:
-    """A loader over tensors that share their first dimension; the last short batch is kept.
+    """A loader over tensors that share their first dimension.
 
     The order of an epoch follows from ``seed`` and the epoch's number alone. Lightning tells the number through
     :meth:`set_epoch` and saves ``state_dict`` in its checkpoints, so a run resumes with the batch after the last one
     it trained on. Without Lightning every iteration is the next epoch.
 
+    Where several processes train together, each is given its part of every batch: one after the other, sizes differing
+    by at most one. A last short batch with fewer examples than processes joins the batch before it.
+
     Args:
         tensors: each of shape (examples, ...).
-        batch_size: examples to a batch.
+        batch_size: examples to a batch, of all processes together.
         seed: of the order; ``None`` keeps the given order in every epoch.
+        drop_last: whether a last short batch is left out; of a shuffled epoch it holds other examples each time.
 
     Raises:
-        ValueError: no examples, or ``batch_size`` below 1.
+        ValueError: no examples, none left, ``batch_size`` below 1, or a batch that is too small for the number of
+            processes.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int | None) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int | None, drop_last: bool = False) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if len(tensors[0]) == 0:
             raise ValueError("there are no examples to make batches of")
-        self.tensors, self.batch_size, self.seed = tensors, batch_size, seed
+        if drop_last and len(tensors[0]) < batch_size:
+            raise ValueError(f"there are {len(tensors[0])} examples, too few for one batch of {batch_size}")
+        self.tensors, self.batch_size, self.seed, self.drop_last = tensors, batch_size, seed, drop_last
         # Lightning looks for set_epoch here; a loader with an attribute called sampler it takes for a DataLoader.
         self.batch_sampler = SimpleNamespace(sampler=self)
         self.epoch, self.done = -1, 0
@@ -37,21 +59,38 @@ class TensorBatches:
         self._announced: int | None = None
 
     def __len__(self) -> int:
-        return -(-len(self.tensors[0]) // self.batch_size)
+        return len(self._bounds()) - 1
+
+    def _bounds(self) -> list[int]:
+        """Return where each batch of an epoch's order begins, and the end of the last one."""
+        examples, ranks = len(self.tensors[0]), world()[1]
+        if min(self.batch_size, examples) < ranks:
+            raise ValueError(
+                f"a batch of {min(self.batch_size, examples)} cannot be shared among {ranks} processes:"
+                " raise batch_size to their number at least"
+            )
+        bounds = [*range(0, examples, self.batch_size), examples]
+        last = bounds[-1] - bounds[-2]
+        if self.drop_last and last < self.batch_size:
+            del bounds[-1]
+        elif len(bounds) > 2 and last < ranks:
+            del bounds[-2]
+        return bounds
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         goes_on = self._resuming and self.done < len(self) and self._announced in (None, self.epoch)
         if not goes_on:
             self.epoch, self.done = self.epoch + 1 if self._announced is None else self._announced, 0
         self._resuming, self._announced = False, None
-        batches = self._order().split(self.batch_size)
-        while self.done < len(batches):
+        order, bounds = self._order(), self._bounds()
+        while self.done < len(bounds) - 1:
             self.done += 1
-            yield self._batch(batches[self.done - 1])
+            batch = order[bounds[self.done - 1] : bounds[self.done]]
+            yield self._batch(batch, share(len(batch)))
 
-    def _batch(self, examples: Tensor) -> tuple[Tensor, ...]:
-        """Return the batch of the examples of these numbers (batch,); the ``done``-th of the epoch ``epoch``."""
-        return tuple(tensor[examples] for tensor in self.tensors)
+    def _batch(self, examples: Tensor, mine: slice) -> tuple[Tensor, ...]:
+        """Return this process' part of the ``done``-th batch of the epoch, ``examples`` being the numbers of all of it."""
+        return tuple(tensor[examples[mine]] for tensor in self.tensors)
 
     def _order(self) -> Tensor:
         examples = len(self.tensors[0])

@@ -97,8 +97,11 @@ class CIFAR10Data(L.LightningDataModule):
         self.train_set: tuple[Tensor, Tensor]
         self.val_set: tuple[Tensor, Tensor]
         self.test_set: tuple[Tensor, Tensor]
-        # What is trained and validated on, for the log.
-        self.splits: dict[str, str] = {}
+        self._splits: dict[str, str] = {}
+
+    def description(self) -> dict[str, Any]:
+        """Return what is trained and validated on."""
+        return dict(self._splits)
 
     @property
     def _asks_about_files(self) -> bool:
@@ -165,8 +168,8 @@ class CIFAR10Data(L.LightningDataModule):
             if held_out:
                 self.val_set = images[val], labels[val]
                 validated = f"hold-out from the training set, stratified, seed {self.seed} ({held_out:,} images)"
-            self.splits["train"] = f"training set ({wanted:,} of {len(order):,} images)"
-        self.splits["val"] = validated
+            self._splits["train"] = f"training set ({wanted:,} of {len(order):,} images)"
+        self._splits["val"] = validated
 
     def _read(self, train: bool) -> tuple[Tensor, Tensor]:
         source = CIFAR10(self.root, train=train)
@@ -181,8 +184,6 @@ class CIFAR10Data(L.LightningDataModule):
             self.batch_size if training else self.val_batch_size,
             self.seed if training else None,
             self.augmentation if training else None,
-            rank=0 if self.trainer is None else self.trainer.global_rank,
-            world_size=1 if self.trainer is None else self.trainer.world_size,
         )
 
     def train_dataloader(self) -> ImageBatches:

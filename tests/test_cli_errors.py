@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands import ADAMW, AGA, TINY, call, fit, folders, metrics
+from tests.commands import ADAMW, AGA, TINY, call, fit, folders
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def refused(runs: Path, subcommand: str, *arguments: object, config: tuple[str, 
         (["--config", "configs/nope.yaml"], ["configs/nope.yaml", "not exist"]),
         (["--trainer.accelerator", "gpuu"], ["gpuu", "cpu"]),
         (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val"]),
-        (["--ckpt_path", "last"], ["there is no checkpoint last"]),
+        (["--ckpt_path", "best"], ["there is no checkpoint best"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
@@ -163,20 +163,6 @@ def test_runs_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     line = call("fit", *AGA, *TINY, "--runs", in_the_way / "runs").error
     assert str(in_the_way) in line
     assert "Not a directory" in line
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it(tmp_path: Path) -> None:
-    # One step to an epoch: the first epoch is still finite, the second is not.
-    options = ("--model.optimizer.lr", 1e9, "--data.batch_size", 512, "--trainer.max_epochs", 9)
-    result = call("fit", *AGA, *TINY, "--runs", tmp_path, *options)
-    assert "the training loss is" in result.error
-    assert "lower the learning rate" in result.error
-    (folder,) = folders(tmp_path)
-    assert f"details in {folder / 'error.txt'}" in result.error
-    assert "Traceback" in (folder / "error.txt").read_text()
-    assert "Traceback" not in result.out
-    assert "interrupted" in (folder / "summary.json").read_text()
-    assert [row["epoch"] for row in metrics(folder) if "train/loss" in row] == ["0"]
 
 
 def test_an_error_leaves_other_runs_alone(tmp_path: Path) -> None:

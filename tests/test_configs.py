@@ -5,6 +5,7 @@ import pytest
 import torch
 import yaml
 
+from tests import text
 from tests.commands import ROOT, SMALL, fit
 from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
 
@@ -44,7 +45,6 @@ DATA = {"p": 113, "train_fraction": 0.3, "batch_size": 512}
 
 # What makes a task's configs small enough for a step: one batch an epoch.
 TINY_CIFAR = ("--model.width", "2", "--data.train_examples", "null")
-TINY = {"grok": SMALL, "cifar": TINY_CIFAR}
 
 
 def read(config: Path) -> dict[str, Any]:
@@ -63,10 +63,18 @@ def saved_groups(checkpoint: Path) -> dict[str, dict[str, Any]]:
     return {group["track"]: group for group in state["param_groups"]}
 
 
+def small(config: Path, folder: Path) -> tuple[object, ...]:
+    """Options that make a config's task tiny; what data they need is written to ``folder``."""
+    if config.stem.startswith("wikitext2_"):
+        root = text.write_corpus(folder / "text")
+        return *text.SMALL_TEXT, "--data.root", root, "--data.cache", folder, "--trainer.limit_train_batches", 1
+    return TINY_CIFAR if config.stem.startswith("cifar_") else SMALL
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_config_takes_a_step(config: Path, tmp_path: Path, tiny_cifar10: Path) -> None:  # noqa: F811
-    tiny = TINY[config.stem.split("_")[0]]
-    folder = fit(tmp_path, "--config", config, *tiny, "--trainer.max_epochs", 1, "--wandb", "false")
+    options = small(config, tmp_path / "data")
+    folder = fit(tmp_path / "runs", "--config", config, *options, "--trainer.max_epochs", 1, "--wandb", "false")
     assert folder.parent.name == config.stem
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
 

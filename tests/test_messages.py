@@ -112,3 +112,15 @@ def test_option_names_include_the_base_classes() -> None:
 
 def test_a_good_command_says_nothing_on_standard_error(tmp_path: Path) -> None:
     assert call("fit", *AGA, *TINY, "--runs", tmp_path).err == ""
+
+
+def test_a_full_disk_is_told_with_the_file_that_failed_first() -> None:
+    full = OSError(28, "No space left on device")
+    assert one_line(full, folder="runs/mine") == "runs/mine: No space left on device"
+    try:
+        try:
+            raise OSError(28, "No space left on device", "last.ckpt")
+        except OSError:
+            raise full  # noqa: B904
+    except OSError as error:
+        assert one_line(error) == "last.ckpt: No space left on device"

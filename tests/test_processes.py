@@ -5,10 +5,12 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -53,7 +55,7 @@ def test_help_names_the_subcommands_and_our_options(tmp_path: Path) -> None:
         assert re.search(rf"^ +{subcommand}\b", result.out, re.M)
 
 
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_a_run_keeps_what_it_has(stop: signal.Signals, code: int, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     with start("fit", *LONG, "1", "--runs", runs, home=tmp_path) as process:
@@ -71,10 +73,35 @@ def test_stopping_a_run_keeps_what_it_has(stop: signal.Signals, code: int, tmp_p
     assert 0 < epochs < 100000
     trained = [row for row in metrics(folder) if "train/loss" in row]
     assert len(trained) in (epochs, epochs + 1)
+    # The last line is the command that goes on with it.
+    said = re.search(r"^go on with: python train.py (.*)$", out, re.M)
+    assert said is not None and out.rstrip().endswith(said[0])
+    with start(*shlex.split(said[1]), home=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"going on with {folder}\n"
+        process.kill()
     # It goes on from there.
     more = ("--trainer.max_epochs", epochs + 3, "--ckpt_path", folder / "checkpoints/last.ckpt")
     again = metrics(fit(runs, *AGA, *TINY, "--trainer.callbacks", "null", *more))
     assert int(again[-1]["epoch"]) == epochs + 2
+
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    slow = ("--data.p", "113", "--data.val_batch_size", "1", "--model.p", "113", "--trainer.callbacks", "null")
+    with start("fit", *AGA, *TINY, *slow, "--runs", runs, home=tmp_path) as process:
+        deadline = time.monotonic() + 60
+        while not list(runs.glob("*/*/config.yaml")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(8)  # far into an epoch of 479 batches, or its validation of 8939
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert "go on with: python train.py fit" in out, err
+    assert "Traceback" not in out + err
 
 
 def test_giving_up_while_it_starts_is_no_crash(tmp_path: Path) -> None:
@@ -82,7 +109,9 @@ def test_giving_up_while_it_starts_is_no_crash(tmp_path: Path) -> None:
     (tmp_path / "cli.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     (tmp_path / "train.py").write_text((ROOT / "train.py").read_text())
     command = [sys.executable, str(tmp_path / "train.py"), "fit"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    # In a background job a child would ignore Ctrl-C.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, preexec_fn=heeds)
     assert result.returncode == 130
     assert result.stderr == "interrupted before training began\n"
 

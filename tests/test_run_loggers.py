@@ -6,8 +6,10 @@ import re
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -55,12 +57,13 @@ for content in records(pathlib.Path(sys.argv[1])):
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    """The rows in the offline file of a run; read in another process, so that this one imports no wandb."""
+    """The rows of numbers in the offline file of a run; read in another process, so that this one imports no wandb."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     command = [sys.executable, "-c", READ, str(file)]
     read = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert read.returncode == 0, read.stderr
-    return [json.loads(line) for line in read.stdout.splitlines()]
+    rows = [json.loads(line) for line in read.stdout.splitlines()]
+    return [row for row in rows if "epoch" in row]  # one more has the pictures
 
 
 def processes_in(folder: Path) -> list[str]:
@@ -91,7 +94,7 @@ def run(home: Path, *arguments: str, **environment: str) -> tuple[Result, Path]:
 
 
 def test_without_a_key_there_is_only_the_csv_file(tmp_path: Path) -> None:
-    (logger,) = make_loggers(tmp_path / "runs/mine/one", "mine", wandb=None)
+    (logger,) = make_loggers(tmp_path / "runs/mine/one", {}, wandb=None)
     assert logger.log_dir == str(tmp_path / "runs/mine/one")
 
 
@@ -99,7 +102,7 @@ def test_without_a_key_there_is_only_the_csv_file(tmp_path: Path) -> None:
 def test_not_asked_is_not_done(choice: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if choice is False:
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert len(make_loggers(tmp_path / "runs/mine/one", "mine", wandb=choice)) == 1
+    assert len(make_loggers(tmp_path / "runs/mine/one", {}, wandb=choice)) == 1
 
 
 def test_asked_without_a_key_records_offline_and_says_how_to_upload(tmp_path: Path) -> None:
@@ -132,6 +135,37 @@ def test_a_key_in_a_netrc_file_is_used_and_a_silent_server_holds_nothing_up(tmp_
     assert [path.name for path in (folder / "wandb").glob("*run-2*")] == [
         path.name for path in (folder / "wandb").glob("offline-run-*")
     ]
+
+
+@pytest.mark.parametrize("status", [401, 500], ids=["wrong key", "server error"])
+def test_a_server_that_refuses_holds_nothing_up(status: int, tmp_path: Path) -> None:
+    asked = []
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuses) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        begin = time.monotonic()
+        result, folder = run(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=address, WANDB_INIT_TIMEOUT="2")
+        server.shutdown()
+    assert asked, "the server was never asked"
+    assert time.monotonic() - begin < 90
+    assert "W&B cannot be reached" in result.out
+    assert "wandb sync" in result.out
+    assert "Traceback" not in result.out + result.err
+    assert len(history(folder)) == len(metrics(folder)) == 4
 
 
 def test_an_offline_mode_does_not_try_the_server(tmp_path: Path) -> None:

@@ -139,6 +139,23 @@ def test_an_overflow_of_the_first_gradient_is_restored_and_skipped(mode: str) ->
     assert_identical(snapshot(other_optimizer), snapshot(optimizer))
 
 
+@pytest.mark.parametrize("mode", SHEAR_MODES)
+def test_infinities_of_both_signs_are_an_overflow_like_any_other(mode: str) -> None:
+    model, optimizer = setup(mode)
+    train(model, optimizer, range(2))
+    before = snapshot(optimizer)
+    optimizer.zero_grad()
+    model.loss(2).backward()
+    for index, gradient in enumerate(p.grad for p in model.parameters() if p.grad is not None):
+        gradient.view(-1)[0] = float("inf") * (-1) ** index
+    if optimizer.wants_second_pass(grad_scale=SCALE):
+        optimizer.perturb()
+        optimizer.restore()
+    after = snapshot(optimizer)
+    before.pop("grads"), after.pop("grads")
+    assert_identical(before, after)
+
+
 # --- autocast ---
 
 

@@ -13,7 +13,10 @@ from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
 from tests.callbacks.fits import adamw, ars2, data, fit, module, rows
 
-COSTS = {"cost/optimizer_steps", "cost/gradient_evaluations", "cost/examples", "cost/training_seconds"}
+COSTS = {"cost/optimizer_steps", "cost/gradient_evaluations", "cost/examples", "cost/training_seconds", "cost/flops"}
+# Of a network of fits.module(): products of one example forward, query, keys, values and output, MLP, unembedding;
+# backward makes two such for each.
+FLOPS = 3 * (2 * 16 * 16 * (1 + 3 + 3 + 1) + 2 * 16 * 32 * 2 + 2 * 16 * 8)
 
 
 def test_every_row_has_the_costs(tmp_path: Path) -> None:
@@ -36,9 +39,42 @@ def test_accumulation_counts_updates_and_all_examples(tmp_path: Path) -> None:
     assert counts == (4, 4, 58)
 
 
+@pytest.mark.parametrize(("optimizer", "passes"), [(adamw, 1), (ars2("base"), 1), (ars2("sync"), 2)])
+@pytest.mark.parametrize("window", [1, 3])
+def test_flops_are_those_of_every_pass_and_of_the_optimizer(
+    optimizer: Any, passes: int, window: int, tmp_path: Path
+) -> None:
+    counters = CostCounters()
+    fit(module(optimizer, accumulate_grad_batches=window), data(), [counters], tmp_path, epochs=2)
+    assert counters.flops_per_example == FLOPS
+    assert (counters.flops_per_update > 0) == (optimizer is not adamw)
+    updates = 2 * -(-4 // window)
+    expected = FLOPS * passes * 58 + counters.flops_per_update * updates
+    assert rows(tmp_path)[-1]["cost/flops"] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", [adamw, ars2("aga", k=3)])
+def test_counting_changes_no_weight(optimizer: Any) -> None:
+    weights = []
+    for callbacks in ([], [CostCounters()]):
+        trainer = fit(module(optimizer), data(), callbacks, None, epochs=2)
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.lightning_module.parameters()]))
+    assert weights[0].equal(weights[1])
+
+
+def test_an_error_in_the_watched_step_leaves_no_watch_behind(tmp_path: Path) -> None:
+    class Fails(ModularAddition):
+        def compute_loss(self, batch: Any, metrics: Any) -> torch.Tensor:
+            raise RuntimeError("no loss")
+
+    with pytest.raises(RuntimeError, match="no loss"):
+        fit(module(kind=Fails), data(), [CostCounters()], tmp_path, epochs=1)
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+
+
 def test_large_counts_are_logged_to_the_unit(tmp_path: Path) -> None:
     counters = CostCounters()
-    counters.load_state_dict({"examples": 2**24, "training_seconds": 0.0})
+    counters.examples = 2**24
     fit(module(), data(), [counters], tmp_path, epochs=1)
     # Odd above 2**24: single precision would round it.
     assert {row["cost/examples"] for row in rows(tmp_path)} == {2**24 + 29}
@@ -109,3 +145,4 @@ def test_resumed_costs_go_on(tmp_path: Path) -> None:
     assert first["cost/examples"] == 3 * 29
     assert first["cost/gradient_evaluations"] == 3 * 8
     assert first["cost/training_seconds"] > before["training_seconds"]
+    assert first["cost/flops"] == pytest.approx(1.5 * before["flops"], rel=1e-12)

@@ -20,7 +20,8 @@ def load(path: Path) -> dict[str, Any]:
 def test_it_is_of_the_end_of_training_between_two_periods(tmp_path: Path) -> None:
     model = module()
     fit(model, data(), [LastCheckpoint(2, str(tmp_path))], None, epochs=5, enable_checkpointing=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "last-previous.ckpt"}
+    assert load(tmp_path / "last-previous.ckpt")["global_step"] == 16
     saved = load(tmp_path / "last.ckpt")
     assert saved["global_step"] == 20
     for name, tensor in model.state_dict().items():
@@ -55,3 +56,28 @@ def test_every_callback_is_in_it_and_read_by_the_safe_loader(tmp_path: Path) -> 
 def test_a_period_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="every_n_epochs must be at least 1, got 0"):
         LastCheckpoint(every_n_epochs=0)
+
+
+def test_steps_in_between_are_saved_where_their_windows_end(tmp_path: Path) -> None:
+    saved = []
+
+    class Looks(CostCounters):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            if (tmp_path / "last.ckpt").exists():
+                saved.append(load(tmp_path / "last.ckpt")["global_step"])
+
+    # Four batches an epoch; windows of three and one, two updates an epoch.
+    model = module(ars2("sync"), accumulate_grad_batches=3)
+    callbacks = [LastCheckpoint(1000, str(tmp_path), every_n_steps=1), Looks()]
+    fit(model, data(), callbacks, None, epochs=2, enable_checkpointing=True)
+    assert saved == [1, 2, 2, 2, 3]
+    assert load(tmp_path / "last.ckpt")["global_step"] == 4
+    with pytest.raises(ValueError, match="every_n_steps must be at least 1, or null, got 0"):
+        LastCheckpoint(every_n_steps=0)
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "best.ckpt.partial").write_bytes(b"half of it")
+    fit(module(), data(), [LastCheckpoint(1, str(tmp_path))], None, epochs=1, enable_checkpointing=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

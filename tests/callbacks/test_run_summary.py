@@ -52,6 +52,7 @@ def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert got["metrics"] == expected_metrics(tmp_path / "run")
     assert got["milestones"]["full"]["text"] == "not within 12 steps"
     assert got["costs"].pop("training_seconds") <= got["wall_seconds"] <= wall
+    assert got["costs"].pop("flops") > 0
     assert got["costs"] == {"optimizer_steps": 12, "gradient_evaluations": 24, "examples": 87}
     assert got["run_folder"] == str(tmp_path / "run")
     assert Path(got["best_checkpoint"]).name == "best.ckpt"

@@ -91,3 +91,42 @@ def test_an_iterator_that_was_made_and_never_used_costs_no_epoch() -> None:
 def test_what_cannot_be_batched_is_refused(examples: int, batch_size: int, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         loader(examples=examples, batch_size=batch_size)
+
+
+def test_a_last_short_batch_can_be_left_out_of_every_epoch() -> None:
+    batches = TensorBatches((torch.arange(10),), 4, seed=3, drop_last=True)
+    epochs = [epoch(batches) for _ in range(20)]
+    assert all([len(batch) for batch in seen] == [4, 4] for seen in epochs) and len(batches) == 2
+    assert {number for seen in epochs for batch in seen for number in batch} == set(range(10))
+
+
+def test_leaving_out_the_only_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="3 examples, too few for one batch of 4"):
+        TensorBatches((torch.arange(3),), 4, seed=None, drop_last=True)
+
+
+@pytest.mark.parametrize(("examples", "ranks"), [(22, 2), (22, 3), (22, 4), (21, 4), (4, 4)])
+def test_processes_share_every_batch_and_leave_no_example_out(
+    examples: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = (torch.arange(examples),)
+    alone = [batch.tolist() for (batch,) in TensorBatches(data, 5, seed=3)]
+    shares = []
+    for rank in range(ranks):
+        monkeypatch.setattr("datamodules.batches.world", lambda rank=rank: (rank, ranks))
+        loader = TensorBatches(data, 5, seed=3)
+        shares.append([batch.tolist() for (batch,) in loader])
+        assert len(shares[-1]) == len(loader)
+    together = [[*itertools.chain(*parts)] for parts in zip(*shares, strict=True)]
+    if len(alone[-1]) < ranks:
+        alone[-2:] = [alone[-2] + alone[-1]]
+    assert together == alone
+    for parts in zip(*shares, strict=True):
+        lengths = [len(part) for part in parts]
+        assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 1
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datamodules.batches.world", lambda: (0, 4))
+    with pytest.raises(ValueError, match="a batch of 3 cannot be shared among 4 processes"):
+        len(TensorBatches((torch.arange(10),), 3, seed=None))

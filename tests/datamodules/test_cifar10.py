@@ -79,7 +79,7 @@ def test_published_validation_is_the_test_set_and_training_uses_every_image() ->
     module = data()
     assert torch.equal(contents(module.val_dataloader())[0], module.test_set[0])
     assert len(module.train_set[0]) == TRAIN
-    assert module.splits == {
+    assert module.description() == {
         "train": "training set (200 of 200 images)",
         "val": "test set, as published (40 images)",
     }
@@ -93,7 +93,7 @@ def test_a_hold_out_is_stratified_seeded_and_never_trained_on() -> None:
     assert module.train_set[1].bincount().tolist() == [15] * 10
     together = torch.cat([module.train_set[0], val]).flatten(1)
     assert len(together.unique(dim=0)) == len(CIFAR10(module.root).data) == TRAIN
-    assert module.splits["val"] == "hold-out from the training set, stratified, seed 42 (50 images)"
+    assert module.description()["val"] == "hold-out from the training set, stratified, seed 42 (50 images)"
     for other, same in ((42, True), (43, False)):
         again = data(validation="holdout", holdout_examples=50, seed=other)
         assert torch.equal(again.val_set[0], val) == same
@@ -107,7 +107,7 @@ def test_fewer_training_images_are_of_every_class_alike_and_leave_the_hold_out_a
     module = data(validation="holdout", holdout_examples=50, train_examples=100)
     assert module.train_set[1].bincount().tolist() == [10] * 10
     assert torch.equal(module.val_set[0], data(validation="holdout", holdout_examples=50).val_set[0])
-    assert module.splits["train"] == "training set (100 of 200 images)"
+    assert module.description()["train"] == "training set (100 of 200 images)"
 
 
 @pytest.mark.parametrize("count", range(1, 12))

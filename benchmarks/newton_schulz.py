@@ -1,0 +1,105 @@
+"""Where the Gram algorithm overtakes the standard Newton-Schulz iteration: time and error of both, by shape and dtype.
+
+    python -m benchmarks.newton_schulz [--rows 64 128 256 512] [--aspects 1 2 3 4 6 9] [--matrices 1] [--json]
+
+Times are medians of calls that take turns; "faster" is standard over Gram, and above 1 means that Gram wins. Errors
+are Frobenius norms against the iteration in float64, relative, each the mean over three seeds of the worst of four
+kinds of matrix over the standard one's: random, of rank rows/8, of condition 1e6, and random times 1e-30.
+:func:`ars2.newton_schulz.faster_algorithm` holds what was read off this table.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ars2 import orthogonalize
+from ars2.newton_schulz import faster_algorithm
+from ars2.validation import DTYPES
+
+ALGORITHMS = ("standard", "gram")
+
+
+def kinds(rows: int, columns: int, seed: int) -> Iterator[Tensor]:
+    """Random, of low rank, ill-conditioned and tiny matrices, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+    u, _, v_transposed = torch.linalg.svd(matrix, full_matrices=False)
+    yield matrix
+    yield u[:, : max(1, rows // 8)] @ v_transposed[: max(1, rows // 8)]
+    yield u @ torch.diag(torch.logspace(0, -6, rows, dtype=torch.float64)) @ v_transposed
+    yield matrix * 1e-30
+
+
+def relative_errors(rows: int, columns: int, dtype: torch.dtype, algorithm: str, seed: int) -> list[float]:
+    """Error of one algorithm on each kind of matrix, relative to the size of the float64 result."""
+    errors = []
+    for matrix in kinds(rows, columns, seed):
+        given = matrix.float()
+        exact = orthogonalize(given.double(), dtype=torch.float64, algorithm="standard")
+        found = orthogonalize(given, dtype=dtype, algorithm=algorithm).double()
+        errors.append(((found - exact).norm() / exact.norm()).item())
+    return errors
+
+
+def milliseconds(stack: Tensor, dtype: torch.dtype, seconds: float) -> dict[str, float]:
+    """Median time of each algorithm on ``stack``, the two taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in ALGORITHMS}
+    for name in ALGORITHMS:
+        orthogonalize(stack, dtype=dtype, algorithm=name)
+    end = time.perf_counter() + seconds
+    while len(times["gram"]) < 5 or time.perf_counter() < end:
+        for name in ALGORITHMS:
+            start = time.perf_counter()
+            orthogonalize(stack, dtype=dtype, algorithm=name)
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", type=int, default=[32, 64, 128, 256, 512])
+    parser.add_argument("--aspects", nargs="+", type=int, default=[1, 2, 3, 4, 6, 9])
+    parser.add_argument("--matrices", type=int, default=1)
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
+    parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    options = parser.parse_args()
+    found = []
+    if not options.json:
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.matrices} matrices a call")
+        print("dtype      rows  columns   standard ms    gram ms   faster  chosen    gram's error over standard's")
+    for name in options.dtypes:
+        dtype = DTYPES[name]
+        for rows in options.rows:
+            for aspect in options.aspects:
+                columns = rows * aspect
+                times = milliseconds(torch.randn(options.matrices, rows, columns), dtype, options.seconds)
+                errors = [
+                    [sum(e) for e in zip(*(relative_errors(rows, columns, dtype, a, s) for s in range(3)), strict=True)]
+                    for a in ALGORITHMS
+                ]
+                row = {
+                    **{"dtype": name, "rows": rows, "columns": columns, **times},
+                    "error_ratios": [gram / standard for standard, gram in zip(*errors, strict=True)],
+                    "chosen": faster_algorithm(rows, columns, dtype, torch.device("cpu")),
+                }
+                found.append(row)
+                if not options.json:
+                    ratios = " ".join(f"{ratio:5.2f}" for ratio in row["error_ratios"])
+                    print(
+                        f"{name:<9} {rows:5d} {columns:8d} {times['standard']:13.3f} {times['gram']:10.3f}"
+                        f" {times['standard'] / times['gram']:7.2f}x  {row['chosen']:<9} {ratios}",
+                        flush=True,
+                    )
+    if options.json:
+        print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": found}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""What an optimizer step costs, beside other optimizers, on the real parameter shapes of the tasks and of GPT-2 small.
+
+    python -m benchmarks.optimizer_step [--networks grokking resnet18 qwen3 gpt2] [--rounds 5] [--seconds 1] [--json]
+
+Whole model: ARS2-Neo in its modes (policy "all", its parts alone, no forward or backward), the same algorithm written
+tensor by tensor (benchmarks/per_tensor.py), and torch's AdamW. Matrices: the Muons, on the same 2-D tensors: the
+matrix track with convolutions flattened to (out, in*kh*kw) and stacks taken apart, as torch.optim.Muon takes no others.
+
+All run five Newton-Schulz steps in bfloat16 and keep float32 state. In a round every optimizer is made anew, makes two
+steps unmeasured, and is then timed for --seconds (three steps at least); medians are over all rounds, so a machine that
+slows down slows all. heavyball compiles its step, as it does by default; the others do not compile.
+
+"peak" is the most memory that a step holds beyond parameters, gradients and state; "state" is what stays between steps.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ars2
+from ars2 import ARS2Neo, param_groups
+from ars2.updates import as_stack
+from benchmarks.networks import NETWORKS, build
+from benchmarks.per_tensor import PerTensorARS2
+
+PER_TENSOR, TORCH_MUON = "ARS2-Neo, tensor by tensor", "torch.optim.Muon"
+Step = Callable[[], Any]
+# Makes the optimizer of a list of groups; returns its step and its state tensors.
+Competitor = Callable[[list[dict[str, Any]]], tuple[Step, Callable[[], list[Tensor]]]]
+
+
+def groups_of(name: str) -> list[dict[str, Any]]:
+    """The groups of a network under policy "all", on tensors of its shapes with random values and gradients."""
+    with torch.device("meta"):
+        groups = param_groups(build(name), "all")
+    torch.manual_seed(0)
+    for group in groups:
+        group["params"] = [(key, _random(p.shape)) for key, p in group["params"]]
+    return groups
+
+
+def matrices_of(name: str) -> list[dict[str, Any]]:
+    """The matrix track of a network as one group of 2-D tensors."""
+    with torch.device("meta"):
+        groups = [group for group in param_groups(build(name), "all") if group["track"] == "matrix"]
+    torch.manual_seed(0)
+    params = []
+    for group in groups:
+        for key, p in group["params"]:
+            matrices, rows, columns = as_stack(p, group.get("flatten", False)).shape
+            params += [(f"{key}.{index}", _random((rows, columns))) for index in range(matrices)]
+    return [{"params": params, "track": "matrix"}]
+
+
+def _random(shape: Any) -> nn.Parameter:
+    param = nn.Parameter(torch.randn(shape) * 0.02)
+    param.grad = torch.randn(shape) * 1e-3
+    return param
+
+
+def _state_of(optimizer: Any) -> Callable[[], list[Tensor]]:
+    def tensors(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, dict):
+            for part in value.values():
+                yield from tensors(part)
+
+    def state() -> list[Tensor]:
+        params = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [t for t in tensors(dict(optimizer.state)) if id(t) not in params]
+
+    return state
+
+
+def plain(make: Callable[..., Any], **options: Any) -> Competitor:
+    """An optimizer whose ``step()`` is all there is."""
+
+    def competitor(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], list[Tensor]]]:
+        optimizer = make(groups, **options)
+        return optimizer.step, _state_of(optimizer)
+
+    return competitor
+
+
+def per_tensor(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], list[Tensor]]]:
+    optimizer = PerTensorARS2(groups)
+    return optimizer.step, lambda: [t for pair in optimizer.moments for t in pair]
+
+
+def parts(looks: bool, **options: Any) -> Competitor:
+    """ARS2-Neo by its parts, all steps but the first with a second look or all without; the passes themselves cost
+    nothing here, gradients are put in place."""
+
+    def competitor(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], list[Tensor]]]:
+        optimizer = ARS2Neo(groups, **options)
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        first = [p.grad for p in params]
+        second = [g.flip(0) for g in first if g is not None]
+
+        def put(gradients: list[Any]) -> None:
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient
+
+        def step() -> None:
+            put(first)
+            if looks:
+                optimizer.param_groups[0]["last_sync"] = -2  # a period ago, whatever phi says
+            else:
+                optimizer.param_groups[0]["phi_variance"] = 1.0  # a threshold far away, whatever phi was before
+            wanted = optimizer.wants_second_pass()
+            if wanted:
+                optimizer.perturb()
+                put(second)
+                optimizer.restore()
+            if wanted != looks and optimizer.diagnostics()["steps"] > 0:
+                raise RuntimeError("the measured step is not of the kind that it is meant to be")
+            optimizer.step()
+
+        return step, _state_of(optimizer)
+
+    return competitor
+
+
+def pytorch_optimizer_muon(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], list[Tensor]]]:
+    from pytorch_optimizer import Muon
+
+    params = [p for group in groups for _, p in group["params"]]
+    optimizer = Muon([{"params": params, "use_muon": True}])
+    return optimizer.step, _state_of(optimizer)
+
+
+def heavyball_muon(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], list[Tensor]]]:
+    import heavyball
+
+    params = [p for group in groups for _, p in group["params"]]
+    gradients = [p.grad for p in params]
+    optimizer = heavyball.Muon(params)
+
+    def step() -> None:
+        for p, gradient in zip(params, gradients, strict=True):  # it takes the gradients away
+            p.grad = gradient
+        optimizer.step()
+
+    return step, _state_of(optimizer)
+
+
+WHOLE_MODEL: dict[str, Competitor] = {
+    PER_TENSOR: per_tensor,
+    "ARS2-Neo base": plain(ARS2Neo, mode="base"),
+    "ARS2-Neo sync": parts(True, mode="sync"),
+    "ARS2-Neo aga, no look": parts(False, mode="aga", phi_lambda=1e9),
+    "ARS2-Neo aga, look": parts(True, mode="aga", phi_lambda=1e9, k=2),
+    "torch.optim.AdamW foreach": plain(torch.optim.AdamW, foreach=True),
+    "torch.optim.AdamW fused": plain(torch.optim.AdamW, fused=True),
+}
+MATRICES: dict[str, Competitor] = {
+    TORCH_MUON: plain(torch.optim.Muon),
+    "ars2.Muon": plain(ars2.Muon),
+    "ARS2-Neo base": plain(ARS2Neo, mode="base"),
+    "pytorch_optimizer.Muon": pytorch_optimizer_muon,
+    "heavyball.Muon": heavyball_muon,
+}
+
+
+def peak_bytes(step: Step, device: str = "cpu") -> int:
+    """Most bytes that ``step`` holds at a time beyond what was there before it, as the allocator counts them."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    assert profile.profiler is not None
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def measure(
+    competitors: dict[str, Competitor], make_groups: Callable[[], list[dict[str, Any]]], rounds: int, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Let the competitors take turns; returns for each its median milliseconds a step and its bytes."""
+    times: dict[str, list[float]] = {name: [] for name in competitors}
+    results: dict[str, dict[str, float]] = {name: {} for name in competitors}
+    for turn in range(rounds):
+        for name, competitor in competitors.items():
+            step, state = competitor(make_groups())
+            step()
+            if turn == 0:
+                results[name]["peak"] = peak_bytes(step)
+                results[name]["state"] = sum(t.numel() * t.element_size() for t in state())
+            else:
+                step()
+            end, count = time.perf_counter() + seconds, 0
+            while count < 3 or time.perf_counter() < end:
+                start = time.perf_counter()
+                step()
+                times[name].append(1e3 * (time.perf_counter() - start))
+                count += 1
+    for name, values in times.items():
+        results[name]["ms"] = statistics.median(values)
+    return results
+
+
+def table(title: str, results: dict[str, dict[str, float]], against: str) -> str:
+    """The results as text; "faster" is how many times faster than ``against`` a step is."""
+    lines = [f"{title:<40} {'ms/step':>9} {'faster':>8} {'peak MB':>9} {'state MB':>9}"]
+    for name, row in results.items():
+        ratio = results[against]["ms"] / row["ms"]
+        megabytes = f"{row['peak'] / 1e6:9.2f} {row['state'] / 1e6:9.2f}"
+        lines.append(f"  {name:<38} {row['ms']:9.3f} {ratio:7.2f}x {megabytes}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="measured seconds an optimizer and round")
+    parser.add_argument("--only", default="", help="leave out optimizers whose name does not contain this")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    found["processor"] = platform.processor() or platform.machine()
+    if not options.json:
+        print(f"torch {found['torch']}, {found['threads']} threads, {found['processor']}", flush=True)
+    for name in options.networks:
+        found[name] = {}
+        for part, competitors, make, against in (
+            ("whole model", WHOLE_MODEL, groups_of, PER_TENSOR),
+            ("matrices", MATRICES, matrices_of, TORCH_MUON),
+        ):
+            chosen = {key: value for key, value in competitors.items() if options.only in key or key == against}
+            results = measure(chosen, lambda make=make, name=name: make(name), options.rounds, options.seconds)
+            found[name][part] = results
+            if not options.json:
+                print("\n" + table(f"{name}, {part}", results, against), flush=True)
+    if options.json:
+        print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""What a whole training step costs in each mode, against AdamW's, split into its parts.
+
+    python -m benchmarks.step_cost [--networks grokking resnet18 qwen3] [--seconds 2] [--json] [--picture FILE]
+
+The networks and batches are those of benchmarks/networks.py, at the published settings of each task. A step is one or
+two forward and backward passes and the optimizer's own work; the modes take turns, step by step, and the parts are
+medians. AGA and periodic look every tenth step here, which is what "passes" says: gradient evaluations a step.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ars2 import ARS2Neo, param_groups
+from benchmarks.networks import TASKS, build, loss_function
+
+PERIOD = 10
+MODES: dict[str, dict[str, Any]] = {
+    "base": {"mode": "base"},
+    "sync": {"mode": "sync"},
+    "aga": {"mode": "aga", "k": PERIOD, "phi_lambda": 1e9},
+    "periodic": {"mode": "periodic", "k": PERIOD},
+}
+
+
+class Trainer:
+    """One network with one optimizer; times the parts of its steps."""
+
+    def __init__(self, name: str, mode: str) -> None:
+        torch.manual_seed(0)
+        self.network: nn.Module = build(name)
+        self.loss = loss_function(name, self.network)
+        self.optimizer: Any = (
+            torch.optim.AdamW(self.network.parameters(), fused=True)
+            if mode == "AdamW"
+            else ARS2Neo(param_groups(self.network, "all"), **MODES[mode])
+        )
+        self.two_pass = mode not in ("AdamW", "base")
+        # Seconds: of a pass, and of the optimizer's own work on steps without and with a second pass.
+        self.passes: list[float] = []
+        self.own: dict[bool, list[float]] = {False: [], True: []}
+
+    def forward_and_backward(self) -> float:
+        start = time.perf_counter()
+        self.loss().backward()
+        return time.perf_counter() - start
+
+    def step(self, record: bool) -> None:
+        self.optimizer.zero_grad()
+        passes = [self.forward_and_backward()]
+        if self.two_pass:
+            self.optimizer.param_groups[0]["phi_variance"] = 1.0  # AGA: the period alone decides
+        start, again = time.perf_counter(), False
+        if self.two_pass and (again := self.optimizer.wants_second_pass()):
+            self.optimizer.perturb()
+            passes.append(self.forward_and_backward())
+            self.optimizer.restore()
+        self.optimizer.step()
+        own = time.perf_counter() - start - sum(passes[1:])
+        if record:
+            self.passes += passes
+            self.own[again].append(own)
+
+    def result(self) -> dict[str, float]:
+        medians = {again: statistics.median(times) for again, times in self.own.items() if times}
+        looks = 0.0 if not self.two_pass else 1.0 if False not in medians else 1 / PERIOD
+        own = looks * medians.get(True, 0.0) + (1 - looks) * medians.get(False, 0.0)
+        one = statistics.median(self.passes)
+        return {
+            **{"passes": 1 + looks, "first_pass_ms": 1e3 * one, "second_pass_ms": 1e3 * one * looks},
+            **{"optimizer_ms": 1e3 * own, "step_ms": 1e3 * ((1 + looks) * one + own)},
+        }
+
+
+def measure(name: str, seconds: float) -> dict[str, dict[str, float]]:
+    """Let AdamW and every mode take turns on one task; returns the parts of each one's step."""
+    trainers = {mode: Trainer(name, mode) for mode in ("AdamW", *MODES)}
+    for trainer in trainers.values():
+        trainer.step(record=False)
+    end, count = time.perf_counter() + seconds * len(trainers), 0
+    # A whole period at least, so that each kind of step is seen.
+    while count <= PERIOD or time.perf_counter() < end:
+        for trainer in trainers.values():
+            trainer.step(record=True)
+        count += 1
+    return {mode: trainer.result() for mode, trainer in trainers.items()}
+
+
+def picture(found: dict[str, Any], file: Path) -> None:
+    """Draw a stacked bar a mode and task, in units of AdamW's whole step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.2), squeeze=False)
+    for axis, (name, modes) in zip(axes[0], found.items(), strict=True):
+        whole, bottom = modes["AdamW"]["step_ms"], [0.0] * len(modes)
+        for part in ("first_pass_ms", "second_pass_ms", "optimizer_ms"):
+            heights = [row[part] / whole for row in modes.values()]
+            axis.bar(list(modes), heights, bottom=bottom, label=part.removesuffix("_ms").replace("_", " "))
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+        axis.set(title=name, ylabel="step, AdamW = 1")
+        axis.tick_params(axis="x", rotation=45)
+    axes[0][0].legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--seconds", type=float, default=2.0, help="measured seconds a mode and task")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_argument("--picture", type=Path, help="write the stacked bars to this file")
+    options = parser.parse_args()
+    found: dict[str, Any] = {}
+    if not options.json:
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+        print("network    mode       passes  first ms  second ms  optimizer ms   step ms   / AdamW")
+    for name in options.networks:
+        found[name] = measure(name, options.seconds)
+        for mode, row in found[name].items() if not options.json else ():
+            parts = f"{row['first_pass_ms']:9.2f} {row['second_pass_ms']:10.2f} {row['optimizer_ms']:13.2f}"
+            ratio = row["step_ms"] / found[name]["AdamW"]["step_ms"]
+            print(f"{name:<10} {mode:<10} {row['passes']:6.1f} {parts} {row['step_ms']:9.2f} {ratio:8.2f}x", flush=True)
+    if options.picture:
+        picture(found, options.picture)
+    if options.json:
+        print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), **found}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""A picture of the loss around a checkpoint, or in the plane through three.
+
+    python train.py test --config configs/grok_aga.yaml --ckpt_path <run>/checkpoints/last.ckpt \
+        --trainer.callbacks+=callbacks.loss_surface.LossSurface --trainer.callbacks.radius 0.5
+    python train.py test --config configs/grok_aga.yaml --ckpt_path <run>/checkpoints/last.ckpt \
+        --trainer.callbacks+=callbacks.loss_surface.LossSurface --trainer.callbacks.checkpoints "[<second>, <third>]"
+"""
+
+import csv
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from callbacks.loss_plane import Plane, label, parameters_in, plane_around, plane_through
+from callbacks.probed_loss import ProbedLoss, unchanged
+from modules.two_pass import TwoPassModule
+
+
+class LossSurface(L.Callback):
+    """Evaluates the loss on a grid after testing, and writes ``loss_surface.csv`` and ``.png`` to the run folder.
+
+    The CSV has ``x``, ``y`` and ``loss``; the tested checkpoint is at (0, 0). A W&B logger gets the picture as
+    ``loss_surface``. The parameters come back to the bit.
+
+    Without ``checkpoints`` the plane has two random directions that are as long as the weights, row by row or filter by
+    filter (Li et al. 2018): at x = 1 every filter has moved by its own length. Tensors of fewer than two dimensions do
+    not move. With ``checkpoints`` it is the plane through the three, with distances in the space of parameters as its
+    unit, the second one on the x-axis; every trainable tensor moves.
+
+    The network is in evaluation mode, but BatchNorm uses the batch's own statistics: running ones belong to one point.
+
+    Args:
+        checkpoints: two more checkpoints of the same network; ``None`` looks around the tested one alone.
+        radius: how far to look around a single checkpoint.
+        points: grid points an axis; of an odd number one is the checkpoint.
+        split: whose batches, those of ``"train"`` or ``"test"``.
+        batches: how many of them, the first ones.
+        seed: of the random directions, and of what is random in the batches.
+
+    Raises:
+        ValueError: a number out of range, not two checkpoints, checkpoints of another network or on one line, or the
+            callback is used for anything but testing or without a data module.
+    """
+
+    def __init__(
+        self,
+        checkpoints: list[str] | None = None,
+        radius: float = 1.0,
+        points: int = 25,
+        split: Literal["train", "test"] = "train",
+        batches: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if checkpoints is not None and len(checkpoints) != 2:
+            raise ValueError(f"checkpoints must be null or two paths besides the tested one, got {len(checkpoints)}")
+        if not 0 < radius < math.inf:
+            raise ValueError(f"radius must be above 0, got {radius}")
+        for name, value, least in (("points", points, 2), ("batches", batches, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.checkpoints, self.radius, self.points = checkpoints, radius, points
+        self.split, self.batches, self.seed = split, batches, seed
+        self._batches: list[Any] = []
+        self._others: list[tuple[str, dict[str, Tensor]]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse what cannot be drawn before the testing begins."""
+        if stage != "test":
+            raise ValueError("LossSurface looks at a checkpoint that is tested: use it with python train.py test")
+        if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ValueError(f"LossSurface needs whole parameters, not {type(trainer.strategy).__name__}'s shares")
+        if self.split == "train" and getattr(trainer, "datamodule", None) is None:
+            raise ValueError('LossSurface needs a data module for training batches: give one, or say split: "test"')
+        self._others = [(label(path), parameters_in(path, pl_module)) for path in self.checkpoints or []]
+
+    def on_test_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
+        if self.split == "test" and len(self._batches) < self.batches:
+            self._batches.append(apply_to_collection(batch, Tensor, torch.clone))
+
+    @torch.no_grad()
+    def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if self.split == "train":
+            self._batches = self._training_batches(trainer)
+        with unchanged(pl_module), batch_statistics(pl_module.network):
+            loss = ProbedLoss(trainer, pl_module, self._batches, self.seed)
+            plane = self._plane(loss, pl_module, label(str(trainer.ckpt_path)) if trainer.ckpt_path else "tested")
+            axes = [torch.linspace(*ends, self.points, dtype=torch.float64).tolist() for ends in plane.ranges]
+            # Exactly there, whatever the rounding of the grid.
+            axes = [[0.0 if abs(value) < 1e-12 * max(map(abs, axis)) else value for value in axis] for axis in axes]
+            first, second = plane.directions
+            losses = [
+                [loss.at(list(torch._foreach_add(torch._foreach_mul(first, x), second, alpha=y))) for x in axes[0]]
+                for y in axes[1]
+            ]
+        self._batches = []
+        self._write(trainer, axes, losses, plane)
+
+    def _training_batches(self, trainer: L.Trainer) -> list[Any]:
+        data: L.LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        with isolate_rng():
+            torch.manual_seed(self.seed)
+            data.setup("fit")
+            batches = list(islice(data.train_dataloader(), self.batches))
+        return [trainer.strategy.batch_to_device(batch) for batch in batches]
+
+    def _plane(self, loss: ProbedLoss, pl_module: TwoPassModule, tested: str) -> Plane:
+        if self._others:
+            return plane_through(loss.start, pl_module, tested, self._others)
+        return plane_around(loss.params, pl_module, tested, self.radius, self.seed)
+
+    @rank_zero_only
+    def _write(self, trainer: L.Trainer, axes: list[list[float]], losses: list[list[float]], plane: Plane) -> None:
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "loss_surface.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["x", "y", "loss"])
+            writer.writerows(
+                [x, y, row[i]] for y, row in zip(axes[1], losses, strict=True) for i, x in enumerate(axes[0])
+            )
+        picture = folder / "loss_surface.png"
+        name = "training loss" if self.split == "train" else "test loss"
+        alone = ("first random direction", "second random direction")
+        units = ("distance between parameters",) * 2 if self._others else alone
+        draw(picture, axes, losses, plane.marks, name, units)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("loss_surface", [str(picture)])
+        print(f"loss surface: {picture}")
+
+
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """A block in which BatchNorm layers normalise by the batch, whatever mode the network is in."""
+    norms = [(module, module.training) for module in network.modules() if isinstance(module, _NormBase)]
+    for norm, _ in norms:
+        norm.training = True
+    try:
+        yield
+    finally:
+        for norm, training in norms:
+            norm.training = training
+
+
+def draw(
+    path: Path,
+    axes: list[list[float]],
+    losses: list[list[float]],
+    marks: list[tuple[str, float, float]],
+    name: str,
+    units: tuple[str, str],
+) -> None:
+    """Draw filled contours, evenly spaced in the logarithm of the loss, with the checkpoints marked."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    values = np.ma.masked_invalid(np.array(losses))
+    floor = max(float(values.min()), 1e-12)
+    values = np.ma.log10(np.ma.maximum(values, floor))
+    figure = Figure(figsize=(7.5, 6), layout="constrained")
+    axis = figure.subplots()
+    filled = axis.contourf(*axes, values, levels=30, cmap="viridis")
+    lines = axis.contour(*axes, values, levels=12, colors="white", linewidths=0.6, alpha=0.7)
+    axis.clabel(lines, fmt=lambda level: f"{10**level:.3g}", fontsize=7)
+    bar = figure.colorbar(filled, label=name)
+    bar.ax.yaxis.set_major_formatter(lambda level, _: f"{10**level:.3g}")
+    for (text, x, y), marker in zip(marks, "o^s", strict=False):
+        axis.plot(x, y, marker=marker, color="red", markeredgecolor="white", markersize=9, linestyle="none", label=text)
+    axis.set(xlabel=units[0], ylabel=units[1])
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,143 @@
+"""The training loss as a function of the parameters, to be looked at without leaving a trace."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from callbacks.curvature import Vector, twice_differentiable
+from modules.two_pass import TwoPassModule, frozen_statistics
+
+
+@contextmanager
+def unchanged(pl_module: TwoPassModule) -> Iterator[None]:
+    """A block after which parameters, their gradients, buffers and random states are as before, to the bit."""
+    tensors = [*pl_module.parameters(), *pl_module.buffers()]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    gradients = [(param, param.grad) for param in pl_module.parameters()]
+    try:
+        with isolate_rng(), frozen_statistics(pl_module.network), twice_differentiable():
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, copy in zip(tensors, kept, strict=True):
+                tensor.copy_(copy)
+        for param, gradient in gradients:
+            param.grad = gradient
+
+
+def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield every node of the graph that ``outputs`` were made by, once."""
+    waiting: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        waiting += new
+
+
+class ProbedLoss:
+    """The mean loss of some batches as a function of the network's trainable parameters; inside :func:`unchanged`.
+
+    Over several processes it is the mean of the losses on their batches.
+
+    Args:
+        trainer, pl_module: of the run.
+        batches: as the module's ``compute_loss`` takes them, on any device.
+        seed: of what is random in the loss (dropout): the same numbers in every evaluation.
+    """
+
+    def __init__(self, trainer: L.Trainer, pl_module: TwoPassModule, batches: list[Any], seed: int) -> None:
+        self.trainer, self.module, self.seed = trainer, pl_module, seed
+        self.batches = move_data_to_device(batches, pl_module.device)
+        self.params: Vector = [param for param in pl_module.network.parameters() if param.requires_grad]
+        self.start = [param.detach().clone() for param in self.params]
+
+    def _mean(self, value: Any) -> Any:
+        return self.trainer.strategy.reduce(value, reduce_op="mean")
+
+    def _on_this_process(self) -> Tensor:
+        sizes = [self.module.batch_size(batch) for batch in self.batches]
+        # The same random numbers each time: otherwise dropout would make it another function.
+        with isolate_rng():
+            torch.manual_seed(self.seed)
+            losses = [self.module.compute_loss(b, None) * size for b, size in zip(self.batches, sizes, strict=True)]
+        return torch.stack(losses).sum() / sum(sizes)
+
+    @torch.no_grad()
+    def at(self, move: Vector) -> float:
+        """Return the loss at a distance from the parameters, which then come back."""
+        torch._foreach_add_(self.params, move)
+        loss = self._mean(self._on_this_process()).item()
+        torch._foreach_copy_(self.params, self.start)
+        return float(loss)
+
+    def twice(self) -> tuple[float, Vector, Callable[[Vector], Vector]]:
+        """Return the loss, its gradient, and the function that multiplies a vector by its Hessian."""
+        with torch.enable_grad():
+            loss = self._on_this_process()
+            # A factor that wants a gradient: without one, torch takes what can be differentiated only once for linear
+            # and says nothing.
+            one = torch.ones_like(loss).requires_grad_()
+            gradient = torch.autograd.grad(loss, self.params, one, create_graph=True, materialize_grads=True)
+        if any(type(node).__name__ == "Error" for node in nodes(gradient)):
+            raise NotImplementedError("a part of it has a derivative that was marked as once_differentiable")
+
+        def product(vector: Vector) -> Vector:
+            pairs = [(g, v) for g, v in zip(gradient, vector, strict=True) if g.requires_grad]
+            if not pairs:
+                return [torch.zeros_like(v) for v in vector]
+            outputs, weights = zip(*pairs, strict=True)
+            found = torch.autograd.grad(outputs, self.params, weights, retain_graph=True, materialize_grads=True)
+            return [self._mean(tensor.detach()) for tensor in found]
+
+        return (
+            float(self._mean(loss.detach().clone()).item()),
+            [self._mean(g.detach().clone()) for g in gradient],
+            product,
+        )
+
+    def check(self) -> None:
+        """Multiply once by the Hessian.
+
+        Raises:
+            ValueError: the loss has a part that cannot be differentiated twice.
+        """
+        try:
+            self.twice()[2](self.start)
+        except RuntimeError as error:  # NotImplementedError is one
+            reason = str(error).strip().splitlines()[0]
+            if not any(word in reason for word in ("differentia", "derivative", "double backward")):
+                raise
+            raise ValueError(
+                f"the Hessian needs a loss that can be differentiated twice, which this one cannot: {reason}"
+            ) from error
+
+    @torch.no_grad()
+    def optimizers_move(self, gradient: Vector, rho: float) -> Vector | None:
+        """Return how the optimizer itself would move to its adversarial point at radius ``rho``, if it has one."""
+        optimizer: Any = self.trainer.optimizers[0]
+        if not hasattr(optimizer, "perturb"):
+            return None
+        radii = [group["rho"] for group in optimizer.param_groups]
+        for param, tensor in zip(self.params, gradient, strict=True):
+            param.grad = tensor.clone()
+        for group in optimizer.param_groups:
+            group["rho"] = rho
+        try:
+            optimizer.wants_second_pass()
+            optimizer.perturb()
+            try:
+                return [param - start for param, start in zip(self.params, self.start, strict=True)]
+            finally:
+                optimizer.restore()
+        finally:
+            for group, radius in zip(optimizer.param_groups, radii, strict=True):
+                group["rho"] = radius

@@ -1,0 +1,66 @@
+"""The random states of Python, NumPy and torch, which Lightning does not keep in its checkpoints."""
+
+import random
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of all generators of this process, in types that the safe loader of checkpoints reads."""
+    algorithm, keys, *rest = np.random.get_state()
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [algorithm, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put all generators back to what :func:`random_states` returned."""
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    algorithm, numbers, *rest = states["numpy"]
+    np.random.set_state((algorithm, numbers.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(states["torch"].cpu())
+    if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+
+
+class RandomStates(L.Callback):
+    """Saves the random states of every process with each checkpoint, and goes on from them.
+
+    They are put back before loaders make their iterators, which may draw from them as they did at the epoch's start;
+    and in the middle of an epoch, where that draw was made long ago, once more after it. A run that goes on with
+    another number of processes gets the first one's states in all of them.
+    """
+
+    def __init__(self) -> None:
+        self._again: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        states: list[Any] = [random_states()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, random_states())
+        middle = not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        checkpoint["random_states"] = {"processes": states, "middle": middle}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != "fit" or "random_states" not in checkpoint:
+            return
+        saved = checkpoint["random_states"]
+        same = len(saved["processes"]) == trainer.world_size
+        mine = saved["processes"][trainer.global_rank if same else 0]
+        set_random_states(mine)
+        self._again = mine if saved["middle"] else None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._again is not None:
+            set_random_states(self._again)
+        self._again = None

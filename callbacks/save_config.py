@@ -1,0 +1,24 @@
+"""Beside a run's config: the digest of the protocol under which its numbers were made."""
+
+from pathlib import Path
+
+import lightning.pytorch as L
+import yaml
+from lightning.pytorch.cli import SaveConfigCallback
+
+from run_identity import RunIdentity
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` as Lightning does, and ``protocol.yaml``: a digest and the options that it is made of.
+
+    The digest follows from the config; it is kept so that an edited config is noticed.
+    """
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write ``protocol.yaml`` to the run folder; called on the first process alone."""
+        identity = RunIdentity(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
+        content = {"digest": identity.protocol_digest, **identity.protocol}
+        assert trainer.log_dir is not None  # else Lightning would have refused to save the config
+        path = Path(trainer.log_dir) / "protocol.yaml"
+        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,30 @@
+"""A sample of text at each validation: to watch a language model learn."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from rich import get_console
+
+
+class TextSamples(L.Callback):
+    """Lets the model go on from the data's first prompt after each validation, by the model's sampling options.
+
+    The text goes to the console, to ``samples.txt`` in the run folder with the number of completed epochs and steps,
+    and to every logger that takes text (``log_text``). It has random numbers of its own: training is not changed.
+    """
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        module: Any = pl_module
+        prompt = trainer.datamodule.prompt_tokens()[0].to(module.device)  # type: ignore[attr-defined]
+        text = module.continue_text(prompt)
+        place = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
+        if trainer.loggers and trainer.log_dir is not None:
+            with (Path(trainer.log_dir) / "samples.txt").open("a", encoding="utf-8") as file:
+                file.write(f"--- {place}\n{text}\n")
+        get_console().print(f"{place}: {text!r}", markup=False, highlight=False, soft_wrap=True)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_text"):
+                logger.log_text("val/sample", columns=["epoch", "text"], data=[[trainer.current_epoch + 1, text]])

@@ -1,0 +1,93 @@
+"""What Weights & Biases has of a run beside its rows: best values, axes, pictures, and the run folder's files."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+from callbacks.run_summary import LOWER_IS_BETTER
+
+# Written by other callbacks; what of it is there goes into the artifact.
+FILES = ("config.yaml", "protocol.yaml", "parameters.txt", "metrics.csv", "summary.json")
+AXES = ("epoch", "cost/optimizer_steps", "cost/gradient_evaluations", "cost/training_seconds", "cost/flops")
+# By how many of them a table starts, or a step is.
+STEP_AXES = {"train/*": "epoch", "milestone/*": "epoch", "optimizer/*": AXES[1], "flatness/*": AXES[1]}
+
+
+class WandbRun(L.Callback):
+    """Tells W&B which values are best and what to draw them over; sends pictures and files at the end of fitting.
+
+    Validation metrics are drawn over the epoch, their summary is the lowest value of a loss or perplexity and the
+    highest of any other, beside the last one (``val/loss.min``, ``val/loss.last``). The pictures are the run's curves,
+    AGA's looks if it made any, and every ``.png`` in the run folder's ``pictures``, under ``pictures/<name>``; the
+    files become an artifact of type ``run``. Does nothing, and imports nothing, where W&B is not among the loggers.
+    """
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in _wandb_loggers(trainer):
+            run = logger.experiment
+            for axis in ("trainer/global_step", *AXES):
+                run.define_metric(axis)
+            for pattern, axis in STEP_AXES.items():
+                run.define_metric(pattern, step_metric=axis)
+            metrics: Any = getattr(pl_module, "val_metrics", {})
+            for name in metrics:
+                best = "min" if name in LOWER_IS_BETTER else "max"
+                run.define_metric(f"val/{name}", step_metric="epoch", summary=f"{best},last")
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loggers = _wandb_loggers(trainer)
+        if not loggers or trainer.log_dir is None:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.save()  # the last rows; Lightning writes them after this
+        folder = Path(trainer.log_dir)
+        try:
+            draw(folder)
+            for logger in loggers:
+                _send(logger.experiment, folder)
+        except Exception as error:
+            # The training is done and its results are on disk: that must not be lost for want of a picture.
+            print(f"W&B has no pictures and files of this run ({type(error).__name__}: {error})")
+
+
+def _wandb_loggers(trainer: L.Trainer) -> list[WandbLogger]:
+    if not trainer.is_global_zero:
+        return []
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+
+
+def draw(folder: Path) -> None:
+    """Write ``pictures/curves.png`` and, for AGA, ``pictures/looks.png`` into a run folder, from its own log."""
+    from comparison import plots
+    from comparison.rows import group
+    from comparison.runs import Run
+
+    (compared,) = group([Run(folder)])
+    if not compared.rows:
+        return  # a trial of a search
+    figures = {
+        "curves": plots.curves(compared, compared.metric, "epoch", legend=True),
+        "looks": plots.looks(compared.rows[0]),
+    }
+    (folder / "pictures").mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.savefig(folder / "pictures" / f"{name}.png", dpi=120, facecolor="white")
+
+
+def _send(run: Any, folder: Path) -> None:
+    import wandb
+
+    pictures = sorted((folder / "pictures").glob("*.png"))
+    if pictures:
+        run.log({f"pictures/{path.stem}": wandb.Image(str(path)) for path in pictures})
+    artifact = wandb.Artifact(f"{run.name}-{run.id}", type="run")
+    for name in FILES:
+        if (folder / name).is_file():
+            artifact.add_file(str(folder / name))
+    for path in pictures:
+        artifact.add_file(str(path), name=f"pictures/{path.name}")
+    run.log_artifact(artifact)

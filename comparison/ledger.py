@@ -1,0 +1,64 @@
+"""What was spent on finding the settings: trials and costs by optimizer, and how sensitive each was."""
+
+from collections.abc import Iterator
+
+from comparison.rows import Group
+from comparison.runs import Run
+from comparison.tables import Table, number
+
+# Options whose sensitivity is of interest: of any track, any optimizer.
+_SENSITIVE = ("lr", "weight_decay")
+
+
+def ledgers(group: Group) -> Iterator[Table]:
+    """Yield, for every search among the trials, what each optimizer was given; unequal budgets are flagged."""
+    keys = dict.fromkeys([*group.sweeps, *group.failed])
+    for name in dict.fromkeys(name for name, _ in keys):
+        lines, budgets = [], set()
+        for optimizer in [optimizer for other, optimizer in keys if other == name]:
+            trials, failed = group.sweeps.get((name, optimizer), []), group.failed[name, optimizer]
+            ended = sum(run.finished and not run.diverged for run in trials)
+            diverged = sum(run.diverged for run in trials)
+            budgets.add(len(trials) + failed)
+            lines.append(
+                [
+                    optimizer,
+                    str(len(trials) + failed),
+                    str(ended),
+                    str(len(trials) - ended - diverged),
+                    str(diverged + failed),
+                    number(_total(trials, "cost/gradient_evaluations"), 6),
+                    number(_total(trials, "cost/training_seconds"), 6),
+                ]
+            )
+        heads = ["optimizer", "trials", "ended", "cut short", "diverged or failed", "gradient evaluations", "seconds"]
+        notes = ["Every trial that was begun is counted, whatever came of it."]
+        if len(budgets) > 1:
+            counts = f"from {min(budgets)} to {max(budgets)} trials"
+            notes.append(f"UNEQUAL BUDGETS: {counts}; the winners of this search are not comparable.")
+        yield Table(f"Tuning budget of {name}", heads, lines, notes)
+
+
+def _total(runs: list[Run], axis: str) -> float:
+    return sum(run.at_end(axis) or 0.0 for run in runs)
+
+
+def sensitivities(group: Group, name: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Return by option, then by optimizer, the (value, best metric) of every trial of a search that varied it.
+
+    Options are learning rates and weight decays of either track; a trial without a finite metric is left out.
+    """
+    points: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for (other, optimizer), trials in group.sweeps.items():
+        if other != name:
+            continue
+        options = [run.identity.options for run in trials]
+        for key in options[0]:
+            values = [option.get(key) for option in options]
+            numbers = [value for value in values if isinstance(value, (int, float))]
+            if key.rpartition(".")[2] in _SENSITIVE and len(set(numbers)) > 1:
+                of_trials = zip(values, (run.best(group.metric, group.lower) for run in trials), strict=True)
+                points.setdefault(key, {})[optimizer] = sorted(
+                    (float(value), best) for value, best in of_trials if value is not None and best == best
+                )
+    return points

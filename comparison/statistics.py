@@ -1,0 +1,185 @@
+"""The statistics of a comparison: intervals over seeds, paired seeds, and times that some runs never reached."""
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+
+CONFIDENCE = 0.95
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over ``n`` values and the limits of its t-interval, which are ``None`` for fewer than two values."""
+
+    n: int
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Mean:
+    """Return mean and t-interval of ``values``; those that are not finite are left out. NaN where none is left."""
+    finite = np.asarray([value for value in values if np.isfinite(value)], dtype=float)
+    n = len(finite)
+    if n < 2:
+        return Mean(n, float(finite[0]) if n else np.nan, None, None)
+    half = stats.t.ppf((1 + confidence) / 2, n - 1) * finite.std(ddof=1) / np.sqrt(n)
+    return Mean(n, float(finite.mean()), float(finite.mean() - half), float(finite.mean() + half))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences between two rows on the seeds that both have.
+
+    ``p`` is of the paired t-test. ``detectable`` is the smallest true difference that so many seeds, scattered as these
+    are, would have shown at the 5 % level in 80 % of such experiments: a smaller one may exist and was not excluded.
+    """
+
+    difference: Mean
+    p: float
+    detectable: float
+
+
+def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paired | None:
+    """Compare two rows, given as values by seed; ``None`` for fewer than two seeds with a finite value in both."""
+    seeds = sorted(seed for seed in values.keys() & reference.keys() if np.isfinite(values[seed] - reference[seed]))
+    differences = np.asarray([values[seed] - reference[seed] for seed in seeds])
+    n = len(differences)
+    if n < 2:
+        return None
+    error = differences.std(ddof=1) / np.sqrt(n)
+    if error == 0:  # no scatter to measure the difference by
+        return Paired(mean_interval(differences.tolist()), np.nan, 0.0)
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return Paired(mean_interval(differences.tolist()), p, float(detectable_effect(n) * error))
+
+
+@functools.cache
+def detectable_effect(n: int, power: float = POWER, confidence: float = CONFIDENCE) -> float:
+    """Return the true mean, in standard errors, at which a two-sided t-test of ``n`` values rejects with ``power``."""
+    critical = stats.t.ppf((1 + confidence) / 2, n - 1)
+    # The estimated deviation over the true one; the mean is normal whatever that comes to.
+    deviation = stats.chi(n - 1, scale=1 / np.sqrt(n - 1))
+
+    def shortfall(effect: float) -> float:
+        rejected = deviation.expect(
+            lambda u: stats.norm.sf(critical * u - effect) + stats.norm.cdf(-critical * u - effect)
+        )
+        return float(rejected - power)
+
+    return float(optimize.brentq(shortfall, 0.0, 2 * critical + 2))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust p-values for their number by Holm's step-down rule (Holm 1979); NaN stays NaN and is not counted."""
+    adjusted = np.full(len(p_values), np.nan)
+    known = [i for i in np.argsort(p_values) if np.isfinite(p_values[i])]
+    highest = 0.0
+    for rank, i in enumerate(known):
+        highest = max(highest, min(1.0, (len(known) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return [float(value) for value in adjusted]
+
+
+@dataclass(frozen=True)
+class Median:
+    """Median of times to a target, of which some are only known to be longer than their run.
+
+    ``None`` is beyond what the runs can tell: "not within" ``horizon``, the longest time that a run was watched.
+    ``low`` and ``high`` are the limits of its interval; both are ``None`` for a single run, see ``n``.
+    """
+
+    n: int
+    reached: int
+    median: float | None
+    low: float | None
+    high: float | None
+    horizon: float
+
+
+@dataclass(frozen=True)
+class Time:
+    """When a run reached a target, ``None`` if it did not, and how long it was watched (infinite for one that
+    diverged: it would never have reached it)."""
+
+    reached: float | None
+    watched: float
+
+
+def median_time(times: Sequence[Time]) -> Median:
+    """Return the Kaplan-Meier median of right-censored times (Kaplan and Meier 1958).
+
+    Its interval is that of Brookmeyer and Crowley (1982): where the log-log band of the survival curve has one half.
+    """
+    n = len(times)
+    reached = np.asarray([time.reached for time in times if time.reached is not None], dtype=float)
+    missed = np.asarray([time.watched for time in times if time.reached is None], dtype=float)
+    finite = np.concatenate([reached, missed[np.isfinite(missed)]])
+    horizon = float(finite.max()) if len(finite) else np.nan
+    # A run that can never reach it outlasts every other.
+    missed = np.where(np.isfinite(missed), missed, 2 * np.nanmax([horizon, 1.0]))
+    if len(reached) == 0:
+        return Median(n, 0, None, None, None, horizon)
+    survival = stats.ecdf(stats.CensoredData(uncensored=reached, right=missed)).sf
+    steps = survival.quantiles
+
+    def crossing(probabilities: np.ndarray) -> float | None:
+        below = np.flatnonzero(probabilities <= 0.5)
+        return float(steps[below[0]]) if len(below) else None
+
+    median = crossing(survival.probabilities)
+    if n < 2:
+        return Median(n, len(reached), median, None, None, horizon)
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        band = survival.confidence_interval(CONFIDENCE, method="log-log")
+    # The band has no value where the curve is 1 or 0; there it is the curve.
+    lower = np.where(np.isnan(band.low.probabilities), survival.probabilities, band.low.probabilities)
+    upper = np.where(np.isnan(band.high.probabilities), survival.probabilities, band.high.probabilities)
+    return Median(n, len(reached), median, crossing(lower), crossing(upper), horizon)
+
+
+@dataclass(frozen=True)
+class Race:
+    """Which of two rows reached a target first, seed by seed, and the p-value of the sign test.
+
+    ``ratio`` is the geometric mean of the ratios of their times with its interval; ``None`` unless both reached the
+    target on every common seed. A pair of which neither is known to have been first is in ``undecided``.
+    """
+
+    first: int
+    second: int
+    undecided: int
+    p: float
+    ratio: Mean | None
+
+
+def race(times: Mapping[str, Time], reference: Mapping[str, Time]) -> Race:
+    """Compare a row's times to a target with those of a reference, seed by seed."""
+    seeds = sorted(times.keys() & reference.keys())
+    pairs = [(times[seed], reference[seed]) for seed in seeds]
+    first = sum(_is_first(mine, theirs) for mine, theirs in pairs)
+    second = sum(_is_first(theirs, mine) for mine, theirs in pairs)
+    ratios = [
+        mine.reached / theirs.reached
+        for mine, theirs in pairs
+        if mine.reached is not None and theirs.reached is not None
+    ]
+    decided = first + second
+    p = float(stats.binomtest(first, decided).pvalue) if decided else np.nan
+    ratio = None
+    if len(ratios) == len(seeds) >= 1:
+        log = mean_interval(np.log(ratios).tolist())
+        limits = [None if limit is None else float(np.exp(limit)) for limit in (log.low, log.high)]
+        ratio = Mean(log.n, float(np.exp(log.mean)), *limits)
+    return Race(first, second, len(seeds) - decided, p, ratio)
+
+
+def _is_first(one: Time, other: Time) -> bool:
+    if one.reached is None:
+        return False
+    return one.reached < other.reached if other.reached is not None else one.reached <= other.watched

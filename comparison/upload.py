@@ -1,0 +1,35 @@
+"""The report as a run of its own on Weights & Biases: the page to look at, the folder as an artifact."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from run_loggers import has_key
+
+
+def upload(folder: Path, project: str, title: str) -> str:
+    """Send a report.
+
+    Args:
+        folder: as :func:`comparison.report.write` left it.
+        project: where to.
+        title: of the report.
+
+    Returns:
+        A sentence that says where it is; without a key it is recorded offline, beside the folder.
+    """
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+
+    mode: Any = os.environ.get("WANDB_MODE", "online" if has_key() else "offline")
+    settings = wandb.Settings(console="off", silent=True)
+    run = wandb.init(project=project, name=title, job_type="report", dir=str(folder), mode=mode, settings=settings)
+    run.log({"report": wandb.Html((folder / "report.html").read_text(encoding="utf-8"), inject=False)})
+    artifact = wandb.Artifact("report", type="report", metadata={"title": title})
+    for name in ("report.html", "report.md", "report.tex", "runs.csv"):
+        artifact.add_file(str(folder / name))
+    artifact.add_dir(str(folder / "pictures"), name="pictures")
+    run.log_artifact(artifact)
+    place, url = Path(run.dir).parent, run.url
+    run.finish()
+    return f"W&B has the report at {url}" if mode == "online" else f"upload the report with: wandb sync {place}"

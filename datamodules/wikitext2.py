@@ -1,0 +1,188 @@
+"""WikiText-2 (Merity et al. 2017) as rows of byte-level BPE tokens, under one of two protocols."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.batches import TensorBatches
+from datamodules.text_corpus import open_corpus
+from datamodules.token_cache import Tokens, cached_tokens, default_cache
+from datamodules.token_rows import UNKNOWN, Protocol, SplitTokens
+
+ROOT = "ARS2_WIKITEXT2_ROOT"
+_PROMPTS, _PROMPT_TOKENS = 3, 16
+
+
+class WikiText2Data(L.LightningDataModule):
+    """Batches (rows (batch, context + 1),) of int32 tokens; a row's tokens but the last predict those but the first.
+
+    ``packed`` is the published protocol: whole sentences, longest first, packed into rows and padded; padding counts in
+    the loss, and the last short batch of both splits is left out. Its perplexities compare with nothing else.
+    ``contiguous`` is the standard one: the text as one stream. Every token of a validation or test text is predicted
+    once, the last ones in a shorter row of their own, so that perplexity per word and bits per byte can be given.
+    Training rows are shuffled.
+
+    Args:
+        vocabulary: of the tokenizer, special tokens included; it is trained on the training split.
+        context: tokens that a row is predicted from.
+        protocol: ``"packed"`` or ``"contiguous"``.
+        batch_size: rows to a training batch.
+        val_batch_size: rows to a validation batch; ``None`` is ``batch_size``.
+        seed: of the training order.
+        root: folder with the corpus, see :func:`datamodules.text_corpus.open_corpus`; ``None`` takes the environment
+            variable ``ARS2_WIKITEXT2_ROOT``, or else the raw version from the hub.
+        cache: folder for tokenizers and tokens; ``None`` is ``ars2`` in the user's cache folder.
+        prompts: texts for ``predict`` to go on from; ``None`` takes the beginnings of three validation rows.
+
+    Raises:
+        ValueError: a value out of range, when made; what :func:`datamodules.token_cache.cached_tokens` says, when set
+            up; and a prompt without tokens, or with more than ``context``.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int = 40_479,
+        context: int = 255,
+        protocol: Protocol = "contiguous",
+        batch_size: int = 8,
+        val_batch_size: int | None = None,
+        seed: int = 42,
+        root: str | None = None,
+        cache: str | None = None,
+        prompts: list[str] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("context", context), ("batch_size", batch_size), ("val_batch_size", val_batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.vocabulary, self.context, self.protocol = vocabulary, context, protocol
+        self.batch_size, self.val_batch_size, self.seed = batch_size, val_batch_size or batch_size, seed
+        self.root, self.cache, self.prompts = root, cache, prompts
+        self.source, self.digest = "", ""
+        self._tokens: Tokens | None = None
+
+    def prepare_data(self) -> None:
+        """Make the cache, on one process of a machine."""
+        self._load()
+
+    def setup(self, stage: str) -> None:
+        """Load the tokens, on every process; loggers are told corpus and protocol, which every number depends on."""
+        self._load()
+        if stage == "predict":
+            self.prompt_tokens()
+        elif stage == "fit":
+            # Too few rows for a batch are found here, before anything is written.
+            self.train_dataloader()
+            self.val_dataloader()
+            for logger in [] if self.trainer is None else self.trainer.loggers:
+                logger.log_hyperparams(self.description())
+
+    def _load(self) -> None:
+        if self._tokens is not None:
+            return
+        root = self.root or os.environ.get(ROOT)
+        corpus = open_corpus(Path(root).expanduser() if root else None)
+        cache = Path(self.cache).expanduser() if self.cache else default_cache()
+        self._tokens = cached_tokens(corpus, self.vocabulary, self.protocol, self.context, cache)
+        self.source, self.digest = corpus.source, corpus.digest
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokenizer and the splits.
+
+        Raises:
+            RuntimeError: :meth:`setup` has not been called.
+        """
+        if self._tokens is None:
+            raise RuntimeError("the tokens are there after setup()")
+        return self._tokens
+
+    def description(self) -> dict[str, Any]:
+        """Return what a number on this data depends on: corpus, protocol, vocabulary, and sizes by split."""
+        sizes = {}
+        for name, split in self.tokens.splits.items():
+            rows, rest = self._rows(split)
+            tokens = rows[:, 1:].numel() + max(0, len(rest) - 1)
+            sizes[name] = {"rows": len(rows), "predicted_tokens": tokens}
+            sizes[name] |= {"words": split.words, "utf8_bytes": split.utf8_bytes}
+        unknown = sum(split.unknown_words for split in self.tokens.splits.values())
+        version = f"tokens version ({unknown:,} words are {UNKNOWN})" if unknown else f"raw version (no {UNKNOWN})"
+        return {
+            **{"corpus": f"WikiText-2, {version}, {self.source}", "corpus_sha256": self.digest},
+            **{"protocol": self.protocol, "vocabulary": self.vocabulary, "context": self.context, "splits": sizes},
+        }
+
+    def _rows(self, split: SplitTokens) -> tuple[Tensor, Tensor]:
+        """Return a split's whole rows, as a view of the mapped memory, and the tokens of a last shorter row."""
+        tokens = torch.from_numpy(split.tokens)
+        if self.protocol == "packed":
+            return tokens, tokens.new_empty(0)
+        # Neighbouring rows share a token: what one predicts last, the next one starts from.
+        whole = (len(tokens) - 1) // self.context
+        rows = tokens[: whole * self.context + 1].unfold(0, self.context + 1, self.context) if whole else None
+        return tokens.new_empty(0, self.context + 1) if rows is None else rows, tokens[whole * self.context :]
+
+    def train_dataloader(self) -> TensorBatches:
+        """Shuffled anew each epoch."""
+        rows, _ = self._rows(self.tokens.splits["train"])
+        return TensorBatches((rows,), self.batch_size, self.seed, drop_last=self.protocol == "packed")
+
+    def val_dataloader(self) -> Any:
+        """In a fixed order."""
+        return self._evaluated("validation")
+
+    def test_dataloader(self) -> Any:
+        """In a fixed order."""
+        return self._evaluated("test")
+
+    def _evaluated(self, name: str) -> Any:
+        rows, rest = self._rows(self.tokens.splits[name])
+        if self.protocol == "packed":
+            return TensorBatches((rows,), self.val_batch_size, None, drop_last=True)
+        return _WholeText(rows, rest, self.val_batch_size)
+
+    def prompt_tokens(self) -> list[Tensor]:
+        """Return each prompt as tokens (1, tokens).
+
+        Raises:
+            ValueError: a prompt without tokens, or with more than ``context``.
+        """
+        if self.prompts is None:
+            rows, rest = self._rows(self.tokens.splits["validation"])
+            first = [*rows[:_PROMPTS], rest][:_PROMPTS]
+            return [row[: min(_PROMPT_TOKENS, self.context)].unsqueeze(0) for row in first if len(row)]
+        prompts = []
+        for prompt in self.prompts:
+            ids = self.tokens.tokenizer.encode(prompt, add_special_tokens=False).ids
+            if not 1 <= len(ids) <= self.context:
+                raise ValueError(
+                    f"the prompt {prompt[:40]!r} has {len(ids)} tokens, and the context holds 1 to {self.context}:"
+                    f" give a {'shorter' if ids else 'longer'} one"
+                )
+            prompts.append(torch.tensor([ids], dtype=torch.int32))
+        return prompts
+
+    def predict_dataloader(self) -> Any:
+        """The prompts, one a batch, in the order given."""
+        return DataLoader([(prompt,) for prompt in self.prompt_tokens()], batch_size=None)  # type: ignore[arg-type]
+
+
+class _WholeText:
+    """Whole rows in batches, then the rest of the text as one shorter row."""
+
+    def __init__(self, rows: Tensor, rest: Tensor, batch_size: int) -> None:
+        self.rows: TensorBatches | list[Any] = TensorBatches((rows,), batch_size, None) if len(rows) else []
+        self.rest = [(rest.unsqueeze(0),)] if len(rest) > 1 else []
+
+    def __len__(self) -> int:
+        return len(self.rows) + len(self.rest)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        yield from self.rows
+        yield from self.rest

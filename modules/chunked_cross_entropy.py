@@ -1,0 +1,109 @@
+"""Cross-entropy of an unembedding without the logits of the whole batch: exact, chunk by chunk over the tokens.
+
+Logits and their gradient are the largest tensors of a small language model: tokens times vocabulary, several times
+over. Here a chunk of tokens goes all the way to its loss and to its share of the gradients before the next one begins,
+so that only one chunk's logits are ever there. The gradients are made in the forward pass, as the loss is the last
+thing computed, and nothing is computed twice.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 23  # of logits, 32 MiB in float32; fewer make the products of many rows slower
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, gradients: bool) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        device = hidden.device.type
+        products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        with torch.autocast(device, enabled=False):
+            return _forward(ctx, hidden, weight, targets, chunk, gradients, products)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        if torch.is_grad_enabled():
+            hidden, weight, targets = ctx.saved_tensors
+            return (*_differentiable(hidden, weight, targets, gradient), None, None, None)
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of this cross-entropy were used up by a first backward pass")
+        hidden, weight = ctx.gradients
+        ctx.gradients = None
+        for tensor in (hidden, weight):
+            if tensor is not None:
+                tensor.mul_(gradient / ctx.tokens)
+        return hidden, weight, None, None, None
+
+
+def _differentiable(hidden: Tensor, weight: Tensor, targets: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The same gradients in operations that can be differentiated again (create_graph), all logits at once."""
+    slope = torch.softmax(hidden @ weight.mT, dim=1)
+    slope = slope - torch.nn.functional.one_hot(targets.long(), len(weight)).to(slope.dtype)
+    slope = slope * (gradient / len(hidden))
+    return slope @ weight, slope.mT @ hidden
+
+
+def _forward(
+    ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, gradients: bool, products: torch.dtype
+) -> Tensor:
+    statistics = torch.promote_types(products, torch.float32)
+    unembedding = weight.to(products)
+    total = torch.zeros((), dtype=statistics, device=hidden.device)
+    to_hidden = torch.empty_like(hidden) if gradients and ctx.needs_input_grad[0] else None
+    to_weight = torch.zeros_like(weight) if gradients and ctx.needs_input_grad[1] else None
+    for start in range(0, len(hidden), chunk):
+        states = hidden[start : start + chunk].to(products)
+        answers = targets[start : start + chunk].long().unsqueeze(1)
+        logits = (states @ unembedding.mT).to(statistics)
+        logs = torch.log_softmax(logits, dim=1)
+        total -= logs.gather(1, answers).sum()
+        if to_hidden is None and to_weight is None:
+            continue
+        # The gradient of the logits: probabilities, less one at the answer.
+        slope = logs.exp_()
+        slope.scatter_add_(1, answers, slope.new_full(answers.shape, -1.0))
+        slope = slope.to(products)
+        if to_hidden is not None:
+            to_hidden[start : start + chunk] = slope @ unembedding
+        if to_weight is not None and to_weight.dtype == products:
+            to_weight.addmm_(slope.mT, states)
+        elif to_weight is not None:
+            to_weight += slope.mT @ states
+    ctx.gradients = (to_hidden, to_weight)
+    ctx.tokens = len(hidden)
+    return total / len(hidden)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk_elements: int = CHUNK_ELEMENTS
+) -> Tensor:
+    """Return the mean cross-entropy in nats of ``softmax(hidden @ weight.T)`` against ``targets``.
+
+    Equal to ``F.cross_entropy(F.linear(hidden, weight), targets)`` up to rounding, in loss and gradients; under
+    autocast the products run in its dtype and the softmax in float32, as there. One backward pass is possible.
+
+    Args:
+        hidden: (tokens, width), at least one token.
+        weight: (vocabulary, width), of the unembedding; it may be tied to an embedding.
+        targets: (tokens,), of any integer dtype, in [0, vocabulary).
+        chunk_elements: logits that exist at a time; at least those of one token do.
+
+    Returns:
+        A scalar in float32 (float64 for float64 weights).
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or len(hidden) == 0:
+        raise ValueError(
+            "hidden must be (tokens, width) with a token or more and weight (vocabulary, width), got"
+            f" {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"there must be one target a token, got {tuple(targets.shape)} for {len(hidden)} tokens")
+    chunk = max(1, chunk_elements // len(weight))
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())
+    return loss

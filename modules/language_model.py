@@ -1,0 +1,151 @@
+"""Language modelling with Qwen3 (Yang et al. 2025): each token of a row from those before it."""
+
+from typing import Any, Literal
+
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from modules.chunked_cross_entropy import chunked_cross_entropy
+from modules.head_projections import split_heads
+from modules.perplexity import BitsPerByte, Perplexity, WordPerplexity
+from modules.sampling import continuation
+from modules.two_pass import Metrics, TwoPassModule
+
+
+class LanguageModel(TwoPassModule):
+    """transformers' Qwen3, without dropout, under the mean cross-entropy of every token after the first of a row.
+
+    A batch is (rows (batch, tokens + 1),), of any integer dtype. Loss and perplexity are per token; on a whole text
+    also per word and per byte. Attention is torch's ``scaled_dot_product_attention``.
+
+    Args:
+        vocabulary: number of tokens, also of logits.
+        context: the most tokens a prediction is made from.
+        layers, width: number of blocks, and width of the residual stream.
+        heads, key_value_heads, head_dim: of the attention; ``key_value_heads`` divides ``heads``.
+        mlp_width: of the MLP's hidden layer.
+        rope_theta: base of the rotary position embedding.
+        tied_embeddings: whether embedding and unembedding are one parameter.
+        projections: how the weights of query, key and value are kept: ``"whole"`` as one matrix (heads * head_dim,
+            width) each, ``"per_head"`` as a stack (heads, head_dim, width), of which an optimizer of matrices takes
+            every head's for itself.
+        temperature, top_k, sample_tokens, sample_seed: of continuations: what logits are divided by (0 takes the
+            likeliest), how many of the likeliest tokens to draw from (``None`` for all), tokens to draw, and the seed.
+        options: of the training step, see :class:`modules.two_pass.TwoPassModule`.
+
+    Raises:
+        ValueError: a size below 1, ``key_value_heads`` that does not divide ``heads``, an odd ``head_dim``, or a
+            sampling option out of its range.
+    """
+
+    unit = "tokens"
+    network: Qwen3ForCausalLM
+
+    def __init__(
+        self,
+        vocabulary: int = 40_479,
+        context: int = 255,
+        layers: int = 3,
+        width: int = 512,
+        heads: int = 4,
+        key_value_heads: int = 4,
+        head_dim: int = 128,
+        mlp_width: int = 2048,
+        rope_theta: float = 10_000.0,
+        tied_embeddings: bool = True,
+        projections: Literal["whole", "per_head"] = "whole",
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        sample_tokens: int = 40,
+        sample_seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        sizes = {"vocabulary": vocabulary, "context": context, "layers": layers, "width": width, "heads": heads}
+        sizes |= {"key_value_heads": key_value_heads, "head_dim": head_dim, "mlp_width": mlp_width}
+        sizes |= {"sample_tokens": sample_tokens, "top_k": 1 if top_k is None else top_k}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if heads % key_value_heads:
+            raise ValueError(f"key_value_heads must divide heads, got {key_value_heads} and {heads}")
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even, as rotary positions turn pairs of numbers, got {head_dim}")
+        if temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {temperature}")
+        self.vocabulary, self.context = vocabulary, context
+        self.temperature, self.top_k = temperature, top_k
+        self.sample_tokens, self.sample_seed = sample_tokens, sample_seed
+        self.network = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=vocabulary,
+                max_position_embeddings=context,
+                num_hidden_layers=layers,
+                hidden_size=width,
+                num_attention_heads=heads,
+                num_key_value_heads=key_value_heads,
+                head_dim=head_dim,
+                intermediate_size=mlp_width,
+                rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+                tie_word_embeddings=tied_embeddings,
+                attention_dropout=0.0,
+                use_cache=False,
+                attn_implementation="sdpa",  # type: ignore[call-arg]
+            )
+        )
+        if projections == "per_head":
+            split_heads(self.network)
+        self.set_metrics({"perplexity": Perplexity()})
+
+    def setup(self, stage: str) -> None:
+        """Check that the data fits the network; where it has whole texts, add the metrics of whole texts.
+
+        Raises:
+            ValueError: vocabulary or context of the data are others.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            return
+        for name in ("vocabulary", "context"):
+            mine, theirs = getattr(self, name), getattr(data, name)
+            if mine != theirs:
+                raise ValueError(
+                    f"the model has {name} {mine}, the data {name} {theirs}: give both the same model.{name}"
+                    f" and data.{name}"
+                )
+        if data.protocol == "contiguous":
+            sizes = data.description()["splits"]
+            for metrics, split in ((self.val_metrics, "validation"), (self.test_metrics, "test")):
+                tokens = sizes[split]["predicted_tokens"]
+                metrics["word_perplexity"] = WordPerplexity(tokens, sizes[split]["words"])
+                metrics["bits_per_byte"] = BitsPerByte(tokens, sizes[split]["utf8_bytes"])
+
+    def batch_size(self, batch: tuple[Tensor]) -> int:
+        """Return the number of predicted tokens."""
+        (rows,) = batch
+        return rows[:, 1:].numel()
+
+    def compute_loss(self, batch: tuple[Tensor], metrics: Metrics | None) -> Tensor:
+        """Return the mean cross-entropy in nats per token."""
+        (rows,) = batch
+        hidden = self.network.model(input_ids=rows[:, :-1].long(), use_cache=False).last_hidden_state
+        unembedding: Any = self.network.get_output_embeddings()
+        loss = chunked_cross_entropy(hidden.flatten(0, 1), unembedding.weight, rows[:, 1:].flatten())
+        if metrics is not None:
+            for name, metric in metrics.items():
+                if name != "loss":
+                    metric.update(loss.detach(), rows[:, 1:].numel())
+        return loss
+
+    def continue_text(self, tokens: Tensor) -> str:
+        """Return the text of ``tokens`` (1, tokens) and what the network has to follow, by the sampling options."""
+        tokenizer = self.trainer.datamodule.tokens.tokenizer  # type: ignore[attr-defined]
+        drawn = continuation(
+            self.network, tokens, self.sample_tokens, self.context, self.temperature, self.top_k, self.sample_seed
+        )
+        text: str = tokenizer.decode([*tokens[0].tolist(), *drawn.tolist()], skip_special_tokens=False)
+        return text
+
+    def predict_step(self, batch: tuple[Tensor], batch_index: int) -> list[str]:
+        """Return the prompt with its continuation."""
+        return [self.continue_text(batch[0])]

@@ -1,0 +1,93 @@
+"""Losses and gradients that are not finite: one look a step at all of them, and a sentence that names the first."""
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+
+def gradients_of(optimizer: Optimizer) -> dict[Tensor, Tensor]:
+    """Return the dense gradients that the optimizer would update from, by parameter."""
+    params = (param for group in optimizer.param_groups for param in group["params"])
+    return {p: p.grad for p in params if p.grad is not None and p.grad.layout is torch.strided and p.grad.numel()}
+
+
+def all_finite(losses: Sequence[Tensor], gradients: list[Tensor]) -> bool:
+    """Say whether every loss and every gradient is finite; the device is read once.
+
+    The gradients are looked at through their norms, which costs a small part of the update and needs one fused kernel.
+    A gradient whose square overflows counts as not finite: it would make a second moment infinite for good.
+
+    Args:
+        losses: scalars.
+        gradients: of any shapes, on one device with the losses.
+    """
+    dtypes = (tensor.dtype for tensor in (*losses, *gradients))
+    dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    lengths = torch._foreach_norm(gradients, 2, dtype=dtype) if gradients else ()
+    seen = torch.stack([*(loss.to(dtype) for loss in losses), *lengths])
+    return bool(seen.isfinite().all())
+
+
+def describe(
+    network: nn.Module, passes: Iterable[tuple[str, Sequence[Tensor], Mapping[Tensor, Tensor]]], where: str
+) -> str:
+    """Return the sentence on the first thing that is not finite.
+
+    Args:
+        network: whose parameters are named.
+        passes: of each pass, in their order, its name, its losses and its gradients by parameter.
+        where: the step and epoch.
+    """
+    for name, losses, gradients in passes:
+        found = [f"the loss is {value}" for value in (loss.item() for loss in losses) if not math.isfinite(value)][:1]
+        bad = [key for key, p in network.named_parameters() if p in gradients and not all_finite([], [gradients[p]])]
+        if bad:
+            found.append(f"the gradient of {bad[0]} is not finite{_also(len(bad) - 1)}")
+        if found:
+            return (
+                f"{where}, {name} pass: {' and '.join(found)}; the step was not made: lower the learning rate, clip"
+                " the gradient (gradient_clip_val), look at the data, or leave such steps out (nonfinite: skip)"
+            )
+    return f"{where}: a loss or gradient of another process is not finite; the step was not made"
+
+
+def _also(others: int) -> str:
+    return f" (nor are those of {others} more parameters)" if others else ""
+
+
+def spoil(gradients: Mapping[Any, Tensor]) -> None:
+    """Make one entry infinite, so that a gradient scaler finds this step's gradients as they are known to be."""
+    for gradient in gradients.values():
+        gradient.view(-1)[0] = math.inf
+        return
+
+
+class RunningStatistics:
+    """BatchNorm's running statistics as they were before a step: a forward pass alone can spoil them.
+
+    Args:
+        network: on the device where it is trained.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        norms = [module for module in network.modules() if isinstance(module, _NormBase)]
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in (buffer for norm in norms for buffer in norm.buffers(recurse=False)):
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        self._pairs = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in by_dtype.values()]
+
+    def keep(self) -> None:
+        """Remember them as they are now."""
+        for buffers, copies in self._pairs:
+            torch._foreach_copy_(copies, buffers)
+
+    def go_back(self) -> None:
+        """Make them what they were when :meth:`keep` was called."""
+        for buffers, copies in self._pairs:
+            torch._foreach_copy_(buffers, copies)

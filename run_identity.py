@@ -1,0 +1,149 @@
+"""What a run is, told by its resolved config alone: task, optimizer, seed, setting, and protocol.
+
+Two runs of one *setting* differ in nothing but their seeds and are repeats of each other. Two runs of one *protocol*
+were trained on the same data by the same rules of evaluation, with the same network, and may stand in one table.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# How optimizers are called in names; any other goes by its class.
+_SHORT = {"ARS2Neo": "ars2"}
+# Options of the data that decide how fast batches come, or where from, and never which numbers are in them.
+_LOGISTICS = {
+    *("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "download"),
+    # What predict is asked.
+    *("questions", "images", "prompts"),
+}
+_PLACES = ("root", "dir", "directory", "folder", "path", "cache", "file")
+# What modules.two_pass.TwoPassModule adds to every task: how a network is trained, not what it is.
+_TRAINING = (
+    *("optimizer", "scheduler", "scheduler_interval", "policy", "matrix", "vector"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches"),
+)
+_EVALUATION = (
+    *("limit_train_batches", "limit_val_batches", "overfit_batches"),
+    *("val_check_interval", "check_val_every_n_epoch"),
+)
+_LENGTH = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")
+_TRAINER = (*_EVALUATION, *_LENGTH, "precision", "devices", "num_nodes", "callbacks")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Marks a run as part of a search over settings.
+
+    Args:
+        name: of the search; its trials are counted together.
+        optimizer: the row of the search that the run's cost is charged to.
+        trial: number of the trial; ``None`` for a run of the setting that the search chose.
+    """
+
+    name: str
+    optimizer: str
+    trial: int | None = None
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values; a class is its path under its own key, its options are directly below it.
+
+    ``{"optimizer": {"class_path": "ars2.Muon", "init_args": {"lr": 0.1}}}`` is ``optimizer = ars2.Muon`` and
+    ``optimizer.lr = 0.1``.
+    """
+    for key, value in config.items():
+        name = prefix.rstrip(".") if key == "class_path" else prefix if key == "init_args" else f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, name if key == "init_args" else f"{name}.")
+        else:
+            yield name, value
+
+
+def digest(parts: Mapping[str, Any]) -> str:
+    """Return eight hexadecimal digits of ``parts``, whatever their order; options left at null do not count."""
+    stated = {key: value for key, value in parts.items() if value is not None}
+    return hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def _is_logistics(key: str) -> bool:
+    name = _last(key)
+    return name in _LOGISTICS or name.rpartition("_")[2] in _PLACES
+
+
+class RunIdentity:
+    """Reads a resolved config, as it is saved in a run's ``config.yaml``.
+
+    Args:
+        config: nested mappings, as YAML gives them.
+
+    Attributes:
+        options: the config by dotted key, see :func:`flatten`.
+        task: name of the data's module without a trailing number, such as ``modular_addition`` or ``cifar``.
+        optimizer: short name, such as ``adamw``, ``muon`` or ``ars2_sync``.
+        seed: of the run, as it is written after ``s``: ``7``, or ``7.42`` where the data has another seed (42).
+        experiment: the name given to it.
+        sweep: the search that it is part of, if any.
+        protocol: what must be equal for two runs to be comparable, by dotted key.
+        setting: everything that training depends on, its seeds left out, by dotted key.
+
+    Raises:
+        ValueError: the config names no model, data or optimizer.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.options = dict(flatten(config))
+        for key in ("model", "data", "model.optimizer"):
+            if not isinstance(self.options.get(key), str):
+                raise ValueError(f"the config names no {key} by its class_path")
+        self.task = self.options["data"].split(".")[-2].rstrip("0123456789")
+        name, mode = self.options["model.optimizer"].rpartition(".")[2], self.options.get("model.optimizer.mode")
+        self.optimizer = _SHORT.get(name, name.lower()) + (f"_{mode}" if mode else "")
+        seeds = dict.fromkeys((self.options.get("seed_everything"), self.options.get("data.seed")))
+        self.seed = ".".join(str(seed) for seed in seeds if seed is not None)
+        self.experiment = str(self.options.get("experiment") or self.optimizer)
+        self.sweep = Sweep(**config["sweep"]) if config.get("sweep") else None
+        self.protocol = dict(self._protocol())
+        self.setting = dict(self._setting())
+
+    def _protocol(self) -> Iterator[tuple[str, Any]]:
+        for key, value in self.options.items():
+            section, _, rest = key.partition(".")
+            if (
+                (section == "data" and _last(key) != "seed" and not _is_logistics(key))
+                or (section == "model" and rest.partition(".")[0] not in _TRAINING)
+                or (section == "trainer" and rest in _EVALUATION)
+            ):
+                yield key, value
+
+    def _setting(self) -> Iterator[tuple[str, Any]]:
+        yield from self.protocol.items()
+        for key, value in self.options.items():
+            section, _, rest = key.partition(".")
+            if _last(key) != "seed" and (section == "model" or (section == "trainer" and rest in _TRAINER)):
+                yield key, value
+
+    @property
+    def protocol_digest(self) -> str:
+        """Runs of different digests are not comparable."""
+        return digest(self.protocol)
+
+    @property
+    def setting_digest(self) -> str:
+        """Runs of the same digest are repeats of each other."""
+        return digest(self.setting)
+
+    @property
+    def group(self) -> str:
+        """Everything but the seed: task, optimizer, and a digest that tells their settings apart."""
+        return f"{self.task}-{self.optimizer}-{self.setting_digest}"
+
+    @property
+    def name(self) -> str:
+        """Task, optimizer and seed, such as ``cifar-ars2_sync-s0``."""
+        return f"{self.task}-{self.optimizer}-s{self.seed}"

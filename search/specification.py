@@ -1,0 +1,193 @@
+"""What a sweep is: one YAML file, checked whole before anything is run."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from scipy.stats import qmc
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One option of the search: a range, on a logarithmic scale or a plain one, or a list of choices.
+
+    Args:
+        low, high: of a range, ``low < high``.
+        log: whether the range is searched on a logarithmic scale, which needs ``low > 0``.
+        choices: values instead of a range, each equally likely.
+
+    Raises:
+        ValueError: neither a range nor choices, or both, or a range that is empty.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple[Any, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.choices is not None:
+            if not self.choices or self.low is not None or self.high is not None or self.log:
+                raise ValueError("give either low and high, or a list of choices")
+        elif self.low is None or self.high is None or not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError(f"needs low < high, and low > 0 if log, got low {self.low} and high {self.high}")
+
+    def at(self, unit: float) -> Any:
+        """Map a point of [0, 1) to a value."""
+        if self.choices is not None:
+            return self.choices[int(unit * len(self.choices))]
+        assert self.low is not None and self.high is not None
+        value = self.low * (self.high / self.low) ** unit if self.log else self.low + unit * (self.high - self.low)
+        # Four digits: what a person reads in a table is what was run.
+        return float(f"{value:.4g}")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One optimizer of a sweep: configs it starts from, options that stay, and the options that are searched."""
+
+    configs: tuple[str, ...]
+    space: dict[str, Dimension]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a trial is judged by: the cost at which a milestone was reached, or the best or last value of a metric.
+
+    Args:
+        milestone: a milestone of the run's summary; fewer ``cost`` is better, and a run without it did not finish.
+        cost: ``gradient_evaluations``, ``optimizer_steps`` or ``epoch``.
+        metric: instead of a milestone, a validation metric of the summary, such as ``val/accuracy``.
+        statistic: ``best`` or ``last`` of that metric.
+        direction: ``minimize`` or ``maximize`` it.
+
+    Raises:
+        ValueError: both or neither of ``milestone`` and ``metric``, or a value that is not one of those named.
+    """
+
+    milestone: str | None = None
+    cost: str = "gradient_evaluations"
+    metric: str | None = None
+    statistic: str = "best"
+    direction: Literal["minimize", "maximize"] = "minimize"
+
+    def __post_init__(self) -> None:
+        if (self.milestone is None) == (self.metric is None):
+            raise ValueError("objective needs either a milestone or a metric")
+        for name, allowed in (
+            ("cost", ("gradient_evaluations", "optimizer_steps", "epoch")),
+            ("statistic", ("best", "last")),
+            ("direction", ("minimize", "maximize")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"objective: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.milestone is not None and self.direction != "minimize":
+            raise ValueError("objective: the cost of a milestone is minimized")
+
+    def value(self, summary: dict[str, Any]) -> float | None:
+        """Return what a finished run's ``summary.json`` says; ``None`` if the milestone was not reached.
+
+        Raises:
+            KeyError: the run knows no such milestone or metric; a sentence that names those it has.
+        """
+        part, name = ("milestones", self.milestone) if self.milestone else ("metrics", self.metric)
+        if name not in summary.get(part, {}):
+            raise KeyError(f"the run has no {part[:-1]} {name}: it has {', '.join(summary.get(part, {})) or 'none'}")
+        found = summary[part][name][self.cost if self.milestone else self.statistic]
+        return None if found is None else float(found)
+
+    def __str__(self) -> str:
+        if self.milestone:
+            return f"{self.cost.replace('_', ' ')} to {self.milestone}"
+        return f"{self.statistic} {self.metric}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A whole sweep.
+
+    Args:
+        name: of the sweep, a folder's name.
+        trials: for every optimizer, at least 1; a power of two keeps the points balanced.
+        sequence_seed: of the scrambled Sobol sequence that every optimizer takes its points from.
+        trial_seed: the seed of every trial's run.
+        final_seeds: fresh seeds that each winner is run with.
+        seeded: the options that take a run's seed.
+        objective: what trials are judged by.
+        optimizers: the contenders by name.
+        common: options of every run as a config, nested; rules that stop a run early belong here.
+        final: options of the winners' runs on top, nested, such as a larger budget.
+    """
+
+    name: str
+    trials: int
+    sequence_seed: int
+    trial_seed: int
+    final_seeds: tuple[int, ...]
+    seeded: tuple[str, ...]
+    objective: Objective
+    optimizers: dict[str, Contender]
+    common: dict[str, Any]
+    final: dict[str, Any]
+
+    def points(self, optimizer: str) -> list[dict[str, Any]]:
+        """Return the trials' options for ``optimizer``, in their order.
+
+        Every optimizer reads the same sequence: its first searched option takes the first coordinate, and so on.
+        """
+        dimensions = max(len(contender.space) for contender in self.optimizers.values())
+        sequence = qmc.Sobol(dimensions, scramble=True, rng=self.sequence_seed)
+        units = sequence.random_base2((self.trials - 1).bit_length())[: self.trials]
+        space = self.optimizers[optimizer].space
+        return [{name: d.at(u) for (name, d), u in zip(space.items(), unit, strict=False)} for unit in units]
+
+
+def _build(kind: type, content: Any, where: str) -> Any:
+    """Make a dataclass from a mapping; errors name the place, the key and the keys that are allowed."""
+    allowed = [field.name for field in fields(kind)]
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} must be a mapping with the keys {', '.join(allowed)}, got {content!r}")
+    if unknown := set(content) - set(allowed):
+        raise ValueError(f"{where}: unknown key {sorted(unknown)[0]!r}; it knows {', '.join(allowed)}")
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+    except (TypeError, ValueError) as error:
+        text = str(error).partition("__init__() ")[2] or str(error)
+        raise ValueError(f"{where}: {text}") from error
+
+
+def read(path: Path) -> Sweep:
+    """Read and check a sweep's file.
+
+    Raises:
+        ValueError: what is wrong, and where.
+        OSError: the file cannot be read.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("optimizers"), dict) or not content["optimizers"]:
+        raise ValueError(f"{path}: a sweep needs 'optimizers', a mapping from names to their configs and space")
+    contenders = {}
+    for name, item in content["optimizers"].items():
+        where = f"{path}: optimizers.{name}"
+        if not isinstance(item, dict) or not isinstance(item.get("space"), dict) or not item["space"]:
+            raise ValueError(f"{where} needs 'space', a mapping from options to their ranges or choices")
+        space = {key: _build(Dimension, d, f"{where}.space.{key}") for key, d in item["space"].items()}
+        contenders[name] = _build(Contender, {"options": {}, **item, "space": space}, where)
+        for config in contenders[name].configs:
+            if not Path(config).is_file():
+                raise ValueError(f"{where}: there is no config {config}")
+    objective = _build(Objective, content.get("objective"), f"{path}: objective")
+    defaults: dict[str, Any] = {"sequence_seed": 0, "trial_seed": 1000, "final_seeds": [], "common": {}, "final": {}}
+    defaults["seeded"] = ["seed_everything"]
+    whole = {**defaults, **content, "optimizers": contenders, "objective": objective}
+    sweep: Sweep = _build(Sweep, whole, str(path))
+    if not isinstance(sweep.trials, int) or sweep.trials < 1:
+        raise ValueError(f"{path}: trials must be an integer of at least 1, got {sweep.trials!r}")
+    if sweep.trial_seed in sweep.final_seeds:
+        raise ValueError(f"{path}: final_seeds must be fresh, but {sweep.trial_seed} is the seed of the trials")
+    return sweep

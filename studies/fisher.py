@@ -1,0 +1,82 @@
+"""Exact curvature of a small network's mean cross-entropy: Fisher matrix, Gauss-Newton matrix, Hessian, damped steps.
+
+Everything is dense: n parameters make n x n matrices, so this is for networks of up to a few thousand parameters.
+Parameters are one flat vector; ``logits`` maps it and the inputs (examples, ...) to logits (examples, classes).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Logits: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+
+
+def mean_loss(logits: Logits, parameters: Tensor, inputs: Tensor, answers: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats, a scalar."""
+    return F.cross_entropy(logits(parameters, inputs), answers)
+
+
+def fisher(logits: Logits, parameters: Tensor, inputs: Tensor) -> Tensor:
+    """Return the exact Fisher matrix (n, n), the mean over inputs of ``sum_c p_c s_c s_c^T``.
+
+    ``p`` is what the model predicts, ``s_c`` the gradient of ``log p_c``: the expectation is over the model's own
+    answers, not over those in the data (which would make the empirical Fisher).
+    """
+
+    def log_probabilities(at: Tensor) -> Tensor:
+        return F.log_softmax(logits(at, inputs), dim=-1)
+
+    scores: Tensor = torch.func.jacrev(log_probabilities)(parameters)
+    weights = log_probabilities(parameters).exp().sqrt() / len(inputs) ** 0.5
+    rows = (scores * weights.unsqueeze(-1)).flatten(0, 1)
+    return rows.T @ rows
+
+
+def gauss_newton(logits: Logits, parameters: Tensor, inputs: Tensor, answers: Tensor) -> Tensor:
+    """Return the generalised Gauss-Newton matrix (n, n), the mean of ``J^T H J``.
+
+    ``J`` is the Jacobian of the logits, ``H`` the Hessian of the cross-entropy by the logits (Martens 2020).
+    """
+    jacobian: Tensor = torch.func.jacrev(logits)(parameters, inputs)
+    outer = torch.func.vmap(torch.func.hessian(F.cross_entropy))(logits(parameters, inputs), answers)
+    return torch.einsum("ncp,ncd,ndq->pq", jacobian, outer, jacobian) / len(inputs)
+
+
+def hessian(logits: Logits, parameters: Tensor, inputs: Tensor, answers: Tensor) -> Tensor:
+    """Return the Hessian (n, n) of the mean cross-entropy."""
+    matrix: Tensor = torch.func.hessian(mean_loss, argnums=1)(logits, parameters, inputs, answers)
+    return matrix
+
+
+class Spectrum(NamedTuple):
+    """A symmetric matrix as ``vectors @ diag(values) @ vectors.T``, values (n,) ascending."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+def spectrum(matrix: Tensor) -> Spectrum:
+    """Return the eigenvalues and eigenvectors of a symmetric matrix (n, n)."""
+    return Spectrum(*torch.linalg.eigh((matrix + matrix.T) / 2))
+
+
+def damping(values: Tensor, factor: float) -> float:
+    """Return what is added to a spectrum: ``factor`` times the largest absolute eigenvalue.
+
+    Where the smallest eigenvalue is negative, its size is added too: the damped matrix is then positive definite, and
+    its step goes downhill.
+    """
+    return factor * values.abs().max().item() + max(0.0, -values.min().item())
+
+
+def damped_step(matrix: Spectrum, gradient: Tensor, factor: float) -> Tensor:
+    """Return ``(A + damping I)^-1 gradient``, the damping as :func:`damping` says.
+
+    Of the Fisher matrix this is the natural gradient (Amari 1998), of the Hessian the damped Newton step; to be
+    subtracted from the parameters.
+    """
+    coordinates = matrix.vectors.T @ gradient
+    return matrix.vectors @ (coordinates / (matrix.values + damping(matrix.values, factor)))

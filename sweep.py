@@ -1,0 +1,51 @@
+"""Search every optimizer's settings under one budget, then run each winner on fresh seeds.
+
+    python sweep.py configs/sweeps/grok.yaml --folder runs/grok --workers 2
+    python sweep.py configs/sweeps/grok.yaml --wandb-files runs/grok/wandb
+
+The same command goes on with a sweep that was stopped. What a sweep's file says: search/specification.py. Every trial
+is an ordinary run with a folder of its own; `python compare.py runs/grok` makes the tables.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path, help="the sweep's YAML file")
+    parser.add_argument("--folder", type=Path, help="where to (default: runs/sweeps/<name>)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: the cores)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
+    parser.add_argument("--wandb-files", type=Path, help="only write a W&B sweep file for each optimizer, to there")
+    options = parser.parse_args()
+    if min(options.workers, options.threads) < 1:
+        parser.error("--workers and --threads must be at least 1")
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch is imported
+    from search import progress, specification, wandb_files
+
+    try:
+        sweep = specification.read(options.sweep)
+        if options.wandb_files:
+            wandb_files.write(sweep, options.wandb_files)
+        else:
+            progress.run(sweep, options.folder or Path("runs/sweeps") / sweep.name, options.workers)
+    except (ValueError, OSError, KeyError) as error:
+        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with: python {' '.join(sys.argv)}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    # Not to wait for the runs that are under way: their processes end with this one.
+    sys.stdout.flush()
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,104 @@
+"""Sharing the Newton-Schulz out among processes: what one process would compute, on every rank."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from ars2.orthogonalize import orthogonalize_all
+from ars2.sharing import newton_schulz_cost, orthogonalize_replicated, orthogonalize_sharded, owners
+
+# Fewer tensors than ranks is a case too; 2 rows over 3 ranks leave one without any.
+SHAPES = [(1, 6, 4), (3, 2, 5), (1, 2, 9), (1, 16, 16), (1, 1, 1)]
+
+
+def stacks(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
+
+
+def newton_schulz(wholes: list[Tensor]) -> list[Tensor]:
+    return orthogonalize_all(wholes, 5, "jordan", torch.float64)
+
+
+def by_rows(rows: int, ranks: int) -> list[int]:
+    """Rows on each rank, as torch.chunk deals them out: uneven, the last ranks perhaps empty."""
+    parts = [len(part) for part in torch.arange(rows).chunk(ranks)]
+    return parts + [0] * (ranks - len(parts))
+
+
+def on_rank(rank: int, ranks: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        seen: list[int] = []
+
+        def count(wholes: list[Tensor]) -> list[Tensor]:
+            seen.append(len(wholes))
+            return newton_schulz(wholes)
+
+        replicated = orthogonalize_replicated(stacks(), count, torch.float64, group)
+        rounded = orthogonalize_replicated(stacks(), newton_schulz, torch.bfloat16, group)
+        one = orthogonalize_replicated(stacks()[:1], newton_schulz, torch.float64, group)
+        shards, numels = [], []
+        for stack in stacks():
+            flat = stack.flatten(0, 1)
+            rows = by_rows(len(flat), ranks)
+            shards.append(flat.split(rows)[rank])
+            numels.append([count * flat.shape[1] for count in rows])
+        shapes = [torch.Size(shape) for shape in SHAPES]
+        sharded = orthogonalize_sharded(shards, shapes, numels, count, torch.float64, group)
+        torch.save((replicated, rounded, one, sharded, seen), Path(folder) / f"{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_every_rank_gets_what_one_process_computes(ranks: int, tmp_path: Path) -> None:
+    spawn(on_rank, args=(ranks, str(tmp_path)), nprocs=ranks)
+    alone = newton_schulz(stacks())
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+    for replicated, rounded, one, _, _ in found:
+        for here, there, whole in zip(replicated, found[0][0], alone, strict=True):
+            assert torch.equal(here, there)
+            assert (here - whole).abs().max() < 1e-12
+        for here, whole in zip(rounded, replicated, strict=True):
+            assert torch.equal(here, whole.to(torch.bfloat16))
+        assert len(one) == 1 and (one[0] - alone[0]).abs().max() < 1e-12
+    for index, whole in enumerate(alone):
+        together = torch.cat([sharded[index] for _, _, _, sharded, _ in found])
+        assert (together - whole.flatten()).abs().max() < 1e-12
+    # Nothing was computed twice.
+    for call in (0, 1):
+        assert sum(seen[call] for *_, seen in found) == len(SHAPES)
+
+
+def test_work_is_shared_out_by_cost_and_not_by_count() -> None:
+    costs = [newton_schulz_cost(1, 512, 4608), *[newton_schulz_cost(1, 64, 64)] * 6]
+    taken = owners(costs, 2)
+    assert taken[0] == 0 and set(taken[1:]) == {1}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_no_rank_has_a_third_more_work_than_need_be(ranks: int) -> None:
+    generator = torch.Generator().manual_seed(ranks)
+    for _ in range(20):
+        costs: list[int] = torch.randint(1, 100, (6,), generator=generator).tolist()
+        taken = owners(costs, ranks)
+
+        def greatest(taken: tuple[int, ...] | list[int], costs: list[int] = costs) -> int:
+            return max(sum(cost for cost, one in zip(costs, taken, strict=True) if one == r) for r in range(ranks))
+
+        best = min(greatest(other) for other in product(range(ranks), repeat=6))
+        assert greatest(taken) <= (4 / 3 - 1 / (3 * ranks)) * best
+
+
+def test_the_cost_of_a_matrix_is_that_of_its_transpose() -> None:
+    assert newton_schulz_cost(2, 3, 7) == newton_schulz_cost(2, 7, 3) == 2 * 9 * (14 + 3)

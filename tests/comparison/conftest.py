@@ -1,0 +1,13 @@
+from pathlib import Path
+
+import pytest
+
+from tests.comparison.runs import make_runs
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of real runs; tests copy what they damage."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_runs(folder)
+    return folder

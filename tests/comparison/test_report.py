@@ -1,0 +1,327 @@
+"""The report of real runs: its numbers by hand, what stands together, and pages that need no network."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from comparison import plots
+from comparison.ledger import ledgers, sensitivities
+from comparison.report import write
+from comparison.results import baseline, is_share, metric_text, milestones, pairs, published, results, step_cost
+from comparison.rows import Group, group
+from comparison.runs import AXES, Problem, Run, Target, read
+from comparison.statistics import mean_interval
+from tests.comparison.runs import SEEDS, copy, cut
+
+
+@pytest.fixture(scope="module")
+def groups(runs: Path) -> list[Group]:
+    found, problems = read([runs])
+    assert problems == []
+    return sorted(group(found), key=lambda entry: -len(entry.rows))
+
+
+@pytest.fixture(scope="module")
+def page(groups: list[Group], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    write(folder, groups, [Problem(Path("runs/<lost>"), "it has no config.yaml")], "A & B")
+    return folder
+
+
+def in_results(entry: Group, label: str) -> list[str]:
+    """The cells of a row of that label in the results."""
+    (cells,) = [list(line) for line in results(entry).rows if line[0].startswith(label)]
+    return cells
+
+
+def test_protocols_never_share_a_table_and_seeds_of_a_setting_share_a_row(groups: list[Group]) -> None:
+    first, second = groups
+    assert first.digest != second.digest
+    assert [sorted(entry.runs) for entry in second.rows] == [["42"]]
+    by_label = {entry.label: entry for entry in first.rows}
+    assert by_label.keys() == {"grok_adamw", "grok_aga", "aga of search"}
+    assert sorted(by_label["grok_aga"].runs) == [str(seed) for seed in SEEDS]
+    # Trials of a search are no rows.
+    assert sorted(by_label["aga of search"].runs) == ["5"]
+
+
+def test_settings_of_one_name_are_told_apart(runs: Path, tmp_path: Path) -> None:
+    from tests.commands import AGA, fit
+    from tests.comparison.runs import LENGTH
+
+    for rate in ("0.001", "0.002"):
+        fit(tmp_path, *AGA, *LENGTH, "--model.optimizer.lr", rate)
+    labels = {entry.label for entry in group(read([tmp_path])[0])[0].rows}
+    assert labels == {"grok_aga, optimizer.lr 0.001", "grok_aga, optimizer.lr 0.002"}
+
+
+def test_means_and_intervals_are_those_of_the_logs(groups: list[Group], runs: Path) -> None:
+    best = [pd.read_csv(path / "metrics.csv")["val/accuracy"].max() for path in (runs / "grok_aga").iterdir()]
+    low, high = stats.t.interval(0.95, len(best) - 1, np.mean(best), stats.sem(best))
+    cells = in_results(groups[0], "grok_aga")
+    assert cells[1:4] == ["3", "none", "6"]
+    assert cells[4] == f"{100 * np.mean(best):.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def test_milestones_are_medians_over_seeds(groups: list[Group], runs: Path) -> None:
+    losses = [pd.read_csv(path / "metrics.csv")["train/loss"].dropna() for path in (runs / "grok_adamw").iterdir()]
+    losses = [
+        loss for loss, path in zip(losses, (runs / "grok_adamw").iterdir(), strict=True) if "seed42" not in path.name
+    ]
+    # Two of three seeds get below the second lowest of their last losses, and just so.
+    level = sorted(loss.iloc[-1] for loss in losses)[1] * (1 + 1e-6)
+    epochs = [next((epoch for epoch, value in enumerate(loss, 1) if value < level), None) for loss in losses]
+    reached = sorted(epoch for epoch in epochs if epoch is not None)
+    assert len(losses) == 3 and len(reached) >= 2
+    shown = Group(**{**vars(groups[0]), "targets": [Target("half", "train/loss", level, lower=True)]})
+    (cells,) = [line for line in milestones(shown).rows if line[0] == "grok_adamw"]  # type: ignore[union-attr]
+    assert cells[1].startswith(f"{reached[1]} [{reached[0]}, ")
+    never = Group(**{**vars(groups[0]), "targets": [Target("never", "train/loss", 0.0, lower=True)]})
+    assert {line[1] for line in milestones(never).rows} == {"not within 6"}  # type: ignore[union-attr]
+
+
+def test_pairs_are_scipys_paired_t_test(groups: list[Group], runs: Path) -> None:
+    def best(experiment: str) -> dict[str, float]:
+        found = [Run(path) for path in (runs / experiment).iterdir()]
+        return {run.identity.seed: run.best("val/loss", True) for run in found}
+
+    entry = Group(**{**vars(groups[0]), "metric": "val/loss", "lower": True})
+    reference = baseline(entry, None)
+    assert reference is not None and reference.label == "grok_adamw"
+    aga, adamw = best("grok_aga"), {seed: v for seed, v in best("grok_adamw").items() if seed != "42"}
+    test = stats.ttest_rel(*([values[str(seed)] for seed in SEEDS] for values in (aga, adamw)))
+    quality, speed = pairs(entry, reference)
+    (line,) = [line for line in quality.rows if line[0] == "grok_aga"]
+    difference = np.mean([aga[str(seed)] - adamw[str(seed)] for seed in SEEDS])
+    assert line[1] == "3"
+    assert float(line[2].split()[0]) == pytest.approx(difference, rel=5e-3)
+    assert float(line[3]) == pytest.approx(test.pvalue, rel=0.05)
+    # One seed in common is no pair: "aga of search" ran on another seed altogether.
+    (line,) = [line for line in quality.rows if line[0] == "aga of search"]
+    assert line[1:] == ["0", "-", "-", "-", "-"]
+    # Nobody reached it: nothing is decided.
+    (line,) = [line for line in speed.rows if line[0] == "grok_aga"]
+    assert line[1:] == ["0 / 0 / 3", "-", "-", "-"]
+
+
+def test_step_costs_are_ratios_of_the_logs_last_row(groups: list[Group]) -> None:
+    reference = baseline(groups[0], None)
+    table = step_cost(groups[0], reference)
+    assert table is not None and reference is not None
+    lines = {line[0]: line for line in table.rows}
+    run = next(entry for entry in groups[0].rows if entry.label == "aga of search").any
+    last = pd.read_csv(run.folder / "metrics.csv").iloc[-1]
+    steps = last["cost/optimizer_steps"]
+    assert float(lines["aga of search"][1]) == pytest.approx(1000 * last["cost/training_seconds"] / steps, rel=5e-3)
+    assert float(lines["aga of search"][3]) == pytest.approx(last["cost/gradient_evaluations"] / steps, rel=5e-3)
+    assert (lines["grok_adamw"][2], lines["grok_adamw"][3]) == ("1", "1")
+    assert "threads" in lines["grok_adamw"][6]
+
+
+def test_the_baseline_can_be_chosen(groups: list[Group]) -> None:
+    chosen = [baseline(groups[0], wanted) for wanted in ("grok_aga", "adamw", "nobody")]
+    assert [row and row.label for row in chosen] == ["grok_aga", "grok_adamw", None]
+    assert baseline(groups[1], None) is None  # a single row has nothing to be compared with
+
+
+def test_the_ledger_counts_every_trial_and_flags_unequal_budgets(
+    groups: list[Group], runs: Path, tmp_path: Path
+) -> None:
+    (ledger,) = ledgers(groups[0])
+    assert [line[:5] for line in ledger.rows] == [["adamw", "3", "3", "0", "0"], ["aga", "2", "2", "0", "0"]]
+    assert any(note.startswith("UNEQUAL BUDGETS") for note in ledger.notes)
+    costs = [
+        pd.read_csv(path / "metrics.csv")["cost/gradient_evaluations"].max() for path in (runs / "search").iterdir()
+    ]
+    winner = 1  # is in the same folder, and no trial
+    assert len(costs) == 5 + winner
+    assert in_results(groups[0], "aga of search")[2] == "2"
+    # A third trial of AGA that left nothing to read makes the budgets equal; one that was cut short is counted too.
+    trial = next(run.folder for run in groups[0].sweeps["search", "aga"])
+    folder = copy(trial, tmp_path, "lost")
+    config = folder / "config.yaml"
+    config.write_text(re.sub(r"trial: \d", "trial: 7", config.read_text()))
+    (folder / "metrics.csv").unlink()
+    short = copy(trial, tmp_path, "short")
+    config = short / "config.yaml"
+    config.write_text(re.sub(r"trial: \d", "trial: 8", config.read_text()))
+    cut(short, 10)
+    found, problems = read([runs, tmp_path])
+    entry = max(group(found, problems), key=lambda entry: len(entry.rows))
+    (ledger,) = ledgers(entry)
+    assert [line[:5] for line in ledger.rows] == [["adamw", "3", "3", "0", "0"], ["aga", "4", "2", "1", "1"]]
+
+
+def test_equal_budgets_are_not_flagged(groups: list[Group]) -> None:
+    entry = groups[0]
+    equal = Group(**{**vars(entry), "sweeps": {key: trials[:2] for key, trials in entry.sweeps.items()}})
+    (ledger,) = ledgers(equal)
+    assert not any("UNEQUAL" in note for note in ledger.notes)
+
+
+def test_sensitivity_has_a_point_a_trial(groups: list[Group]) -> None:
+    points = sensitivities(groups[0], "search")
+    assert points.keys() == {"model.optimizer.lr"}  # nothing else was varied
+    rates = {name: [rate for rate, _ in by] for name, by in points["model.optimizer.lr"].items()}
+    assert rates == {"adamw": [0.003, 0.01, 0.03], "aga": [0.001, 0.01]}
+    trials = groups[0].sweeps["search", "aga"]
+    assert {best for _, best in points["model.optimizer.lr"]["aga"]} == {
+        run.best("val/accuracy", False) for run in trials
+    }
+    assert len(plots.sensitivity(groups[0], "search")) == 1
+
+
+def test_published_numbers_stand_beside_runs_of_their_settings_alone(groups: list[Group]) -> None:
+    # p = 7 is not what was published.
+    assert published(groups[0]) is None
+    entry = groups[0]
+    shown = Group(**{**vars(entry), "published": _published()})
+    table = published(shown)
+    assert table is not None
+    lines = {line[0]: line for line in table.rows}
+    # The published AdamW has another learning rate than the runs here; AGA's is theirs.
+    assert "AdamW: no run here" in lines
+    assert lines["ARS2-Neo AGA: measured (grok_aga)"][1:3] == ["3", "6"]
+    assert lines["ARS2-Neo AGA: later report"][3:8] == ["12", "-", "77", "116", "234"]
+    assert not any("aga of search" in name for name in lines)
+
+
+def _published() -> dict[str, object]:
+    import yaml
+
+    from comparison.rows import PUBLISHED
+
+    entry: dict[str, object] = yaml.safe_load(PUBLISHED.read_text())["modular_addition"]
+    return entry
+
+
+def test_percent_is_for_shares_alone() -> None:
+    assert is_share("val/accuracy") and not is_share("val/perplexity")
+    assert metric_text("val/accuracy", mean_interval([0.5])) == "50.00 %"
+    assert metric_text("val/perplexity", mean_interval([90.69])) == "90.69"
+
+
+def test_bands_end_where_the_shortest_run_does() -> None:
+    long, short = np.arange(1.0, 11.0), np.arange(1.0, 6.0)
+    x, mean, low, high = plots.band([(long, long), (short, 3 * short), (short, 2 * short)])
+    assert (x[0], x[-1]) == (1, 5)
+    middle = np.abs(x - 3).argmin()
+    assert mean[middle] == pytest.approx(2 * x[middle])
+    expected = mean_interval([x[middle], 2 * x[middle], 3 * x[middle]])
+    assert (low[middle], high[middle]) == pytest.approx((expected.low, expected.high))
+
+
+def test_looks_are_drawn_for_those_who_look(groups: list[Group]) -> None:
+    by_label = {entry.label: entry for entry in groups[0].rows}
+    figure = plots.looks(by_label["grok_aga"])
+    assert figure is not None
+    # Every step was logged: each look is a line over the loss.
+    run = by_label["grok_aga"].any
+    _, rate = run.curve("flatness/trigger_rate", "cost/optimizer_steps")
+    over_loss = figure.axes[0].lines
+    assert len(over_loss) == 1 + int((rate > 0).sum())
+    assert plots.looks(by_label["grok_adamw"]) is None
+
+
+class Page(HTMLParser):
+    """Collects ids, links and everything that a browser would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(str(value))
+            if name in ("href", "src", "srcset", "data", "action", "poster", "xlink:href"):
+                self.links.append(str(value))
+        assert tag not in ("script", "link", "iframe", "object", "embed", "img")
+
+
+def test_the_page_loads_nothing_from_elsewhere(page: Path) -> None:
+    text = (page / "report.html").read_text()
+    parsed = Page(text)
+    assert all(link.startswith("#") for link in parsed.links)
+    # Addresses are names of XML dialects alone, which nobody loads.
+    assert set(re.findall(r"https?://[^\s\"'<>)]+", text)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert "@import" not in text
+    assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", text))
+
+
+def test_every_id_is_unique_and_every_reference_leads_somewhere(page: Path) -> None:
+    text = (page / "report.html").read_text()
+    parsed = Page(text)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    references = (
+        [link[1:] for link in parsed.links] + re.findall(r"url\(#(.*?)\)", text) + re.findall(r'for="(.*?)"', text)
+    )
+    assert set(references) <= set(parsed.ids)
+
+
+def test_the_page_has_every_axis_every_table_and_every_problem(page: Path, groups: list[Group]) -> None:
+    text = (page / "report.html").read_text()
+    assert "<title>A &amp; B</title>" in text
+    for name in AXES.values():
+        assert f">{name}</label>" in text
+    for metric in ("val/accuracy", "train/loss", "val/loss"):
+        for name in AXES.values():
+            assert f"{metric} over {name}" in text
+    for title in ("Results", "Milestones", "Step cost", "Tuning budget of search", "Cost of reaching"):
+        assert title in text
+    assert "runs/&lt;lost&gt;" in text
+    for entry in groups:
+        assert entry.digest in text
+        for found in entry.rows:
+            for run in found.runs.values():
+                assert f"python train.py fit --config {run.folder / 'config.yaml'}" in text
+    assert 'class="warning"' in text
+
+
+def test_the_other_files_say_the_same(page: Path, groups: list[Group]) -> None:
+    markdown, latex = (page / "report.md").read_text(), (page / "report.tex").read_text()
+    assert "# A & B" in markdown
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", markdown):
+        ElementTree.parse(page / name)
+    assert len(list((page / "pictures").iterdir())) == markdown.count("![")
+    assert latex.count(r"\begin{table}") == latex.count(r"\end{table}") > 6
+    numbers = pd.read_csv(page / "runs.csv")
+    assert len(numbers) == sum(len(entry.runs) for found in groups for entry in found.rows)
+    aga = numbers[numbers["row"] == "grok_aga"]
+    assert sorted(aga["seed"].astype(str)) == [str(seed) for seed in SEEDS]
+    for line in aga.itertuples():
+        assert line.best == Run(Path(line.folder)).best("val/accuracy", False)
+
+
+def test_a_report_is_written_over_a_former_one(groups: list[Group], tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "old.svg").write_text("old")
+    (tmp_path / "mine.txt").write_text("kept")
+    write(tmp_path, groups[1:], [], "A & B")
+    assert not (tmp_path / "pictures" / "old.svg").exists()
+    assert (tmp_path / "mine.txt").exists()
+    assert "In no table" not in (tmp_path / "report.html").read_text()
+
+
+def test_costs_that_were_not_logged_leave_their_axis_out(runs: Path, tmp_path: Path) -> None:
+    folder = copy(min((runs / "grok_aga").iterdir()), tmp_path, "without")
+    log = pd.read_csv(folder / "metrics.csv")
+    log = log.drop(columns=[column for column in log if column.startswith("cost/")])
+    log.to_csv(folder / "metrics.csv", index=False)
+    (entry,) = group(read([tmp_path])[0], targets=[Target("any", "val/accuracy", 0.01)])
+    assert entry.axes == ["epoch"]
+    write(tmp_path / "report", [entry], [], "Without costs")
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert "over epochs" in text and "over FLOPs" not in text and "Step cost" not in text

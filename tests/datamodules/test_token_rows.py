@@ -1,0 +1,121 @@
+"""Both protocols against plain versions written from their definition."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from datamodules.text_corpus import open_corpus
+from datamodules.token_cache import cached_tokens
+from datamodules.token_rows import Protocol, contiguous, packed, pieces, split_tokens
+from datamodules.wikitext2 import WikiText2Data
+from tests.text import ROOT, lines, needs_wikitext2, write_corpus
+
+
+def letters(texts: Sequence[str]) -> list[list[int]]:
+    """A tokenizer for tests: a token a character."""
+    return [[ord(letter) for letter in text] for text in texts]
+
+
+def packed_by_hand(text: list[str], encode: Callable[[str], list[int]], length: int) -> list[list[int]]:
+    kept = []
+    for line in text:
+        for piece in line.replace(".", ".\0").split("\0"):
+            if piece.strip() and len(tokens := [*encode(piece.strip()), 0]) <= length:
+                kept.append(tokens)
+    rows: list[list[int]] = [[]]
+    for tokens in sorted(kept, key=lambda tokens: -len(tokens)):
+        if len(rows[-1]) + len(tokens) > length:
+            rows.append([])
+        rows[-1] = rows[-1] + tokens
+    return [row + [1] * (length - len(row)) for row in rows]
+
+
+def contiguous_by_hand(text: list[str], encode: Callable[[str], list[int]], context: int) -> list[list[int]]:
+    tokens = [0]
+    for line in text:
+        tokens += encode(line + "\n")
+    return [tokens[start : start + context + 1] for start in range(0, len(tokens) - 1, context)]
+
+
+def one(tokenizer: Any) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer.encode(text).ids  # type: ignore[no-any-return]
+
+
+def rows_of(data: WikiText2Data) -> list[list[int]]:
+    return [row for (batch,) in data.val_dataloader() for row in batch.tolist()]
+
+
+def test_lines_are_cut_after_every_full_stop_and_keep_it() -> None:
+    text = ["", " ", " = A title = ", " One . Two . ", "3.5 is", "...", "ends here. "]
+    assert list(pieces(text)) == ["= A title =", "One .", "Two .", "3.", "5 is", ".", ".", ".", "ends here."]
+
+
+def test_pieces_of_two_tokens_to_a_whole_row_are_kept() -> None:
+    rows = packed(["a.", "abcdef.", "abcdefg."], letters, context=7)
+    assert [row[row > 1].tolist() for row in rows] == letters(["abcdef.", "a."])
+
+
+def test_longest_first_equal_ones_in_their_order_into_the_current_row_or_a_new_one() -> None:
+    rows = packed(["ab.", "cd.", "abcd.", "x."], letters, context=8)
+    a, b, c, d, x, stop = map(ord, "abcdx.")
+    assert rows.tolist() == [
+        [a, b, c, d, stop, 0, 1, 1, 1],
+        [a, b, stop, 0, c, d, stop, 0, 1],
+        [x, stop, 0, 1, 1, 1, 1, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize("context", [15, 40, 255])
+def test_packed_rows_are_those_of_the_definition(context: int, tmp_path: Path) -> None:
+    corpus = open_corpus(write_corpus(tmp_path / "text"))
+    tokenizer, splits = cached_tokens(corpus, 300, "packed", context, tmp_path)
+    text = corpus.read()
+    for split, found in splits.items():
+        assert found.tokens.tolist() == packed_by_hand(text[split], one(tokenizer), context + 1), split
+
+
+def test_contiguous_tokens_are_those_of_the_definition(tmp_path: Path) -> None:
+    data = WikiText2Data(300, 7, "contiguous", 4, root=str(write_corpus(tmp_path / "text")), cache=str(tmp_path))
+    data.setup("fit")
+    text = open_corpus(tmp_path / "text").read()["validation"]
+    assert rows_of(data) == contiguous_by_hand(text, one(data.tokens.tokenizer), 7)
+
+
+def test_contiguous_tokens_decode_to_the_text() -> None:
+    text = lines(2, seed=0)
+    stream = contiguous(text, letters)
+    assert "".join(map(chr, stream[1:])) == "\n".join(text) + "\n" and stream[0] == 0
+
+
+@pytest.mark.parametrize("protocol", ["packed", "contiguous"])
+def test_words_and_bytes_are_those_of_the_file(protocol: Protocol) -> None:
+    text = [" ", " Öhm ate  <unk> . ", "two words"]
+    sizes = split_tokens(text, letters, protocol, 9)[1:]
+    assert sizes == (4 + 2 + 3, len("\n".join(text).encode()) + 1, 1)
+
+
+@pytest.mark.real_data
+@needs_wikitext2
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", ["packed", "contiguous"])
+def test_the_real_validation_text_gives_the_rows_of_the_definition(protocol: Protocol, tmp_path: Path) -> None:
+    root = os.environ[ROOT]
+    by_hand, context = (packed_by_hand, 256) if protocol == "packed" else (contiguous_by_hand, 255)
+    data = WikiText2Data(2048, 255, protocol, 1, root=root, cache=str(tmp_path))
+    data.setup("fit")
+    text = open_corpus(Path(root)).read()["validation"]
+    expected = by_hand(text, one(data.tokens.tokenizer), context)
+    assert rows_of(data) == expected
+    assert np.mean([len(row) for row in expected]) > 250
+
+
+@pytest.mark.real_data
+@needs_wikitext2
+def test_the_real_validation_text_has_its_known_number_of_words() -> None:
+    """217,646 in every paper that counts ends of lines; the raw and the tokens version have the same words."""
+    text = open_corpus(Path(os.environ[ROOT])).read()["validation"]
+    assert split_tokens(text, letters, "contiguous", 255).words == 217_646

@@ -1,0 +1,109 @@
+"""The loops that training under Lightning is compared with: plain torch, written out."""
+
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ars2 import ARS2Neo, param_groups
+from tests.modules.small_task import SmallNetwork, SmallTask, batches, make_optimizer, state_of
+
+
+@dataclass
+class Loop:
+    """A training loop without Lightning: windows of batches whose gradients add up, in one pass or two.
+
+    ``damaged`` are steps, counted from 0, that a gradient which is not finite spoils: nothing of them may stay.
+    """
+
+    name: str
+    epochs: int = 2
+    window: int = 1
+    clip: float | None = None
+    clip_algorithm: Literal["norm", "value"] = "norm"
+    clip_first_pass: bool = False
+    autocast: torch.dtype | None = None
+    dtype: torch.dtype = torch.float32
+    scaler: torch.amp.GradScaler | None = None
+    scheduler: Callable[[Any], Any] | None = None
+    interval: Literal["epoch", "step"] = "epoch"
+    max_steps: int | None = None
+    limit: int | None = None
+    same_batches: bool = False
+    damaged: Collection[int] = ()
+
+    def train(self) -> dict[str, Tensor]:
+        """Return what :func:`tests.modules.small_task.state_of` would say of a module trained in this way."""
+        torch.manual_seed(0)
+        self.network = SmallNetwork().to(self.dtype)
+        self.optimizer: Any = make_optimizer(self.name)(param_groups(self.network))
+        self.steps, self.made = 0, 0
+        scheduler = None if self.scheduler is None else self.scheduler(self.optimizer)
+        loader = batches()
+        first_epoch: list[Any] = []
+        for _ in range(self.epochs):
+            epoch = first_epoch if self.same_batches and first_epoch else list(loader)[: self.limit]
+            first_epoch = first_epoch or epoch
+            for start in range(0, len(epoch), self.window):
+                if self.made == self.max_steps:
+                    break
+                made = self._step(epoch[start : start + self.window])
+                if scheduler is not None and self.interval == "step" and made:
+                    scheduler.step()
+            if scheduler is not None and self.interval == "epoch" and self.made != self.max_steps:
+                scheduler.step()
+        module = SmallTask(optimizer=lambda params: self.optimizer)
+        module.network = self.network
+        module.optimizers = lambda: type("Wrapped", (), {"optimizer": self.optimizer})  # type: ignore[assignment, return-value]
+        return state_of(module)
+
+    def _passes(self, members: list[Any]) -> None:
+        for images, classes in members:
+            with nullcontext() if self.autocast is None else torch.autocast("cpu", self.autocast, cache_enabled=False):
+                loss = F.cross_entropy(self.network(images.to(self.dtype)), classes) / self.window
+            (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def _clip(self, scale: float = 1.0) -> None:
+        if self.clip is None:
+            return
+        ordered = [param for group in self.optimizer.param_groups for param in group["params"]]
+        if self.clip_algorithm == "norm":
+            nn.utils.clip_grad_norm_(ordered, self.clip * scale)
+        else:
+            nn.utils.clip_grad_value_(ordered, self.clip * scale)
+
+    def _step(self, members: list[Any]) -> bool:
+        """Return whether there was an update."""
+        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+        before = [buffer.clone() for buffer in self.network.buffers()]
+        self.optimizer.zero_grad()
+        self._passes(members)
+        statistics = [buffer.clone() for buffer in self.network.buffers()]
+        if isinstance(self.optimizer, ARS2Neo):
+            if self.clip_first_pass:
+                self._clip(scale)
+            if self.optimizer.wants_second_pass(scale):
+                self.optimizer.perturb()
+                self._passes(members)
+                self.optimizer.restore()
+        gradients = [param.grad for param in self.network.parameters() if param.grad is not None]
+        if self.steps in self.damaged:
+            gradients[0].view(-1)[0] = torch.inf
+        made = all(bool(gradient.isfinite().all()) for gradient in gradients)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+            self._clip()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif made:
+            self._clip()
+            self.optimizer.step()
+        for buffer, value in zip(self.network.buffers(), statistics if made else before, strict=True):
+            buffer.copy_(value)
+        self.steps += 1
+        self.made += made
+        return made

@@ -1,0 +1,70 @@
+"""One of several processes that fit together under Lightning's DDP, and one process alone with the same batches."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+
+from datamodules.batches import world
+from datamodules.modular_addition import ModularAdditionData
+from modules.modular_addition import ModularAddition
+from tests.modules.small_task import make_optimizer, state_of
+
+STEPS = 50
+# 36 training pairs: batches of 10, 10, 10 and 6, which neither 4 nor, for the last but one, all counts divide.
+EPOCHS, BATCH = 13, 10
+# In float32 throughout; in half precision the iteration itself would round by more than processes differ.
+PRECISE = {name: {"lr": 1e-3, "ns_dtype": "float32"} for name in ("base", "sync", "aga", "periodic", "random", "muon")}
+OPTIONS: dict[str, dict[str, Any]] = {"adamw": {"lr": 1e-3}, **PRECISE}
+
+
+class Looks(L.Callback):
+    """Keeps after which steps two gradients had been evaluated, and what the batches were."""
+
+    def __init__(self) -> None:
+        self.evaluations: list[int] = []
+        self.batches: list[list[int]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.evaluations.append(pl_module.gradient_evaluations)
+        self.batches.append((batch[0][:, 0] * 11 + batch[0][:, 1]).tolist())
+
+
+def fit(name: str, ranks: int = 1, **options: Any) -> dict[str, Any]:
+    """Train 50 steps; returns the state, the evaluations after each step and the logged metrics."""
+    torch.manual_seed(0)
+    small = {"p": 11, "width": 16, "heads": 2, "mlp_width": 16}
+    module = ModularAddition(**small, optimizer=make_optimizer(name, **OPTIONS[name]), **options)
+    looks = Looks()
+    trainer = L.Trainer(
+        max_epochs=EPOCHS,
+        max_steps=STEPS,
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[looks],
+    )
+    trainer.fit(module, ModularAdditionData(p=11, batch_size=BATCH, val_batch_size=50))
+    metrics = {key: value.item() for key, value in trainer.callback_metrics.items() if not key.startswith("cost")}
+    return {"state": state_of(module), "evaluations": looks.evaluations, "batches": looks.batches, "metrics": metrics}
+
+
+def together(rank: int, ranks: int, port: int, folder: str, runs: dict[str, tuple[str, dict[str, Any]]]) -> None:
+    """Be one of ``ranks`` processes, started as torchrun starts them; writes ``<rank>.pt``."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"},
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"},
+    }
+    results = {label: fit(name, ranks, **options) for label, (name, options) in runs.items()}
+    assert world() == (rank, ranks)
+    torch.save(results, Path(folder) / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

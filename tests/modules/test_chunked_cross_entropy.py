@@ -1,0 +1,147 @@
+"""The chunked cross-entropy against torch's own in float64: loss, gradients, and the memory it is for."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modules.chunked_cross_entropy import chunked_cross_entropy
+from tests.commands import ROOT
+
+
+def example(
+    dtype: torch.dtype = torch.float64, tokens: int = 37, width: int = 8, vocabulary: int = 50
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, vocabulary, (tokens,), generator=generator)
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight), targets)
+
+
+def loss_and_gradients(function: object, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    loss = function(hidden, weight, targets)  # type: ignore[operator]
+    return loss.detach(), *torch.autograd.grad(3 * loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 7, 37, 1000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_is_the_plain_one_whatever_the_chunk(dtype: torch.dtype, tolerance: float, tokens_at_once: int) -> None:
+    expected = loss_and_gradients(plain, *example())
+
+    def chunked(*arguments: Tensor) -> Tensor:
+        return chunked_cross_entropy(*arguments, chunk_elements=50 * tokens_at_once)
+
+    found = loss_and_gradients(chunked, *example(dtype))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_a_tied_weight_gets_both_gradients() -> None:
+    _, weight, targets = example()
+    tokens = targets.flip(0)
+    gradients = [
+        torch.autograd.grad(loss(F.embedding(tokens, weight).tanh(), weight, targets), weight)[0]
+        for loss in (plain, chunked_cross_entropy)
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("needed", ["hidden", "weight"])
+def test_only_what_needs_a_gradient_gets_one(needed: str) -> None:
+    hidden, weight, targets = example()
+    (weight if needed == "hidden" else hidden).requires_grad_(False)
+    expected = torch.autograd.grad(plain(hidden, weight, targets), hidden if needed == "hidden" else weight)
+    chunked_cross_entropy(hidden, weight, targets, 100).backward()
+    found = hidden.grad if needed == "hidden" else weight.grad
+    torch.testing.assert_close(found, expected[0], rtol=1e-14, atol=1e-14)
+    assert (weight if needed == "hidden" else hidden).grad is None
+
+
+def test_under_autocast_it_is_as_near_to_float64_as_the_plain_one() -> None:
+    arguments = example(torch.float32, tokens=512, width=32, vocabulary=200)
+    exact = loss_and_gradients(plain, *example(tokens=512, width=32, vocabulary=200))
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = loss_and_gradients(plain, *arguments)
+        mine = loss_and_gradients(lambda *rest: chunked_cross_entropy(*rest, chunk_elements=20_000), *arguments)
+    for value, other, reference in zip(mine, theirs, exact, strict=True):
+        assert value.dtype == torch.float32
+        assert (value - reference).norm() <= 1.5 * (other - reference).norm() + 1e-3 * reference.norm()
+
+
+def test_products_run_in_the_dtype_of_autocast() -> None:
+    arguments = example(torch.float32)
+    full = chunked_cross_entropy(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = chunked_cross_entropy(*arguments)
+    assert 1e-6 < (full - half).abs() < 1e-1
+
+
+def test_without_gradients_none_are_made() -> None:
+    hidden, weight, targets = example()
+    with torch.no_grad():
+        loss = chunked_cross_entropy(hidden, weight, targets)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, plain(hidden, weight, targets).detach())
+
+
+def test_large_logits_do_not_overflow() -> None:
+    hidden, weight, targets = example(torch.float32)
+    expected = plain(1e4 * hidden, weight, targets)
+    torch.testing.assert_close(chunked_cross_entropy(1e4 * hidden, weight, targets), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_targets_may_be_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    hidden, weight, targets = example()
+    loss = chunked_cross_entropy(hidden, weight, targets.to(dtype))
+    torch.testing.assert_close(loss, plain(hidden, weight, targets))
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    loss = chunked_cross_entropy(*example())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used up"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "targets", "named"),
+    [((4, 3), (9, 2), (4,), "width"), ((4, 3), (9, 3), (5,), "target"), ((0, 3), (9, 3), (0,), "a token or more")],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    hidden: tuple[int, ...], weight: tuple[int, ...], targets: tuple[int, ...], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        chunked_cross_entropy(torch.zeros(hidden), torch.zeros(weight), torch.zeros(targets, dtype=torch.int64))
+
+
+@pytest.mark.slow
+def test_peak_memory_is_at_most_half_of_the_plain_ones_at_the_published_size() -> None:
+    """Vocabulary 40,479, 8 x 255 tokens; each in a process of its own, over what it held before."""
+    peaks = {}
+    for kind in ("plain", "chunked"):
+        command = [sys.executable, "-m", "benchmarks.cross_entropy", "--peak", kind, "--width", "128"]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+        peaks[kind] = float(process.stdout)
+    assert peaks["plain"] > 3 * 2040 * 40_479 * 4 / 2**20 * 0.6, "the plain one holds its logits more than once"
+    assert peaks["chunked"] <= 0.5 * peaks["plain"], peaks
+
+
+def test_can_be_differentiated_twice() -> None:
+    """As a probe of the Hessian does."""
+    products = []
+    for loss in (plain, chunked_cross_entropy):
+        hidden, weight, targets = example()
+        first = torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight), create_graph=True)
+        along = sum((gradient * gradient.detach().sin()).sum() for gradient in first)
+        products.append(torch.autograd.grad(along, (hidden, weight)))
+    for mine, theirs in zip(products[1], products[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)

@@ -1,0 +1,108 @@
+"""Several processes under Lightning's DDP do what one process does with the same batches, and never part ways."""
+
+import multiprocessing
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.modules import ddp_fit
+from tests.modules.ddp_fit import OPTIONS, STEPS, fit
+
+Results = dict[str, dict[str, Any]]
+
+
+def launch(ranks: int, folder: Path, runs: dict[str, tuple[str, dict[str, Any]]]) -> list[Results]:
+    """Train all ``runs`` on ``ranks`` processes; returns what every rank has, by label."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.modules.ddp_fit"])
+    processes = [
+        context.Process(target=ddp_fit.together, args=(rank, ranks, port, str(folder), runs)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0] * ranks
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+EVERY_MODE = {name: (name, {}) for name in OPTIONS}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "accumulated": ("aga", {"accumulate_grad_batches": 3}),
+    "clipped": ("sync", {"gradient_clip_val": 0.1}),
+    "local": ("sync", {"local_first_pass": True}),
+    "rounded": ("base", {"gather": "bfloat16"}),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return launch(2, tmp_path_factory.mktemp("two"), {**EVERY_MODE, **VARIANTS})
+
+
+@pytest.fixture(scope="module")
+def alone() -> Results:
+    return {label: fit(name, **options) for label, (name, options) in {**EVERY_MODE, **VARIANTS}.items()}
+
+
+def worst(mine: Results, other: Results, label: str) -> float:
+    pairs = zip(mine[label]["state"].items(), other[label]["state"].items(), strict=True)
+    return max((a - b).abs().max().item() for (name, a), (there, b) in pairs if name == there and "." in name)
+
+
+def assert_same_as_alone(ranks: list[Results], alone: Results, label: str) -> None:
+    for results in ranks:
+        assert results[label]["evaluations"] == alone[label]["evaluations"]
+        assert worst(results, alone, label) <= 1e-6
+        for key, value in alone[label]["metrics"].items():
+            assert results[label]["metrics"][key] == pytest.approx(value, abs=1e-5), key
+    # Together the processes see the batches of the one.
+    shares = zip(*(results[label]["batches"] for results in ranks), strict=True)
+    assert [[x for part in parts for x in part] for parts in shares] == alone[label]["batches"]
+
+
+def assert_one(ranks: list[Results], label: str) -> None:
+    for results in ranks[1:]:
+        assert results[label]["evaluations"] == ranks[0][label]["evaluations"]
+        for name, value in results[label]["state"].items():
+            assert torch.equal(value, ranks[0][label]["state"][name]), name
+
+
+@pytest.mark.parametrize("label", [*EVERY_MODE, "accumulated", "clipped"])
+def test_two_processes_train_to_what_one_does(label: str, two: list[Results], alone: Results) -> None:
+    assert_one(two, label)
+    assert_same_as_alone(two, alone, label)
+
+
+@pytest.mark.slow
+def test_four_processes_train_to_what_one_does(alone: Results, tmp_path: Path) -> None:
+    four = launch(4, tmp_path, EVERY_MODE)
+    for label in EVERY_MODE:
+        assert_one(four, label)
+        assert_same_as_alone(four, alone, label)
+
+
+def test_aga_looks_at_some_steps_and_not_at_others(alone: Results) -> None:
+    """Otherwise the processes' agreement on it would say nothing."""
+    assert len(alone["aga"]["evaluations"]) == STEPS < alone["aga"]["evaluations"][-1] < 2 * STEPS
+
+
+def test_a_local_first_pass_moves_every_process_to_a_point_of_its_own(two: list[Results], alone: Results) -> None:
+    assert_one(two, "local")
+    assert two[0]["local"]["evaluations"][-1] == 2 * STEPS
+    assert worst(two[0], alone, "local") > 1e-5
+    loss = alone["local"]["metrics"]["train/loss"]
+    assert two[0]["local"]["metrics"]["train/loss"] == pytest.approx(loss, rel=0.1)
+
+
+def test_directions_gathered_in_bfloat16_are_rounded_and_the_same_everywhere(
+    two: list[Results], alone: Results
+) -> None:
+    assert_one(two, "rounded")
+    assert 1e-6 < worst(two[0], alone, "rounded") < 1e-2

@@ -1,0 +1,152 @@
+"""Steps whose loss or gradient is not finite: found before anything is updated, named, and left without a trace."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from modules.nonfinite import all_finite
+from tests.modules.by_hand import Loop
+from tests.modules.small_task import OPTIMIZERS, TWO_PASS, SmallTask, assert_equal_states, fit, make_optimizer, state_of
+from tests.modules.test_precision import Damaged
+
+
+@pytest.mark.parametrize(
+    ("in_pass", "factor", "sentence"),
+    [
+        (1, torch.nan, "step 4 in epoch 0, first pass: the loss is nan and the gradient of convolution.weight is not"),
+        (2, torch.inf, "step 4 in epoch 0, second pass: the loss is inf and the gradient of convolution.weight is not"),
+    ],
+)
+def test_by_default_the_run_stops_with_step_pass_and_parameter(in_pass: int, factor: float, sentence: str) -> None:
+    module = Damaged((3,), in_pass, factor, optimizer=make_optimizer("sync"))
+    with pytest.raises(FloatingPointError, match=f"^{sentence}") as error:
+        fit(module)
+    assert "lower the learning rate" in str(error.value)
+    # Parameters, moments and statistics are those of the three good steps.
+    assert_equal_states(state_of(module), Loop("sync", limit=3, epochs=1).train())
+
+
+def test_a_gradient_alone_is_named_by_its_parameter() -> None:
+    class Breaks(SmallTask):
+        def on_after_backward(self) -> None:
+            if self.global_step == 2:
+                self.network.head.bias.grad[1] = -torch.inf  # type: ignore[index, union-attr]
+
+    for name in ("adamw", "muon", "aga"):
+        module = Breaks(optimizer=make_optimizer(name))
+        with pytest.raises(FloatingPointError, match=r"step 3 in epoch 0, first pass: the gradient of head.bias is no"):
+            fit(module)
+        assert_equal_states(state_of(module), Loop(name, limit=2, epochs=1).train())
+
+
+@pytest.mark.parametrize("in_pass", [1, 2])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_by_option_such_steps_are_left_out_and_counted(name: str, in_pass: int) -> None:
+    module = Damaged((0, 7), in_pass, torch.nan, optimizer=make_optimizer(name), nonfinite="skip")
+    trainer = fit(module)
+    if in_pass == 1:
+        damaged = {0, 7}
+    elif name in TWO_PASS:
+        # Step 0 looks twice in all of them; step 7 where the mode says so.
+        damaged = {0, 7} if module.skipped_steps == 2 else {0}
+    else:
+        damaged = set()
+    assert_equal_states(state_of(module), Loop(name, damaged=damaged).train())
+    assert module.skipped_steps == len(damaged)
+    assert trainer.global_step == 12 - len(damaged)
+    if damaged:
+        assert trainer.callback_metrics["train/skipped_steps"] == len(damaged)
+        assert trainer.callback_metrics["train/loss"].isfinite()
+    else:
+        assert "train/skipped_steps" not in trainer.callback_metrics
+
+
+def test_a_batch_that_is_not_finite_leaves_no_trace_in_batchnorm() -> None:
+    class BrokenInput(SmallTask):
+        def compute_loss(self, batch: Any, metrics: Any) -> torch.Tensor:
+            broken = self.global_step == 3 and self.skipped_steps == 0
+            return super().compute_loss((batch[0] * (torch.nan if broken else 1.0), batch[1]), metrics)
+
+    module = BrokenInput(optimizer=make_optimizer("sync"), nonfinite="skip")
+    fit(module)
+    assert_equal_states(state_of(module), Loop("sync", damaged={3}).train())
+    assert all(buffer.isfinite().all() for buffer in module.network.buffers())
+
+
+def test_schedulers_do_not_count_a_step_that_was_left_out() -> None:
+    module = Damaged(
+        (2,),
+        1,
+        optimizer=make_optimizer("sync"),
+        nonfinite="skip",
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5),
+        scheduler_interval="step",
+    )
+    trainer = fit(module)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**11)
+
+
+def test_skipped_steps_are_remembered_by_a_resumed_run(tmp_path: Path) -> None:
+    module = Damaged((1,), 1, optimizer=make_optimizer("sync"), nonfinite="skip")
+    fit(module, epochs=1).save_checkpoint(tmp_path / "run.ckpt")
+    again = SmallTask(optimizer=make_optimizer("sync"), nonfinite="skip")
+    assert fit(again, ckpt_path=tmp_path / "run.ckpt").callback_metrics["train/skipped_steps"] == 1
+
+
+def test_a_run_without_any_good_step_stops_at_the_epochs_end() -> None:
+    module = Damaged(tuple(range(12)), 1, optimizer=make_optimizer("sync"), nonfinite="skip")
+    with pytest.raises(FloatingPointError, match="training loss is nan in epoch 0"):
+        fit(module)
+    assert module.skipped_steps == 6
+
+
+def test_one_bad_batch_spoils_its_whole_window_of_accumulation() -> None:
+    module = Damaged((1,), 1, optimizer=make_optimizer("sync"), nonfinite="skip", accumulate_grad_batches=2)
+    fit(module)
+    assert_equal_states(state_of(module), Loop("sync", window=2, damaged={0}).train())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_place_is_looked_at(dtype: torch.dtype) -> None:
+    loss, gradients = torch.tensor(2.0), [torch.full((3, 5), 60000.0, dtype=dtype), torch.zeros(7, dtype=dtype)]
+    assert all_finite([loss], gradients)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        assert not all_finite([loss, torch.tensor(value)], gradients)
+        for gradient in gradients:
+            for index in (0, -1):
+                spoiled = [g.clone() for g in gradients]
+                spoiled[0 if gradient is gradients[0] else 1].view(-1)[index] = value
+                assert not all_finite([loss], spoiled)
+    assert all_finite([loss], []) and all_finite([], gradients)
+
+
+def test_the_device_is_read_once_a_step() -> None:
+    """Counted where a GPU would wait: every reading of a tensor's value goes through this operator."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Readings(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += "_local_scalar_dense" in str(func)
+            return func(*args, **(kwargs or {}))
+
+    gradients = [torch.randn(4, 4) for _ in range(20)]
+    with Readings() as readings:
+        assert all_finite([torch.tensor(1.0)] * 3, gradients)
+    assert readings.count == 1
+
+
+def test_an_option_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="nonfinite must be 'stop' or 'skip', got 'ignore'"):
+        SmallTask(optimizer=make_optimizer("base"), nonfinite="ignore")
+
+
+def test_only_the_first_of_many_parameters_is_named() -> None:
+    module = Damaged((0,), 1, torch.nan, optimizer=make_optimizer("base"))
+    with pytest.raises(FloatingPointError, match=r"\(nor are those of 5 more parameters\)"):
+        fit(module)
+    assert len(list(nn.Module.parameters(module.network))) == 6

@@ -1,0 +1,110 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from search.specification import Dimension, Objective, read
+from tests.commands import ROOT
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "trials": 8,
+    "final_seeds": [0, 1],
+    "objective": {"metric": "val/accuracy", "direction": "maximize"},
+    "optimizers": {
+        "adamw": {
+            "configs": ["configs/grok_adamw.yaml"],
+            "space": {
+                "model.optimizer.lr": {"low": 1e-4, "high": 1e-1, "log": True},
+                "model.optimizer.betas": {"choices": [[0.9, 0.95], [0.9, 0.98]]},
+            },
+        },
+        "sync": {
+            "configs": ["configs/grok_sync.yaml"],
+            "space": {
+                "model.optimizer.lr": {"low": 1e-4, "high": 1e-1, "log": True},
+                "model.optimizer.weight_decay": {"low": 0.0, "high": 2.0},
+                "model.optimizer.rho": {"low": 0.01, "high": 1.0, "log": True},
+            },
+        },
+    },
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_optimizer_reads_the_same_sequence(tmp_path: Path) -> None:
+    sweep = read(write(tmp_path))
+    adamw, sync = sweep.points("adamw"), sweep.points("sync")
+    assert len(adamw) == len(sync) == 8
+    # The same range for the first option of both, so the same values.
+    assert [point["model.optimizer.lr"] for point in adamw] == [point["model.optimizer.lr"] for point in sync]
+    assert sweep.points("adamw") == adamw
+    assert read(write(tmp_path, sequence_seed=1)).points("adamw") != adamw
+
+
+def test_a_power_of_two_of_points_is_balanced_in_every_option(tmp_path: Path) -> None:
+    points = read(write(tmp_path)).points("sync")
+    for option, middle in (("lr", 10**-2.5), ("weight_decay", 1.0), ("rho", 0.1)):
+        values = [point[f"model.optimizer.{option}"] for point in points]
+        assert sum(value < middle for value in values) == 4, option
+    betas = [point["model.optimizer.betas"] for point in read(write(tmp_path)).points("adamw")]
+    assert betas.count([0.9, 0.95]) == betas.count([0.9, 0.98]) == 4
+
+
+def test_a_dimension_maps_the_unit_interval_onto_its_range() -> None:
+    logarithmic = Dimension(low=1e-4, high=1e-2, log=True)
+    assert [logarithmic.at(unit) for unit in (0.0, 0.5, 1.0)] == [1e-4, 1e-3, 1e-2]
+    assert Dimension(low=1.0, high=3.0).at(0.25) == 1.5
+    assert [Dimension(choices=("a", "b")).at(unit) for unit in (0.0, 0.49, 0.5, 0.99)] == ["a", "a", "b", "b"]
+
+
+def test_the_cost_of_a_milestone_is_the_objective_and_a_miss_is_none() -> None:
+    objective = Objective(milestone="full", cost="optimizer_steps")
+    reached = {"epoch": 3, "optimizer_steps": 24, "gradient_evaluations": 48}
+    missed = dict.fromkeys(reached)
+    assert objective.value({"milestones": {"full": reached}}) == 24.0
+    assert objective.value({"milestones": {"full": missed}}) is None
+    with pytest.raises(KeyError, match="no milestone full: it has grok"):
+        objective.value({"milestones": {"grok": reached}})
+
+
+def test_every_shipped_sweep_can_be_read() -> None:
+    paths = list((ROOT / "configs/sweeps").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        sweep = read(path)
+        for name in sweep.optimizers:
+            assert len(sweep.points(name)) == sweep.trials
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"trials": 0}, "trials must be an integer of at least 1, got 0"),
+        ({"trails": 3}, "unknown key 'trails'; it knows name, trials"),
+        ({"trial_seed": 1}, "final_seeds must be fresh, but 1 is the seed of the trials"),
+        ({"optimizers": {}}, "needs 'optimizers'"),
+        ({"objective": {}}, "objective needs either a milestone or a metric"),
+        ({"objective": {"metric": "val/loss", "statistic": "mean"}}, "statistic must be one of best, last, got 'mean'"),
+        ({"optimizers": {"a": {"configs": [], "space": {}}}}, "optimizers.a needs 'space'"),
+        ({"optimizers": {"a": {"configs": ["no.yaml"], "space": {"x": {"low": 0, "high": 1}}}}}, "no config no.yaml"),
+        ({"optimizers": {"a": {"configs": [], "space": {"x": {"low": 2, "high": 1}}}}}, "space.x: needs low < high"),
+        ({"optimizers": {"a": {"configs": [], "space": {"x": {"low": 0, "high": 1, "log": True}}}}}, "low > 0 if log"),
+        ({"optimizers": {"a": {"configs": [], "space": {"x": {"choices": [1], "low": 1}}}}}, "either low and high, or"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_in_one_sentence(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sweep") as caught:
+        read(write(tmp_path, **changes))
+    assert said in str(caught.value) and "\n" not in str(caught.value)

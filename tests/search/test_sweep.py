@@ -1,0 +1,182 @@
+"""The command as a person uses it, on networks that train in a moment."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from search.specification import read
+from tests.commands import NETWORK, ROOT, clean_environment, fit
+
+COMMON = {
+    "model": {"init_args": NETWORK},
+    "data": {"init_args": {"p": 7, "batch_size": 8}},
+    "trainer": {"max_epochs": 2},
+}
+LR = {"low": 1e-3, "high": 3e-2, "log": True}
+SWEEP = {
+    "name": "small",
+    "trials": 4,
+    "trial_seed": 7,
+    "final_seeds": [0, 1],
+    "seeded": ["seed_everything", "data.seed"],
+    "objective": {"metric": "val/accuracy", "direction": "maximize"},
+    "common": COMMON,
+    "optimizers": {
+        "adamw": {"configs": ["configs/grok_adamw.yaml"], "space": {"model.optimizer.lr": LR}},
+        "sync": {
+            "configs": ["configs/grok_sync.yaml"],
+            "options": {"model": {"init_args": {"policy": "hidden"}}},
+            "space": {"model.optimizer.lr": LR, "model.vector.lr": LR},
+        },
+    },
+}
+
+
+def command(folder: Path, sweep: dict[str, Any], *arguments: str) -> list[str]:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(sweep, sort_keys=False))
+    return [sys.executable, "sweep.py", str(path), "--folder", str(folder / "runs"), *arguments]
+
+
+def run(folder: Path, sweep: dict[str, Any], *arguments: str) -> "subprocess.CompletedProcess[str]":
+    environment = clean_environment(folder)
+    return subprocess.run(
+        command(folder, sweep, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def trials(folder: Path) -> dict[str, list[optuna.trial.FrozenTrial]]:
+    """The trials that ended, by study, in the order of their points."""
+    storage = JournalStorage(JournalFileBackend(str(folder / "runs/trials.journal")))
+    ended = (TrialState.COMPLETE, TrialState.PRUNED)
+    found = {}
+    for name in optuna.get_all_study_names(storage):
+        study = optuna.load_study(study_name=name, storage=storage)
+        found[name] = sorted(study.get_trials(states=ended), key=lambda one: one.user_attrs["index"])
+    return found
+
+
+def saved(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((Path(trial.user_attrs["folder"]) / "config.yaml").read_text())
+    return config
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, run(folder, SWEEP)
+
+
+def test_every_optimizer_gets_its_trials_and_the_winner_fresh_seeds(done: tuple[Path, Any]) -> None:
+    folder, process = done
+    assert process.returncode == 0, process.stderr
+    found = trials(folder)
+    assert {name: len(of_study) for name, of_study in found.items()} == {
+        **{"adamw": 4, "sync": 4},
+        **{"adamw-final": 2, "sync-final": 2},
+    }
+    points = read(folder / "sweep.yaml").points("sync")
+    for trial, point in zip(found["sync"], points, strict=True):
+        config = saved(trial)
+        assert config["sweep"] == {"name": "small", "optimizer": "sync", "trial": trial.user_attrs["index"]}
+        assert config["seed_everything"] == config["data"]["init_args"]["seed"] == 7
+        model = config["model"]["init_args"]
+        assert model["policy"] == "hidden" and model["p"] == 7
+        assert model["optimizer"]["init_args"]["lr"] == point["model.optimizer.lr"]
+        assert model["vector"]["lr"] == point["model.vector.lr"]
+    best = max(found["sync"], key=lambda trial: trial.value or 0.0)
+    for seed, trial in enumerate(found["sync-final"]):
+        config = saved(trial)
+        assert config["sweep"] == {"name": "small", "optimizer": "sync", "trial": None}
+        assert config["seed_everything"] == config["data"]["init_args"]["seed"] == seed
+        assert config["model"] == saved(best)["model"]
+    assert "sweep folder:" in process.stdout and "best val/accuracy" in process.stdout
+
+
+def test_a_winner_is_a_config_to_lay_over_the_others(done: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = done
+    configs = ["configs/grok_sync.yaml", folder / "runs/sync.yaml", folder / "runs/sync-winner.yaml"]
+    again = fit(tmp_path, *(part for config in configs for part in ("--config", config)), "--wandb", "false")
+    found = trials(folder)
+    best = max(found["sync"], key=lambda trial: trial.value or 0.0)
+    assert yaml.safe_load((again / "config.yaml").read_text())["model"] == saved(best)["model"]
+
+
+def test_a_sweep_that_is_done_runs_nothing_more(done: tuple[Path, Any]) -> None:
+    folder, _ = done
+    before = sorted((folder / "runs").glob("*/*/summary.json"))
+    assert run(folder, SWEEP).returncode == 0
+    assert sorted((folder / "runs").glob("*/*/summary.json")) == before
+
+
+def test_another_search_space_in_the_same_folder_is_refused(done: tuple[Path, Any]) -> None:
+    folder, _ = done
+    process = run(folder, {**SWEEP, "sequence_seed": 5})
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert "holds a sweep with other points for adamw: name another folder" in line
+
+
+def test_a_killed_sweep_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
+    sweep = {**SWEEP, "common": {**COMMON, "trainer": {"max_epochs": 30}}, "final_seeds": []}
+    with subprocess.Popen(
+        command(tmp_path, sweep), cwd=ROOT, env=clean_environment(tmp_path), stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # the first trial has ended
+        process.send_signal(signal.SIGKILL)
+    finished = {name: len(of_study) for name, of_study in trials(tmp_path).items()}
+    assert 1 <= sum(finished.values()) < 8
+    logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/*/metrics.csv")}
+    time.sleep(2)
+    assert logs == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/*/metrics.csv")}
+    assert run(tmp_path, sweep).returncode == 0
+    for of_study in trials(tmp_path).values():
+        assert [trial.user_attrs["index"] for trial in of_study] == [0, 1, 2, 3]
+
+
+def test_a_trial_that_diverges_counts_as_a_miss(tmp_path: Path) -> None:
+    huge = {"low": 1e30, "high": 1e38, "log": True}
+    adamw = {"configs": ["configs/grok_adamw.yaml"], "space": {"model.optimizer.lr": huge}}
+    process = run(tmp_path, {**SWEEP, "trials": 2, "optimizers": {"adamw": adamw}})
+    assert process.returncode == 0, process.stderr
+    assert [trial.state for trial in trials(tmp_path)["adamw"]] == [TrialState.PRUNED] * 2
+    assert "adamw 0: ended, see" in process.stdout
+
+
+def test_options_that_no_run_can_have_end_the_sweep_with_their_error(tmp_path: Path) -> None:
+    adamw = {"configs": ["configs/grok_adamw.yaml"], "space": {"model.optimizer.learning": LR}}
+    process = run(tmp_path, {**SWEEP, "optimizers": {"adamw": adamw}})
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("error: adamw") and "could not start" in line and "learning" in line
+
+
+def test_wandb_sweep_files_search_the_same_space(tmp_path: Path) -> None:
+    process = run(tmp_path, SWEEP, "--wandb-files", str(tmp_path / "wandb"))
+    assert process.returncode == 0, process.stderr
+    content = yaml.safe_load((tmp_path / "wandb/sync.yaml").read_text())
+    assert content["run_cap"] == 4 and content["metric"] == {"name": "val/accuracy", "goal": "maximize"}
+    assert content["parameters"]["model.vector.lr"] == {"distribution": "log_uniform_values", "min": 1e-3, "max": 3e-2}
+    # The command that an agent would run, with one draw of the parameters, trains.
+    configs = [part for part in content["command"] if part.endswith(".yaml")]
+    draw = [f"--{name}={json.dumps(values['min'])}" for name, values in content["parameters"].items()]
+    fit(tmp_path / "once", *(part for config in configs for part in ("--config", config)), *draw, "--wandb", "false")
+
+
+def test_workers_share_the_machine_as_asked(tmp_path: Path) -> None:
+    process = run(tmp_path, SWEEP, "--workers", "0")
+    assert process.returncode == 2 and "must be at least 1" in process.stderr
+    assert os.listdir(tmp_path) == ["sweep.yaml"]
