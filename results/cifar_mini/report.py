@@ -32,8 +32,8 @@ NOTE = (
     "Test accuracy in %, mean and standard deviation over {seeds} seeds, and the range. ResNet-18 of width 8, 10,000"
     " training images (the seed chooses them, every class alike), 8 epochs of 40 steps, cosine to the end. Validated on"
     " the test set, as published, so that 'best' is chosen on it. Learning rates and all else are those of the"
-    " published rows, tuned for none of them; equal epochs, not equal cost. Seconds (median) are of training alone, on a"
-    " machine that did other work at the same time: orders of magnitude, no comparison."
+    " published rows, tuned for none of them; equal epochs, not equal cost. Seconds (median) are of training alone, on"
+    " a machine that did other work at the same time: orders of magnitude, no comparison."
 )
 
 
