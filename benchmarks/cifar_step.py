@@ -9,6 +9,7 @@ the ratio is above 1.03.
 
 import argparse
 import functools
+import logging
 import os
 import platform
 import statistics
@@ -116,6 +117,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     times: dict[str, list[float]] = {"by hand": [], "Lightning": []}
     for number in range(options.rounds):
         sides = [("by hand", by_hand), ("Lightning", suite)]

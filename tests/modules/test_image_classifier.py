@@ -183,9 +183,10 @@ def test_compiled_in_bfloat16_and_channels_last_it_learns_under_every_optimizer(
 def test_compiled_training_is_training_up_to_rounding() -> None:
     losses = []
     for compiled in (False, True):
-        trainer = train(module("sync", compile=compiled), epochs=2)
+        trainer = train(module("sync", compile=compiled), precision="64-true")
         losses.append(trainer.callback_metrics["train/loss"].item())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    # In float64, but for Newton-Schulz, which rounds to bfloat16.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_label_smoothing_is_of_training_alone() -> None:
