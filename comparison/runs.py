@@ -23,7 +23,7 @@ AXES = {
 }
 
 # How the training step says that the loss is not finite; the log may end before that.
-_LOSS_ERROR = "FloatingPointError: the training loss is"
+_DIVERGED = "FloatingPointError: "
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Run:
         identity: what its config says of it.
         log: its rows, epochs counted from 1; those of the run that it was resumed from come first.
         epochs: how many it completed.
-        diverged: whether it ended because its loss was not finite any more.
+        diverged: whether it ended because its loss or gradient was not finite any more.
         finished: whether it came to an end of its own: all its epochs, a milestone, early stopping, or divergence.
 
     Raises:
@@ -61,7 +61,7 @@ class Run:
         config = _mapping(folder / "config.yaml")
         self.identity = RunIdentity(config)
         self._check_protocol()
-        self.diverged = _LOSS_ERROR in _text(folder / "error.txt")
+        self.diverged = _DIVERGED in _text(folder / "error.txt")
         self.log = self._read()
         self.resumed_from = self._join(config.get("ckpt_path"))
         done = self.log["epoch"][self.log["train/loss"].notna()]

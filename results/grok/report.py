@@ -57,9 +57,11 @@ def main() -> None:
             summary = json.loads(path.read_text())
             pairs = [f"{reached(summary, name)} ({p})" for name, p in zip(MILESTONES, published, strict=True)]
             best = 100 * summary["metrics"]["val/accuracy"]["best"]
-            cost = f"{summary['gradient_evaluations']:,} | {summary['training_seconds']:.0f}"
+            cost = f"{summary['costs']['gradient_evaluations']:,} | {summary['costs']['training_seconds']:.0f}"
             lines.append(f"| {label} | {' | '.join(pairs)} | {best:.1f} % | {cost} |")
-            environments.add(json.dumps(summary["environment"]))
+            environments.add(
+                ", ".join(f"{key} {value}" for key, value in summary["environment"].items() if key != "command")
+            )
             epochs, values = curve(path.parent / "metrics.csv", "val/accuracy")
             (line,) = top.plot(epochs, [100 * value for value in values], label=label)
             epochs, values = curve(path.parent / "metrics.csv", "train/loss")
