@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ars2 import flatness, updates, validation
+from ars2.compiled import Run
 from ars2.tracked import Batch, TrackedOptimizer
 from ars2.updates import Tensors
 
@@ -69,6 +70,7 @@ class ARS2Neo(TrackedOptimizer):
             (``"bfloat16"``, ``"float32"``, ``"float64"``).
         ns_algorithm: ``"standard"``, ``"gram"``, or ``"auto"``: the faster one for each shape, by measurement.
         probability, seed: of ``"random"``; the draws depend on the seed and the step number alone.
+        compile: compile the step's arithmetic with ``torch.compile`` when it is first used. Not saved.
 
     Raises:
         ValueError: an option out of its range, or a parameter that its track cannot take; named in the message.
@@ -100,6 +102,7 @@ class ARS2Neo(TrackedOptimizer):
         ns_algorithm: str = "auto",
         probability: float = 0.1,
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
         self._pass = _Pass()
         super().__init__(
@@ -112,6 +115,7 @@ class ARS2Neo(TrackedOptimizer):
                 "ns_algorithm": ns_algorithm,
                 **{"probability": probability, "seed": seed},
             },
+            compile,
         )
         counters = {"sync_steps": 0, "last_sync": 0, "phi": 0.0, "phi_variance": 0.0, "injected_alpha": 0.0}
         self.param_groups[0].update(counters)
@@ -196,7 +200,9 @@ class ARS2Neo(TrackedOptimizer):
         if main["mode"] == "aga":
             if main["sync_steps"] > 0:
                 batches = [self._batch(group) for group in self.param_groups]
-                now.phi = flatness.global_cosine([(b.grads, b.state("shear")) for b in batches], grad_scale)
+                now.phi = flatness.global_cosine(
+                    [(b.grads, b.state("shear")) for b in batches], grad_scale, self._run(main)
+                )
             now.variance = flatness.next_variance(main, now.phi, t)
         now.wanted = flatness.looks_again(main, t, now.phi, now.variance)
         self._pass = now
@@ -219,10 +225,12 @@ class ARS2Neo(TrackedOptimizer):
                 if not batch.params:
                     continue
                 now.saved.append((batch.params, [p.clone() for p in batch.params]))
-                roots = updates.second_moment_root(
+                run = self._run(group)
+                roots = run(updates.second_moment_root)(
                     batch.state("exp_avg_sq"), group["betas"][1], group["step"], group["eps"]
                 )
-                flatness.move_to_adversarial_point_(batch.params, batch.grads, roots, group["rho"], now.grad_scale)
+                move = run(flatness.move_to_adversarial_point_)
+                move(batch.params, batch.grads, roots, group["rho"], now.grad_scale)
             now.first_gradients = {
                 # A view, such as into a bucket of gradients, is written over by the next backward pass.
                 param: param.grad.clone() if param.grad._is_view() else param.grad
@@ -335,9 +343,10 @@ class ARS2Neo(TrackedOptimizer):
                 if not batch.params:
                     continue
                 if synced and "shear" in self._state_keys(main):
-                    self._keep_shear(batch, now)
+                    self._keep_shear(batch, now, self._run(group))
                 elif injects:
-                    batch = batch._replace(grads=flatness.inject(batch.grads, batch.state("shear"), alpha))
+                    injected = self._run(group)(flatness.inject)(batch.grads, batch.state("shear"), alpha)
+                    batch = batch._replace(grads=injected)
                 self._move(group, batch)
         if synced:
             main["sync_steps"] += 1
@@ -346,13 +355,13 @@ class ARS2Neo(TrackedOptimizer):
         main["injected_alpha"] = alpha if injects else 0.0
 
     @staticmethod
-    def _keep_shear(batch: Batch, now: _Pass) -> None:
+    def _keep_shear(batch: Batch, now: _Pass, run: Run) -> None:
         first = now.first_gradients
         both = [index for index, param in enumerate(batch.params) if param in first]
         if not both:
             return
         second = [batch.grads[index] for index in both]
-        shears = flatness.shear_forces(
+        shears = run(flatness.shear_forces)(
             second,
             [first[batch.params[index]].to(grad.dtype) for index, grad in zip(both, second, strict=True)],
             now.grad_scale,
@@ -363,16 +372,17 @@ class ARS2Neo(TrackedOptimizer):
         if group["track"] == "vector":
             self._move_vectors(group, batch)
             return
-        directions: Tensors = updates.adam_directions(
+        run = self._run(group)
+        directions: Tensors = run(updates.adam_directions)(
             *(batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq")),
             *(group["betas"], group["step"], group["eps"]),
         )
-        energies = updates.energies(directions)
+        energies = run(updates.energies)(directions)
         directions = updates.orthogonal_directions(
             *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks),
+            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks, run),
         )
-        updates.apply_(batch.params, directions, energies, group["lr"], group["weight_decay"])
+        run(updates.apply_)(batch.params, directions, energies, group["lr"], group["weight_decay"])
 
     def diagnostics(self) -> dict[str, float]:
         """Return what the last step saw, as plain numbers, without reading the device.

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ars2.updates import Tensors
+from ars2.compiled import Run, directly
+from ars2.updates import Number, Tensors
 
 TINY = 1e-12
 
 
-def move_to_adversarial_point_(params: Tensors, grads: Tensors, roots: Tensors, rho: float, grad_scale: float) -> None:
+def move_to_adversarial_point_(
+    params: Tensors, grads: Tensors, roots: Tensors, rho: Number, grad_scale: Number
+) -> None:
     """Move each parameter by ``rho * n / (|n| + 1e-12)`` with ``n = g / root * |p|``, in place.
 
     Args:
@@ -46,7 +49,7 @@ def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.reshape(-1), b.reshape(-1)
 
 
-def shear_forces(second: Tensors, first: Tensors, grad_scale: float) -> Tensors:
+def shear_forces(second: Tensors, first: Tensors, grad_scale: Number) -> Tensors:
     """Return the part of each second gradient orthogonal to the first, ``s = g2 - <g2, g1> / (|g1|^2 + 1e-12) g1``.
 
     ``first`` is multiplied by ``grad_scale``, ``second`` is not; the result does not depend on it.
@@ -57,14 +60,23 @@ def shear_forces(second: Tensors, first: Tensors, grad_scale: float) -> Tensors:
     return torch._foreach_sub(second, parallel)
 
 
-def inject(grads: Tensors, shears: Tensors, alpha: float) -> Tensors:
+def inject(grads: Tensors, shears: Tensors, alpha: Number) -> Tensors:
     """Return ``g + alpha * |g| / (|s| + 1e-12) * s`` for each pair; the given gradients are left as they are."""
     lengths = torch.stack(torch._foreach_norm(grads)), torch.stack(torch._foreach_norm(shears))
     scales = alpha * lengths[0] / (lengths[1] + TINY)
     return torch._foreach_addcmul(grads, shears, list(scales.unbind()))
 
 
-def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float) -> float:
+def products_and_lengths(pairs: list[tuple[Tensors, Tensors]]) -> Tensor:
+    """Return the inner product of each gradient and its shear force, and both lengths, a tensor (3, tensors)."""
+    columns = [
+        torch.stack([inner_products(g, s), torch.stack(torch._foreach_norm(g)), torch.stack(torch._foreach_norm(s))])
+        for g, s in pairs
+    ]
+    return torch.cat(columns, dim=1)
+
+
+def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float, run: Run = directly) -> float:
     """Return phi, the cosine of all gradients with all cached shear forces, each side taken as one long vector.
 
     Tensors without a shear force (it is zero) do not count. Reads the device once, whatever the number of tensors.
@@ -72,15 +84,12 @@ def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float) -> fl
     Args:
         pairs: lists of gradients (multiplied by ``grad_scale``) and of their shear forces, one pair of lists a group.
         grad_scale: what the loss was multiplied by.
+        run: how the part that works on tensors is called.
     """
-    columns = [
-        torch.stack([inner_products(g, s), torch.stack(torch._foreach_norm(g)), torch.stack(torch._foreach_norm(s))])
-        for g, s in pairs
-        if g
-    ]
-    if not columns:
+    pairs = [(grads, shears) for grads, shears in pairs if grads]
+    if not pairs:
         return 0.0
-    inner, grad_lengths, shear_lengths = torch.cat(columns, dim=1).tolist()
+    inner, grad_lengths, shear_lengths = run(products_and_lengths)(pairs).tolist()
     known = [index for index, length in enumerate(shear_lengths) if length != 0]
     grad_length: float = math.sqrt(math.fsum(grad_lengths[index] ** 2 for index in known)) / grad_scale
     shear_length: float = math.sqrt(math.fsum(shear_lengths[index] ** 2 for index in known))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ars2 import updates, validation
+from ars2.compiled import Compiler, Run, directly
 from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
 from ars2.sharing import Ranks
 from ars2.updates import Tensors
@@ -60,7 +61,9 @@ class TrackedOptimizer(Optimizer):
     shared_options: ClassVar[tuple[str, ...]] = ()  # one value for the whole optimizer
     fixed_options: ClassVar[tuple[str, ...]] = ()  # a saved state with another value is refused
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], compile: bool = False) -> None:
+        self._compile = compile  # says how a step runs, not what it does: no part of the saved state
+        self._compilers: dict[int, Compiler] = {}
         self._plans: dict[int, _Plan] = {}
         self._ranks: Ranks | None = None
         self._check_options({"track": "matrix", "flatten": False, **defaults})
@@ -141,9 +144,12 @@ class TrackedOptimizer(Optimizer):
         for param, tensors in loaded:
             self.state[param] = tensors
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_compile": self._compile}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._compilers = {}, {}
         # A copy starts alone; loading a state leaves the ranks as they are.
         self.__dict__.setdefault("_ranks", None)
 
@@ -162,6 +168,10 @@ class TrackedOptimizer(Optimizer):
         """
         validation.check_choice({"gather": gather}, "gather", ("exact", "bfloat16"))
         self._ranks = Ranks(group, None if gather == "exact" else torch.bfloat16)
+
+    def _run(self, group: dict[str, Any]) -> Run:
+        """How the functions that work on the tensors of ``group`` are called."""
+        return self._compilers.setdefault(id(group), Compiler()) if self._compile else directly
 
     def _batch(self, group: dict[str, Any]) -> Batch:
         """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype and strides."""
@@ -183,9 +193,9 @@ class TrackedOptimizer(Optimizer):
         likes = [next(iter(state.values())) for state in states]
         return _Plan(list(group["params"]), present, params, states, [(like.dtype, like.stride()) for like in likes])
 
-    @staticmethod
-    def _move_vectors(group: dict[str, Any], batch: Batch) -> None:
+    def _move_vectors(self, group: dict[str, Any], batch: Batch) -> None:
         """AdamW for the parameters of one vector group."""
+        run = self._run(group)
         adam = (
             batch.grads,
             batch.state("exp_avg"),
@@ -195,9 +205,10 @@ class TrackedOptimizer(Optimizer):
             group["eps"],
         )
         if all(p.dtype == g.dtype and p.stride() == g.stride() for p, g in zip(batch.params, batch.grads, strict=True)):
-            updates.adamw_(batch.params, *adam, group["lr"], group["weight_decay"])
+            run(updates.adamw_)(batch.params, *adam, group["lr"], group["weight_decay"])
         else:
-            updates.apply_(batch.params, updates.adam_directions(*adam), None, group["lr"], group["weight_decay"])
+            directions = run(updates.adam_directions)(*adam)
+            run(updates.apply_)(batch.params, directions, None, group["lr"], group["weight_decay"])
 
     def _check_gradients(self) -> bool:
         """Check every gradient before anything is changed; return whether there is any.
