@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ars2 import updates, validation
+from ars2 import capturable, updates, validation
 from ars2.compiled import Compiler, Run, directly
 from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
 from ars2.sharing import Ranks
@@ -61,8 +61,11 @@ class TrackedOptimizer(Optimizer):
     shared_options: ClassVar[tuple[str, ...]] = ()  # one value for the whole optimizer
     fixed_options: ClassVar[tuple[str, ...]] = ()  # a saved state with another value is refused
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any], compile: bool = False) -> None:
-        self._compile = compile  # says how a step runs, not what it does: no part of the saved state
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], compile: bool = False, capturable: bool = False
+    ) -> None:
+        # These say how a step runs, not what it does: they are no part of the saved state.
+        self._compile, self._capturable = compile, capturable
         self._compilers: dict[int, Compiler] = {}
         self._plans: dict[int, _Plan] = {}
         self._ranks: Ranks | None = None
@@ -105,9 +108,18 @@ class TrackedOptimizer(Optimizer):
             name, param = item if isinstance(item, tuple) else (str(index), item)
             validation.check_parameter(param, name, group["track"])
         super().add_param_group(group)
+        if self._capturable:
+            capturable.to_device_(self.param_groups[-1])
         for param in group["params"]:
             dtype = torch.promote_types(param.dtype, torch.float32)
             self.state[param] = {key: torch.zeros_like(param, dtype=dtype) for key in self._state_keys(group)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the groups' options, all numbers plain ones, whether the step is capturable or not."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            capturable.to_host_(group)
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by the same class with the same shared options; dtypes and values come back exactly.
@@ -143,9 +155,11 @@ class TrackedOptimizer(Optimizer):
         super().load_state_dict(state_dict)
         for param, tensors in loaded:
             self.state[param] = tensors
+        for group in self.param_groups if self._capturable else ():
+            capturable.to_device_(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_compile": self._compile}
+        return {**super().__getstate__(), "_compile": self._compile, "_capturable": self._capturable}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

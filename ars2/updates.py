@@ -13,6 +13,16 @@ from ars2.sharing import Ranks, orthogonalize_replicated
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 # A tensor without dimensions where the step is compiled or captured: then its value is read on the device alone.
 Number: TypeAlias = float | Tensor
+TINY = 1e-12
+
+
+def _take_in_(means: Tensors, values: Tensors, beta: Number) -> None:
+    """Take ``values`` into decaying means, in place: ``m <- beta m + (1-beta) value``."""
+    if isinstance(beta, Tensor):
+        torch._foreach_mul_(means, beta)
+        torch._foreach_add_(means, torch._foreach_mul(values, 1 - beta))
+    else:
+        torch._foreach_lerp_(means, values, 1 - beta)
 
 
 def _seen(beta: Number, step: Number) -> Number:
@@ -42,15 +52,25 @@ def adam_directions(
     tensors of one index must have the same dtype and strides.
     """
     if torch.compiler.is_compiling():  # which joins plain operations, and can join nothing to the kernel below
-        torch._foreach_mul_(exp_avgs, betas[0])
-        torch._foreach_add_(exp_avgs, torch._foreach_mul(grads, 1 - betas[0]))
-        torch._foreach_mul_(exp_avg_sqs, betas[1])
-        torch._foreach_add_(exp_avg_sqs, torch._foreach_mul(torch._foreach_mul(grads, grads), 1 - betas[1]))
+        _take_in_(exp_avgs, grads, betas[0])
+        _take_in_(exp_avg_sqs, torch._foreach_mul(grads, grads), betas[1])
         roots = second_moment_root(exp_avg_sqs, betas[1], step, eps)
         return torch._foreach_div(torch._foreach_div(exp_avgs, _seen(betas[0], step)), roots)
     directions = [torch.zeros_like(exp_avg) for exp_avg in exp_avgs]
     # An AdamW step from zero with learning rate -1 and no decay leaves u: one pass over memory instead of ten.
     adamw_(directions, grads, exp_avgs, exp_avg_sqs, betas, step, eps, lr=-1.0, weight_decay=0.0)
+    return directions
+
+
+def momentum_directions(grads: Tensors, exp_avgs: Tensors, beta: Number) -> Tensors:
+    """Take ``grads`` into the first moment, in place, and return ``u = sqrt(numel) * m / (|m| + 1e-12)``.
+
+    Its root mean square is 1, so its norm is that of Adam's direction at the first step, whose entries are 1 or -1.
+    """
+    _take_in_(exp_avgs, grads, beta)
+    lengths = torch._foreach_add(torch._foreach_norm(exp_avgs), TINY)
+    directions = torch._foreach_div(exp_avgs, lengths)
+    torch._foreach_mul_(directions, [math.sqrt(exp_avg.numel()) for exp_avg in exp_avgs])
     return directions
 
 
@@ -101,13 +121,12 @@ def adamw_(
 
 def momenta(grads: Tensors, buffers: Tensors, momentum: Number, *, nesterov: bool) -> Tensors:
     """Take ``grads`` into ``buffers``, in place, and return them, or with Nesterov what they look ahead to."""
+    _take_in_(buffers, grads, momentum)
+    if not nesterov:
+        return buffers
     if isinstance(momentum, Tensor):
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, torch._foreach_mul(grads, 1 - momentum))
-        ahead = torch._foreach_mul(buffers, momentum) if nesterov else ()
-        return torch._foreach_add(ahead, torch._foreach_mul(grads, 1 - momentum)) if nesterov else buffers
-    torch._foreach_lerp_(buffers, grads, 1 - momentum)
-    return torch._foreach_lerp(grads, buffers, momentum) if nesterov else buffers
+        return torch._foreach_add(torch._foreach_mul(buffers, momentum), torch._foreach_mul(grads, 1 - momentum))
+    return torch._foreach_lerp(grads, buffers, momentum)
 
 
 def as_stack(tensor: Tensor, flatten: bool) -> Tensor:
