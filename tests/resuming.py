@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modules.modular_addition import ModularAddition
-from modules.two_pass import Metrics
+from modules.stage_metrics import Metrics
 from tests.commands import Result, call, folders, metrics
 
 STOP_AT = "ARS2_TEST_STOP_AT"
