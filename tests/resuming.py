@@ -25,11 +25,16 @@ DIFFERS = {
 
 
 class Interrupt(L.Callback):
-    """Sends this process the signal and at the step that an environment variable names, as ``SIGTERM:6``."""
+    """Sends this process the signal and at the step that an environment variable names, as ``SIGTERM:6``.
+
+    ``FAILURE:6`` is an error there, which nothing is saved before.
+    """
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         name, _, step = os.environ.get(STOP_AT, "").partition(":")
         if name and trainer.global_step == int(step):
+            if name == "FAILURE":
+                raise RuntimeError("as the test wants it")
             signal.raise_signal(signal.Signals[name])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ADAMW, AGA, TINY
+from tests.commands import AGA, TINY
 from tests.datamodules.tiny_cifar10 import accept, write
 from tests.resuming import assert_same_run, fit, only_folder
 from tests.text import SMALL_TEXT, write_corpus
@@ -107,9 +107,33 @@ def test_stopping_in_every_step_changes_nothing(tmp_path: Path) -> None:
     assert_same_run(only_folder(tmp_path / "parts"), only_folder(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("config", ["configs/grok_adamw.yaml", "configs/grok_muon.yaml"])
-def test_the_baselines_go_on_exactly_too(config: str, tmp_path: Path) -> None:
-    options = ("--config", config, *GROKKING[len(ADAMW) :])
+def test_what_came_after_the_last_checkpoint_is_dropped(data: dict[str, tuple[str, ...]], tmp_path: Path) -> None:
+    options = (*WIKITEXT2, *data["wikitext2"], "--last_checkpoint.every_n_epochs", 2)
+    assert fit(tmp_path / "whole", *options).code == 0
+    # After an epoch without a checkpoint: there is none yet, and the last is of the epoch before.
+    for step in (6, 14):
+        assert fit(tmp_path / "parts", *options, "--ckpt_path", "last", stop=f"FAILURE:{step}").code == 1
+        assert (only_folder(tmp_path / "parts") / "samples.txt").read_text().count("---") == step // 4
+    assert fit(tmp_path / "parts", *options, "--ckpt_path", "last").code == 0
+    assert_same_run(only_folder(tmp_path / "parts"), only_folder(tmp_path / "whole"))
+
+
+BASELINES = [
+    pytest.param(task, f"configs/{config}_{row}.yaml", id=f"{task}-{row}", marks=marks)
+    for task, config, marks in (
+        ("grokking", "grok", ()),
+        ("cifar", "cifar_mini", pytest.mark.slow),
+        ("wikitext2", "wikitext2_nano", pytest.mark.slow),
+    )
+    for row in ("adamw", "muon")
+]
+
+
+@pytest.mark.parametrize(("task", "config"), BASELINES)
+def test_the_baselines_go_on_exactly_too(
+    task: str, config: str, data: dict[str, tuple[str, ...]], tmp_path: Path
+) -> None:
+    options = ("--config", config, *TASKS[task][2:], *data[task])
     assert fit(tmp_path / "whole", *options).code == 0
     for step in (6, 12):
         assert fit(tmp_path / "parts", *options, "--ckpt_path", "last", stop=f"SIGTERM:{step}").code == 143
