@@ -12,7 +12,6 @@ In a plain loop ``step(closure)`` does everything. A loop that scales, clips or 
     optimizer.step()                          # update from the gradients that are there now
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -49,6 +48,11 @@ class ARS2Neo(TrackedOptimizer):
     step that looks twice, the gradient that enters the moments is taken at ``p + rho * n / |n|``,
     ``n = g / (sqrt(v_hat) + eps) * |p|``, tensor by tensor.
 
+    Flatness (``mode``), geometry and energy can be switched off for matrices. Without geometry they move by ``lr * u``:
+    AdamW, and in mode ``"sync"`` SAM on AdamW. Without energy no second moment is kept: ``n = g * |p|``, and ``u`` is
+    the momentum at root mean square 1, ``sqrt(numel) * m / |m|``: Muon at another scale, or normalised momentum SGD.
+    Its length is Adam's at the first step; that of the raw momentum would fall with the gradient, a second change.
+
     Args:
         params: parameters, (name, parameter) pairs, or groups of either. A group may say ``track`` (``"matrix"``, the
             default, or ``"vector"``), ``flatten``, ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``rho`` for itself.
@@ -67,6 +71,7 @@ class ARS2Neo(TrackedOptimizer):
         phi_beta, phi_lambda, phi_gamma: AGA's variance decay, threshold in standard deviations, and exponent.
         ns_steps, ns_coefficients, ns_dtype: iterations, ``"jordan"`` or ``"polar_express"``, and the products' dtype
             (``"bfloat16"``, ``"float32"``, ``"float64"``).
+        energy, geometry: whether matrices take Adam's second moment, and Newton-Schulz, or go without; see above.
         ns_algorithm: ``"standard"``, ``"gram"``, or ``"auto"``: the faster one for each shape, by measurement.
         probability, seed: of ``"random"``; the draws depend on the seed and the step number alone.
 
@@ -75,10 +80,10 @@ class ARS2Neo(TrackedOptimizer):
     """
 
     shared_options = (
-        *("mode", "k", "alpha", "phi_beta", "phi_lambda", "phi_gamma"),
+        *("mode", "energy", "geometry", "k", "alpha", "phi_beta", "phi_lambda", "phi_gamma"),
         *("ns_steps", "ns_coefficients", "ns_dtype", "ns_algorithm", "probability", "seed"),
     )
-    fixed_options = ("mode",)
+    fixed_options = ("mode", "energy", "geometry")
 
     def __init__(
         self,
@@ -89,6 +94,8 @@ class ARS2Neo(TrackedOptimizer):
         weight_decay: float = 0.1,
         rho: float = 0.1,
         mode: Mode = "sync",
+        energy: bool = True,
+        geometry: bool = True,
         k: int = 0,
         alpha: float = 0.1,
         phi_beta: float = 0.99,
@@ -106,11 +113,10 @@ class ARS2Neo(TrackedOptimizer):
             params,
             {
                 **{"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rho": rho},
-                **{"mode": mode, "k": k, "alpha": alpha},
+                **{"mode": mode, "energy": energy, "geometry": geometry, "k": k, "alpha": alpha},
                 **{"phi_beta": phi_beta, "phi_lambda": phi_lambda, "phi_gamma": phi_gamma},
                 **{"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype},
-                "ns_algorithm": ns_algorithm,
-                **{"probability": probability, "seed": seed},
+                **{"ns_algorithm": ns_algorithm, "probability": probability, "seed": seed},
             },
         )
         counters = {"sync_steps": 0, "last_sync": 0, "phi": 0.0, "phi_variance": 0.0, "injected_alpha": 0.0}
@@ -124,6 +130,8 @@ class ARS2Neo(TrackedOptimizer):
         validation.check_number(group, "probability", 0.0, 1.0, closed_maximum=True)
         validation.check_integer(group, "seed", 0)
         validation.check_choice(group, "mode", MODES)
+        for name in ("energy", "geometry"):
+            validation.check_choice(group, name, (False, True))
         validation.check_integer(group, "k", 1 if group["mode"] == "periodic" else 0)
         largest = {"base": 0, "random": 0, "sync": 1}.get(group["mode"], group["k"])
         if group["k"] > largest:
@@ -143,7 +151,8 @@ class ARS2Neo(TrackedOptimizer):
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         keeps_shear = group["mode"] in ("aga", "random") or (group["mode"] == "periodic" and group["k"] > 1)
-        return ("exp_avg", "exp_avg_sq", "shear") if keeps_shear else ("exp_avg", "exp_avg_sq")
+        second = () if group["track"] == "matrix" and not group["energy"] else ("exp_avg_sq",)
+        return ("exp_avg", *second, *(("shear",) if keeps_shear else ()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._refuse_while_moved("add_param_group()")
@@ -219,9 +228,10 @@ class ARS2Neo(TrackedOptimizer):
                 if not batch.params:
                     continue
                 now.saved.append((batch.params, [p.clone() for p in batch.params]))
-                roots = updates.second_moment_root(
-                    batch.state("exp_avg_sq"), group["betas"][1], group["step"], group["eps"]
-                )
+                roots = None
+                if "exp_avg_sq" in self._state_keys(group):
+                    seconds = batch.state("exp_avg_sq")
+                    roots = updates.second_moment_root(seconds, group["betas"][1], group["step"], group["eps"])
                 flatness.move_to_adversarial_point_(batch.params, batch.grads, roots, group["rho"], now.grad_scale)
             now.first_gradients = {
                 # A view, such as into a bucket of gradients, is written over by the next backward pass.
@@ -335,7 +345,7 @@ class ARS2Neo(TrackedOptimizer):
                 if not batch.params:
                     continue
                 if synced and "shear" in self._state_keys(main):
-                    self._keep_shear(batch, now)
+                    flatness.keep_shear_(*batch, now.first_gradients, now.grad_scale)
                 elif injects:
                     batch = batch._replace(grads=flatness.inject(batch.grads, batch.state("shear"), alpha))
                 self._move(group, batch)
@@ -345,33 +355,24 @@ class ARS2Neo(TrackedOptimizer):
         main["phi"], main["phi_variance"] = now.phi, now.variance
         main["injected_alpha"] = alpha if injects else 0.0
 
-    @staticmethod
-    def _keep_shear(batch: Batch, now: _Pass) -> None:
-        first = now.first_gradients
-        both = [index for index, param in enumerate(batch.params) if param in first]
-        if not both:
-            return
-        second = [batch.grads[index] for index in both]
-        shears = flatness.shear_forces(
-            second,
-            [first[batch.params[index]].to(grad.dtype) for index, grad in zip(both, second, strict=True)],
-            now.grad_scale,
-        )
-        torch._foreach_copy_([batch.states[index]["shear"] for index in both], shears)
-
     def _move(self, group: dict[str, Any], batch: Batch) -> None:
-        if group["track"] == "vector":
+        if group["track"] == "vector" or (group["energy"] and not group["geometry"]):
             self._move_vectors(group, batch)
             return
-        directions: Tensors = updates.adam_directions(
-            *(batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq")),
-            *(group["betas"], group["step"], group["eps"]),
-        )
-        energies = updates.energies(directions)
-        directions = updates.orthogonal_directions(
-            *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks),
-        )
+        if group["energy"]:
+            directions: Tensors = updates.adam_directions(
+                *(batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq")),
+                *(group["betas"], group["step"], group["eps"]),
+            )
+        else:
+            directions = updates.momentum_directions(batch.grads, batch.state("exp_avg"), group["betas"][0])
+        energies = None
+        if group["geometry"]:
+            energies = updates.energies(directions)
+            directions = updates.orthogonal_directions(
+                *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
+                *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks),
+            )
         updates.apply_(batch.params, directions, energies, group["lr"], group["weight_decay"])
 
     def diagnostics(self) -> dict[str, float]:
@@ -382,16 +383,4 @@ class ARS2Neo(TrackedOptimizer):
         looked); in AGA ``phi``, ``phi_deviation`` and ``threshold`` (``-phi_lambda`` deviations).
         """
         main = self.param_groups[0]
-        steps, looks = main["step"], main["sync_steps"]
-        report = {
-            "steps": float(steps),
-            "sync_steps": float(looks),
-            "gradient_evaluations": float(steps + looks),
-            "effective_k": steps / looks if looks else math.inf,
-        }
-        if "shear" in self._state_keys(main):
-            report["alpha"] = main["injected_alpha"]
-        if main["mode"] == "aga":
-            deviation = math.sqrt(main["phi_variance"])
-            report |= {"phi": main["phi"], "phi_deviation": deviation, "threshold": -main["phi_lambda"] * deviation}
-        return report
+        return flatness.diagnostics(main, keeps_shear="shear" in self._state_keys(main))

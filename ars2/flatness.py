@@ -11,24 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ars2.updates import Tensors
-
-TINY = 1e-12
+from ars2.updates import TINY, Tensors
 
 
-def move_to_adversarial_point_(params: Tensors, grads: Tensors, roots: Tensors, rho: float, grad_scale: float) -> None:
+def move_to_adversarial_point_(
+    params: Tensors, grads: Tensors, roots: Tensors | None, rho: float, grad_scale: float
+) -> None:
     """Move each parameter by ``rho * n / (|n| + 1e-12)`` with ``n = g / root * |p|``, in place.
 
     Args:
         params: tensors of any dtype.
         grads: gradients multiplied by ``grad_scale``, in the dtype of ``roots``.
-        roots: ``sqrt(v_hat) + eps`` of the second moment before this step.
+        roots: ``sqrt(v_hat) + eps`` of the second moment before this step; ``None`` where there is none, which
+            counts as 1.
         rho: length of each tensor's move.
         grad_scale: what the loss was multiplied by; the move does not depend on it.
     """
-    offsets = torch._foreach_div(grads, roots)
     magnitudes = torch._foreach_abs(params)
-    torch._foreach_mul_(offsets, magnitudes)
+    if roots is None:
+        offsets = torch._foreach_mul(grads, magnitudes)
+    else:
+        offsets = torch._foreach_div(grads, roots)
+        torch._foreach_mul_(offsets, magnitudes)
     lengths = torch.stack(torch._foreach_norm(offsets))
     torch._foreach_mul_(offsets, list((rho / (lengths + TINY * grad_scale)).unbind()))
     torch._foreach_add_(params, offsets)
@@ -55,6 +59,29 @@ def shear_forces(second: Tensors, first: Tensors, grad_scale: float) -> Tensors:
     coefficients = inner_products(second, first) / (lengths**2 + TINY * grad_scale**2)
     parallel = torch._foreach_mul(first, list(coefficients.unbind()))
     return torch._foreach_sub(second, parallel)
+
+
+def keep_shear_(
+    params: list[Tensor],
+    grads: Tensors,
+    states: list[dict[str, Tensor]],
+    first: dict[Tensor, Tensor],
+    grad_scale: float,
+) -> None:
+    """Put the shear force of each parameter that has a first gradient too into its state; the others keep theirs.
+
+    Args:
+        params, grads, states: parameters, their second gradients in the state's dtype, and their states.
+        first: gradients of the first pass by parameter, multiplied by ``grad_scale``.
+        grad_scale: what the loss of the first pass was multiplied by.
+    """
+    both = [index for index, param in enumerate(params) if param in first]
+    if not both:
+        return
+    second = [grads[index] for index in both]
+    pairs = zip(both, second, strict=True)
+    shears = shear_forces(second, [first[params[index]].to(grad.dtype) for index, grad in pairs], grad_scale)
+    torch._foreach_copy_([states[index]["shear"] for index in both], shears)
 
 
 def inject(grads: Tensors, shears: Tensors, alpha: float) -> Tensors:
@@ -118,3 +145,20 @@ def looks_again(group: dict[str, Any], t: int, phi: float, variance: float) -> b
         drifted = phi < -float(group["phi_lambda"]) * math.sqrt(variance)
         return drifted or t == 1 or (k > 1 and t - int(group["last_sync"]) >= k)
     return False
+
+
+def diagnostics(group: dict[str, Any], keeps_shear: bool) -> dict[str, float]:
+    """Return what the last step saw, see :meth:`ars2.ARS2Neo.diagnostics`; ``group`` holds the counters."""
+    steps, looks = group["step"], group["sync_steps"]
+    report = {
+        "steps": float(steps),
+        "sync_steps": float(looks),
+        "gradient_evaluations": float(steps + looks),
+        "effective_k": steps / looks if looks else math.inf,
+    }
+    if keeps_shear:
+        report["alpha"] = group["injected_alpha"]
+    if group["mode"] == "aga":
+        deviation = math.sqrt(group["phi_variance"])
+        report |= {"phi": group["phi"], "phi_deviation": deviation, "threshold": -group["phi_lambda"] * deviation}
+    return report

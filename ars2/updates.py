@@ -10,6 +10,7 @@ from ars2.orthogonalize import orthogonalize_all
 from ars2.sharing import Ranks, orthogonalize_replicated
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
+TINY = 1e-12
 
 
 def second_moment_root(exp_avg_sqs: Tensors, beta: float, step: int, eps: float) -> Tensors:
@@ -32,6 +33,18 @@ def adam_directions(
     directions = [torch.zeros_like(exp_avg) for exp_avg in exp_avgs]
     # An AdamW step from zero with learning rate -1 and no decay leaves u: one pass over memory instead of ten.
     adamw_(directions, grads, exp_avgs, exp_avg_sqs, betas, step, eps, lr=-1.0, weight_decay=0.0)
+    return directions
+
+
+def momentum_directions(grads: Tensors, exp_avgs: Tensors, beta: float) -> Tensors:
+    """Take ``grads`` into the first moment, in place, and return ``u = sqrt(numel) * m / (|m| + 1e-12)``.
+
+    Its root mean square is 1, so its norm is that of Adam's direction at the first step, whose entries are 1 or -1.
+    """
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta)
+    lengths = torch._foreach_add(torch._foreach_norm(exp_avgs), TINY)
+    directions = torch._foreach_div(exp_avgs, lengths)
+    torch._foreach_mul_(directions, [math.sqrt(exp_avg.numel()) for exp_avg in exp_avgs])
     return directions
 
 
