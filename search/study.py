@@ -104,10 +104,14 @@ class Search:
         yield from _in_turns([waiting(name) for name in self.sweep.optimizers])
 
     def best(self, name: str) -> optuna.trial.FrozenTrial | None:
-        """Return the best trial of an optimizer, ``None`` if none reached the objective."""
+        """Return the best trial of an optimizer, ``None`` if none reached the objective nor has what counts then."""
         done = self.studies[name].get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         sign = 1 if self.sweep.objective.direction == "minimize" else -1
-        return min(done, key=lambda one: sign * (one.value or 0.0), default=None)
+        if done:
+            return min(done, key=lambda one: sign * (one.value or 0.0))
+        missed = self.studies[name].get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+        judged = [one for one in missed if "merit" in one.user_attrs]
+        return max(judged, key=lambda one: float(one.user_attrs["merit"]), default=None)
 
     def _run_one(
         self, study: optuna.Study, name: str, experiment: str, seed: int | None, final: dict[str, Any]
@@ -125,11 +129,14 @@ class Search:
             # Nothing came of it: not a trial that diverged, but options that no run can have.
             said = log.read_text(encoding="utf-8").strip().splitlines() or ["it was killed"]
             raise ValueError(f"{experiment} {index} could not start: {said[-1].removeprefix('error: ')}")
-        value = None
+        value = merit = None
         if outcome.code == 0:
             value = self.sweep.objective.value(outcome.summary)
+            merit = self.sweep.objective.merit(outcome.summary)
         with self.lock:
             asked.set_user_attr("folder", outcome.folder)
+            if merit is not None:
+                asked.set_user_attr("merit", merit)
             if outcome.code == 0 and value is not None:
                 study.tell(asked.number, value)
             else:
