@@ -105,10 +105,12 @@ class Objective:
     def merit(self, summary: dict[str, Any]) -> float | None:
         """Return what counts for a run without the milestone, more being better; ``None`` if there is nothing.
 
+        That is so without ``otherwise``, and for a run that diverged, whose summary is empty.
+
         Raises:
             KeyError: as :meth:`value`.
         """
-        if self.otherwise is None:
+        if self.otherwise is None or not summary:
             return None
         found = self._read(summary, "metrics", self.otherwise, "best")
         lower = self.otherwise.endswith(("loss", "perplexity", "bits_per_byte"))

@@ -110,8 +110,9 @@ class Search:
         if done:
             return min(done, key=lambda one: sign * (one.value or 0.0))
         missed = self.studies[name].get_trials(deepcopy=False, states=(TrialState.PRUNED,))
-        judged = [one for one in missed if "merit" in one.user_attrs]
-        return max(judged, key=lambda one: float(one.user_attrs["merit"]), default=None)
+        merits = [(self.sweep.objective.merit(trial.summary(one.user_attrs["folder"])), one) for one in missed]
+        judged = [(merit, one) for merit, one in merits if merit is not None]
+        return max(judged, key=lambda pair: pair[0])[1] if judged else None
 
     def _run_one(
         self, study: optuna.Study, name: str, experiment: str, seed: int | None, final: dict[str, Any]
@@ -129,14 +130,11 @@ class Search:
             # Nothing came of it: not a trial that diverged, but options that no run can have.
             said = log.read_text(encoding="utf-8").strip().splitlines() or ["it was killed"]
             raise ValueError(f"{experiment} {index} could not start: {said[-1].removeprefix('error: ')}")
-        value = merit = None
+        value = None
         if outcome.code == 0:
             value = self.sweep.objective.value(outcome.summary)
-            merit = self.sweep.objective.merit(outcome.summary)
         with self.lock:
             asked.set_user_attr("folder", outcome.folder)
-            if merit is not None:
-                asked.set_user_attr("merit", merit)
             if outcome.code == 0 and value is not None:
                 study.tell(asked.number, value)
             else:

@@ -87,6 +87,7 @@ def test_runs_that_missed_the_milestone_are_judged_by_what_is_said_to_count_othe
     assert Objective(milestone="full", otherwise="val/accuracy").merit(summary) == 0.4
     assert Objective(milestone="full", otherwise="val/loss").merit(summary) == -2.0
     assert Objective(milestone="full").merit(summary) is None
+    assert Objective(milestone="full", otherwise="val/loss").merit({}) is None
     with pytest.raises(KeyError, match="no metric val/perplexity: it has val/accuracy, val/loss"):
         Objective(milestone="full", otherwise="val/perplexity").merit(summary)
 
