@@ -59,16 +59,20 @@ class Objective:
     Args:
         milestone: a milestone of the run's summary; fewer ``cost`` is better, and a run without it did not finish.
         cost: ``gradient_evaluations``, ``optimizer_steps`` or ``epoch``.
+        otherwise: of an optimizer of which no trial reached the milestone, the trial with the best of this validation
+            metric is the winner; without it such an optimizer has none.
         metric: instead of a milestone, a validation metric of the summary, such as ``val/accuracy``.
         statistic: ``best`` or ``last`` of that metric.
         direction: ``minimize`` or ``maximize`` it.
 
     Raises:
-        ValueError: both or neither of ``milestone`` and ``metric``, or a value that is not one of those named.
+        ValueError: both or neither of ``milestone`` and ``metric``, ``otherwise`` without a milestone, or a value that
+            is not one of those named.
     """
 
     milestone: str | None = None
     cost: str = "gradient_evaluations"
+    otherwise: str | None = None
     metric: str | None = None
     statistic: str = "best"
     direction: Literal["minimize", "maximize"] = "minimize"
@@ -85,6 +89,8 @@ class Objective:
                 raise ValueError(f"objective: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.milestone is not None and self.direction != "minimize":
             raise ValueError("objective: the cost of a milestone is minimized")
+        if self.otherwise is not None and self.milestone is None:
+            raise ValueError("objective: otherwise is for a milestone that no trial reached, and there is none")
 
     def value(self, summary: dict[str, Any]) -> float | None:
         """Return what a finished run's ``summary.json`` says; ``None`` if the milestone was not reached.
@@ -92,10 +98,29 @@ class Objective:
         Raises:
             KeyError: the run knows no such milestone or metric; a sentence that names those it has.
         """
-        part, name = ("milestones", self.milestone) if self.milestone else ("metrics", self.metric)
+        if self.milestone:
+            return self._read(summary, "milestones", self.milestone, self.cost)
+        return self._read(summary, "metrics", str(self.metric), self.statistic)
+
+    def merit(self, summary: dict[str, Any]) -> float | None:
+        """Return what counts for a run without the milestone, more being better; ``None`` if there is nothing.
+
+        That is so without ``otherwise``, and for a run that diverged, whose summary is empty.
+
+        Raises:
+            KeyError: as :meth:`value`.
+        """
+        if self.otherwise is None or not summary:
+            return None
+        found = self._read(summary, "metrics", self.otherwise, "best")
+        lower = self.otherwise.endswith(("loss", "perplexity", "bits_per_byte"))
+        return -found if found is not None and lower else found
+
+    @staticmethod
+    def _read(summary: dict[str, Any], part: str, name: str, field: str) -> float | None:
         if name not in summary.get(part, {}):
             raise KeyError(f"the run has no {part[:-1]} {name}: it has {', '.join(summary.get(part, {})) or 'none'}")
-        found = summary[part][name][self.cost if self.milestone else self.statistic]
+        found = summary[part][name][field]
         return None if found is None else float(found)
 
     def __str__(self) -> str:

@@ -105,10 +105,15 @@ class Search:
         yield from _in_turns([waiting(name) for name in self.sweep.optimizers])
 
     def best(self, name: str) -> optuna.trial.FrozenTrial | None:
-        """Return the best trial of an optimizer, ``None`` if none reached the objective."""
+        """Return the best trial of an optimizer, ``None`` if none reached the objective nor has what counts then."""
         done = self.studies[name].get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         sign = 1 if self.sweep.objective.direction == "minimize" else -1
-        return min(done, key=lambda one: sign * (one.value or 0.0), default=None)
+        if done:
+            return min(done, key=lambda one: sign * (one.value or 0.0))
+        missed = self.studies[name].get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+        merits = [(self.sweep.objective.merit(trial.summary(one.user_attrs["folder"])), one) for one in missed]
+        judged = [(merit, one) for merit, one in merits if merit is not None]
+        return max(judged, key=lambda pair: pair[0])[1] if judged else None
 
     def _run_one(
         self, study: optuna.Study, name: str, experiment: str, seed: int | None, final: dict[str, Any]

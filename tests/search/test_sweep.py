@@ -202,3 +202,24 @@ def test_workers_share_the_machine_as_asked(tmp_path: Path) -> None:
     process = run(tmp_path, SWEEP, "--workers", "0")
     assert process.returncode == 2 and "must be at least 1" in process.stderr
     assert os.listdir(tmp_path) == ["sweep.yaml"]
+
+
+def test_an_optimizer_that_never_reached_the_milestone_runs_its_best_trial_by_what_counts_otherwise(
+    tmp_path: Path,
+) -> None:
+    callbacks = [{"class_path": "callbacks.milestones.GrokkingMilestones"}]
+    common = {**COMMON, "trainer": {"max_epochs": 2, "callbacks": callbacks}}
+    sweep = {**SWEEP, "common": common, "final_seeds": [0], "objective": {"milestone": "full"}}
+    adamw = {"optimizers": {"adamw": SWEEP["optimizers"]["adamw"]}}
+    assert run(tmp_path, {**sweep, **adamw}).returncode == 0
+    assert trials(tmp_path).keys() == {"adamw"}
+    # Said afterwards, it counts for the trials that there are.
+    process = run(tmp_path, {**sweep, **adamw, "objective": {"milestone": "full", "otherwise": "val/loss"}})
+    assert process.returncode == 0, process.stderr
+    found = trials(tmp_path)
+    losses = [json.loads((Path(t.user_attrs["folder"]) / "summary.json").read_text()) for t in found["adamw"]]
+    merits = [summary["metrics"]["val/loss"]["best"] for summary in losses]
+    assert len(merits) == 4 and all(trial.state == TrialState.PRUNED for trial in found["adamw"])
+    winner = found["adamw"][merits.index(min(merits))]
+    (final,) = found["adamw-final"]
+    assert saved(final)["model"] == saved(winner)["model"]
