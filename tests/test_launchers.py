@@ -1,4 +1,4 @@
-"""The real command over two processes, started by Lightning, by torchrun on each of two machines, and by a SLURM job."""
+"""The command over two processes, started by Lightning, by torchrun on each of two machines, and by a SLURM job."""
 
 import os
 import re
@@ -91,12 +91,12 @@ def job(folder: Path) -> Path:
     """The README's SLURM job, beside stand-ins for SLURM's own programs."""
     (script,) = re.findall(r"^#!/bin/bash\n#SBATCH.*?(?=```)", README, re.M | re.S)
     for name, text in {
+        "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
         "srun": SRUN.format(python=sys.executable),
         "scontrol": f"#!/bin/sh\necho $* > {folder}/asked\n",
     }.items():
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
-    (folder / "python").symlink_to(sys.executable)
     (folder / "train.sh").write_text(script.replace("configs/cifar_sync.yaml", "configs/grok_aga.yaml"))
     return folder / "train.sh"
 
@@ -112,6 +112,7 @@ def sbatch(script: Path, stop: str = "") -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_slurm_job_that_is_stopped_goes_on_when_it_is_back(whole: Path, tmp_path: Path) -> None:
     script = job(tmp_path)
     stopped = sbatch(script, stop="SIGTERM:2")
@@ -135,6 +136,7 @@ def test_the_slurm_job_is_sound_bash(tmp_path: Path) -> None:
     assert re.findall(r"--(?:ntasks|gpus)-per-node=(\d+)", text) == ["8", "8"]
 
 
+@pytest.mark.slow
 def test_an_error_before_training_is_told_and_nobody_waits(tmp_path: Path) -> None:
     begin = time.monotonic()
     said = torchrun(tmp_path, "--trainer.max_epochs", "-7")
