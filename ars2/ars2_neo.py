@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ars2 import flatness, updates, validation
+from ars2.capturable import to_device_
 from ars2.tracked import Batch, TrackedOptimizer
 from ars2.updates import Tensors
 
@@ -74,6 +75,9 @@ class ARS2Neo(TrackedOptimizer):
         energy, geometry: whether matrices take Adam's second moment, and Newton-Schulz, or go without; see above.
         ns_algorithm: ``"standard"``, ``"gram"``, or ``"auto"``: the faster one for each shape, by measurement.
         probability, seed: of ``"random"``; the draws depend on the seed and the step number alone.
+        compile: compile the step's arithmetic with ``torch.compile`` when it is first used. Not saved.
+        capturable: keep what changes from step to step on the device, the learning rate too, so that a CUDA graph can
+            hold a step (modes ``"base"`` and ``"sync"``); a loaded state needs a new graph. Not saved.
 
     Raises:
         ValueError: an option out of its range, or a parameter that its track cannot take; named in the message.
@@ -107,6 +111,8 @@ class ARS2Neo(TrackedOptimizer):
         ns_algorithm: str = "auto",
         probability: float = 0.1,
         seed: int = 0,
+        compile: bool = False,
+        capturable: bool = False,
     ) -> None:
         self._pass = _Pass()
         super().__init__(
@@ -118,9 +124,12 @@ class ARS2Neo(TrackedOptimizer):
                 **{"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype},
                 **{"ns_algorithm": ns_algorithm, "probability": probability, "seed": seed},
             },
+            *(compile, capturable),
         )
         counters = {"sync_steps": 0, "last_sync": 0, "phi": 0.0, "phi_variance": 0.0, "injected_alpha": 0.0}
         self.param_groups[0].update(counters)
+        if capturable:
+            to_device_(self.param_groups[0])
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
@@ -205,7 +214,9 @@ class ARS2Neo(TrackedOptimizer):
         if main["mode"] == "aga":
             if main["sync_steps"] > 0:
                 batches = [self._batch(group) for group in self.param_groups]
-                now.phi = flatness.global_cosine([(b.grads, b.state("shear")) for b in batches], grad_scale)
+                now.phi = flatness.global_cosine(
+                    [(b.grads, b.state("shear")) for b in batches], grad_scale, self._run(main)
+                )
             now.variance = flatness.next_variance(main, now.phi, t)
         now.wanted = flatness.looks_again(main, t, now.phi, now.variance)
         self._pass = now
@@ -228,11 +239,11 @@ class ARS2Neo(TrackedOptimizer):
                 if not batch.params:
                     continue
                 now.saved.append((batch.params, [p.clone() for p in batch.params]))
-                roots = None
+                run, roots = self._run(group), None
                 if "exp_avg_sq" in self._state_keys(group):
                     seconds = batch.state("exp_avg_sq")
-                    roots = updates.second_moment_root(seconds, group["betas"][1], group["step"], group["eps"])
-                flatness.move_to_adversarial_point_(batch.params, batch.grads, roots, group["rho"], now.grad_scale)
+                    roots = run(updates.second_moment_root)(seconds, group["betas"][1], group["step"], group["eps"])
+                run(flatness.move_to_adversarial_point_)(batch.params, batch.grads, roots, group["rho"], now.grad_scale)
             now.first_gradients = {
                 # A view, such as into a bucket of gradients, is written over by the next backward pass.
                 param: param.grad.clone() if param.grad._is_view() else param.grad
@@ -345,13 +356,14 @@ class ARS2Neo(TrackedOptimizer):
                 if not batch.params:
                     continue
                 if synced and "shear" in self._state_keys(main):
-                    flatness.keep_shear_(*batch, now.first_gradients, now.grad_scale)
+                    flatness.keep_shear_(*batch, now.first_gradients, now.grad_scale, self._run(group))
                 elif injects:
-                    batch = batch._replace(grads=flatness.inject(batch.grads, batch.state("shear"), alpha))
+                    injected = self._run(group)(flatness.inject)(batch.grads, batch.state("shear"), alpha)
+                    batch = batch._replace(grads=injected)
                 self._move(group, batch)
         if synced:
             main["sync_steps"] += 1
-            main["last_sync"] = t
+            main["last_sync"] += t - main["last_sync"]  # in place where it is a tensor
         main["phi"], main["phi_variance"] = now.phi, now.variance
         main["injected_alpha"] = alpha if injects else 0.0
 
@@ -359,24 +371,25 @@ class ARS2Neo(TrackedOptimizer):
         if group["track"] == "vector" or (group["energy"] and not group["geometry"]):
             self._move_vectors(group, batch)
             return
+        run = self._run(group)
         if group["energy"]:
-            directions: Tensors = updates.adam_directions(
+            directions: Tensors = run(updates.adam_directions)(
                 *(batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq")),
                 *(group["betas"], group["step"], group["eps"]),
             )
         else:
-            directions = updates.momentum_directions(batch.grads, batch.state("exp_avg"), group["betas"][0])
+            directions = run(updates.momentum_directions)(batch.grads, batch.state("exp_avg"), group["betas"][0])
         energies = None
         if group["geometry"]:
-            energies = updates.energies(directions)
+            energies = run(updates.energies)(directions)
             directions = updates.orthogonal_directions(
                 *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-                *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks),
+                *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks, run),
             )
-        updates.apply_(batch.params, directions, energies, group["lr"], group["weight_decay"])
+        run(updates.apply_)(batch.params, directions, energies, group["lr"], group["weight_decay"])
 
     def diagnostics(self) -> dict[str, float]:
-        """Return what the last step saw, as plain numbers, without reading the device.
+        """Return what the last step saw, as plain numbers; reads the device only where the step is capturable.
 
         Keys: ``steps``, ``sync_steps`` (steps that looked twice), ``gradient_evaluations``, ``effective_k`` (steps a
         look, infinite before the first); where a shear force is kept ``alpha`` (what the last step injected, 0 if it

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ars2.updates import TINY, Tensors
+from ars2.compiled import Run, directly
+from ars2.updates import TINY, Number, Tensors
 
 
 def move_to_adversarial_point_(
-    params: Tensors, grads: Tensors, roots: Tensors | None, rho: float, grad_scale: float
+    params: Tensors, grads: Tensors, roots: Tensors | None, rho: Number, grad_scale: Number
 ) -> None:
     """Move each parameter by ``rho * n / (|n| + 1e-12)`` with ``n = g / root * |p|``, in place.
 
@@ -50,7 +51,7 @@ def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.reshape(-1), b.reshape(-1)
 
 
-def shear_forces(second: Tensors, first: Tensors, grad_scale: float) -> Tensors:
+def shear_forces(second: Tensors, first: Tensors, grad_scale: Number) -> Tensors:
     """Return the part of each second gradient orthogonal to the first, ``s = g2 - <g2, g1> / (|g1|^2 + 1e-12) g1``.
 
     ``first`` is multiplied by ``grad_scale``, ``second`` is not; the result does not depend on it.
@@ -67,6 +68,7 @@ def keep_shear_(
     states: list[dict[str, Tensor]],
     first: dict[Tensor, Tensor],
     grad_scale: float,
+    run: Run = directly,
 ) -> None:
     """Put the shear force of each parameter that has a first gradient too into its state; the others keep theirs.
 
@@ -74,24 +76,34 @@ def keep_shear_(
         params, grads, states: parameters, their second gradients in the state's dtype, and their states.
         first: gradients of the first pass by parameter, multiplied by ``grad_scale``.
         grad_scale: what the loss of the first pass was multiplied by.
+        run: how the part that works on tensors is called.
     """
     both = [index for index, param in enumerate(params) if param in first]
     if not both:
         return
     second = [grads[index] for index in both]
-    pairs = zip(both, second, strict=True)
-    shears = shear_forces(second, [first[params[index]].to(grad.dtype) for index, grad in pairs], grad_scale)
+    firsts = [first[params[index]].to(grad.dtype) for index, grad in zip(both, second, strict=True)]
+    shears = run(shear_forces)(second, firsts, grad_scale)
     torch._foreach_copy_([states[index]["shear"] for index in both], shears)
 
 
-def inject(grads: Tensors, shears: Tensors, alpha: float) -> Tensors:
+def inject(grads: Tensors, shears: Tensors, alpha: Number) -> Tensors:
     """Return ``g + alpha * |g| / (|s| + 1e-12) * s`` for each pair; the given gradients are left as they are."""
     lengths = torch.stack(torch._foreach_norm(grads)), torch.stack(torch._foreach_norm(shears))
     scales = alpha * lengths[0] / (lengths[1] + TINY)
     return torch._foreach_addcmul(grads, shears, list(scales.unbind()))
 
 
-def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float) -> float:
+def products_and_lengths(pairs: list[tuple[Tensors, Tensors]]) -> Tensor:
+    """Return the inner product of each gradient and its shear force, and both lengths, a tensor (3, tensors)."""
+    columns = [
+        torch.stack([inner_products(g, s), torch.stack(torch._foreach_norm(g)), torch.stack(torch._foreach_norm(s))])
+        for g, s in pairs
+    ]
+    return torch.cat(columns, dim=1)
+
+
+def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float, run: Run = directly) -> float:
     """Return phi, the cosine of all gradients with all cached shear forces, each side taken as one long vector.
 
     Tensors without a shear force (it is zero) do not count. Reads the device once, whatever the number of tensors.
@@ -99,15 +111,12 @@ def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float) -> fl
     Args:
         pairs: lists of gradients (multiplied by ``grad_scale``) and of their shear forces, one pair of lists a group.
         grad_scale: what the loss was multiplied by.
+        run: how the part that works on tensors is called.
     """
-    columns = [
-        torch.stack([inner_products(g, s), torch.stack(torch._foreach_norm(g)), torch.stack(torch._foreach_norm(s))])
-        for g, s in pairs
-        if g
-    ]
-    if not columns:
+    pairs = [(grads, shears) for grads, shears in pairs if grads]
+    if not pairs:
         return 0.0
-    inner, grad_lengths, shear_lengths = torch.cat(columns, dim=1).tolist()
+    inner, grad_lengths, shear_lengths = run(products_and_lengths)(pairs).tolist()
     known = [index for index, length in enumerate(shear_lengths) if length != 0]
     grad_length: float = math.sqrt(math.fsum(grad_lengths[index] ** 2 for index in known)) / grad_scale
     shear_length: float = math.sqrt(math.fsum(shear_lengths[index] ** 2 for index in known))
@@ -149,7 +158,7 @@ def looks_again(group: dict[str, Any], t: int, phi: float, variance: float) -> b
 
 def diagnostics(group: dict[str, Any], keeps_shear: bool) -> dict[str, float]:
     """Return what the last step saw, see :meth:`ars2.ARS2Neo.diagnostics`; ``group`` holds the counters."""
-    steps, looks = group["step"], group["sync_steps"]
+    steps, looks = int(group["step"]), int(group["sync_steps"])
     report = {
         "steps": float(steps),
         "sync_steps": float(looks),

@@ -144,6 +144,12 @@ class Sweep:
         optimizers: the contenders by name.
         common: options of every run as a config, nested; rules that stop a run early belong here.
         final: options of the winners' runs on top, nested, such as a larger budget.
+        give_up_at: a trial ends in the epoch in which it has spent this many times the gradient evaluations that the
+            best trial of its optimizer so far needed to reach the milestone; at least 1, so that the winner stays the
+            same. ``None`` (default): only ``common`` ends a trial.
+
+    Raises:
+        ValueError: ``give_up_at`` is below 1, or the objective is no milestone at a cost in gradient evaluations.
     """
 
     name: str
@@ -156,6 +162,14 @@ class Sweep:
     optimizers: dict[str, Contender]
     common: dict[str, Any]
     final: dict[str, Any]
+    give_up_at: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.give_up_at is not None:
+            if self.objective.milestone is None or self.objective.cost != "gradient_evaluations":
+                raise ValueError("give_up_at needs an objective of gradient_evaluations to a milestone")
+            if self.give_up_at < 1:
+                raise ValueError(f"give_up_at must be at least 1, got {self.give_up_at}")
 
     def points(self, optimizer: str) -> list[dict[str, Any]]:
         """Return the trials' options for ``optimizer``, in their order.
