@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ars2 import flatness, updates, validation
+from ars2.sharded import local
 from ars2.tracked import Batch, TrackedOptimizer
 from ars2.updates import Tensors
 
@@ -196,7 +197,9 @@ class ARS2Neo(TrackedOptimizer):
         if main["mode"] == "aga":
             if main["sync_steps"] > 0:
                 batches = [self._batch(group) for group in self.param_groups]
-                now.phi = flatness.global_cosine([(b.grads, b.state("shear")) for b in batches], grad_scale)
+                now.phi = flatness.global_cosine(
+                    [(b.grads, b.state("shear")) for b in batches], grad_scale, self._shards
+                )
             now.variance = flatness.next_variance(main, now.phi, t)
         now.wanted = flatness.looks_again(main, t, now.phi, now.variance)
         self._pass = now
@@ -214,15 +217,20 @@ class ARS2Neo(TrackedOptimizer):
             raise RuntimeError("perturb() needs wants_second_pass() right before it, once in each step")
         now.stage = "moved"
         try:
+            moves: list[tuple[Tensors, Tensors, float]] = []
             for group in self.param_groups:
                 batch = self._batch(group)
                 if not batch.params:
                     continue
-                now.saved.append((batch.params, [p.clone() for p in batch.params]))
                 roots = updates.second_moment_root(
                     batch.state("exp_avg_sq"), group["betas"][1], group["step"], group["eps"]
                 )
-                flatness.move_to_adversarial_point_(batch.params, batch.grads, roots, group["rho"], now.grad_scale)
+                offsets = flatness.adversarial_offsets(batch.params, batch.grads, roots)
+                moves.append((batch.params, offsets, group["rho"]))
+            _, lengths = self._whole([], [flatness.norms(offsets) for _, offsets, _ in moves])
+            for (params, offsets, rho), length in zip(moves, lengths, strict=True):
+                now.saved.append((list(params), [p.clone() for p in params]))
+                flatness.move_(params, offsets, length, rho, now.grad_scale)
             now.first_gradients = {
                 # A view, such as into a bucket of gradients, is written over by the next backward pass.
                 param: param.grad.clone() if param.grad._is_view() else param.grad
@@ -327,17 +335,19 @@ class ARS2Neo(TrackedOptimizer):
         self._pass = _Pass()
         synced, t = now.stage == "restored", main["step"] + 1
         alpha = main["alpha"] * (1 + max(0.0, now.phi)) ** main["phi_gamma"] if main["mode"] == "aga" else main["alpha"]
-        injects = not synced and alpha > 0 and "shear" in self._state_keys(main)
+        keeps = "shear" in self._state_keys(main)
+        injects = keeps and not synced and alpha > 0
         with self._without_autocast():
-            for group in self.param_groups:
-                batch = self._batch(group)
+            batches = [self._batch(group) for group in self.param_groups]
+            if keeps and synced:
+                self._keep_shears(batches, now)
+            lengths = self._injection_lengths(batches) if injects else [()] * len(batches)
+            for group, batch, both in zip(self.param_groups, batches, lengths, strict=True):
                 group["step"] += 1
                 if not batch.params:
                     continue
-                if synced and "shear" in self._state_keys(main):
-                    self._keep_shear(batch, now)
-                elif injects:
-                    batch = batch._replace(grads=flatness.inject(batch.grads, batch.state("shear"), alpha))
+                if both:
+                    batch = batch._replace(grads=flatness.inject(batch.grads, batch.state("shear"), alpha, *both))
                 self._move(group, batch)
         if synced:
             main["sync_steps"] += 1
@@ -345,19 +355,27 @@ class ARS2Neo(TrackedOptimizer):
         main["phi"], main["phi_variance"] = now.phi, now.variance
         main["injected_alpha"] = alpha if injects else 0.0
 
-    @staticmethod
-    def _keep_shear(batch: Batch, now: _Pass) -> None:
-        first = now.first_gradients
-        both = [index for index, param in enumerate(batch.params) if param in first]
-        if not both:
-            return
-        second = [batch.grads[index] for index in both]
-        shears = flatness.shear_forces(
-            second,
-            [first[batch.params[index]].to(grad.dtype) for index, grad in zip(both, second, strict=True)],
-            now.grad_scale,
-        )
-        torch._foreach_copy_([batch.states[index]["shear"] for index in both], shears)
+    def _keep_shears(self, batches: list[Batch], now: _Pass) -> None:
+        """Keep the shear force of every parameter that both passes gave a gradient."""
+        pairs: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+        for batch in batches:
+            both = [index for index, source in enumerate(batch.sources) if source in now.first_gradients]
+            if both:
+                second = [batch.grads[index] for index in both]
+                first = [local(now.first_gradients[batch.sources[index]]) for index in both]
+                first = [one.to(other.dtype) for one, other in zip(first, second, strict=True)]
+                pairs.append((second, first, [batch.states[index]["shear"] for index in both]))
+        products = [flatness.inner_products(second, first) for second, first, _ in pairs]
+        lengths = [flatness.norms(first) for _, first, _ in pairs]
+        for (second, first, kept), product, length in zip(pairs, *self._whole(products, lengths), strict=True):
+            torch._foreach_copy_(kept, flatness.shear_forces(second, first, product, length, now.grad_scale))
+
+    def _injection_lengths(self, batches: list[Batch]) -> list[tuple[Tensor, ...]]:
+        """Return for each batch the norms of its gradients and of their shear forces; nothing for an empty one."""
+        lists = [tensors for b in batches if b.params for tensors in (b.grads, b.state("shear"))]
+        _, lengths = self._whole([], [flatness.norms(tensors) for tensors in lists])
+        found = iter(lengths)
+        return [(next(found), next(found)) if batch.params else () for batch in batches]
 
     def _move(self, group: dict[str, Any], batch: Batch) -> None:
         if group["track"] == "vector":
@@ -367,10 +385,11 @@ class ARS2Neo(TrackedOptimizer):
             *(batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq")),
             *(group["betas"], group["step"], group["eps"]),
         )
-        energies = updates.energies(directions)
+        energies = updates.energies(directions, self._shards)
         directions = updates.orthogonal_directions(
             *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
             *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks),
+            [param.shape for param in batch.sources],
         )
         updates.apply_(batch.params, directions, energies, group["lr"], group["weight_decay"])
 

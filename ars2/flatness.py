@@ -11,27 +11,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ars2.sharded import Shards
 from ars2.updates import Tensors
 
 TINY = 1e-12
 
 
-def move_to_adversarial_point_(params: Tensors, grads: Tensors, roots: Tensors, rho: float, grad_scale: float) -> None:
-    """Move each parameter by ``rho * n / (|n| + 1e-12)`` with ``n = g / root * |p|``, in place.
+def adversarial_offsets(params: Tensors, grads: Tensors, roots: Tensors) -> Tensors:
+    """Return the direction of each parameter's move to the adversarial point, ``n = g / root * |p|``.
 
     Args:
         params: tensors of any dtype.
-        grads: gradients multiplied by ``grad_scale``, in the dtype of ``roots``.
+        grads: gradients in the dtype of ``roots``.
         roots: ``sqrt(v_hat) + eps`` of the second moment before this step.
-        rho: length of each tensor's move.
-        grad_scale: what the loss was multiplied by; the move does not depend on it.
     """
     offsets = torch._foreach_div(grads, roots)
     magnitudes = torch._foreach_abs(params)
     torch._foreach_mul_(offsets, magnitudes)
-    lengths = torch.stack(torch._foreach_norm(offsets))
+    return offsets
+
+
+def move_(params: Tensors, offsets: Tensors, lengths: Tensor, rho: float, grad_scale: float) -> None:
+    """Move each parameter by ``rho * n / (|n| + 1e-12)``, in place; ``offsets`` are used up.
+
+    Args:
+        params: tensors of any dtype.
+        offsets: n of each, from gradients multiplied by ``grad_scale``.
+        lengths: |n| of each, a tensor (params,).
+        rho: length of each tensor's move.
+        grad_scale: what the loss was multiplied by; the move does not depend on it.
+    """
     torch._foreach_mul_(offsets, list((rho / (lengths + TINY * grad_scale)).unbind()))
     torch._foreach_add_(params, offsets)
+
+
+def norms(tensors: Tensors) -> Tensor:
+    """Return the Euclidean norm of each tensor, a tensor (tensors,)."""
+    return torch.stack(torch._foreach_norm(tensors))
 
 
 def inner_products(left: Tensors, right: Tensors) -> Tensor:
@@ -46,25 +62,27 @@ def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.reshape(-1), b.reshape(-1)
 
 
-def shear_forces(second: Tensors, first: Tensors, grad_scale: float) -> Tensors:
+def shear_forces(second: Tensors, first: Tensors, products: Tensor, lengths: Tensor, grad_scale: float) -> Tensors:
     """Return the part of each second gradient orthogonal to the first, ``s = g2 - <g2, g1> / (|g1|^2 + 1e-12) g1``.
 
-    ``first`` is multiplied by ``grad_scale``, ``second`` is not; the result does not depend on it.
+    ``first`` is multiplied by ``grad_scale``, ``second`` is not; the result does not depend on it. ``products`` are the
+    inner products of both, ``lengths`` the norms of ``first``, tensors (gradients,).
     """
-    lengths = torch.stack(torch._foreach_norm(first))
-    coefficients = inner_products(second, first) / (lengths**2 + TINY * grad_scale**2)
+    coefficients = products / (lengths**2 + TINY * grad_scale**2)
     parallel = torch._foreach_mul(first, list(coefficients.unbind()))
     return torch._foreach_sub(second, parallel)
 
 
-def inject(grads: Tensors, shears: Tensors, alpha: float) -> Tensors:
-    """Return ``g + alpha * |g| / (|s| + 1e-12) * s`` for each pair; the given gradients are left as they are."""
-    lengths = torch.stack(torch._foreach_norm(grads)), torch.stack(torch._foreach_norm(shears))
-    scales = alpha * lengths[0] / (lengths[1] + TINY)
+def inject(grads: Tensors, shears: Tensors, alpha: float, grad_lengths: Tensor, shear_lengths: Tensor) -> Tensors:
+    """Return ``g + alpha * |g| / (|s| + 1e-12) * s`` for each pair; the given gradients are left as they are.
+
+    The lengths are the norms of both, tensors (gradients,).
+    """
+    scales = alpha * grad_lengths / (shear_lengths + TINY)
     return torch._foreach_addcmul(grads, shears, list(scales.unbind()))
 
 
-def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float) -> float:
+def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float, shards: Shards | None = None) -> float:
     """Return phi, the cosine of all gradients with all cached shear forces, each side taken as one long vector.
 
     Tensors without a shear force (it is zero) do not count. Reads the device once, whatever the number of tensors.
@@ -72,15 +90,16 @@ def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float) -> fl
     Args:
         pairs: lists of gradients (multiplied by ``grad_scale``) and of their shear forces, one pair of lists a group.
         grad_scale: what the loss was multiplied by.
+        shards: the processes that hold the other rows of the tensors, if there are any.
     """
-    columns = [
-        torch.stack([inner_products(g, s), torch.stack(torch._foreach_norm(g)), torch.stack(torch._foreach_norm(s))])
-        for g, s in pairs
-        if g
-    ]
+    columns = [torch.stack([inner_products(g, s), norms(g), norms(s)]) for g, s in pairs if g]
     if not columns:
         return 0.0
-    inner, grad_lengths, shear_lengths = torch.cat(columns, dim=1).tolist()
+    numbers = torch.cat(columns, dim=1)
+    if shards is not None:
+        inner_of_all, lengths_of_all = shards.whole([numbers[:1]], [numbers[1:]])
+        numbers = torch.cat([*inner_of_all, *lengths_of_all])
+    inner, grad_lengths, shear_lengths = numbers.tolist()
     known = [index for index, length in enumerate(shear_lengths) if length != 0]
     grad_length: float = math.sqrt(math.fsum(grad_lengths[index] ** 2 for index in known)) / grad_scale
     shear_length: float = math.sqrt(math.fsum(shear_lengths[index] ** 2 for index in known))

@@ -94,10 +94,11 @@ class Muon(TrackedOptimizer):
         momenta: Tensors = buffers
         if group["nesterov"]:
             momenta = torch._foreach_lerp(batch.grads, buffers, group["momentum"])
+        wholes = [param.shape for param in batch.sources]
         directions = updates.orthogonal_directions(
             *(momenta, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks),
+            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks, wholes),
         )
-        shapes = [updates.as_stack(direction, group["flatten"]).shape for direction in directions]
+        shapes = [updates.stack_shape(shape, group["flatten"]) for shape in wholes]
         scales = [math.sqrt(max(1.0, shape[1] / shape[2])) for shape in shapes]
         updates.apply_(batch.params, directions, scales, group["lr"], group["weight_decay"])

@@ -1,13 +1,15 @@
 """The arithmetic of one update over lists of tensors: Adam's statistics (energy), orthogonal directions (geometry)."""
 
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ars2.orthogonalize import orthogonalize_all
-from ars2.sharing import Ranks, orthogonalize_replicated
+from ars2.sharded import Shards
+from ars2.sharing import Ranks, orthogonalize_replicated, orthogonalize_sharded
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 
@@ -81,9 +83,14 @@ def as_stack(tensor: Tensor, flatten: bool) -> Tensor:
 
     2-D: one matrix. 3-D: a stack (heads, rows, cols), or with ``flatten`` the matrix (out, in*k). Above: (out, rest).
     """
-    if tensor.ndim == 3 and not flatten:
-        return tensor
-    return tensor.reshape(1, tensor.shape[0], -1)
+    return tensor.reshape(stack_shape(tensor.shape, flatten))
+
+
+def stack_shape(shape: torch.Size, flatten: bool) -> torch.Size:
+    """Return the shape (matrices, rows, cols) of the stack that a tensor of ``shape`` is read as."""
+    if len(shape) == 3 and not flatten:
+        return shape
+    return torch.Size((1, shape[0], shape[1:].numel()))
 
 
 def orthogonal_directions(
@@ -93,16 +100,23 @@ def orthogonal_directions(
     coefficients: str,
     dtype: torch.dtype,
     algorithm: str,
-    ranks: Ranks | None = None,
+    ranks: Ranks | Shards | None = None,
+    shapes: Sequence[torch.Size] = (),
 ) -> list[Tensor]:
     """Return each direction's orthogonal factor, stacks matrix by matrix, in its shape and in ``dtype``.
 
-    With ``ranks`` the directions are the same on all of them, which share the work out.
+    With ``ranks`` the directions are the same on all of them, which share the work out; with shards each has its rows
+    of them, and ``shapes`` are those of the whole ones.
     """
 
     def orthogonalize(stacks: list[Tensor]) -> list[Tensor]:
         return orthogonalize_all(stacks, steps, coefficients, dtype, algorithm=algorithm)
 
+    if isinstance(ranks, Shards):
+        sent = directions if ranks.dtype is None else [direction.to(ranks.dtype) for direction in directions]
+        stacked, numels = [stack_shape(shape, flatten) for shape in shapes], [ranks.numels(shape) for shape in shapes]
+        factors = orthogonalize_sharded(sent, stacked, numels, orthogonalize, ranks.dtype or dtype, ranks.group)
+        return [factor.view(direction.shape) for factor, direction in zip(factors, directions, strict=True)]
     stacks = [as_stack(direction, flatten) for direction in directions]
     if ranks is None:
         factors = orthogonalize(stacks)
@@ -111,9 +125,10 @@ def orthogonal_directions(
     return [factor.reshape(direction.shape) for factor, direction in zip(factors, directions, strict=True)]
 
 
-def energies(directions: Tensors) -> Tensors:
+def energies(directions: Tensors, shards: Shards | None = None) -> Tensors:
     """Return each tensor's Frobenius norm, a scalar tensor: one energy for the whole tensor, stacks included."""
-    return torch._foreach_norm(directions)
+    lengths = torch._foreach_norm(directions)
+    return lengths if shards is None else shards.whole([], lengths)[1]
 
 
 def apply_(
