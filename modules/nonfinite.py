@@ -10,11 +10,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from ars2.sharded import local
+
 
 def gradients_of(optimizer: Optimizer) -> dict[Tensor, Tensor]:
-    """Return the dense gradients that the optimizer would update from, by parameter."""
+    """Return the dense gradients that the optimizer would update from, by parameter.
+
+    Of sharded ones it is what this process holds; an empty one is left out.
+    """
     params = (param for group in optimizer.param_groups for param in group["params"])
-    return {p: p.grad for p in params if p.grad is not None and p.grad.layout is torch.strided and p.grad.numel()}
+    found = {p: local(p.grad) for p in params if p.grad is not None and p.grad.layout is torch.strided}
+    return {param: gradient for param, gradient in found.items() if gradient.numel()}
 
 
 def all_finite(losses: Sequence[Tensor], gradients: list[Tensor]) -> bool:

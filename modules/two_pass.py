@@ -18,7 +18,9 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from ars2.param_groups import Policy, param_groups
+from ars2.sharded import is_sharded, local
 from modules.nonfinite import RunningStatistics, all_finite, describe, gradients_of, spoil
+from modules.sharding import shard
 
 # A stage's torchmetrics by log name: an nn.ModuleDict, whose values type checkers take for tensors.
 Metrics: TypeAlias = Any
@@ -127,6 +129,8 @@ class TwoPassModule(L.LightningModule):
     """
 
     network: nn.Module
+    # Methods beside compute_loss() that use the network's parameters: a sharded network is gathered for them.
+    uses_parameters: tuple[str, ...] = ("predict_step",)
     unit = "examples"  # what batch_size() counts, and losses are means over
 
     def __init__(
@@ -176,6 +180,22 @@ class TwoPassModule(L.LightningModule):
     def batch_size(self, batch: Any) -> int:
         """Return the number of examples, or other units, in ``batch``: the length of its first tensor."""
         return len(batch[0])
+
+    def configure_model(self) -> None:
+        """Shard the network over the processes where the strategy is to (ModelParallelStrategy).
+
+        Raises:
+            ValueError: a network or a choice of options that cannot be sharded.
+        """
+        if self.device_mesh is None:
+            return
+        if self.local_first_pass:
+            raise ValueError(
+                "local_first_pass needs whole gradients on every process, which a sharded network has not: use"
+                " strategy ddp, or set local_first_pass to false"
+            )
+        # The module, not the network: a loss may use parts of the network in its own way.
+        shard(self, ("compute_loss", *self.uses_parameters), self.device_mesh)
 
     def set_metrics(self, metrics: Mapping[str, Metric]) -> None:
         """Take the task's metrics, by log name; every stage gets its own copies, and the mean loss with them."""
@@ -280,7 +300,8 @@ class TwoPassModule(L.LightningModule):
 
     def _first_gradients(self, optimizer: Any) -> dict[Tensor, Tensor]:
         # Without a second pass they may be those of an earlier step, which a scaler skipped.
-        return dict(getattr(optimizer, "first_gradients", {})) if self._losses[1] else {}
+        first: dict[Tensor, Tensor] = getattr(optimizer, "first_gradients", {}) if self._losses[1] else {}
+        return {param: local(gradient) for param, gradient in first.items()}
 
     def _leave_out(self, optimizer: Any) -> None:
         """Go on as if the step's batches had not been, and say so where the run is to stop for it."""
@@ -374,8 +395,9 @@ class TwoPassModule(L.LightningModule):
         groups: Iterable[Any] = param_groups(self.network, self.policy, self.matrix, self.vector)
         optimizer = self.make_optimizer(groups)
         self._statistics = None  # of the device that the network was on before
-        if isinstance(self.trainer.strategy, DDPStrategy) and hasattr(optimizer, "distribute"):
-            optimizer.distribute(torch.distributed.group.WORLD, self.gather)
+        sharded = any(is_sharded(param) for param in self.network.parameters())
+        if (sharded or isinstance(self.trainer.strategy, DDPStrategy)) and hasattr(optimizer, "distribute"):
+            optimizer.distribute(None if sharded else torch.distributed.group.WORLD, self.gather)
         if self._resumed_optimizer not in (None, type(optimizer).__name__):
             raise ValueError(
                 f"the checkpoint is of a run under {self._resumed_optimizer} and cannot go on under"
