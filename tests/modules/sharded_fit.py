@@ -112,7 +112,7 @@ def read(ranks: int = 0, folder: Path | None = None) -> dict[str, Any]:
     """Train a language model whose head is its embedding for 6 steps, and let it go on from a text."""
     assert folder is not None
     module = language.model("aga", projections="per_head", policy="hidden")
-    module.make_optimizer = make_optimizer("aga", ns_dtype="float32")
+    module.make_optimizer = make_optimizer("aga", lr=1e-3, ns_dtype="float32")
     devices = max(1, ranks)
     trainer = language.trainer(max_steps=6, limit_val_batches=2, devices=devices, strategy=strategy(ranks))
     data = language.data(folder)
