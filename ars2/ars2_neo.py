@@ -12,16 +12,15 @@ In a plain loop ``step(closure)`` does everything. A loop that scales, clips or 
     optimizer.step()                          # update from the gradients that are there now
 """
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ars2 import flatness, updates, validation
-from ars2.sharded import local
+from ars2 import flatness, sharded_flatness, updates, validation
+from ars2.capturable import to_device_
 from ars2.tracked import Batch, TrackedOptimizer
 from ars2.updates import Tensors
 
@@ -50,6 +49,11 @@ class ARS2Neo(TrackedOptimizer):
     step that looks twice, the gradient that enters the moments is taken at ``p + rho * n / |n|``,
     ``n = g / (sqrt(v_hat) + eps) * |p|``, tensor by tensor.
 
+    Flatness (``mode``), geometry and energy can be switched off for matrices. Without geometry they move by ``lr * u``:
+    AdamW, and in mode ``"sync"`` SAM on AdamW. Without energy no second moment is kept: ``n = g * |p|``, and ``u`` is
+    the momentum at root mean square 1, ``sqrt(numel) * m / |m|``: Muon at another scale, or normalised momentum SGD.
+    Its length is Adam's at the first step; that of the raw momentum would fall with the gradient, a second change.
+
     Args:
         params: parameters, (name, parameter) pairs, or groups of either. A group may say ``track`` (``"matrix"``, the
             default, or ``"vector"``), ``flatten``, ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``rho`` for itself.
@@ -68,18 +72,22 @@ class ARS2Neo(TrackedOptimizer):
         phi_beta, phi_lambda, phi_gamma: AGA's variance decay, threshold in standard deviations, and exponent.
         ns_steps, ns_coefficients, ns_dtype: iterations, ``"jordan"`` or ``"polar_express"``, and the products' dtype
             (``"bfloat16"``, ``"float32"``, ``"float64"``).
+        energy, geometry: whether matrices take Adam's second moment, and Newton-Schulz, or go without; see above.
         ns_algorithm: ``"standard"``, ``"gram"``, or ``"auto"``: the faster one for each shape, by measurement.
         probability, seed: of ``"random"``; the draws depend on the seed and the step number alone.
+        compile: compile the step's arithmetic with ``torch.compile`` when it is first used. Not saved.
+        capturable: keep what changes from step to step on the device, the learning rate too, so that a CUDA graph can
+            hold a step (modes ``"base"`` and ``"sync"``); a loaded state needs a new graph. Not saved.
 
     Raises:
         ValueError: an option out of its range, or a parameter that its track cannot take; named in the message.
     """
 
     shared_options = (
-        *("mode", "k", "alpha", "phi_beta", "phi_lambda", "phi_gamma"),
+        *("mode", "energy", "geometry", "k", "alpha", "phi_beta", "phi_lambda", "phi_gamma"),
         *("ns_steps", "ns_coefficients", "ns_dtype", "ns_algorithm", "probability", "seed"),
     )
-    fixed_options = ("mode",)
+    fixed_options = ("mode", "energy", "geometry")
 
     def __init__(
         self,
@@ -90,6 +98,8 @@ class ARS2Neo(TrackedOptimizer):
         weight_decay: float = 0.1,
         rho: float = 0.1,
         mode: Mode = "sync",
+        energy: bool = True,
+        geometry: bool = True,
         k: int = 0,
         alpha: float = 0.1,
         phi_beta: float = 0.99,
@@ -101,21 +111,25 @@ class ARS2Neo(TrackedOptimizer):
         ns_algorithm: str = "auto",
         probability: float = 0.1,
         seed: int = 0,
+        compile: bool = False,
+        capturable: bool = False,
     ) -> None:
         self._pass = _Pass()
         super().__init__(
             params,
             {
                 **{"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rho": rho},
-                **{"mode": mode, "k": k, "alpha": alpha},
+                **{"mode": mode, "energy": energy, "geometry": geometry, "k": k, "alpha": alpha},
                 **{"phi_beta": phi_beta, "phi_lambda": phi_lambda, "phi_gamma": phi_gamma},
                 **{"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype},
-                "ns_algorithm": ns_algorithm,
-                **{"probability": probability, "seed": seed},
+                **{"ns_algorithm": ns_algorithm, "probability": probability, "seed": seed},
             },
+            *(compile, capturable),
         )
         counters = {"sync_steps": 0, "last_sync": 0, "phi": 0.0, "phi_variance": 0.0, "injected_alpha": 0.0}
         self.param_groups[0].update(counters)
+        if capturable:
+            to_device_(self.param_groups[0])
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
@@ -125,6 +139,8 @@ class ARS2Neo(TrackedOptimizer):
         validation.check_number(group, "probability", 0.0, 1.0, closed_maximum=True)
         validation.check_integer(group, "seed", 0)
         validation.check_choice(group, "mode", MODES)
+        for name in ("energy", "geometry"):
+            validation.check_choice(group, name, (False, True))
         validation.check_integer(group, "k", 1 if group["mode"] == "periodic" else 0)
         largest = {"base": 0, "random": 0, "sync": 1}.get(group["mode"], group["k"])
         if group["k"] > largest:
@@ -144,7 +160,8 @@ class ARS2Neo(TrackedOptimizer):
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         keeps_shear = group["mode"] in ("aga", "random") or (group["mode"] == "periodic" and group["k"] > 1)
-        return ("exp_avg", "exp_avg_sq", "shear") if keeps_shear else ("exp_avg", "exp_avg_sq")
+        second = () if group["track"] == "matrix" and not group["energy"] else ("exp_avg_sq",)
+        return ("exp_avg", *second, *(("shear",) if keeps_shear else ()))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._refuse_while_moved("add_param_group()")
@@ -198,7 +215,7 @@ class ARS2Neo(TrackedOptimizer):
             if main["sync_steps"] > 0:
                 batches = [self._batch(group) for group in self.param_groups]
                 now.phi = flatness.global_cosine(
-                    [(b.grads, b.state("shear")) for b in batches], grad_scale, self._shards
+                    [(b.grads, b.state("shear")) for b in batches], grad_scale, self._run(main), self._shards
                 )
             now.variance = flatness.next_variance(main, now.phi, t)
         now.wanted = flatness.looks_again(main, t, now.phi, now.variance)
@@ -217,20 +234,24 @@ class ARS2Neo(TrackedOptimizer):
             raise RuntimeError("perturb() needs wants_second_pass() right before it, once in each step")
         now.stage = "moved"
         try:
-            moves: list[tuple[Tensors, Tensors, float]] = []
+            moves: list[sharded_flatness.Move] = []
             for group in self.param_groups:
                 batch = self._batch(group)
                 if not batch.params:
                     continue
-                roots = updates.second_moment_root(
-                    batch.state("exp_avg_sq"), group["betas"][1], group["step"], group["eps"]
-                )
-                offsets = flatness.adversarial_offsets(batch.params, batch.grads, roots)
-                moves.append((batch.params, offsets, group["rho"]))
-            _, lengths = self._whole([], [flatness.norms(offsets) for _, offsets, _ in moves])
-            for (params, offsets, rho), length in zip(moves, lengths, strict=True):
-                now.saved.append((list(params), [p.clone() for p in params]))
-                flatness.move_(params, offsets, length, rho, now.grad_scale)
+                now.saved.append((batch.params, [p.clone() for p in batch.params]))
+                run, roots = self._run(group), None
+                if "exp_avg_sq" in self._state_keys(group):
+                    seconds = batch.state("exp_avg_sq")
+                    roots = run(updates.second_moment_root)(seconds, group["betas"][1], group["step"], group["eps"])
+                if self._shards is None:
+                    move = run(flatness.move_to_adversarial_point_)
+                    move(batch.params, batch.grads, roots, group["rho"], now.grad_scale)
+                else:
+                    offsets = flatness.adversarial_offsets(batch.params, batch.grads, roots)
+                    moves.append(sharded_flatness.Move(batch.params, offsets, group["rho"]))
+            if self._shards is not None:
+                sharded_flatness.move_all_(moves, now.grad_scale, self._shards)
             now.first_gradients = {
                 # A view, such as into a bucket of gradients, is written over by the next backward pass.
                 param: param.grad.clone() if param.grad._is_view() else param.grad
@@ -338,79 +359,68 @@ class ARS2Neo(TrackedOptimizer):
         keeps = "shear" in self._state_keys(main)
         injects = keeps and not synced and alpha > 0
         with self._without_autocast():
-            batches = [self._batch(group) for group in self.param_groups]
-            if keeps and synced:
-                self._keep_shears(batches, now)
-            lengths = self._injection_lengths(batches) if injects else [()] * len(batches)
-            for group, batch, both in zip(self.param_groups, batches, lengths, strict=True):
+            batches = self._batches(now, keeps and synced, alpha if injects else 0.0)
+            for group, batch in zip(self.param_groups, batches, strict=True):
                 group["step"] += 1
-                if not batch.params:
-                    continue
-                if both:
-                    batch = batch._replace(grads=flatness.inject(batch.grads, batch.state("shear"), alpha, *both))
-                self._move(group, batch)
+                if batch.params:
+                    self._move(group, batch)
         if synced:
             main["sync_steps"] += 1
-            main["last_sync"] = t
+            main["last_sync"] += t - main["last_sync"]  # in place where it is a tensor
         main["phi"], main["phi_variance"] = now.phi, now.variance
         main["injected_alpha"] = alpha if injects else 0.0
 
-    def _keep_shears(self, batches: list[Batch], now: _Pass) -> None:
-        """Keep the shear force of every parameter that both passes gave a gradient."""
-        pairs: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
-        for batch in batches:
-            both = [index for index, source in enumerate(batch.sources) if source in now.first_gradients]
-            if both:
-                second = [batch.grads[index] for index in both]
-                first = [local(now.first_gradients[batch.sources[index]]) for index in both]
-                first = [one.to(other.dtype) for one, other in zip(first, second, strict=True)]
-                pairs.append((second, first, [batch.states[index]["shear"] for index in both]))
-        products = [flatness.inner_products(second, first) for second, first, _ in pairs]
-        lengths = [flatness.norms(first) for _, first, _ in pairs]
-        for (second, first, kept), product, length in zip(pairs, *self._whole(products, lengths), strict=True):
-            torch._foreach_copy_(kept, flatness.shear_forces(second, first, product, length, now.grad_scale))
-
-    def _injection_lengths(self, batches: list[Batch]) -> list[tuple[Tensor, ...]]:
-        """Return for each batch the norms of its gradients and of their shear forces; nothing for an empty one."""
-        lists = [tensors for b in batches if b.params for tensors in (b.grads, b.state("shear"))]
-        _, lengths = self._whole([], [flatness.norms(tensors) for tensors in lists])
-        found = iter(lengths)
-        return [(next(found), next(found)) if batch.params else () for batch in batches]
+    def _batches(self, now: _Pass, keeps: bool, alpha: float) -> Iterator[Batch]:
+        """Yield each group's batch, its shear forces kept if this step looked twice, or injected if ``alpha`` > 0."""
+        if self._shards is not None:
+            batches = [self._batch(group) for group in self.param_groups]
+            if keeps:
+                sharded_flatness.keep_shears_(batches, now.first_gradients, now.grad_scale, self._shards)
+            yield from sharded_flatness.injected(batches, alpha, self._shards) if alpha > 0 else batches
+            return
+        for group in self.param_groups:
+            batch, run = self._batch(group), self._run(group)
+            if batch.params and keeps:
+                flatness.keep_shear_(batch.params, batch.grads, batch.states, now.first_gradients, now.grad_scale, run)
+            elif batch.params and alpha > 0:
+                batch = batch._replace(grads=run(flatness.inject)(batch.grads, batch.state("shear"), alpha))
+            yield batch
 
     def _move(self, group: dict[str, Any], batch: Batch) -> None:
-        if group["track"] == "vector":
+        if group["track"] == "vector" or (group["energy"] and not group["geometry"]):
             self._move_vectors(group, batch)
             return
-        directions: Tensors = updates.adam_directions(
-            *(batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq")),
-            *(group["betas"], group["step"], group["eps"]),
-        )
-        energies = updates.energies(directions, self._shards)
-        directions = updates.orthogonal_directions(
-            *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks),
-            [param.shape for param in batch.sources],
-        )
-        updates.apply_(batch.params, directions, energies, group["lr"], group["weight_decay"])
+        run = self._run(group)
+        if group["energy"]:
+            directions: Tensors = run(updates.adam_directions)(
+                *(batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq")),
+                *(group["betas"], group["step"], group["eps"]),
+            )
+        else:
+            options: dict[str, Any] = {"numels": [shape.numel() for shape in batch.shapes]}
+            if self._shards is not None:
+                options["shards"] = self._shards
+            directions = run(updates.momentum_directions)(
+                batch.grads, batch.state("exp_avg"), group["betas"][0], **options
+            )
+        energies = None
+        if group["geometry"]:
+            energies = run(updates.energies)(directions, *filter(None, [self._shards]))
+            directions = updates.orthogonal_directions(
+                *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
+                *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),
+                ranks=self._ranks,
+                run=run,
+                shapes=batch.shapes,
+            )
+        run(updates.apply_)(batch.params, directions, energies, group["lr"], group["weight_decay"])
 
     def diagnostics(self) -> dict[str, float]:
-        """Return what the last step saw, as plain numbers, without reading the device.
+        """Return what the last step saw, as plain numbers; reads the device only where the step is capturable.
 
         Keys: ``steps``, ``sync_steps`` (steps that looked twice), ``gradient_evaluations``, ``effective_k`` (steps a
         look, infinite before the first); where a shear force is kept ``alpha`` (what the last step injected, 0 if it
         looked); in AGA ``phi``, ``phi_deviation`` and ``threshold`` (``-phi_lambda`` deviations).
         """
         main = self.param_groups[0]
-        steps, looks = main["step"], main["sync_steps"]
-        report = {
-            "steps": float(steps),
-            "sync_steps": float(looks),
-            "gradient_evaluations": float(steps + looks),
-            "effective_k": steps / looks if looks else math.inf,
-        }
-        if "shear" in self._state_keys(main):
-            report["alpha"] = main["injected_alpha"]
-        if main["mode"] == "aga":
-            deviation = math.sqrt(main["phi_variance"])
-            report |= {"phi": main["phi"], "phi_deviation": deviation, "threshold": -main["phi_lambda"] * deviation}
-        return report
+        return flatness.diagnostics(main, keeps_shear="shear" in self._state_keys(main))

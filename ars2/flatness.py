@@ -11,43 +11,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ars2.compiled import Run, directly
 from ars2.sharded import Shards
-from ars2.updates import Tensors
-
-TINY = 1e-12
-
-
-def adversarial_offsets(params: Tensors, grads: Tensors, roots: Tensors) -> Tensors:
-    """Return the direction of each parameter's move to the adversarial point, ``n = g / root * |p|``.
-
-    Args:
-        params: tensors of any dtype.
-        grads: gradients in the dtype of ``roots``.
-        roots: ``sqrt(v_hat) + eps`` of the second moment before this step.
-    """
-    offsets = torch._foreach_div(grads, roots)
-    magnitudes = torch._foreach_abs(params)
-    torch._foreach_mul_(offsets, magnitudes)
-    return offsets
-
-
-def move_(params: Tensors, offsets: Tensors, lengths: Tensor, rho: float, grad_scale: float) -> None:
-    """Move each parameter by ``rho * n / (|n| + 1e-12)``, in place; ``offsets`` are used up.
-
-    Args:
-        params: tensors of any dtype.
-        offsets: n of each, from gradients multiplied by ``grad_scale``.
-        lengths: |n| of each, a tensor (params,).
-        rho: length of each tensor's move.
-        grad_scale: what the loss was multiplied by; the move does not depend on it.
-    """
-    torch._foreach_mul_(offsets, list((rho / (lengths + TINY * grad_scale)).unbind()))
-    torch._foreach_add_(params, offsets)
+from ars2.updates import TINY, Number, Tensors
 
 
 def norms(tensors: Tensors) -> Tensor:
     """Return the Euclidean norm of each tensor, a tensor (tensors,)."""
     return torch.stack(torch._foreach_norm(tensors))
+
+
+def move_to_adversarial_point_(
+    params: Tensors, grads: Tensors, roots: Tensors | None, rho: Number, grad_scale: Number
+) -> None:
+    """Move each parameter by ``rho * n / (|n| + 1e-12)`` with ``n = g / root * |p|``, in place.
+
+    Args:
+        params: tensors of any dtype.
+        grads: gradients multiplied by ``grad_scale``, in the dtype of ``roots``.
+        roots: ``sqrt(v_hat) + eps`` of the second moment before this step; ``None`` where there is none, which
+            counts as 1.
+        rho: length of each tensor's move.
+        grad_scale: what the loss was multiplied by; the move does not depend on it.
+    """
+    offsets = adversarial_offsets(params, grads, roots)
+    move_along_(params, offsets, norms(offsets), rho, grad_scale)
+
+
+def adversarial_offsets(params: Tensors, grads: Tensors, roots: Tensors | None) -> Tensors:
+    """Return ``n = g / root * |p|`` of each parameter, see :func:`move_to_adversarial_point_`."""
+    magnitudes = torch._foreach_abs(params)
+    if roots is None:
+        return torch._foreach_mul(grads, magnitudes)
+    offsets = torch._foreach_div(grads, roots)
+    torch._foreach_mul_(offsets, magnitudes)
+    return offsets
+
+
+def move_along_(params: Tensors, offsets: Tensors, lengths: Tensor, rho: Number, grad_scale: Number) -> None:
+    """Move each parameter by ``rho * n / (|n| + 1e-12)``; ``lengths`` (params,) are |n|, ``offsets`` are used up."""
+    torch._foreach_mul_(offsets, list((rho / (lengths + TINY * grad_scale)).unbind()))
+    torch._foreach_add_(params, offsets)
 
 
 def inner_products(left: Tensors, right: Tensors) -> Tensor:
@@ -62,27 +66,65 @@ def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.reshape(-1), b.reshape(-1)
 
 
-def shear_forces(second: Tensors, first: Tensors, products: Tensor, lengths: Tensor, grad_scale: float) -> Tensors:
+def shear_forces(second: Tensors, first: Tensors, grad_scale: Number) -> Tensors:
     """Return the part of each second gradient orthogonal to the first, ``s = g2 - <g2, g1> / (|g1|^2 + 1e-12) g1``.
 
-    ``first`` is multiplied by ``grad_scale``, ``second`` is not; the result does not depend on it. ``products`` are the
-    inner products of both, ``lengths`` the norms of ``first``, tensors (gradients,).
+    ``first`` is multiplied by ``grad_scale``, ``second`` is not; the result does not depend on it.
     """
+    return without_parallel(second, first, inner_products(second, first), norms(first), grad_scale)
+
+
+def without_parallel(second: Tensors, first: Tensors, products: Tensor, lengths: Tensor, grad_scale: Number) -> Tensors:
+    """Return the shear forces from the inner products ``<g2, g1>`` and the norms ``|g1|``, tensors (gradients,)."""
     coefficients = products / (lengths**2 + TINY * grad_scale**2)
     parallel = torch._foreach_mul(first, list(coefficients.unbind()))
     return torch._foreach_sub(second, parallel)
 
 
-def inject(grads: Tensors, shears: Tensors, alpha: float, grad_lengths: Tensor, shear_lengths: Tensor) -> Tensors:
-    """Return ``g + alpha * |g| / (|s| + 1e-12) * s`` for each pair; the given gradients are left as they are.
+def keep_shear_(
+    params: list[Tensor],
+    grads: Tensors,
+    states: list[dict[str, Tensor]],
+    first: dict[Tensor, Tensor],
+    grad_scale: float,
+    run: Run = directly,
+) -> None:
+    """Put the shear force of each parameter that has a first gradient too into its state; the others keep theirs.
 
-    The lengths are the norms of both, tensors (gradients,).
+    Args:
+        params, grads, states: parameters, their second gradients in the state's dtype, and their states.
+        first: gradients of the first pass by parameter, multiplied by ``grad_scale``.
+        grad_scale: what the loss of the first pass was multiplied by.
+        run: how the part that works on tensors is called.
     """
+    both = [index for index, param in enumerate(params) if param in first]
+    if not both:
+        return
+    second = [grads[index] for index in both]
+    firsts = [first[params[index]].to(grad.dtype) for index, grad in zip(both, second, strict=True)]
+    shears = run(shear_forces)(second, firsts, grad_scale)
+    torch._foreach_copy_([states[index]["shear"] for index in both], shears)
+
+
+def inject(grads: Tensors, shears: Tensors, alpha: Number) -> Tensors:
+    """Return ``g + alpha * |g| / (|s| + 1e-12) * s`` for each pair; the given gradients are left as they are."""
+    return with_shears(grads, shears, alpha, norms(grads), norms(shears))
+
+
+def with_shears(grads: Tensors, shears: Tensors, alpha: Number, grad_lengths: Tensor, shear_lengths: Tensor) -> Tensors:
+    """Return the gradients with the shear forces added, from the norms of both, tensors (gradients,)."""
     scales = alpha * grad_lengths / (shear_lengths + TINY)
     return torch._foreach_addcmul(grads, shears, list(scales.unbind()))
 
 
-def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float, shards: Shards | None = None) -> float:
+def products_and_lengths(pairs: list[tuple[Tensors, Tensors]]) -> Tensor:
+    """Return the inner product of each gradient and its shear force, and both lengths, a tensor (3, tensors)."""
+    return torch.cat([torch.stack([inner_products(g, s), norms(g), norms(s)]) for g, s in pairs], dim=1)
+
+
+def global_cosine(
+    pairs: list[tuple[Tensors, Tensors]], grad_scale: float, run: Run = directly, shards: Shards | None = None
+) -> float:
     """Return phi, the cosine of all gradients with all cached shear forces, each side taken as one long vector.
 
     Tensors without a shear force (it is zero) do not count. Reads the device once, whatever the number of tensors.
@@ -90,15 +132,16 @@ def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float, shard
     Args:
         pairs: lists of gradients (multiplied by ``grad_scale``) and of their shear forces, one pair of lists a group.
         grad_scale: what the loss was multiplied by.
-        shards: the processes that hold the other rows of the tensors, if there are any.
+        run: how the part that works on tensors is called.
+        shards: the processes that hold the other rows of the tensors, where they are sharded.
     """
-    columns = [torch.stack([inner_products(g, s), norms(g), norms(s)]) for g, s in pairs if g]
-    if not columns:
+    pairs = [(grads, shears) for grads, shears in pairs if grads]
+    if not pairs:
         return 0.0
-    numbers = torch.cat(columns, dim=1)
+    numbers: Tensor = run(products_and_lengths)(pairs)
     if shards is not None:
-        inner_of_all, lengths_of_all = shards.whole([numbers[:1]], [numbers[1:]])
-        numbers = torch.cat([*inner_of_all, *lengths_of_all])
+        products_of_whole, lengths_of_whole = shards.whole([numbers[:1]], [numbers[1:]])
+        numbers = torch.cat([*products_of_whole, *lengths_of_whole])
     inner, grad_lengths, shear_lengths = numbers.tolist()
     known = [index for index, length in enumerate(shear_lengths) if length != 0]
     grad_length: float = math.sqrt(math.fsum(grad_lengths[index] ** 2 for index in known)) / grad_scale
@@ -137,3 +180,20 @@ def looks_again(group: dict[str, Any], t: int, phi: float, variance: float) -> b
         drifted = phi < -float(group["phi_lambda"]) * math.sqrt(variance)
         return drifted or t == 1 or (k > 1 and t - int(group["last_sync"]) >= k)
     return False
+
+
+def diagnostics(group: dict[str, Any], keeps_shear: bool) -> dict[str, float]:
+    """Return what the last step saw, see :meth:`ars2.ARS2Neo.diagnostics`; ``group`` holds the counters."""
+    steps, looks = int(group["step"]), int(group["sync_steps"])
+    report = {
+        "steps": float(steps),
+        "sync_steps": float(looks),
+        "gradient_evaluations": float(steps + looks),
+        "effective_k": steps / looks if looks else math.inf,
+    }
+    if keeps_shear:
+        report["alpha"] = group["injected_alpha"]
+    if group["mode"] == "aga":
+        deviation = math.sqrt(group["phi_variance"])
+        report |= {"phi": group["phi"], "phi_deviation": deviation, "threshold": -group["phi_lambda"] * deviation}
+    return report

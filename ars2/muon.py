@@ -29,6 +29,7 @@ class Muon(TrackedOptimizer):
         weight_decay: decoupled weight decay, multiplied by ``lr``.
         ns_steps, ns_coefficients, ns_dtype, ns_algorithm: as for :class:`ars2.ARS2Neo`.
         betas, eps: of the vector track.
+        compile: as for :class:`ars2.ARS2Neo`.
 
     Raises:
         ValueError: an option out of its range, or a parameter that its track cannot take; named in the message.
@@ -49,6 +50,7 @@ class Muon(TrackedOptimizer):
         ns_algorithm: str = "auto",
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        compile: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -58,6 +60,7 @@ class Muon(TrackedOptimizer):
                 "ns_algorithm": ns_algorithm,
                 **{"betas": betas, "eps": eps},
             },
+            compile,
         )
 
     def _check_options(self, group: dict[str, Any]) -> None:
@@ -89,16 +92,16 @@ class Muon(TrackedOptimizer):
         return result
 
     def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:
-        buffers = batch.state("momentum_buffer")
-        torch._foreach_lerp_(buffers, batch.grads, 1 - group["momentum"])
-        momenta: Tensors = buffers
-        if group["nesterov"]:
-            momenta = torch._foreach_lerp(batch.grads, buffers, group["momentum"])
-        wholes = [param.shape for param in batch.sources]
+        run = self._run(group)
+        buffers, nesterov = batch.state("momentum_buffer"), group["nesterov"]
+        momenta: Tensors = run(updates.momenta)(batch.grads, buffers, group["momentum"], nesterov=nesterov)
         directions = updates.orthogonal_directions(
             *(momenta, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks, wholes),
+            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),
+            ranks=self._ranks,
+            run=run,
+            shapes=batch.shapes,
         )
-        shapes = [updates.stack_shape(shape, group["flatten"]) for shape in wholes]
+        shapes = [updates.stack_shape(shape, group["flatten"]) for shape in batch.shapes]
         scales = [math.sqrt(max(1.0, shape[1] / shape[2])) for shape in shapes]
-        updates.apply_(batch.params, directions, scales, group["lr"], group["weight_decay"])
+        run(updates.apply_)(batch.params, directions, scales, group["lr"], group["weight_decay"])

@@ -99,7 +99,9 @@ def orthogonalize_all(
         One tensor of ``dtype`` for each input, same shapes, same order.
     """
     results: list[Tensor] = list(stacks)
-    for members, columns in _plan(tuple((*stack.shape, stack.device, stack.dtype) for stack in stacks), max_numel):
+    # A compiler takes the plan in; it looks through a cache, and warns of it.
+    plan = _plan if torch.compiler.is_compiling() else _remembered_plan
+    for members, columns in plan(tuple((*stack.shape, stack.device, stack.dtype) for stack in stacks), max_numel):
         wide = [stacks[i] if stacks[i].shape[1] <= stacks[i].shape[2] else stacks[i].mT for i in members]
         padded = [
             stack if stack.shape[2] == columns else functional.pad(stack, (0, columns - stack.shape[2]))
@@ -117,7 +119,6 @@ def orthogonalize_all(
     return results
 
 
-@functools.lru_cache(maxsize=64)
 def _plan(kinds: tuple[tuple[Any, ...], ...], max_numel: int | None) -> list[tuple[list[int], int]]:
     """Say which stacks share a batch: lists of indices, and the number of columns that each list is padded to.
 
@@ -141,3 +142,6 @@ def _plan(kinds: tuple[tuple[Any, ...], ...], max_numel: int | None) -> list[tup
         last[kind][0].append(index)
         filled[kind] += matrices * rows * last[kind][1]
     return batches
+
+
+_remembered_plan = functools.lru_cache(maxsize=64)(_plan)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ars2 import updates, validation
+from ars2 import capturable, updates, validation
+from ars2.compiled import Compiler, Run, directly
 from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
 from ars2.sharded import Shards, find_shards, like, local, same_layout
 from ars2.sharing import Ranks
@@ -32,6 +33,11 @@ class Batch(NamedTuple):
     grads: Tensors
     states: list[dict[str, Tensor]]
     sources: list[Tensor]
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of the whole parameters."""
+        return [source.shape for source in self.sources]
 
     def state(self, key: str) -> list[Tensor]:
         return [state[key] for state in self.states]
@@ -65,7 +71,12 @@ class TrackedOptimizer(Optimizer):
     shared_options: ClassVar[tuple[str, ...]] = ()  # one value for the whole optimizer
     fixed_options: ClassVar[tuple[str, ...]] = ()  # a saved state with another value is refused
 
-    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], compile: bool = False, capturable: bool = False
+    ) -> None:
+        # These say how a step runs, not what it does: they are no part of the saved state.
+        self._compile, self._capturable = compile, capturable
+        self._compilers: dict[int, Compiler] = {}
         self._plans: dict[int, _Plan] = {}
         self._ranks: Ranks | Shards | None = None
         self._check_options({"track": "matrix", "flatten": False, **defaults})
@@ -107,12 +118,26 @@ class TrackedOptimizer(Optimizer):
             name, param = item if isinstance(item, tuple) else (str(index), item)
             validation.check_parameter(param, name, group["track"])
         shards = self._find_shards([*self.param_groups, group])
+        if shards is not None and (self._compile or self._capturable):
+            raise ValueError(
+                "compile and capturable are for parameters that are whole on every process, and these are sharded:"
+                " leave both out"
+            )
         super().add_param_group(group)
         if shards is not None:
             self._ranks = self._shards or shards
+        if self._capturable:
+            capturable.to_device_(self.param_groups[-1])
         for param in group["params"]:
             dtype = torch.promote_types(param.dtype, torch.float32)
             self.state[param] = {key: torch.zeros_like(param, dtype=dtype) for key in self._state_keys(group)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state and the groups' options, all numbers plain ones, whether the step is capturable or not."""
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            capturable.to_host_(group)
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by the same class with the same shared options; dtypes and values come back exactly.
@@ -149,10 +174,15 @@ class TrackedOptimizer(Optimizer):
         super().load_state_dict(state_dict)
         for param, tensors in loaded:
             self.state[param] = tensors
+        for group in self.param_groups if self._capturable else ():
+            capturable.to_device_(group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_compile": self._compile, "_capturable": self._capturable}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._compilers = {}, {}
         # A copy starts alone, unless it has a part of the parameters; loading a state leaves the ranks as they are.
         if "_ranks" not in self.__dict__:
             self._ranks = self._find_shards(self.param_groups)
@@ -187,13 +217,6 @@ class TrackedOptimizer(Optimizer):
     def _shards(self) -> Shards | None:
         return self._ranks if isinstance(self._ranks, Shards) else None
 
-    def _whole(self, products: list[Tensor], lengths: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Turn sums over entries, and norms, of what this process holds into those of whole tensors, in one exchange.
-
-        They are given back as they are where every process holds whole ones.
-        """
-        return (products, lengths) if self._shards is None else self._shards.whole(products, lengths)
-
     @staticmethod
     def _find_shards(groups: list[dict[str, Any]]) -> Shards | None:
         named: list[tuple[str, Tensor]] = []
@@ -202,6 +225,10 @@ class TrackedOptimizer(Optimizer):
                 names = group.get("param_names", {index: str(index)})
                 named.append(item if isinstance(item, tuple) else (names[index], item))
         return find_shards(named)
+
+    def _run(self, group: dict[str, Any]) -> Run:
+        """How the functions that work on the tensors of ``group`` are called."""
+        return self._compilers.setdefault(id(group), Compiler()) if self._compile else directly
 
     def _batch(self, group: dict[str, Any]) -> Batch:
         """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype and strides."""
@@ -224,9 +251,9 @@ class TrackedOptimizer(Optimizer):
         likes = [next(iter(state.values())) for state in states]
         return _Plan(list(group["params"]), present, params, states, [(like.dtype, like.stride()) for like in likes])
 
-    @staticmethod
-    def _move_vectors(group: dict[str, Any], batch: Batch) -> None:
+    def _move_vectors(self, group: dict[str, Any], batch: Batch) -> None:
         """AdamW for the parameters of one vector group."""
+        run = self._run(group)
         adam = (
             batch.grads,
             batch.state("exp_avg"),
@@ -236,9 +263,10 @@ class TrackedOptimizer(Optimizer):
             group["eps"],
         )
         if all(p.dtype == g.dtype and p.stride() == g.stride() for p, g in zip(batch.params, batch.grads, strict=True)):
-            updates.adamw_(batch.params, *adam, group["lr"], group["weight_decay"])
+            run(updates.adamw_)(batch.params, *adam, group["lr"], group["weight_decay"])
         else:
-            updates.apply_(batch.params, updates.adam_directions(*adam), None, group["lr"], group["weight_decay"])
+            directions = run(updates.adam_directions)(*adam)
+            run(updates.apply_)(batch.params, directions, None, group["lr"], group["weight_decay"])
 
     def _check_gradients(self) -> bool:
         """Check every gradient before anything is changed; return whether there is any.

@@ -2,38 +2,80 @@
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ars2.compiled import Run, directly
 from ars2.orthogonalize import orthogonalize_all
 from ars2.sharded import Shards
 from ars2.sharing import Ranks, orthogonalize_replicated, orthogonalize_sharded
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
+# A tensor without dimensions where the step is compiled or captured: then its value is read on the device alone.
+Number: TypeAlias = float | Tensor
+TINY = 1e-12
 
 
-def second_moment_root(exp_avg_sqs: Tensors, beta: float, step: int, eps: float) -> Tensors:
+def _take_in_(means: Tensors, values: Tensors, beta: Number) -> None:
+    """Take ``values`` into decaying means, in place: ``m <- beta m + (1-beta) value``."""
+    if isinstance(beta, Tensor):
+        torch._foreach_mul_(means, beta)
+        torch._foreach_add_(means, torch._foreach_mul(values, 1 - beta))
+    else:
+        torch._foreach_lerp_(means, values, 1 - beta)
+
+
+def _seen(beta: Number, step: Number) -> Number:
+    """Return ``1 - beta^step``, the part of a decaying mean that comes from ``step`` values."""
+    # In float32 a beta near 1 would leave few digits of it.
+    return 1 - beta ** (step.double() if isinstance(step, Tensor) else step)
+
+
+def second_moment_root(exp_avg_sqs: Tensors, beta: Number, step: Number, eps: Number) -> Tensors:
     """Return ``sqrt(v / (1 - beta^step)) + eps``; at step 0 nothing was seen, and the root is zero."""
     root = torch._foreach_sqrt(exp_avg_sqs)
-    if step > 0:
-        torch._foreach_div_(root, math.sqrt(1 - beta**step))
+    seen = _seen(beta, step)
+    if isinstance(seen, Tensor):
+        torch._foreach_div_(root, seen.sqrt().clamp_min(1e-30))
+    elif step > 0:
+        torch._foreach_div_(root, math.sqrt(seen))
     torch._foreach_add_(root, eps)
     return root
 
 
 def adam_directions(
-    grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, betas: tuple[float, float], step: int, eps: float
-) -> list[Tensor]:
+    grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, betas: tuple[Number, Number], step: Number, eps: Number
+) -> Tensors:
     """Take ``grads`` into both moments, in place, and return ``u = m_hat / (sqrt(v_hat) + eps)`` (Kingma & Ba 2015).
 
     ``m <- b1 m + (1-b1) g``, ``v <- b2 v + (1-b2) g*g``; hats are for ``step`` gradients, this one included. All
     tensors of one index must have the same dtype and strides.
     """
+    if torch.compiler.is_compiling():  # which joins plain operations, and can join nothing to the kernel below
+        _take_in_(exp_avgs, grads, betas[0])
+        _take_in_(exp_avg_sqs, torch._foreach_mul(grads, grads), betas[1])
+        roots = second_moment_root(exp_avg_sqs, betas[1], step, eps)
+        return torch._foreach_div(torch._foreach_div(exp_avgs, _seen(betas[0], step)), roots)
     directions = [torch.zeros_like(exp_avg) for exp_avg in exp_avgs]
     # An AdamW step from zero with learning rate -1 and no decay leaves u: one pass over memory instead of ten.
     adamw_(directions, grads, exp_avgs, exp_avg_sqs, betas, step, eps, lr=-1.0, weight_decay=0.0)
+    return directions
+
+
+def momentum_directions(
+    grads: Tensors, exp_avgs: Tensors, beta: Number, *, numels: Sequence[int], shards: Shards | None = None
+) -> Tensors:
+    """Take ``grads`` into the first moment, in place, and return ``u = sqrt(numel) * m / (|m| + 1e-12)``.
+
+    Its root mean square is 1, so its norm is that of Adam's direction at the first step, whose entries are 1 or -1.
+    ``numels`` are those of the whole tensors, of which ``shards`` hold the rows if they are sharded.
+    """
+    _take_in_(exp_avgs, grads, beta)
+    lengths = torch._foreach_add(energies(exp_avgs, shards), TINY)
+    directions = torch._foreach_div(exp_avgs, lengths)
+    torch._foreach_mul_(directions, [math.sqrt(numel) for numel in numels])
     return directions
 
 
@@ -42,16 +84,20 @@ def adamw_(
     grads: Tensors,
     exp_avgs: Tensors,
     exp_avg_sqs: Tensors,
-    betas: tuple[float, float],
-    step: int,
-    eps: float,
-    lr: float,
-    weight_decay: float,
+    betas: tuple[Any, Any],
+    step: Number,
+    eps: Any,
+    lr: Any,
+    weight_decay: Any,
 ) -> None:
     """Take ``grads`` into both moments and move the parameters, in place: ``p <- (1 - lr*wd) p - lr*u``.
 
     All tensors of one index must have the same dtype and strides; torch's fused kernel does not check it.
     """
+    if torch.compiler.is_compiling():
+        directions = adam_directions(grads, exp_avgs, exp_avg_sqs, betas, step, eps)
+        apply_(params, directions, None, lr, weight_decay)
+        return
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, grad in enumerate(grads):
         kinds.setdefault((grad.device, grad.dtype), []).append(index)
@@ -60,7 +106,7 @@ def adamw_(
         if len(kinds) > 1:
             p, g, m, v = ([tensors[index] for index in indices] for tensors in lists)
             lists = p, g, m, v
-        count = torch.full((), float(step), device=device)
+        count = step if isinstance(step, Tensor) else torch.full((), float(step), device=device)
         torch._fused_adamw_(
             lists[0],
             lists[1],
@@ -76,6 +122,16 @@ def adamw_(
             amsgrad=False,
             maximize=False,
         )
+
+
+def momenta(grads: Tensors, buffers: Tensors, momentum: Number, *, nesterov: bool) -> Tensors:
+    """Take ``grads`` into ``buffers``, in place, and return them, or with Nesterov what they look ahead to."""
+    _take_in_(buffers, grads, momentum)
+    if not nesterov:
+        return buffers
+    if isinstance(momentum, Tensor):
+        return torch._foreach_add(torch._foreach_mul(buffers, momentum), torch._foreach_mul(grads, 1 - momentum))
+    return torch._foreach_lerp(grads, buffers, momentum)
 
 
 def as_stack(tensor: Tensor, flatten: bool) -> Tensor:
@@ -101,16 +157,19 @@ def orthogonal_directions(
     dtype: torch.dtype,
     algorithm: str,
     ranks: Ranks | Shards | None = None,
+    run: Run = directly,
     shapes: Sequence[torch.Size] = (),
 ) -> list[Tensor]:
     """Return each direction's orthogonal factor, stacks matrix by matrix, in its shape and in ``dtype``.
 
     With ``ranks`` the directions are the same on all of them, which share the work out; with shards each has its rows
-    of them, and ``shapes`` are those of the whole ones.
+    of them, and ``shapes`` are those of the whole ones. ``run`` says how the iteration is called.
     """
 
     def orthogonalize(stacks: list[Tensor]) -> list[Tensor]:
-        return orthogonalize_all(stacks, steps, coefficients, dtype, algorithm=algorithm)
+        options = {"steps": steps, "coefficients": coefficients, "dtype": dtype, "algorithm": algorithm}
+        factors: list[Tensor] = run(orthogonalize_all)(stacks, **options)
+        return factors
 
     if isinstance(ranks, Shards):
         sent = directions if ranks.dtype is None else [direction.to(ranks.dtype) for direction in directions]
@@ -126,21 +185,27 @@ def orthogonal_directions(
 
 
 def energies(directions: Tensors, shards: Shards | None = None) -> Tensors:
-    """Return each tensor's Frobenius norm, a scalar tensor: one energy for the whole tensor, stacks included."""
+    """Return each tensor's Frobenius norm, a scalar tensor: one energy for the whole tensor, stacks included.
+
+    With ``shards`` the directions are the rows that this process holds of the whole ones.
+    """
     lengths = torch._foreach_norm(directions)
     return lengths if shards is None else shards.whole([], lengths)[1]
 
 
 def apply_(
-    params: Tensors, directions: Tensors, scales: Tensors | list[float] | None, lr: float, weight_decay: float
+    params: Tensors, directions: Tensors, scales: Tensors | list[float] | None, lr: Number, weight_decay: Number
 ) -> None:
     """Move the parameters with decoupled decay, in place: ``p <- (1 - lr*wd) p - lr*scale*direction``.
 
     ``scales`` are scalar tensors or numbers, one a parameter; none means 1. The dtypes may differ.
     """
-    if weight_decay != 0:
+    if isinstance(weight_decay, Tensor) or weight_decay != 0:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
-    if scales is None:
+    if isinstance(lr, Tensor):
+        factors = [-lr] * len(params) if scales is None else [-lr * scale for scale in scales]
+        torch._foreach_addcmul_(params, directions, factors)
+    elif scales is None:
         torch._foreach_add_(params, directions, alpha=-lr)
     elif isinstance(scales[0], Tensor):
         torch._foreach_addcmul_(params, directions, scales, value=-lr)

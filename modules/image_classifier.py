@@ -9,7 +9,8 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from modules.cifar_resnet import CIFARResNet18
-from modules.two_pass import Metrics, TwoPassModule
+from modules.stage_metrics import Metrics
+from modules.two_pass import TwoPassModule
 
 
 class ImageClassifier(TwoPassModule):

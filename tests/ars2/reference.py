@@ -62,6 +62,7 @@ class ReferenceARS2:
     "eps", "weight_decay", "rho" and, optionally, "flatten" (False).
     `looks` is the draw of mode "random": step number (from 1) -> whether to evaluate twice; without it a private
     generator draws with `probability`. Every list below has one entry a parameter, in flat order over the groups.
+    `energy` and `geometry` are the switches of the matrix track.
     `history` gets one record a step; its "threshold" is the value that phi must fall below, so it is never positive.
     """
 
@@ -77,12 +78,15 @@ class ReferenceARS2:
         ns_steps: int = 5,
         probability: float = 0.1,
         looks: Callable[[int], bool] | None = None,
+        energy: bool = True,
+        geometry: bool = True,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
         if mode == "periodic" and k < 1:
             raise ValueError(f"k is {k}; mode 'periodic' needs 1 or more.")
         self.mode, self.k, self.ns_steps = mode, k, ns_steps
+        self.energy, self.geometry = energy, geometry
         self.alpha, self.phi_beta, self.phi_lambda, self.phi_gamma = alpha, phi_beta, phi_lambda, phi_gamma
         generator = random.Random(0)
         self.looks = looks or (lambda t: generator.random() < probability)
@@ -163,7 +167,8 @@ class ReferenceARS2:
                 continue
             beta2 = options["betas"][1]
             v_hat_previous = v / (1 - beta2 ** (self.t - 1)) if self.t > 1 else torch.zeros_like(v)
-            n = g / (v_hat_previous.sqrt() + options["eps"]) * p.abs()
+            metric = v_hat_previous.sqrt() + options["eps"] if self.energy or options["track"] == "vector" else 1.0
+            n = g / metric * p.abs()
             p.copy_(p + options["rho"] * n / (n.norm() + 1e-12))
         try:
             return self.evaluate(gradient_function)
@@ -195,6 +200,9 @@ class ReferenceARS2:
             m_hat = self.exp_avg[i] / (1 - beta1**self.t)
             v_hat = self.exp_avg_sq[i] / (1 - beta2**self.t)
             u = m_hat / (v_hat.sqrt() + options["eps"])
-            if options["track"] == "matrix":
+            if options["track"] == "matrix" and not self.energy:
+                m = self.exp_avg[i]
+                u = math.sqrt(m.numel()) * m / (m.norm() + 1e-12)
+            if options["track"] == "matrix" and self.geometry:
                 u = u.norm() * geometry(u, options.get("flatten", False), self.ns_steps)
             p.copy_((1 - lr * options["weight_decay"]) * p - lr * u)

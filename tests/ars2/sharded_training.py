@@ -47,8 +47,8 @@ def groups(model: UnevenProblem) -> list[dict[str, Any]]:
     return [matrix, {**vector, "params": [*vector["params"], model.shift]}]
 
 
-def ars2(mode: str) -> Callable[[UnevenProblem], ARS2Neo]:
-    return lambda model: ARS2Neo(groups(model), ns_dtype="float32", **MODES[mode])
+def ars2(mode: str, **options: Any) -> Callable[[UnevenProblem], ARS2Neo]:
+    return lambda model: ARS2Neo(groups(model), ns_dtype="float32", **MODES[mode], **options)
 
 
 def rounded(model: UnevenProblem) -> Optimizer:
@@ -60,6 +60,8 @@ def rounded(model: UnevenProblem) -> Optimizer:
 
 EXACT: dict[str, Make] = {
     **{mode: ars2(mode) for mode in MODES},
+    "aga, no energy": ars2("aga", energy=False),
+    "sync, no geometry": ars2("sync", geometry=False),
     "muon": lambda model: Muon(groups(model), ns_dtype="float32"),
 }
 OPTIMIZERS = {**EXACT, "rounded": rounded}
@@ -127,7 +129,7 @@ def save(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
 def load(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
     parameters, state = get_state_dict(model, optimizer)
     saved = {"model": parameters, "optimizer": state}
-    checkpoint.load(saved, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    checkpoint.load(saved, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
 
 

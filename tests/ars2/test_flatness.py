@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ars2 import ARS2Neo, flatness
-from ars2.updates import Tensors
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.training import setup, step_by_parts, train
 
@@ -18,30 +17,19 @@ def double(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def move_to_adversarial_point_(param: Tensor, grad: Tensor, root: Tensor, rho: float) -> None:
-    offsets = flatness.adversarial_offsets([param], [grad], [root])
-    flatness.move_([param], offsets, flatness.norms(offsets), rho, 1.0)
-
-
-def shear_forces(second: list[Tensor], first: list[Tensor]) -> Tensors:
-    return flatness.shear_forces(
-        second, first, flatness.inner_products(second, first), flatness.norms(first), grad_scale=1.0
-    )
-
-
 # --- the adversarial point ---
 
 
 def test_the_move_has_length_rho_along_gradient_over_root_times_magnitude() -> None:
     param, start = double(0.1, -2.0, 0.0), double(0.1, -2.0, 0.0)
-    move_to_adversarial_point_(param, double(3.0, 4.0, 5.0), double(1.0, 2.0, 1.0), 0.5)
+    flatness.move_to_adversarial_point_([param], [double(3.0, 4.0, 5.0)], [double(1.0, 2.0, 1.0)], 0.5, 1.0)
     n = double(0.3, 4.0, 0.0)
     torch.testing.assert_close(param, start + 0.5 * n / n.norm(), rtol=0, atol=1e-12)
 
 
 def test_a_zero_gradient_does_not_move() -> None:
     param = double(0.1, -2.0)
-    move_to_adversarial_point_(param, double(0.0, 0.0), double(1e-8, 1e-8), 0.5)
+    flatness.move_to_adversarial_point_([param], [double(0.0, 0.0)], [double(1e-8, 1e-8)], 0.5, 1.0)
     assert torch.equal(param, double(0.1, -2.0))
 
 
@@ -66,20 +54,20 @@ def test_the_shear_force_is_orthogonal_to_the_first_gradient_and_completes_it() 
     generator = torch.Generator().manual_seed(0)
     first = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in [(4, 5), (3,), (2, 3, 4)]]
     second = [torch.randn(g.shape, dtype=torch.float64, generator=generator) for g in first]
-    for g, g_adversarial, s in zip(first, second, shear_forces(second, first), strict=True):
+    for g, g_adversarial, s in zip(first, second, flatness.shear_forces(second, first, 1.0), strict=True):
         assert abs((g * s).sum()) <= 1e-11
         rest = g_adversarial - s
         torch.testing.assert_close(rest / g, torch.full_like(g, (rest / g).flatten()[0].item()), rtol=1e-9, atol=0)
 
 
 def test_the_shear_force_of_a_zero_gradient_is_the_whole_second_one() -> None:
-    (shear,) = shear_forces([double(1.0, 2.0)], [double(0.0, 0.0)])
+    (shear,) = flatness.shear_forces([double(1.0, 2.0)], [double(0.0, 0.0)], 1.0)
     assert torch.equal(shear, double(1.0, 2.0))
 
 
 def test_injection_adds_alpha_times_the_gradients_length_along_the_shear() -> None:
     grads, shears = [double(3.0, 4.0), double(1.0, 1.0)], [double(0.0, 2.0), double(0.0, 0.0)]
-    injected = flatness.inject(grads, shears, 0.1, flatness.norms(grads), flatness.norms(shears))
+    injected = flatness.inject(grads, shears, 0.1)
     torch.testing.assert_close(injected[0], double(3.0, 4.5), rtol=0, atol=1e-11)
     assert torch.equal(injected[1], double(1.0, 1.0))
     assert torch.equal(grads[0], double(3.0, 4.0)), "the given gradient was changed"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ars2 import ARS2Neo, Muon
-from ars2.flatness import adversarial_offsets, move_, norms
+from ars2.flatness import move_to_adversarial_point_
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.training import (
     MODES,
@@ -71,8 +71,7 @@ def test_the_move_of_a_tiny_gradient_does_not_depend_on_the_scale() -> None:
     def moved(scale: float) -> Tensor:
         param = torch.ones(2)
         # |n| of 5e-12 beside the 1e-12 that is added to it.
-        offsets = adversarial_offsets([param], [torch.tensor([3e-12, 4e-12]) * scale], [torch.ones(2)])
-        move_([param], offsets, norms(offsets), 0.5, scale)
+        move_to_adversarial_point_([param], [torch.tensor([3e-12, 4e-12]) * scale], [torch.ones(2)], 0.5, scale)
         return param
 
     assert torch.equal(moved(1.0), moved(SCALE)) and not torch.equal(moved(1.0), torch.ones(2))

@@ -94,6 +94,7 @@ def test_matrices_that_travel_in_bfloat16_are_rounded(two: list[Results], alone:
     assert not torch.allclose(two[0]["rounded"]["tensors"][weight], alone["rounded"]["tensors"][weight], rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # just that is meant
 @pytest.mark.parametrize("name", EXACT)
 def test_a_checkpoint_of_two_processes_goes_on_in_one(name: str, two: list[Results], folder: Path) -> None:
     resumed = train(name, folder=folder / f"checkpoint {name}")
@@ -204,6 +205,12 @@ def test_a_copy_knows_that_its_parameters_are_sharded(mesh: DeviceMesh) -> None:
     optimizer.distribute(None, "bfloat16")
     assert optimizer._ranks.dtype is torch.bfloat16
     assert isinstance(deepcopy(optimizer)._ranks, Shards)
+
+
+@pytest.mark.parametrize("option", ["compile", "capturable"])
+def test_options_for_whole_parameters_are_refused(option: str, mesh: DeviceMesh) -> None:
+    with pytest.raises(ValueError, match="compile and capturable are for parameters that are whole"):
+        ARS2Neo(problem_groups(sharded_problem(mesh)), **{option: True})
 
 
 def test_whole_parameters_need_a_group_to_be_distributed() -> None:
