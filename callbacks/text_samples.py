@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as L
 from rich import get_console
 
+from callbacks.lookup import folder_of
+
 
 class TextSamples(L.Callback):
     """Lets the model go on from the data's first prompt after each validation, by the model's sampling options.
@@ -28,9 +30,8 @@ class TextSamples(L.Callback):
 
     @staticmethod
     def _file(trainer: L.Trainer) -> Path | None:
-        if not trainer.is_global_zero or not trainer.loggers or trainer.log_dir is None:
-            return None
-        return Path(trainer.log_dir) / "samples.txt"
+        folder = folder_of(trainer) if trainer.is_global_zero and trainer.loggers else None
+        return None if folder is None else folder / "samples.txt"
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":

@@ -101,8 +101,9 @@ class ImageClassifier(TwoPassModule):
         self.confusion.reset()
         per_class = counts.diag() / counts.sum(1).clamp(min=1)
         self.log_dict({f"test/accuracy_{name}": value for name, value in zip(self._names(), per_class, strict=True)})
-        if self.trainer.is_global_zero and self.trainer.log_dir is not None:
-            picture = Path(self.trainer.log_dir) / "confusion_matrix.png"
+        folder = self.trainer.log_dir  # here, because it waits for all processes to ask
+        if self.trainer.is_global_zero and folder is not None:
+            picture = Path(folder) / "confusion_matrix.png"
             draw_confusion_matrix(counts, self._names(), picture)
             for logger in self.loggers:
                 if hasattr(logger, "log_image"):
