@@ -106,7 +106,8 @@ class CommandLine(LightningCLI):
             config.ckpt_path = self._go_on(config)
         path = config.get("ckpt_path")
         if path is not None:
-            check_checkpoint(Path(path), resume=subcommand == "fit")
+            strategy = getattr(config.trainer.strategy, "class_path", "")
+            check_checkpoint(Path(path), resume=subcommand == "fit", sharded="ModelParallel" in strategy)
         elif subcommand != "fit":
             raise ValueError(f"{subcommand} needs a trained network: add --ckpt_path <run>/checkpoints/last.ckpt")
         config.weights_only = True

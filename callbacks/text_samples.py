@@ -34,11 +34,14 @@ class TextSamples(L.Callback):
         return None if folder is None else folder / "samples.txt"
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         module: Any = pl_module
         prompt = trainer.datamodule.prompt_tokens()[0].to(module.device)  # type: ignore[attr-defined]
+        # In every process: where the network is sharded, each has a part of it.
         text = module.continue_text(prompt)
+        if not trainer.is_global_zero:
+            return
         place = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         if path := self._file(trainer):
             with path.open("a", encoding="utf-8") as file:

@@ -56,6 +56,7 @@ class ImageClassifier(TwoPassModule):
 
     def configure_model(self) -> None:
         """Lay the network out in memory and compile it, where that is asked for."""
+        super().configure_model()
         self.network.to(memory_format=self.memory_format)
         if self.compile_network and self.network._compiled_call_impl is None:
             # In place: a wrapper would change the names of the parameters.
