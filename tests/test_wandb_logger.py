@@ -27,7 +27,7 @@ def upload(output: str, home: Path) -> list[dict[str, Any]]:
     with WandbServer() as server:
         environment = clean_environment(home, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.address)
         arguments = [sys.executable, "-m", "wandb", *shlex.split(command)]
-        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         (name,) = server.history
         return server.rows(name)
