@@ -14,9 +14,6 @@ OVERLAY = ("--config", "configs/overlays/fsdp.yaml")
 # What a machine without GPUs says otherwise than the overlay.
 CPUS_ARE = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy.data_parallel_size 2"
 CPUS = (*OVERLAY, *CPUS_ARE.split(" "))
-    *OVERLAY,
-    *["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy.data_parallel_size", "2"],
-)
 IN_PARTS = ("--trainer.strategy.save_distributed_checkpoint", "true")
 
 
