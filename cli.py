@@ -121,7 +121,10 @@ class CommandLine(LightningCLI):
             known = os.environ.get(FOLDER)
             folder = Path(known) if known else unfinished_run(Path(config.runs) / config.experiment, saved)
             checkpoint = None if folder is None else last_checkpoint(folder)
-            return {"folder": folder and str(folder), "checkpoint": checkpoint and str(checkpoint)}
+            return {
+                "folder": None if folder is None else str(folder),
+                "checkpoint": None if checkpoint is None else str(checkpoint),
+            }
 
         folder, checkpoint = from_first("unfinished run", find).values()
         said = "no unfinished run of these options: a new one begins"
@@ -131,7 +134,7 @@ class CommandLine(LightningCLI):
             said = f"going on with {folder}" + ("" if checkpoint else " from its beginning, for it has no checkpoint")
         if is_first():
             print(said)
-        return None if checkpoint is None else str(checkpoint)
+        return checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ars2 import ARS2Neo, param_groups
 
-PERIOD = 10
+PERIOD, WARM_UP = 10, 2
 # Mode, and whether the first pass stays on its process.
 MODES: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "AdamW": (None, False),
@@ -84,7 +84,7 @@ class Steps:
         self.network: nn.Module = network
         self.shared: DistributedDataParallel | None = None
         if rank is not None:
-            self.network = self.shared = DistributedDataParallel(network, broadcast_buffers=False)
+            self.network = self.shared = DistributedDataParallel(network)
             self.shared.register_comm_hook(None, sent.all_reduce)
         self.optimizer: Any = (
             torch.optim.AdamW(network.parameters(), fused=True)
@@ -114,21 +114,21 @@ class Steps:
 def measure(name: str, mode: str, rank: int, seconds: float, sent: Sent) -> dict[str, Any]:
     """Take turns with the other process for about so many seconds; what it returns on rank 0 counts."""
     alone, together = Steps(name, mode, None, sent), Steps(name, mode, rank, sent)
-    rounds = torch.tensor(0)
+    over = torch.tensor(0)
     begin, steps = time.perf_counter(), 0
-    while not rounds.item():
-        for _ in range(PERIOD):
-            if rank == 0:
-                alone.step()
-            dist.barrier()
-            together.step()
-            dist.barrier()
-        steps += PERIOD
-        if steps == PERIOD:  # of the first steps much is set up
+    while not over.item():
+        if rank == 0:
+            alone.step()
+        dist.barrier()
+        together.step()
+        dist.barrier()
+        steps += 1
+        if steps == WARM_UP:
             alone.seconds, together.seconds, sent.bytes, begin = [], [], 0, time.perf_counter()
-        elif rank == 0 and time.perf_counter() - begin > seconds:
-            rounds.fill_(1)
-        dist.broadcast(rounds, 0)
+        elif steps % PERIOD == WARM_UP:
+            if rank == 0 and time.perf_counter() - begin > seconds:
+                over.fill_(1)
+            dist.broadcast(over, 0)
 
     def typical(found: list[float]) -> float:
         # Of means over a period: in AGA one step of it has two passes.

@@ -58,7 +58,7 @@ def history(folder: Path) -> list[dict[str, float]]:
     """The rows of numbers in the offline file of a run; read in another process, so that this one imports no wandb."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     command = [sys.executable, "-c", READ, str(file)]
-    read = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    read = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
     assert read.returncode == 0, read.stderr
     rows = [json.loads(line) for line in read.stdout.splitlines()]
     return [row for row in rows if "epoch" in row]  # one more has the pictures
@@ -124,7 +124,7 @@ def test_a_key_in_a_netrc_file_is_used_and_a_silent_server_holds_nothing_up(tmp_
     (tmp_path / ".netrc").chmod(0o600)
     start = time.monotonic()
     result, folder = run(tmp_path, **NO_SERVER)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 90
     assert "W&B cannot be reached" in result.out
     assert result.err == ""
     assert "wandb sync" in result.out

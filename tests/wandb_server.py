@@ -111,7 +111,7 @@ class WandbServer:
         if name == "CreateRunFiles":
             files = [{"name": file, "uploadUrl": f"{self.address}/upload/{file}"} for file in values["files"]]
             return {"data": {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}}
-        return {"data": {}}
+        return {"data": None, "errors": [{"message": f"this server knows no {name}"}]}
 
 
 class KillService(L.Callback):

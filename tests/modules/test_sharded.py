@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 
 from tests.ars2.sharded_training import launch
 from tests.modules import sharded_fit
 from tests.modules.ddp_fit import OPTIONS
-from tests.modules.sharded_fit import HALF, STEPS, Run, fit, read
+from tests.modules.sharded_fit import HALF, STEPS, Run, fit, read, strategy
 
 Results = dict[str, dict[str, Any]]
 
@@ -105,6 +106,11 @@ def test_what_cannot_be_sharded_is_refused_in_every_process(two: list[Results]) 
         assert refused["tensor parallel"].startswith("tensor parallelism is not supported")
         assert refused["local first pass"].startswith("local_first_pass needs whole gradients")
         assert refused["probe"].startswith("the flatness probe needs whole parameters on every process")
+
+
+def test_lightning_refuses_16_mixed_under_the_strategy() -> None:
+    with pytest.raises(ValueError, match=r"does not support .*precision='16-mixed'"):
+        L.Trainer(accelerator="cpu", devices=2, strategy=strategy(2), precision="16-mixed")
 
 
 def test_every_process_holds_a_half(two: list[Results]) -> None:
