@@ -12,15 +12,8 @@ from tests.commands import AGA, TINY, Result, call, folders, metrics, train_py
 
 OVERLAY = ("--config", "configs/overlays/fsdp.yaml")
 # What a machine without GPUs says otherwise than the overlay.
-CPUS = (
-    *OVERLAY,
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.devices",
-    "2",
-    "--trainer.strategy.data_parallel_size",
-    "2",
-)
+CPUS_ARE = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy.data_parallel_size 2"
+CPUS = (*OVERLAY, *CPUS_ARE.split(" "))
 IN_PARTS = ("--trainer.strategy.save_distributed_checkpoint", "true")
 
 
@@ -37,10 +30,9 @@ def test_the_overlay_changes_accelerator_devices_and_strategy_alone() -> None:
         "data_parallel_size: 8",
         "tensor_parallel_size: 1",
         "save_distributed_checkpoint: false",
-        "init_args:",
         "process_group_backend: null",
         "timeout: 0:30:00",
-    } & {line.strip() for line in laid_over.out.splitlines()} - {"init_args:"}
+    }
 
 
 @pytest.fixture

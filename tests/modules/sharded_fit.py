@@ -1,6 +1,7 @@
 """One of several processes that fit a network sharded by Lightning's ModelParallelStrategy, and one process alone."""
 
 import csv
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from ars2.sharded import local
 from callbacks.cost_counters import CostCounters
+from callbacks.flatness_probe import FlatnessProbe
 from callbacks.optimizer_internals import OptimizerInternals
 from callbacks.random_states import RandomStates
 from datamodules.modular_addition import ModularAdditionData
@@ -21,12 +24,24 @@ from modules.two_pass import TwoPassModule
 from tests.ars2.sharded_training import whole
 from tests.modules import language
 from tests.modules.ddp_fit import BATCH, OPTIONS, Looks
-from tests.modules.small_task import make_optimizer
+from tests.modules.small_task import SmallTask, batches, make_optimizer
 
 STEPS, HALF = 24, 10  # the half is in the middle of an epoch of 4 batches
 # The time, and what only the first process' products are counted for.
 MEASURED = ("cost/training_seconds", "cost/flops")
 Run = tuple[str, dict[str, Any]]
+
+
+class Damaged(ModularAddition):
+    """Has one loss, of the last process alone, that is not finite."""
+
+    calls, damaged_call = 0, 0
+
+    def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
+        loss = super().compute_loss(batch, metrics)
+        self.calls += 1
+        last = self.trainer.global_rank == self.trainer.world_size - 1
+        return loss * math.nan if last and self.calls == self.damaged_call else loss
 
 
 class SaveHalf(L.Callback):
@@ -69,6 +84,7 @@ def fit(
     resumes: Path | None = None,
     distributed: bool = True,
     precision: Any = "32-true",
+    damaged: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
     """Train 24 steps; returns parameters, state, evaluations, logged metrics and, with a folder, the logged rows.
@@ -77,7 +93,8 @@ def fit(
     """
     torch.manual_seed(0)
     small = {"p": 11, "width": 16, "heads": 2, "mlp_width": 16}
-    module = ModularAddition(**small, optimizer=make_optimizer(name, **OPTIONS[name]), **options)
+    module = Damaged(**small, optimizer=make_optimizer(name, **OPTIONS[name]), **options)
+    module.damaged_call = damaged
     looks = Looks()
     callbacks: list[L.Callback] = [looks, CostCounters(), OptimizerInternals(every_n_steps=5), RandomStates()]
     if saves is not None:
@@ -105,7 +122,8 @@ def fit(
                 {key: float(value) for key, value in row.items() if value and key not in MEASURED}
                 for row in csv.DictReader(file)
             ]
-    return {**result(module), "evaluations": looks.evaluations, "metrics": metrics, "rows": rows}
+    found = {"evaluations": looks.evaluations, "metrics": metrics, "rows": rows, "skipped": module.skipped_steps}
+    return {**result(module), **found}
 
 
 def read(ranks: int = 0, folder: Path | None = None) -> dict[str, Any]:
@@ -122,6 +140,31 @@ def read(ranks: int = 0, folder: Path | None = None) -> dict[str, Any]:
     return {**result(module), "text": text, "blocks": blocks}
 
 
+def refusals(ranks: int) -> dict[str, str]:
+    """What is said to several processes that fit what cannot be sharded."""
+    options = {"optimizer": make_optimizer("sync"), "p": 11, "width": 16, "heads": 2, "mlp_width": 16}
+    tensor_parallel = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=ranks)
+    cases: dict[str, tuple[TwoPassModule, Any, list[L.Callback]]] = {
+        "batch norm": (SmallTask(optimizer=make_optimizer("sync")), strategy(ranks), []),
+        "tensor parallel": (ModularAddition(**options), tensor_parallel, []),
+        "local first pass": (ModularAddition(**options, local_first_pass=True), strategy(ranks), []),
+        "probe": (ModularAddition(**options), strategy(ranks), [FlatnessProbe()]),
+    }
+    said = {}
+    for label, (module, its, callbacks) in cases.items():
+        data: Any = batches() if label == "batch norm" else ModularAdditionData(p=11, batch_size=BATCH)
+        trainer = language.trainer(max_steps=1, devices=ranks, strategy=its, callbacks=callbacks)
+        try:
+            trainer.fit(module, data)
+        except ValueError as error:
+            said[label] = str(error)
+    try:
+        fit("sync", ranks, damaged=5)
+    except FloatingPointError as error:
+        said["damage"] = str(error)
+    return said
+
+
 def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, Run], text: Path | None) -> None:
     """Be one of ``ranks`` processes, started as torchrun starts them; writes ``<rank>.pt``."""
     torch.set_num_threads(1)
@@ -132,6 +175,7 @@ def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, Run
     results = {label: fit(name, ranks, folder=folder / label, **options) for label, (name, options) in runs.items()}
     if text is not None:
         results["text"] = read(ranks, text)
+        results["refused"] = refusals(ranks)
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -3,23 +3,29 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 
 from tests.ars2.sharded_training import launch
 from tests.modules import sharded_fit
 from tests.modules.ddp_fit import OPTIONS
-from tests.modules.sharded_fit import HALF, STEPS, Run, fit, read
+from tests.modules.sharded_fit import HALF, STEPS, Run, fit, read, strategy
 
 Results = dict[str, dict[str, Any]]
 
 EVERY_MODE: dict[str, Run] = {name: (name, {}) for name in OPTIONS}
+# The others differ in the optimizer alone, whose steps tests/ars2/test_sharded.py compares.
+MODES: dict[str, Run] = {name: (name, {}) for name in ("adamw", "sync", "aga", "muon")}
 VARIANTS: dict[str, Run] = {
     "accumulated": ("aga", {"accumulate_grad_batches": 3}),
     "clipped": ("sync", {"gradient_clip_val": 0.1, "clip_first_pass": True}),
     "clipped by value": ("aga", {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    # The fifth loss is that of the first pass of the third step.
+    "damaged": ("sync", {"nonfinite": "skip", "damaged": 5}),
 }
-RESUMED = ("adamw", "muon", "aga")
+HALF_PRECISION: dict[str, Run] = {name: ("aga", {"precision": name}) for name in ("bf16-mixed", "bf16-true")}
+RESUMED = ("muon", "aga")
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +39,14 @@ def saved(folder: Path, name: str, kind: str) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Results:
-    runs = {**EVERY_MODE, **VARIANTS}
+    runs = {**MODES, **VARIANTS, **HALF_PRECISION}
     results = {label: fit(name, folder=folder / label, **options) for label, (name, options) in runs.items()}
     return {**results, "text": read(0, folder)}
 
 
 @pytest.fixture(scope="module")
 def two(folder: Path, alone: Results) -> list[Results]:
-    runs = {**EVERY_MODE, **VARIANTS}
+    runs = {**MODES, **VARIANTS, **HALF_PRECISION}
     for name in RESUMED:
         runs[name] = name, {"saves": saved(folder, name, "parts")}
         runs[f"{name} in one"] = name, {"saves": saved(folder, name, "one"), "distributed": False}
@@ -64,19 +70,47 @@ def assert_one(ranks: list[Results], label: str) -> None:
             assert torch.equal(value, ranks[0][label]["tensors"][name]), name
 
 
-@pytest.mark.parametrize("label", [*EVERY_MODE, *VARIANTS])
+@pytest.mark.parametrize("label", [*MODES, *VARIANTS])
 def test_two_processes_train_to_what_one_does(label: str, two: list[Results], alone: Results) -> None:
     assert_one(two, label)
     assert_same(two[0][label], alone[label])
 
 
-@pytest.mark.parametrize("label", [*EVERY_MODE, *VARIANTS])
+@pytest.mark.parametrize("label", [*MODES, "accumulated", "clipped"])
 def test_the_logged_rows_are_those_of_one_process(label: str, two: list[Results], alone: Results) -> None:
     """Norms, update sizes and cosines of optimizer_internals.py among them, and the costs."""
     mine, expected = two[0][label]["rows"], alone[label]["rows"]
     assert len(mine) == len(expected) and any("optimizer/update_rms_matrix" in row for row in mine)
     for row, other in zip(mine, expected, strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", HALF_PRECISION)
+def test_in_half_precision_it_learns_the_same(precision: str, two: list[Results], alone: Results) -> None:
+    assert_one(two, precision)
+    for key in ("train/loss", "val/loss"):
+        assert two[0][precision]["metrics"][key] == pytest.approx(alone[precision]["metrics"][key], rel=0.02)
+
+
+def test_a_loss_of_one_process_that_is_not_finite_leaves_the_step_out_in_all(two: list[Results]) -> None:
+    assert [results["damaged"]["skipped"] for results in two] == [1, 1]
+    first, last = (results["refused"]["damage"] for results in two)
+    assert last.startswith("step 3 in epoch 0, first pass: the loss is nan and the gradient of query is not finite")
+    # The gradient is the mean over the processes, so that every one has a part of what is not finite.
+    assert first.startswith("step 3 in epoch 0, first pass: the gradient of query is not finite")
+
+
+def test_what_cannot_be_sharded_is_refused_in_every_process(two: list[Results]) -> None:
+    for refused in (results["refused"] for results in two):
+        assert refused["batch norm"].startswith("a network with BatchNorm cannot be sharded")
+        assert refused["tensor parallel"].startswith("tensor parallelism is not supported")
+        assert refused["local first pass"].startswith("local_first_pass needs whole gradients")
+        assert refused["probe"].startswith("the flatness probe needs whole parameters on every process")
+
+
+def test_lightning_refuses_16_mixed_under_the_strategy() -> None:
+    with pytest.raises(ValueError, match=r"does not support .*precision='16-mixed'"):
+        L.Trainer(accelerator="cpu", devices=2, strategy=strategy(2), precision="16-mixed")
 
 
 def test_every_process_holds_a_half(two: list[Results]) -> None:
@@ -134,5 +168,6 @@ def test_four_processes_train_and_go_on_with_a_checkpoint_of_two(
     }
     four = launch(sharded_fit.together, 4, folder / "four", {**EVERY_MODE, **going_on}, None)
     for label in (*EVERY_MODE, *going_on):
+        name = label.split()[0]
         assert_one(four, label)
-        assert_same(four[0][label], alone[label.split()[0]])
+        assert_same(four[0][label], alone[name] if name in alone else fit(name))
