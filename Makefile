@@ -10,11 +10,14 @@ help: ## show this list
 demo: .venv/.installed ## train the grokking transformer with ARS2-Neo AGA
 	@$(RUN) train.py fit --config configs/grok_aga.yaml
 
+# A file of tests a process, one thread each: small networks gain nothing from more.
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 test: .venv/.installed ## run the tests
-	@$(RUN) -m pytest
+	@$(TEST)
 
 test-all: .venv/.installed ## run the slow tests too: four processes, twenty kills
-	@$(RUN) -m pytest -m ""
+	@$(TEST) -m ""
 
 lint: .venv/.installed ## check style and types
 	@$(RUN) -m ruff check

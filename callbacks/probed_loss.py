@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from callbacks.curvature import Vector, twice_differentiable
-from modules.two_pass import TwoPassModule, frozen_statistics
+from modules.replay import frozen_statistics
+from modules.two_pass import TwoPassModule
 
 
 @contextmanager

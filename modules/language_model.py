@@ -9,7 +9,8 @@ from modules.chunked_cross_entropy import chunked_cross_entropy
 from modules.head_projections import split_heads
 from modules.perplexity import BitsPerByte, Perplexity, WordPerplexity
 from modules.sampling import continuation
-from modules.two_pass import Metrics, TwoPassModule
+from modules.stage_metrics import Metrics
+from modules.two_pass import TwoPassModule
 
 
 class LanguageModel(TwoPassModule):
@@ -38,6 +39,7 @@ class LanguageModel(TwoPassModule):
             sampling option out of its range.
     """
 
+    uses_parameters = ("predict_step", "continue_text")
     unit = "tokens"
     network: Qwen3ForCausalLM
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from modules.grokking_transformer import GrokkingTransformer
-from modules.two_pass import Metrics, TwoPassModule
+from modules.stage_metrics import Metrics
+from modules.two_pass import TwoPassModule
 
 
 class ModularAddition(TwoPassModule):

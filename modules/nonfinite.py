@@ -10,11 +10,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from ars2.sharded import local
+
+# Fifteen skipped steps below a scale of one: no scale makes these gradients finite.
+SMALLEST_SCALE = 2.0**-15
+
 
 def gradients_of(optimizer: Optimizer) -> dict[Tensor, Tensor]:
-    """Return the dense gradients that the optimizer would update from, by parameter."""
+    """Return the dense gradients that the optimizer would update from, by parameter.
+
+    Of sharded ones it is what this process holds; an empty one is left out.
+    """
     params = (param for group in optimizer.param_groups for param in group["params"])
-    return {p: p.grad for p in params if p.grad is not None and p.grad.layout is torch.strided and p.grad.numel()}
+    found = {p: local(p.grad) for p in params if p.grad is not None and p.grad.layout is torch.strided}
+    return {param: gradient for param, gradient in found.items() if gradient.numel()}
 
 
 def all_finite(losses: Sequence[Tensor], gradients: list[Tensor]) -> bool:
@@ -61,11 +70,17 @@ def _also(others: int) -> str:
     return f" (nor are those of {others} more parameters)" if others else ""
 
 
-def spoil(gradients: Mapping[Any, Tensor]) -> None:
-    """Make one entry infinite, so that a gradient scaler finds this step's gradients as they are known to be."""
-    for gradient in gradients.values():
-        gradient.view(-1)[0] = math.inf
-        return
+def lower_scale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
+    """Let ``scaler`` see this step's gradients as they are known to be; say whether no scale makes them finite."""
+    gradients = gradients_of(optimizer)
+    if not gradients:
+        return False
+    # One of another process or of the first pass may be the one that is not finite.
+    next(iter(gradients.values())).view(-1)[0] = math.inf
+    # Not through the optimizer's step: nobody is to take this for one.
+    scaler.unscale_(optimizer)
+    scaler.update()
+    return scaler.get_scale() < SMALLEST_SCALE
 
 
 class RunningStatistics:
@@ -91,3 +106,43 @@ class RunningStatistics:
         """Make them what they were when :meth:`keep` was called."""
         for buffers, copies in self._pairs:
             torch._foreach_copy_(buffers, copies)
+
+
+class StepRecord:
+    """What tells of one optimizer step that it was not finite, and why; and what the step must give back then.
+
+    Attributes:
+        losses: of the first and of the second pass, one a batch, scalars.
+    """
+
+    losses: tuple[list[Tensor], list[Tensor]]
+
+    def __init__(self) -> None:
+        self._statistics: RunningStatistics | None = None
+
+    def begin(self, network: nn.Module) -> None:
+        """Forget the last step; ``network`` is the same each time, on the device where it is trained."""
+        self.losses = [], []
+        self._statistics = self._statistics or RunningStatistics(network)
+        self._statistics.keep()
+
+    def take_back(self) -> None:
+        """Make the running statistics what they were when the step began."""
+        if self._statistics is not None:
+            self._statistics.go_back()
+
+    def is_finite(self, optimizer: Any) -> bool:
+        """Look, once a step and before anything is updated, at the losses and gradients of both passes."""
+        gradients = [*self._first_gradients(optimizer).values(), *gradients_of(optimizer).values()]
+        return all_finite([*self.losses[0], *self.losses[1]], gradients)
+
+    def describe(self, network: nn.Module, optimizer: Any, where: str) -> str:
+        """Return the sentence of :func:`describe` on this step."""
+        gradients, first = gradients_of(optimizer), self._first_gradients(optimizer)
+        passes = [("first", self.losses[0], first or gradients), ("second", self.losses[1], gradients)]
+        return describe(network, passes[: 1 + bool(first)], where)
+
+    def _first_gradients(self, optimizer: Any) -> dict[Tensor, Tensor]:
+        # Without a second pass they may be those of an earlier step, which a scaler skipped.
+        first: dict[Tensor, Tensor] = getattr(optimizer, "first_gradients", {}) if self.losses[1] else {}
+        return {param: local(gradient) for param, gradient in first.items()}

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from modules.two_pass import MeanLoss
+from modules.stage_metrics import MeanLoss
 
 
 class Perplexity(MeanLoss):

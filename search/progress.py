@@ -36,6 +36,6 @@ def table(search: Search) -> Table:
         reached = sum(one.state == TrialState.COMPLETE for one in ended)
         best = search.best(name)
         said = "" if best is None else ", ".join(f"{key} {value}" for key, value in best.user_attrs["options"].items())
-        value = "none" if best is None else f"{best.value:.6g}"
+        value = "none" if best is None or best.value is None else f"{best.value:.6g}"
         rows.add_row(name, str(len(ended)), str(reached), value, said)
     return rows

@@ -59,16 +59,20 @@ class Objective:
     Args:
         milestone: a milestone of the run's summary; fewer ``cost`` is better, and a run without it did not finish.
         cost: ``gradient_evaluations``, ``optimizer_steps`` or ``epoch``.
+        otherwise: of an optimizer of which no trial reached the milestone, the trial with the best of this validation
+            metric is the winner; without it such an optimizer has none.
         metric: instead of a milestone, a validation metric of the summary, such as ``val/accuracy``.
         statistic: ``best`` or ``last`` of that metric.
         direction: ``minimize`` or ``maximize`` it.
 
     Raises:
-        ValueError: both or neither of ``milestone`` and ``metric``, or a value that is not one of those named.
+        ValueError: both or neither of ``milestone`` and ``metric``, ``otherwise`` without a milestone, or a value that
+            is not one of those named.
     """
 
     milestone: str | None = None
     cost: str = "gradient_evaluations"
+    otherwise: str | None = None
     metric: str | None = None
     statistic: str = "best"
     direction: Literal["minimize", "maximize"] = "minimize"
@@ -85,6 +89,8 @@ class Objective:
                 raise ValueError(f"objective: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.milestone is not None and self.direction != "minimize":
             raise ValueError("objective: the cost of a milestone is minimized")
+        if self.otherwise is not None and self.milestone is None:
+            raise ValueError("objective: otherwise is for a milestone that no trial reached, and there is none")
 
     def value(self, summary: dict[str, Any]) -> float | None:
         """Return what a finished run's ``summary.json`` says; ``None`` if the milestone was not reached.
@@ -92,10 +98,29 @@ class Objective:
         Raises:
             KeyError: the run knows no such milestone or metric; a sentence that names those it has.
         """
-        part, name = ("milestones", self.milestone) if self.milestone else ("metrics", self.metric)
+        if self.milestone:
+            return self._read(summary, "milestones", self.milestone, self.cost)
+        return self._read(summary, "metrics", str(self.metric), self.statistic)
+
+    def merit(self, summary: dict[str, Any]) -> float | None:
+        """Return what counts for a run without the milestone, more being better; ``None`` if there is nothing.
+
+        That is so without ``otherwise``, and for a run that diverged, whose summary is empty.
+
+        Raises:
+            KeyError: as :meth:`value`.
+        """
+        if self.otherwise is None or not summary:
+            return None
+        found = self._read(summary, "metrics", self.otherwise, "best")
+        lower = self.otherwise.endswith(("loss", "perplexity", "bits_per_byte"))
+        return -found if found is not None and lower else found
+
+    @staticmethod
+    def _read(summary: dict[str, Any], part: str, name: str, field: str) -> float | None:
         if name not in summary.get(part, {}):
             raise KeyError(f"the run has no {part[:-1]} {name}: it has {', '.join(summary.get(part, {})) or 'none'}")
-        found = summary[part][name][self.cost if self.milestone else self.statistic]
+        found = summary[part][name][field]
         return None if found is None else float(found)
 
     def __str__(self) -> str:
@@ -119,6 +144,12 @@ class Sweep:
         optimizers: the contenders by name.
         common: options of every run as a config, nested; rules that stop a run early belong here.
         final: options of the winners' runs on top, nested, such as a larger budget.
+        give_up_at: a trial ends in the epoch in which it has spent this many times the gradient evaluations that the
+            best trial of its optimizer so far needed to reach the milestone; at least 1, so that the winner stays the
+            same. ``None`` (default): only ``common`` ends a trial.
+
+    Raises:
+        ValueError: ``give_up_at`` is below 1, or the objective is no milestone at a cost in gradient evaluations.
     """
 
     name: str
@@ -131,6 +162,14 @@ class Sweep:
     optimizers: dict[str, Contender]
     common: dict[str, Any]
     final: dict[str, Any]
+    give_up_at: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.give_up_at is not None:
+            if self.objective.milestone is None or self.objective.cost != "gradient_evaluations":
+                raise ValueError("give_up_at needs an objective of gradient_evaluations to a milestone")
+            if self.give_up_at < 1:
+                raise ValueError(f"give_up_at must be at least 1, got {self.give_up_at}")
 
     def points(self, optimizer: str) -> list[dict[str, Any]]:
         """Return the trials' options for ``optimizer``, in their order.

@@ -40,9 +40,14 @@ def run(context: Any, arguments: Sequence[str], log: Path) -> Outcome:
     except EOFError:  # killed
         code, folder = -1, None
     process.join()
-    summary = Path(folder) / "summary.json" if folder else None
-    found = json.loads(summary.read_text(encoding="utf-8")) if summary and summary.is_file() else {}
-    return Outcome(code, folder, found)
+    return Outcome(code, folder, summary(folder))
+
+
+def summary(folder: str | None) -> dict[str, Any]:
+    """Return what a run says of itself at its end; nothing for one that did not get there."""
+    path = Path(folder) / "summary.json" if folder else None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    return found
 
 
 def _train(arguments: list[str], log: str, sender: Connection) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modules.modular_addition import ModularAddition
-from modules.two_pass import Metrics
+from modules.stage_metrics import Metrics
 from tests.commands import Result, call, folders, metrics
 
 STOP_AT = "ARS2_TEST_STOP_AT"
@@ -25,22 +25,33 @@ DIFFERS = {
 
 
 class Interrupt(L.Callback):
-    """Sends this process the signal and at the step that an environment variable names, as ``SIGTERM:6``."""
+    """Sends this process the signal and at the step that an environment variable names, as ``SIGTERM:6``.
+
+    ``FAILURE:6`` is an error there, which nothing is saved before.
+    """
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         name, _, step = os.environ.get(STOP_AT, "").partition(":")
         if name and trainer.global_step == int(step):
+            if name == "FAILURE":
+                raise RuntimeError("as the test wants it")
             signal.raise_signal(signal.Signals[name])
 
 
-class NoisyAddition(ModularAddition):
+class Noise(L.Callback):
     """Draws from every generator in each pass, so that a resumed run must have all their states."""
 
-    def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Metrics | None) -> Tensor:
-        loss = super().compute_loss(batch, metrics)
-        if self.training:
-            loss = loss * (1 + 0.1 * (random.random() + np.random.rand() + torch.rand(()).item()))
-        return loss
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        module: Any = pl_module
+        quiet = module.compute_loss
+
+        def noisy(batch: Any, metrics: Metrics | None) -> Tensor:
+            loss: Tensor = quiet(batch, metrics)
+            if module.training:
+                loss = loss * (1 + 0.1 * (random.random() + np.random.rand() + torch.rand(()).item()))
+            return loss
+
+        module.compute_loss = noisy
 
 
 def fit(runs: Path, *arguments: object, stop: str = "") -> Result:
@@ -53,8 +64,8 @@ def fit(runs: Path, *arguments: object, stop: str = "") -> Result:
         del os.environ[STOP_AT]
 
 
-def checkpoint(folder: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(folder / f"checkpoints/{name}.ckpt", weights_only=True)
     return loaded
 
 
@@ -80,11 +91,15 @@ def differences(mine: Any, theirs: Any, where: str = "") -> Iterator[str]:
 
 
 def assert_same_run(mine: Path, theirs: Path) -> None:
-    """Check that two run folders hold the same training: all that a checkpoint has, and every row of the log."""
-    assert list(differences(checkpoint(mine), checkpoint(theirs))) == []
+    """Check that two run folders hold the same training: all that checkpoints have, every row of the log, all texts."""
+    for name in ("last", "best"):
+        assert list(differences(checkpoint(mine, name), checkpoint(theirs, name))) == [], name
     assert metrics(mine) == metrics(theirs)
     header = [(folder / "metrics.csv").read_text().splitlines()[0] for folder in (mine, theirs)]
     assert header[0] == header[1]
+    for name in ("samples.txt", "hparams.yaml", "parameters.txt"):
+        texts = [path.read_text() if path.exists() else None for path in (mine / name, theirs / name)]
+        assert texts[0] == texts[1], name
 
 
 def only_folder(runs: Path) -> Path:

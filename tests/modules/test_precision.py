@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from modules.two_pass import SMALLEST_SCALE
+from modules.nonfinite import SMALLEST_SCALE
 from tests.modules.by_hand import Loop
 from tests.modules.small_task import OPTIMIZERS, TWO_PASS, SmallTask, assert_equal_states, fit, make_optimizer, state_of
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ars2 import ARS2Neo
-from modules.two_pass import TwoPassModule, frozen_statistics
+from modules.replay import frozen_statistics
+from modules.two_pass import TwoPassModule
 from tests.modules.by_hand import Loop
 from tests.modules.small_task import (
     OPTIMIZERS,

@@ -79,6 +79,19 @@ def test_the_cost_of_a_milestone_is_the_objective_and_a_miss_is_none() -> None:
         objective.value({"milestones": {"grok": reached}})
 
 
+def test_runs_that_missed_the_milestone_are_judged_by_what_is_said_to_count_otherwise() -> None:
+    summary = {
+        "milestones": {"full": {"epoch": None}},
+        "metrics": {"val/accuracy": {"best": 0.4}, "val/loss": {"best": 2.0}},
+    }
+    assert Objective(milestone="full", otherwise="val/accuracy").merit(summary) == 0.4
+    assert Objective(milestone="full", otherwise="val/loss").merit(summary) == -2.0
+    assert Objective(milestone="full").merit(summary) is None
+    assert Objective(milestone="full", otherwise="val/loss").merit({}) is None
+    with pytest.raises(KeyError, match="no metric val/perplexity: it has val/accuracy, val/loss"):
+        Objective(milestone="full", otherwise="val/perplexity").merit(summary)
+
+
 def test_every_shipped_sweep_can_be_read() -> None:
     paths = list((ROOT / "configs/sweeps").glob("*.yaml"))
     assert paths
@@ -97,6 +110,7 @@ def test_every_shipped_sweep_can_be_read() -> None:
         ({"optimizers": {}}, "needs 'optimizers'"),
         ({"objective": {}}, "objective needs either a milestone or a metric"),
         ({"objective": {"metric": "val/loss", "statistic": "mean"}}, "statistic must be one of best, last, got 'mean'"),
+        ({"objective": {"metric": "val/loss", "otherwise": "val/loss"}}, "otherwise is for a milestone"),
         ({"optimizers": {"a": {"configs": [], "space": {}}}}, "optimizers.a needs 'space'"),
         ({"optimizers": {"a": {"configs": ["no.yaml"], "space": {"x": {"low": 0, "high": 1}}}}}, "no config no.yaml"),
         ({"optimizers": {"a": {"configs": [], "space": {"x": {"low": 2, "high": 1}}}}}, "space.x: needs low < high"),

@@ -147,6 +147,28 @@ def test_a_killed_sweep_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> 
         assert [trial.user_attrs["index"] for trial in of_study] == [0, 1, 2, 3]
 
 
+def test_a_trial_gives_up_at_a_multiple_of_what_the_best_so_far_needed(tmp_path: Path) -> None:
+    """With two epochs of one step, a milestone reached in the first one makes the second superfluous."""
+    sweep = {
+        **{**SWEEP, "final_seeds": [], "give_up_at": 1.0},
+        "objective": {"milestone": "val_10", "cost": "gradient_evaluations"},
+        "common": {**COMMON, "data": {"init_args": {"p": 7, "batch_size": 64}}, "trainer": {"max_epochs": 40}},
+        "optimizers": {"adamw": SWEEP["optimizers"]["adamw"]},  # type: ignore[index]
+    }
+    process = run(tmp_path, sweep, "--workers", "1")
+    assert process.returncode == 0, process.stderr
+    best = None
+    for trial in sorted(trials(tmp_path)["adamw"], key=lambda one: one.number):
+        callbacks = saved(trial)["trainer"]["callbacks"]
+        budgets = [one["init_args"] for one in callbacks if one["class_path"].endswith("EvaluationBudget")]
+        assert budgets == ([] if best is None else [{"gradient_evaluations": best}])
+        spent = json.loads((Path(trial.user_attrs["folder"]) / "summary.json").read_text())["costs"]
+        assert best is None or spent["gradient_evaluations"] <= best
+        if trial.value is not None:
+            best = min(int(trial.value), best or int(trial.value))
+    assert best is not None and best < 40
+
+
 def test_a_trial_that_diverges_counts_as_a_miss(tmp_path: Path) -> None:
     huge = {"low": 1e30, "high": 1e38, "log": True}
     adamw = {"configs": ["configs/grok_adamw.yaml"], "space": {"model.optimizer.lr": huge}}
@@ -180,3 +202,24 @@ def test_workers_share_the_machine_as_asked(tmp_path: Path) -> None:
     process = run(tmp_path, SWEEP, "--workers", "0")
     assert process.returncode == 2 and "must be at least 1" in process.stderr
     assert os.listdir(tmp_path) == ["sweep.yaml"]
+
+
+def test_an_optimizer_that_never_reached_the_milestone_runs_its_best_trial_by_what_counts_otherwise(
+    tmp_path: Path,
+) -> None:
+    callbacks = [{"class_path": "callbacks.milestones.GrokkingMilestones"}]
+    common = {**COMMON, "trainer": {"max_epochs": 2, "callbacks": callbacks}}
+    sweep = {**SWEEP, "common": common, "final_seeds": [0], "objective": {"milestone": "full"}}
+    adamw = {"optimizers": {"adamw": SWEEP["optimizers"]["adamw"]}}
+    assert run(tmp_path, {**sweep, **adamw}).returncode == 0
+    assert trials(tmp_path).keys() == {"adamw"}
+    # Said afterwards, it counts for the trials that there are.
+    process = run(tmp_path, {**sweep, **adamw, "objective": {"milestone": "full", "otherwise": "val/loss"}})
+    assert process.returncode == 0, process.stderr
+    found = trials(tmp_path)
+    losses = [json.loads((Path(t.user_attrs["folder"]) / "summary.json").read_text()) for t in found["adamw"]]
+    merits = [summary["metrics"]["val/loss"]["best"] for summary in losses]
+    assert len(merits) == 4 and all(trial.state == TrialState.PRUNED for trial in found["adamw"])
+    winner = found["adamw"][merits.index(min(merits))]
+    (final,) = found["adamw-final"]
+    assert saved(final)["model"] == saved(winner)["model"]

@@ -1,0 +1,93 @@
+"""The part of a task module that measures: metrics by stage, logged once an epoch, and kept in checkpoints."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from modules.stage_metrics import MeanLoss, Metrics, load_metric_state, metric_state
+
+
+class MeasuredModule(L.LightningModule):
+    """Evaluates and logs; how it is trained is left to a subclass, which updates ``train_metrics`` with every batch."""
+
+    def compute_loss(self, batch: Any, metrics: Metrics | None) -> Tensor:
+        """Return the mean loss of ``batch``, a scalar; update ``metrics`` with what was seen, if there are any."""
+        raise NotImplementedError
+
+    def batch_size(self, batch: Any) -> int:
+        """Return the number of examples, or other units, in ``batch``: the length of its first tensor."""
+        return len(batch[0])
+
+    def set_metrics(self, metrics: Mapping[str, Metric]) -> None:
+        """Take the task's metrics, by log name; every stage gets its own copies, and the mean loss with them."""
+
+        def stage() -> nn.ModuleDict:
+            return nn.ModuleDict({"loss": MeanLoss(), **{name: metric.clone() for name, metric in metrics.items()}})
+
+        self.train_metrics: Metrics = stage()
+        self.val_metrics: Metrics = stage()
+        self.test_metrics: Metrics = stage()
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        self._evaluate(batch, self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_index: int) -> None:
+        self._evaluate(batch, self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test", self.test_metrics)
+
+    def _evaluate(self, batch: Any, metrics: Metrics) -> None:
+        loss = self.compute_loss(batch, metrics)
+        metrics["loss"].update(loss, self.batch_size(batch))
+
+    def _log_metrics(self, stage: str, metrics: Metrics, **more: float) -> None:
+        """Log what ``metrics`` have gathered and ``more``, and begin anew; nothing where there was no batch.
+
+        Raises:
+            FloatingPointError: the training loss is not finite.
+        """
+        if not metrics["loss"].update_called:
+            return
+        values = {f"{stage}/{name}": metric.compute() for name, metric in metrics.items()}
+        for metric in metrics.values():
+            metric.reset()
+        if stage == "train" and not torch.isfinite(values["train/loss"]):
+            raise FloatingPointError(
+                f"the training loss is {values['train/loss'].item()} in epoch {self.current_epoch}: lower the"
+                " learning rate, clip the gradient (gradient_clip_val), or look at the data"
+            )
+        values |= {f"{stage}/{name}": torch.tensor(value) for name, value in more.items()}
+        self.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # What the epoch has shown so far: a run that goes on in the middle of it reports the whole of it.
+        several = self.trainer.world_size > 1
+        checkpoint["train_metrics"] = {name: metric_state(metric, several) for name, metric in self._train_metrics()}
+        if several:
+            # Sums of sums depend on their order: as many processes go on from what each had.
+            shares: list[Any] = [None] * self.trainer.world_size
+            mine = {name: metric_state(metric, False) for name, metric in self._train_metrics()}
+            torch.distributed.all_gather_object(shares, mine)
+            checkpoint["train_metric_shares"] = shares
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        shares = checkpoint.get("train_metric_shares", [])
+        if len(shares) == self.trainer.world_size:
+            saved = shares[self.trainer.global_rank]
+        else:
+            # Of all processes' sums one takes all: the others start from nothing.
+            saved = checkpoint["train_metrics"] if self.trainer.is_global_zero else {}
+        for name, metric in self._train_metrics():
+            if name in saved:
+                load_metric_state(metric, saved[name])
+
+    def _train_metrics(self) -> Iterator[tuple[str, Metric]]:
+        return ((name, m) for name, m in self.train_metrics.named_modules() if isinstance(m, Metric))

@@ -1,0 +1,52 @@
+"""Metrics of a stage (training, validation, test): the mean loss, and how to take out and put back what they hold."""
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+# A stage's torchmetrics by log name: an nn.ModuleDict, whose values type checkers take for tensors.
+Metrics: TypeAlias = Any
+
+
+class MeanLoss(Metric):
+    """Mean over examples that lets NaN through and reads nothing back from the device; torchmetrics' own does both."""
+
+    total: Tensor
+    examples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("examples", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, examples: int, only_finite: bool = False) -> None:
+        """Take in the mean ``loss`` of a number of ``examples``; ``only_finite`` leaves out one that is not."""
+        count: int | Tensor = examples
+        if only_finite:
+            count, loss = examples * loss.isfinite(), loss.nan_to_num(0.0, 0.0, 0.0)
+        self.total += loss * examples
+        self.examples += count
+
+    def compute(self) -> Tensor:
+        """Return the mean over all examples so far."""
+        return self.total / self.examples
+
+
+def metric_state(metric: Metric, shared: bool) -> dict[str, Any]:
+    """Return copies, on the host, of what ``metric`` has gathered, over all processes if ``shared`` by several."""
+    with metric.sync_context(should_sync=shared):
+        values = {
+            name: [v.detach().cpu().clone() for v in value] if isinstance(value, list) else value.detach().cpu().clone()
+            for name, value in metric.metric_state.items()
+        }
+    return {"values": values, "updates": metric.update_count}
+
+
+def load_metric_state(metric: Metric, state: dict[str, Any]) -> None:
+    """Give ``metric`` what :func:`metric_state` returned of it."""
+    for name, value in state["values"].items():
+        moved = [v.to(metric.device) for v in value] if isinstance(value, list) else value.to(metric.device)
+        setattr(metric, name, moved)
+    metric._update_count, metric._computed = state["updates"], None
