@@ -75,7 +75,7 @@ def main() -> None:
     if not options.json:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.matrices} matrices a call")
         print(
-            "dtype      rows  columns  standard ms   gram ms   auto ms  s/auto  s/gram  chosen    error, gram / standard"
+            "dtype      rows  columns  standard ms   gram ms   auto ms  s/auto  s/gram  chosen    errors, gram/standard"
         )
     for name in options.dtypes:
         dtype = DTYPES[name]
