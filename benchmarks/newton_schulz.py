@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -48,7 +48,9 @@ def relative_errors(rows: int, columns: int, dtype: torch.dtype, algorithm: str,
     return errors
 
 
-def milliseconds(stack: Tensor, dtype: torch.dtype, seconds: float) -> dict[str, float]:
+def milliseconds(
+    stack: Tensor, dtype: torch.dtype, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median time of each algorithm on ``stack``, the two taking turns."""
     times: dict[str, list[float]] = {name: [] for name in ALGORITHMS}
     for name in ALGORITHMS:
@@ -56,9 +58,9 @@ def milliseconds(stack: Tensor, dtype: torch.dtype, seconds: float) -> dict[str,
     end = time.perf_counter() + seconds
     while len(times["gram"]) < 5 or time.perf_counter() < end:
         for name in ALGORITHMS:
-            start = time.perf_counter()
+            start = clock()
             orthogonalize(stack, dtype=dtype, algorithm=name)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -69,11 +71,15 @@ def main() -> None:
     parser.add_argument("--matrices", type=int, default=1)
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--processor-time", action="store_true", help="as in benchmarks/optimizer_step.py")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = parser.parse_args()
+    clock = time.process_time if options.processor_time else time.perf_counter
+    kind = "processor's" if options.processor_time else "clock's"
     found = []
     if not options.json:
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.matrices} matrices a call")
+        threads = f"{torch.get_num_threads()} threads, the {kind} time"
+        print(f"torch {torch.__version__}, {threads}, {options.matrices} matrices a call")
         print(
             "dtype      rows  columns  standard ms   gram ms   auto ms  s/auto  s/gram  chosen    errors, gram/standard"
         )
@@ -82,7 +88,7 @@ def main() -> None:
         for rows in options.rows:
             for aspect in options.aspects:
                 columns = rows * aspect
-                times = milliseconds(torch.randn(options.matrices, rows, columns), dtype, options.seconds)
+                times = milliseconds(torch.randn(options.matrices, rows, columns), dtype, options.seconds, clock)
                 errors = [
                     [sum(e) for e in zip(*(relative_errors(rows, columns, dtype, a, s) for s in range(3)), strict=True)]
                     for a in ("standard", "gram")
