@@ -39,6 +39,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     own = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
     )
+    own.__kwdefaults__ = function.__kwdefaults__
     compiled = torch.compile(own, fullgraph=True, dynamic=False)
 
     def call(*args: Any, **static: Any) -> Any:

@@ -50,13 +50,13 @@ _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.flo
 # Of A's rounding, from one forming of A to the next: two updates under "jordan", 3.4445^4 = 141; and where A is in
 # float32 and the result in half precision, four updates, 3.4445^8 = 2e4, which leaves three digits.
 _MOST_GROWTH, _MOST_GROWTH_FOR_HALF = 150.0, 2e4
-# From how many columns a row, and from how many rows on, Gram is the faster one on the CPU, as
-# benchmarks/newton_schulz.py measures it. In float32, whose inner side is float64, it is neither faster by much nor
-# always as accurate; other devices were not measured. There standard is taken.
-_GRAM_FROM_ASPECT = {torch.bfloat16: 4.0}
-_GRAM_FROM_ROWS = 24
 # Up to so many rows the CPU multiplies float32 no slower than half precision, whose products have a high fixed cost.
 _FLOAT32_TO_ROWS = 64
+# From how many rows, and from how many columns a row on, small and larger ones, Gram is the faster one for bfloat16 on
+# the CPU, as benchmarks/newton_schulz.py measures it. In float32, whose inner side is float64, it is neither faster by
+# much nor always as accurate; other devices were not measured. There standard is taken.
+_GRAM_FROM_ROWS = 24
+_GRAM_FROM_ASPECT = (3.0, 4.0)
 # Rows of a block of a symmetric product on the CPU, of which there are at least two.
 _BLOCK_ROWS = 128
 
@@ -69,10 +69,9 @@ def schedule(name: str, steps: int) -> list[Coefficients]:
 
 def faster_algorithm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str:
     """Return ``"standard"`` or ``"gram"``, whichever is faster for wide matrices of this shape by measurement."""
-    aspect = _GRAM_FROM_ASPECT.get(dtype)
-    if device.type != "cpu" or aspect is None or rows < _GRAM_FROM_ROWS:
+    if device.type != "cpu" or dtype != torch.bfloat16 or rows < _GRAM_FROM_ROWS:
         return "standard"
-    return "gram" if columns >= aspect * rows else "standard"
+    return "gram" if columns >= _GRAM_FROM_ASPECT[rows > _FLOAT32_TO_ROWS] * rows else "standard"
 
 
 def products_dtype(rows: int, dtype: torch.dtype, device: torch.device) -> torch.dtype:

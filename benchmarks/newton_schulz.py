@@ -2,9 +2,10 @@
 
     python -m benchmarks.newton_schulz [--rows 64 128 256 512] [--aspects 1 2 3 4 6 9] [--matrices 1] [--json]
 
-Times are medians of calls that take turns; "faster" is standard over Gram, and above 1 means that Gram wins. Errors
-are Frobenius norms against the iteration in float64, relative, each the mean over three seeds of the worst of four
-kinds of matrix over the standard one's: random, of rank rows/8, of condition 1e6, and random times 1e-30.
+Times are medians of calls that take turns. "auto" is the chosen algorithm, in float32 where that is faster; the ratios
+are standard's time over that of auto and of Gram, and above 1 the latter wins. Errors are Frobenius norms against the
+iteration in float64, relative, each the mean over three seeds of Gram's on one kind of matrix over the standard one's:
+random, of rank rows/8, of condition 1e6, and random times 1e-30.
 :func:`ars2.newton_schulz.faster_algorithm` holds what was read off this table.
 """
 
@@ -13,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ars2 import orthogonalize
 from ars2.newton_schulz import faster_algorithm
 from ars2.validation import DTYPES
 
-ALGORITHMS = ("standard", "gram")
+ALGORITHMS = ("standard", "gram", "auto")
 
 
 def kinds(rows: int, columns: int, seed: int) -> Iterator[Tensor]:
@@ -47,7 +48,9 @@ def relative_errors(rows: int, columns: int, dtype: torch.dtype, algorithm: str,
     return errors
 
 
-def milliseconds(stack: Tensor, dtype: torch.dtype, seconds: float) -> dict[str, float]:
+def milliseconds(
+    stack: Tensor, dtype: torch.dtype, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median time of each algorithm on ``stack``, the two taking turns."""
     times: dict[str, list[float]] = {name: [] for name in ALGORITHMS}
     for name in ALGORITHMS:
@@ -55,9 +58,9 @@ def milliseconds(stack: Tensor, dtype: torch.dtype, seconds: float) -> dict[str,
     end = time.perf_counter() + seconds
     while len(times["gram"]) < 5 or time.perf_counter() < end:
         for name in ALGORITHMS:
-            start = time.perf_counter()
+            start = clock()
             orthogonalize(stack, dtype=dtype, algorithm=name)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -68,21 +71,27 @@ def main() -> None:
     parser.add_argument("--matrices", type=int, default=1)
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--processor-time", action="store_true", help="as in benchmarks/optimizer_step.py")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = parser.parse_args()
+    clock = time.process_time if options.processor_time else time.perf_counter
+    kind = "processor's" if options.processor_time else "clock's"
     found = []
     if not options.json:
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.matrices} matrices a call")
-        print("dtype      rows  columns   standard ms    gram ms   faster  chosen    gram's error over standard's")
+        threads = f"{torch.get_num_threads()} threads, the {kind} time"
+        print(f"torch {torch.__version__}, {threads}, {options.matrices} matrices a call")
+        print(
+            "dtype      rows  columns  standard ms   gram ms   auto ms  s/auto  s/gram  chosen    errors, gram/standard"
+        )
     for name in options.dtypes:
         dtype = DTYPES[name]
         for rows in options.rows:
             for aspect in options.aspects:
                 columns = rows * aspect
-                times = milliseconds(torch.randn(options.matrices, rows, columns), dtype, options.seconds)
+                times = milliseconds(torch.randn(options.matrices, rows, columns), dtype, options.seconds, clock)
                 errors = [
                     [sum(e) for e in zip(*(relative_errors(rows, columns, dtype, a, s) for s in range(3)), strict=True)]
-                    for a in ALGORITHMS
+                    for a in ("standard", "gram")
                 ]
                 row = {
                     **{"dtype": name, "rows": rows, "columns": columns, **times},
@@ -92,10 +101,10 @@ def main() -> None:
                 found.append(row)
                 if not options.json:
                     ratios = " ".join(f"{ratio:5.2f}" for ratio in row["error_ratios"])
+                    milli = " ".join(f"{times[a]:9.3f}" for a in ALGORITHMS)
+                    gains = " ".join(f"{times['standard'] / times[a]:6.2f}x" for a in ("auto", "gram"))
                     print(
-                        f"{name:<9} {rows:5d} {columns:8d} {times['standard']:13.3f} {times['gram']:10.3f}"
-                        f" {times['standard'] / times['gram']:7.2f}x  {row['chosen']:<9} {ratios}",
-                        flush=True,
+                        f"{name:<9} {rows:5d} {columns:8d}    {milli} {gains}  {row['chosen']:<9} {ratios}", flush=True
                     )
     if options.json:
         print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": found}))

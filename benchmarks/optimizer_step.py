@@ -10,6 +10,9 @@ All run five Newton-Schulz steps in bfloat16 and keep float32 state. In a round 
 steps unmeasured, and is then timed for --seconds (three steps at least); medians are over all rounds, so a machine that
 slows down slows all. heavyball compiles its step, as it does by default; the others do not compile.
 
+--processor-time takes the time that the process was computing instead of the clock's: with one thread
+(OMP_NUM_THREADS=1) it hardly depends on what else the machine does.
+
 "peak" is the most memory that a step holds beyond parameters, gradients and state; "state" is what stays between steps.
 """
 
@@ -191,7 +194,11 @@ def peak_bytes(step: Step, device: str = "cpu") -> int:
 
 
 def measure(
-    competitors: dict[str, Competitor], make_groups: Callable[[], list[dict[str, Any]]], rounds: int, seconds: float
+    competitors: dict[str, Competitor],
+    make_groups: Callable[[], list[dict[str, Any]]],
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Let the competitors take turns; returns for each its median milliseconds a step and its bytes."""
     times: dict[str, list[float]] = {name: [] for name in competitors}
@@ -207,9 +214,9 @@ def measure(
                 step()
             end, count = time.perf_counter() + seconds, 0
             while count < 3 or time.perf_counter() < end:
-                start = time.perf_counter()
+                start = clock()
                 step()
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (clock() - start))
                 count += 1
     for name, values in times.items():
         results[name]["ms"] = statistics.median(values)
@@ -232,13 +239,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="measured seconds an optimizer and round")
     parser.add_argument("--only", default="", help="leave out optimizers whose name does not contain this")
+    parser.add_argument("--processor-time", action="store_true", help="instead of the clock's, see above")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    clock = time.process_time if options.processor_time else time.perf_counter
+    found["time"] = "processor's" if options.processor_time else "clock's"
     found["processor"] = platform.processor() or platform.machine()
     if not options.json:
-        print(f"torch {found['torch']}, {found['threads']} threads, {found['processor']}", flush=True)
+        print(
+            f"torch {found['torch']}, {found['threads']} threads, {found['processor']}, the {found['time']} time",
+            flush=True,
+        )
     for name in options.networks:
         found[name] = {}
         for part, competitors, make, against in (
@@ -246,7 +259,7 @@ def main() -> None:
             ("matrices", MATRICES, matrices_of, TORCH_MUON),
         ):
             chosen = {key: value for key, value in competitors.items() if options.only in key or key == against}
-            results = measure(chosen, lambda make=make, name=name: make(name), options.rounds, options.seconds)
+            results = measure(chosen, lambda make=make, name=name: make(name), options.rounds, options.seconds, clock)
             found[name][part] = results
             if not options.json:
                 print("\n" + table(f"{name}, {part}", results, against), flush=True)

@@ -5,6 +5,7 @@
 The networks and batches are those of benchmarks/networks.py, at the published settings of each task. A step is one or
 two forward and backward passes and the optimizer's own work; the modes take turns, step by step, and the parts are
 medians. AGA and periodic look every tenth step here, which is what "passes" says: gradient evaluations a step.
+--processor-time is that of benchmarks/optimizer_step.py.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ MODES: dict[str, dict[str, Any]] = {
 class Trainer:
     """One network with one optimizer; times the parts of its steps."""
 
-    def __init__(self, name: str, mode: str) -> None:
+    def __init__(self, name: str, mode: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
         torch.manual_seed(0)
         self.network: nn.Module = build(name)
         self.loss = loss_function(name, self.network)
@@ -48,22 +51,22 @@ class Trainer:
         self.own: dict[bool, list[float]] = {False: [], True: []}
 
     def forward_and_backward(self) -> float:
-        start = time.perf_counter()
+        start = self.clock()
         self.loss().backward()
-        return time.perf_counter() - start
+        return self.clock() - start
 
     def step(self, record: bool) -> None:
         self.optimizer.zero_grad()
         passes = [self.forward_and_backward()]
         if self.two_pass:
             self.optimizer.param_groups[0]["phi_variance"] = 1.0  # AGA: the period alone decides
-        start, again = time.perf_counter(), False
+        start, again = self.clock(), False
         if self.two_pass and (again := self.optimizer.wants_second_pass()):
             self.optimizer.perturb()
             passes.append(self.forward_and_backward())
             self.optimizer.restore()
         self.optimizer.step()
-        own = time.perf_counter() - start - sum(passes[1:])
+        own = self.clock() - start - sum(passes[1:])
         if record:
             self.passes += passes
             self.own[again].append(own)
@@ -79,9 +82,9 @@ class Trainer:
         }
 
 
-def measure(name: str, seconds: float) -> dict[str, dict[str, float]]:
+def measure(name: str, seconds: float, clock: Callable[[], float] = time.perf_counter) -> dict[str, dict[str, float]]:
     """Let AdamW and every mode take turns on one task; returns the parts of each one's step."""
-    trainers = {mode: Trainer(name, mode) for mode in ("AdamW", *MODES)}
+    trainers = {mode: Trainer(name, mode, clock) for mode in ("AdamW", *MODES)}
     for trainer in trainers.values():
         trainer.step(record=False)
     end, count = time.perf_counter() + seconds * len(trainers), 0
@@ -118,15 +121,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seconds", type=float, default=2.0, help="measured seconds a mode and task")
+    parser.add_argument("--processor-time", action="store_true", help="instead of the clock's, see above")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--picture", type=Path, help="write the stacked bars to this file")
     options = parser.parse_args()
     found: dict[str, Any] = {}
+    clock = time.process_time if options.processor_time else time.perf_counter
+    kind = "processor's" if options.processor_time else "clock's"
     if not options.json:
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, the {kind} time")
         print("network    mode       passes  first ms  second ms  optimizer ms   step ms   / AdamW")
     for name in options.networks:
-        found[name] = measure(name, options.seconds)
+        found[name] = measure(name, options.seconds, clock)
         for mode, row in found[name].items() if not options.json else ():
             parts = f"{row['first_pass_ms']:9.2f} {row['second_pass_ms']:10.2f} {row['optimizer_ms']:13.2f}"
             ratio = row["step_ms"] / found[name]["AdamW"]["step_ms"]

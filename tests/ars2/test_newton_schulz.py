@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ars2 import orthogonalize
-from ars2.newton_schulz import COEFFICIENTS, _blocks, faster_algorithm, schedule
+from ars2.newton_schulz import COEFFICIENTS, _blocks, _symmetric, faster_algorithm, products_dtype, schedule
 from ars2.orthogonalize import orthogonalize_all
 from benchmarks.newton_schulz import relative_errors
 from tests.ars2.reference import reference_newton_schulz
@@ -64,10 +64,58 @@ def test_the_gram_matrix_is_formed_anew_before_rounding_has_grown_too_much() -> 
     assert [len(block) for block in _blocks(schedule("polar_express", 5))] == [2, 2, 1]
 
 
+def test_for_half_precision_the_gram_matrix_is_in_float32_and_formed_once() -> None:
+    assert [len(block) for block in _blocks(schedule("jordan", 5), 2e4)] == [5]
+    assert [len(block) for block in _blocks(schedule("jordan", 8), 2e4)] == [5, 3]
+    assert [len(block) for block in _blocks(schedule("polar_express", 5), 2e4)] == [4, 1]
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("shape", [(96, 400), (300, 1300)])
+def test_gram_is_as_accurate_as_standard_under_every_schedule(shape: tuple[int, int], coefficients: str) -> None:
+    exact, standard, gram = (
+        orthogonalize(random(*shape).to(given), 7, coefficients, dtype, algorithm).double()
+        for given, dtype, algorithm in (
+            (torch.float64, torch.float64, "standard"),
+            (torch.float32, torch.bfloat16, "standard"),
+            (torch.float32, torch.bfloat16, "gram"),
+        )
+    )
+    assert (gram - exact).norm() <= (standard - exact).norm()
+
+
+@pytest.mark.parametrize("rows", [256, 300, 511])
+@pytest.mark.parametrize("matrices", [1, 2])
+def test_a_symmetric_product_by_blocks_is_the_product(rows: int, matrices: int) -> None:
+    x = torch.stack([random(rows, 40, seed=seed) for seed in range(matrices)])
+    gram = torch.bmm(x, x.mT)
+    torch.testing.assert_close(_symmetric(None, x, x.mT), gram, rtol=0, atol=1e-12)
+    expected = 0.5 * gram + 2.0 * torch.bmm(gram, gram)
+    found = _symmetric(gram, gram, gram, beta=0.5, alpha=2.0)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-9)
+    assert torch.equal(found[:, rows // 2 :, : rows // 4], found[:, : rows // 4, rows // 2 :].mT)
+
+
+@pytest.mark.parametrize("shape", [(7, 40), (27, 64), (64, 64), (48, 200)])
+def test_small_matrices_are_multiplied_in_float32(shape: tuple[int, int]) -> None:
+    cpu = torch.device("cpu")
+    assert products_dtype(shape[0], torch.bfloat16, cpu) == torch.float32
+    assert products_dtype(65, torch.bfloat16, cpu) == torch.bfloat16
+    assert products_dtype(shape[0], torch.float64, cpu) == torch.float64
+    assert products_dtype(shape[0], torch.bfloat16, torch.device("meta")) == torch.bfloat16
+    matrix = random(*shape, dtype=torch.float32)
+    exact = orthogonalize(matrix.double(), dtype=torch.float64)
+    found = orthogonalize(matrix).double()
+    # Half a unit of bfloat16 in the last place, and a little for float32.
+    assert ((found - exact).abs() <= exact.abs() * 2**-8 + 1e-5).all()
+
+
 def test_the_choice_is_by_shape_dtype_and_device() -> None:
     cpu = torch.device("cpu")
     assert faster_algorithm(512, 4608, torch.bfloat16, cpu) == "gram"
     assert faster_algorithm(512, 512, torch.bfloat16, cpu) == "standard"
+    assert faster_algorithm(64, 192, torch.bfloat16, cpu) == "gram"
+    assert faster_algorithm(65, 195, torch.bfloat16, cpu) == "standard"
     assert faster_algorithm(8, 400, torch.bfloat16, cpu) == "standard"
     assert faster_algorithm(512, 4608, torch.float32, cpu) == "standard"
     assert faster_algorithm(512, 4608, torch.float64, cpu) == "standard"
