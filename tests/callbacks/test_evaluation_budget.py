@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from callbacks.evaluation_budget import EvaluationBudget
-from tests.commands import TINY, fit
+from tests.commands import TINY, fit, metrics
 
 
 @pytest.mark.parametrize(("row", "per_step"), [("adamw", 1), ("sync", 2)])
@@ -18,6 +18,28 @@ def test_a_run_stops_after_the_epoch_in_which_the_budget_is_spent(row: str, per_
     # 14 training pairs in batches of 8: two steps an epoch.
     epochs = -(-7 // (2 * per_step))
     assert costs["gradient_evaluations"] == 2 * per_step * epochs >= 7
+
+
+@pytest.mark.parametrize(("row", "steps"), [("adamw", 7), ("sync", 4)])
+def test_or_with_the_step_in_which_it_is_spent_and_validates_there(row: str, steps: int, tmp_path: Path) -> None:
+    init_args = {"gradient_evaluations": 7, "finish_epoch": False}
+    callback = {"class_path": "callbacks.evaluation_budget.EvaluationBudget", "init_args": init_args}
+    # 4 steps an epoch: one of the runs ends in the middle of one.
+    options = [
+        *TINY,
+        "--data.batch_size",
+        "4",
+        "--trainer.max_epochs",
+        "9",
+        "--trainer.callbacks",
+        json.dumps([callback]),
+    ]
+    folder = fit(tmp_path, "--config", f"configs/grok_{row}.yaml", *options)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["costs"]["optimizer_steps"] == steps
+    assert summary["epochs"] == (2 if row == "adamw" else 1)
+    validated = [line for line in metrics(folder) if "val/loss" in line]
+    assert validated[-1]["cost/optimizer_steps"] == str(steps) + ".0"
 
 
 def test_a_budget_below_one_is_refused() -> None:
