@@ -11,7 +11,6 @@ from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.test_efficiency import count, reads
 from tests.ars2.training import (
     assert_identical,
-    closure_of,
     copies,
     parameters_of,
     setup,
