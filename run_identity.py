@@ -23,11 +23,21 @@ _PLACES = ("root", "dir", "directory", "folder", "path", "cache", "file")
 _TRAINING = (
     *("optimizer", "scheduler", "scheduler_interval", "policy", "matrix", "vector"),
     *("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches"),
+    *("clip_first_pass", "nonfinite", "local_first_pass", "gather"),
 )
 _EVALUATION = (
     *("limit_train_batches", "limit_val_batches", "overfit_batches"),
     *("val_check_interval", "check_val_every_n_epoch"),
 )
+_SWITCHES = ("model.optimizer.energy", "model.optimizer.geometry")
+# Options that came later, at the value that changes nothing: runs from before are of the same setting.
+_NEUTRAL = {
+    **dict.fromkeys(_SWITCHES, True),
+    **{"model.optimizer.ns_algorithm": "auto", "model.optimizer.compile": False, "model.optimizer.capturable": False},
+    **{"model.clip_first_pass": False, "model.nonfinite": "stop"},
+    **{"model.local_first_pass": False, "model.gather": "exact"},
+    "callbacks.evaluation_budget.EvaluationBudget.finish_epoch": True,
+}
 _LENGTH = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")
 _TRAINER = (*_EVALUATION, *_LENGTH, "precision", "devices", "num_nodes", "callbacks")
 
@@ -76,6 +86,17 @@ def _is_logistics(key: str) -> bool:
     return name in _LOGISTICS or name.rpartition("_")[2] in _PLACES
 
 
+def _is_neutral(key: str, value: Any) -> bool:
+    return key in _NEUTRAL and type(value) is type(_NEUTRAL[key]) and value == _NEUTRAL[key]
+
+
+def _without_neutral(callback: Any) -> Any:
+    if not isinstance(callback, dict) or not isinstance(options := callback.get("init_args"), dict):
+        return callback
+    kept = {key: value for key, value in options.items() if not _is_neutral(f"{callback['class_path']}.{key}", value)}
+    return {**callback, "init_args": kept}
+
+
 class RunIdentity:
     """Reads a resolved config, as it is saved in a run's ``config.yaml``.
 
@@ -83,9 +104,9 @@ class RunIdentity:
         config: nested mappings, as YAML gives them.
 
     Attributes:
-        options: the config by dotted key, see :func:`flatten`.
+        options: the config by dotted key, see :func:`flatten`, without options that change nothing.
         task: name of the data's module without a trailing number, such as ``modular_addition`` or ``cifar``.
-        optimizer: short name, such as ``adamw``, ``muon`` or ``ars2_sync``.
+        optimizer: short name, such as ``adamw``, ``muon``, ``ars2_sync`` or ``ars2_sync_no_geometry``.
         seed: of the run, as it is written after ``s``: ``7``, or ``7.42`` where the data has another seed (42).
         experiment: the name given to it.
         sweep: the search that it is part of, if any.
@@ -97,13 +118,16 @@ class RunIdentity:
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self.options = dict(flatten(config))
+        self.options = {key: value for key, value in flatten(config) if not _is_neutral(key, value)}
+        if isinstance(callbacks := self.options.get("trainer.callbacks"), list):
+            self.options["trainer.callbacks"] = [_without_neutral(callback) for callback in callbacks]
         for key in ("model", "data", "model.optimizer"):
             if not isinstance(self.options.get(key), str):
                 raise ValueError(f"the config names no {key} by its class_path")
         self.task = self.options["data"].split(".")[-2].rstrip("0123456789")
         name, mode = self.options["model.optimizer"].rpartition(".")[2], self.options.get("model.optimizer.mode")
-        self.optimizer = _SHORT.get(name, name.lower()) + (f"_{mode}" if mode else "")
+        off = [f"_no_{_last(key)}" for key in _SWITCHES if key in self.options]
+        self.optimizer = "".join([_SHORT.get(name, name.lower()), f"_{mode}" if mode else "", *off])
         seeds = dict.fromkeys((self.options.get("seed_everything"), self.options.get("data.seed")))
         self.seed = ".".join(str(seed) for seed in seeds if seed is not None)
         self.experiment = str(self.options.get("experiment") or self.optimizer)

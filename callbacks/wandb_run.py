@@ -11,7 +11,7 @@ from callbacks.lookup import folder_of
 from callbacks.run_summary import LOWER_IS_BETTER
 
 # Written by other callbacks; what of it is there goes into the artifact.
-FILES = ("config.yaml", "protocol.yaml", "parameters.txt", "metrics.csv", "summary.json")
+FILES = ("config.yaml", "protocol.yaml", "parameters.txt", "metrics.csv", "summary.json", "samples.txt")
 AXES = ("epoch", "cost/optimizer_steps", "cost/gradient_evaluations", "cost/training_seconds", "cost/flops")
 # By how many of them a table starts, or a step is.
 STEP_AXES = {"train/*": "epoch", "milestone/*": "epoch", "optimizer/*": AXES[1], "flatness/*": AXES[1]}

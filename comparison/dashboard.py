@@ -41,6 +41,7 @@ def panels(metric: str) -> list[Any]:
         line("validation loss", "epoch", "val/loss", log=True),
         line("phi and its threshold", "cost/optimizer_steps", "flatness/phi", "flatness/threshold"),
         line("looks a step", "cost/optimizer_steps", "flatness/trigger_rate"),
+        line("top Hessian eigenvalue", "cost/optimizer_steps", "flatness/hessian_top", log=True),
         line("size of the update over the weights", "cost/optimizer_steps", "optimizer/update_ratio_matrix", log=True),
         wr.BarPlot(
             title=f"best {metric}",
@@ -49,7 +50,9 @@ def panels(metric: str) -> list[Any]:
             groupby_aggfunc="mean",
             groupby_rangefunc="stddev",
         ),
-        wr.MediaBrowser(title="pictures", media_keys=["pictures/curves", "pictures/looks"]),
+        wr.MediaBrowser(
+            title="pictures", media_keys=["pictures/curves", "pictures/looks", "loss_surface", "test/confusion_matrix"]
+        ),
         wr.RunComparer(diff_only=True),
     ]
 

@@ -1,13 +1,15 @@
 """What was spent on finding the settings: trials and costs by optimizer, and how sensitive each was."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
 from comparison.rows import Group
-from comparison.runs import Run
+from comparison.runs import Run, Target
 from comparison.tables import Table, number
 
 # Options whose sensitivity is of interest: of any track, any optimizer.
-_SENSITIVE = ("lr", "weight_decay")
+_SENSITIVE = ("lr", "weight_decay", "rho")
 
 
 def ledgers(group: Group) -> Iterator[Table]:
@@ -43,12 +45,32 @@ def _total(runs: list[Run], axis: str) -> float:
     return sum(run.at_end(axis) or 0.0 for run in runs)
 
 
-def sensitivities(group: Group, name: str) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Return by option, then by optimizer, the (value, best metric) of every trial of a search that varied it.
+Points: TypeAlias = list[tuple[float, float]]
+_AXIS = "cost/gradient_evaluations"
 
-    Options are learning rates and weight decays of either track; a trial without a finite metric is left out.
+
+def best_of(group: Group) -> Callable[[Run], float | None]:
+    """Return what gives a run's best value of the group's metric."""
+    return lambda run: run.best(group.metric, group.lower)
+
+
+def evaluations_to(target: Target) -> Callable[[Run], float | None]:
+    """Return what gives the gradient evaluations at which a run reached ``target``, if it did."""
+    return lambda run: run.reached(target, _AXIS)
+
+
+def evaluations_without(target: Target) -> Callable[[Run], float | None]:
+    """Return what gives the gradient evaluations that a run spent without reaching ``target``, if it did not."""
+    return lambda run: run.at_end(_AXIS) if run.reached(target, _AXIS) is None else None
+
+
+def sensitivities(group: Group, name: str, value_of: Callable[[Run], float | None]) -> dict[str, dict[str, Points]]:
+    """Return by option, then by optimizer, the (option, value) of every trial of a search that varied it.
+
+    Options are learning rates and weight decays of either track, and the radius; a trial without a finite value is
+    left out.
     """
-    points: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    points: dict[str, dict[str, Points]] = {}
     for (other, optimizer), trials in group.sweeps.items():
         if other != name:
             continue
@@ -57,8 +79,10 @@ def sensitivities(group: Group, name: str) -> dict[str, dict[str, list[tuple[flo
             values = [option.get(key) for option in options]
             numbers = [value for value in values if isinstance(value, (int, float))]
             if key.rpartition(".")[2] in _SENSITIVE and len(set(numbers)) > 1:
-                of_trials = zip(values, (run.best(group.metric, group.lower) for run in trials), strict=True)
+                of_trials = zip(values, map(value_of, trials), strict=True)
                 points.setdefault(key, {})[optimizer] = sorted(
-                    (float(value), best) for value, best in of_trials if value is not None and best == best
+                    (float(option), value)
+                    for option, value in of_trials
+                    if option is not None and value is not None and math.isfinite(value)
                 )
     return points

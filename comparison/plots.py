@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from comparison.ledger import sensitivities
+from comparison.ledger import Points, best_of, evaluations_to, evaluations_without, sensitivities
 from comparison.results import is_share
 from comparison.rows import Group, Row
 from comparison.runs import AXES, Run
@@ -22,6 +22,7 @@ STYLES = ("-", "--", ":", "-.")
 # Stands for the page's own text colour until the picture is put on one.
 _INK = "#010203"
 _POINTS = 160
+_FEW = 12
 _STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
     **{"font.size": 9.0, "axes.titlesize": 10.0, "axes.spines.top": False, "axes.spines.right": False},
@@ -90,6 +91,11 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[kept], y[kept]
 
 
+def _marked(x: np.ndarray) -> dict[str, Any]:
+    """Return marks for a line of few points, which it would hide, or of one, which would be nothing."""
+    return {"marker": "o", "markersize": 3} if len(x) <= _FEW else {}
+
+
 def _axes(title: str, x: str, y: str, height: float = 3.3) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.6, height), layout="constrained")
     axes = figure.add_subplot()
@@ -144,9 +150,9 @@ def curves(group: Group, metric: str, axis: str, legend: bool = False) -> Figure
             drawn += [y for _, y in lines]
             label = f"{row.label} ({len(lines)})"
             for x, y in lines if len(lines) > 1 else []:
-                axes.plot(*_thin(x, y), linewidth=0.6, alpha=0.45, **style(index))
+                axes.plot(*_thin(x, y), linewidth=0.6, alpha=0.45, **style(index), **_marked(x))
             if len(lines) == 1:
-                axes.plot(*_thin(*lines[0]), linewidth=1.5, label=label, **style(index))
+                axes.plot(*_thin(*lines[0]), linewidth=1.5, label=label, **style(index), **_marked(lines[0][0]))
             elif lines:
                 # A loss scatters by factors: the interval of its logarithm does not reach below zero.
                 logs = not share and all((y > 0).all() for _, y in lines)
@@ -155,7 +161,7 @@ def curves(group: Group, metric: str, axis: str, legend: bool = False) -> Figure
                 axes.plot(x, mean, linewidth=1.8, label=label, **style(index))
                 if len(lines) > 2:
                     axes.fill_between(x, low, high, alpha=0.18, linewidth=0, color=style(index)["color"])
-        for target in group.targets[-1:]:
+        for target in [group.goal] if group.goal else []:
             if drawn and target.metric == metric:
                 level = 100 * target.level if share else target.level
                 axes.axhline(level, color=_INK, linewidth=0.8, alpha=0.6, linestyle=(0, (4, 3)))
@@ -195,7 +201,7 @@ def looks(row: Row) -> Figure | None:
         middle.plot(*_thin(*run.curve("flatness/threshold", axis)), color=_INK, linewidth=1.0, label="threshold")
         middle.axhline(0, color=_INK, linewidth=0.5, alpha=0.5)
         middle.set_ylabel("cosine")
-        middle.legend(loc="upper right", ncols=2, handlelength=1.2)
+        middle.legend(loc="lower right", bbox_to_anchor=(1.0, 0.96), ncols=2, handlelength=1.2, borderpad=0)
         _draw_looks(run, top, bottom, axis)
         bottom.set_xlabel(AXES[axis])
     return figure
@@ -215,24 +221,43 @@ def _draw_looks(run: Run, over_loss: Axes, below: Axes, axis: str) -> None:
 
 
 def sensitivity(group: Group, name: str) -> list[Figure]:
-    """Draw the best metric of every trial of a search over each learning rate and weight decay that it varied."""
-    figures = []
-    scale = 100 if is_share(group.metric) else 1
+    """Draw the trials of a search over each option that it varied, see :func:`comparison.ledger.sensitivities`.
+
+    A picture of the best metric, and where a trial reached the goal one of the gradient evaluations to it, in which a
+    cross is a trial that spent so many without reaching it.
+    """
+    unit = ", %" if is_share(group.metric) else ""
+    best = sensitivities(group, name, best_of(group))
+    figures = [_trials(group, name, key, f"best {group.metric}{unit}", points, {}) for key, points in best.items()]
+    if group.goal:
+        reached = sensitivities(group, name, evaluations_to(group.goal))
+        missed = sensitivities(group, name, evaluations_without(group.goal))
+        what = f"gradient evaluations to {group.goal}"
+        figures += [_trials(group, name, key, what, points, missed[key]) for key, points in reached.items()]
+    return [figure for figure in figures if figure is not None]
+
+
+def _trials(
+    group: Group, name: str, key: str, what: str, points: dict[str, Points], crosses: dict[str, Points]
+) -> Figure | None:
+    """Draw points by optimizer; ``None`` where there are none."""
+    if not any(points.values()):
+        return None
+    scale = 100 if what.endswith(", %") else 1
     optimizers = list(dict.fromkeys(optimizer for other, optimizer in group.sweeps if other == name))
-    for key, by_optimizer in sensitivities(group, name).items():
-        with matplotlib.rc_context(_STYLE):
-            title = f"{name}: trials over {key.removeprefix('model.')}"
-            unit = ", %" if scale == 100 else ""
-            figure, axes = _axes(title, key.removeprefix("model."), f"best {group.metric}{unit}")
-            for optimizer, points in by_optimizer.items():
-                x, y = np.asarray(points).T
-                look = style(optimizers.index(optimizer))
-                axes.plot(x, scale * y, "o", markersize=4, alpha=0.75, color=look["color"], label=optimizer)
-            positive = all(x > 0 for points in by_optimizer.values() for x, _ in points)
-            axes.set_xscale("log" if positive else "symlog", **({} if positive else {"linthresh": 1e-3}))
-            if scale == 1:
-                values = [y for points in by_optimizer.values() for _, y in points]
-                _log_if_wide(axes, min(values), max(values))
-            _legend(figure, axes)
-        figures.append(figure)
-    return figures
+    with matplotlib.rc_context(_STYLE):
+        option = key.removeprefix("model.")
+        figure, axes = _axes(f"{name}: trials over {option}", option, what)
+        for marker, by_optimizer in (("o", points), ("x", crosses)):
+            for optimizer, pairs in by_optimizer.items():
+                look = style(optimizers.index(optimizer))["color"]
+                x, y = np.asarray(pairs).reshape(-1, 2).T
+                label = optimizer if marker == "o" else None
+                axes.plot(x, scale * y, marker, markersize=4, alpha=0.75, color=look, label=label)
+        drawn = [pair for by in (points, crosses) for pairs in by.values() for pair in pairs]
+        positive = all(x > 0 for x, _ in drawn)
+        axes.set_xscale("log" if positive else "symlog", **({} if positive else {"linthresh": 1e-3}))
+        if scale == 1:
+            _log_if_wide(axes, min(y for _, y in drawn), max(y for _, y in drawn))
+        _legend(figure, axes)
+    return figure

@@ -10,15 +10,19 @@ from pathlib import Path
 import pandas as pd
 
 from comparison import plots
+from comparison.flatness import MEASURES, flatness
 from comparison.ledger import ledgers
 from comparison.results import baseline, milestones, pairs, published, results, step_cost, to_target
 from comparison.rows import Group, Row
 from comparison.runs import AXES, Problem
+from comparison.switches import switches
 from comparison.tables import Table, median_text, number
 
 _CSS = Path(__file__).with_name("report.css")
 # What Markdown shows, which has no room for a choice of axes.
 _MARKDOWN_AXES = ("epoch", "cost/gradient_evaluations")
+# Curves of the flatness probe, where there are any: the others are in its table.
+PROBED = ("flatness/hessian_top", "flatness/rise_gradient")
 # Notes that also stand at the top.
 _WARNINGS = ("UNEQUAL", "The rows were")
 _ON_WHITE = ("#ffffff", "#1c1e21")
@@ -76,11 +80,12 @@ def _section(group: Group, wanted: str | None, index: int) -> Section:
     reference = baseline(group, wanted)
     tables = [published(group), results(group), to_target(group), milestones(group)]
     tables += [] if reference is None else list(pairs(group, reference))
+    tables += [*switches(group), *flatness(group)]
     tables += [step_cost(group, reference), *ledgers(group), _runs(group)]
     found = [table for table in tables if table is not None and table.rows]
     section = Section(group, f"{group.task}-{group.digest}", list(_headlines(group)), found)
     prefix = f"{index + 1}-{group.task}"
-    metrics = list(dict.fromkeys((group.metric, "train/loss", "val/loss")))
+    metrics = list(dict.fromkeys((group.metric, "train/loss", "val/loss", *PROBED)))
     for axis in group.axes:
         for metric in metrics:
             figure = plots.curves(group, metric, axis)
@@ -107,16 +112,18 @@ def _headlines(group: Group) -> Iterator[str]:
     if group.rows and max(seeds) < 3:
         yield f"At most {max(seeds)} seed{'s' if max(seeds) > 1 else ''} a row: nothing here is settled."
     axis = "cost/gradient_evaluations"
-    if not group.targets or axis not in group.axes:
+    target = group.goal
+    if target is None or axis not in group.axes:
         return
-    target = group.targets[-1]
     for row in group.rows[:2]:
         median = row.median(target, axis)
         if median is not None and median.median is not None:
             runs = f"{median.reached} of {median.n} runs" if median.n > 1 else "its one run"
             yield f"{row.label}: {target} after {median_text(median)} gradient evaluations ({runs} reached it)."
     missed = [row.label for row in group.rows if all(t.reached is None for t in row.times(target, axis).values())]
-    if missed:
+    if missed and len(missed) == len(group.rows):
+        yield f"No run reached {target}."
+    elif missed:
         yield f"Never {target}: {'; '.join(missed)}."
 
 
@@ -146,6 +153,7 @@ def _numbers(groups: Sequence[Group]) -> pd.DataFrame:
                 line |= {"best": run.best(group.metric, group.lower), "last": run.last(group.metric)}
                 line |= {"metric": group.metric, "diverged": run.diverged}
                 line |= {axis: run.at_end(axis) for axis in AXES}
+                line |= {column: run.last(column) for column in MEASURES if run.has(column)}
                 for target in group.targets:
                     for axis in group.axes:
                         line[f"{target.name}: {AXES[axis]}"] = run.reached(target, axis)

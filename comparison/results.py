@@ -31,7 +31,8 @@ def _mean(values: dict[str, float]) -> Mean:
 
 
 def _row_name(row: Row) -> str:
-    return f"{row.label} ({row.optimizer})" if row.optimizer not in row.label else row.label
+    told = row.optimizer in row.label or row.label in row.optimizer
+    return row.label if told else f"{row.label} ({row.optimizer})"
 
 
 def published(group: Group) -> Table | None:
@@ -107,12 +108,13 @@ def _missing_seeds(group: Group) -> str:
 
 def milestones(group: Group) -> Table | None:
     """Return the median epoch at which each target was reached; ``None`` without targets."""
-    if not group.targets:
+    targets = group.aims
+    if not targets:
         return None
-    heads = [f"{target.name}: {target}" for target in group.targets]
+    heads = [str(target) for target in targets]
     lines = []
     for row in group.rows:
-        medians = [row.median(target, "epoch") for target in group.targets]
+        medians = [row.median(target, "epoch") for target in targets]
         lines.append([row.label, *("-" if median is None else median_text(median) for median in medians)])
     notes = [
         "Epochs: Kaplan-Meier median over seeds and its 95 % interval. A run that ended without reaching a target "
@@ -122,10 +124,10 @@ def milestones(group: Group) -> Table | None:
 
 
 def to_target(group: Group) -> Table | None:
-    """Return what reaching the last target took, on every axis; ``None`` without targets."""
-    if not group.targets:
+    """Return what reaching the goal took, on every axis; ``None`` without one."""
+    target = group.goal
+    if target is None:
         return None
-    target = group.targets[-1]
     lines = []
     for row in group.rows:
         medians = [row.median(target, axis) for axis in group.axes]
@@ -151,8 +153,13 @@ def baseline(group: Group, wanted: str | None) -> Row | None:
 
 
 def pairs(group: Group, reference: Row) -> Iterator[Table]:
-    """Yield the comparisons with one row on common seeds: best values, and who was first at the last target."""
+    """Yield the comparisons with one row on common seeds: best values, and who was first at the goal.
+
+    Nothing where no row has two seeds in common with it.
+    """
     others = [row for row in group.rows if row is not reference]
+    if max((len(row.runs.keys() & reference.runs.keys()) for row in others), default=0) < 2:
+        return
     scale, unit = (100, " (points)") if is_share(group.metric) else (1, "")
     mine = reference.best(group.metric, group.lower)
     compared = [paired(row.best(group.metric, group.lower), mine) for row in others]
@@ -175,9 +182,9 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
     ]
     yield Table(f"Paired seeds against {reference.label}: best {group.metric}", heads, lines, notes)
     axis = "cost/gradient_evaluations"
-    if not group.targets or axis not in group.axes:
+    target = group.goal
+    if target is None or axis not in group.axes:
         return
-    target = group.targets[-1]
     races = [race(row.times(target, axis), reference.times(target, axis)) for row in others]
     adjusted = holm([r.p for r in races])
     lines = [

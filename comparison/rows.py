@@ -78,7 +78,8 @@ class Group:
 
     Attributes:
         metric, lower: what the runs' own checkpoints watch, and whether less of it is better.
-        targets: levels to reach; the last one is what rows are ranked by.
+        targets: levels to reach; :attr:`goal` is what rows are ranked by.
+        borrowed: whether the targets are those of another protocol of the task.
         published: entry of ``published.yaml`` whose protocol this is, or empty.
         sweeps: trials of searches, by (name of the search, optimizer).
         failed: how many trials more left nothing to read, by the same.
@@ -91,6 +92,7 @@ class Group:
     lower: bool
     targets: list[Target]
     published: dict[str, Any] = field(default_factory=dict)
+    borrowed: bool = False
     sweeps: dict[tuple[str, str], list[Run]] = field(default_factory=dict)
     failed: Counter[tuple[str, str]] = field(default_factory=Counter)
 
@@ -111,10 +113,22 @@ class Group:
         runs = [run for row in self.rows for run in row.runs.values()]
         return [axis for axis in AXES if any(run.has(axis) for run in runs)]
 
+    @property
+    def aims(self) -> list[Target]:
+        """The targets; of borrowed ones those that some run reached: the others may be out of reach."""
+        runs = [run for row in self.rows for run in row.runs.values()]
+        return [t for t in self.targets if not self.borrowed or any(run.reached(t) is not None for run in runs)]
+
+    @property
+    def goal(self) -> Target | None:
+        """The last of :attr:`aims`."""
+        return self.aims[-1] if self.aims else None
+
     def order(self, row: Row) -> tuple[float, ...]:
         """Sort key of a row: gradient evaluations to the last target, then the best value."""
         axis = "cost/gradient_evaluations" if "cost/gradient_evaluations" in self.axes else "epoch"
-        median = row.median(self.targets[-1], axis) if self.targets else None
+        goal = self.goal
+        median = row.median(goal, axis) if goal else None
         best = mean_interval(list(row.best(self.metric, self.lower).values())).mean
         time = np.inf if median is None or median.median is None else median.median
         return time, np.nan_to_num(best if self.lower else -best, nan=np.inf)
@@ -152,10 +166,12 @@ def group(runs: Iterable[Run], problems: Iterable[Problem] = (), targets: Sequen
             lower=options.get("checkpoint.mode", "min") == "min",
             targets=list(targets) or [Target(**target) for target in levels],
             published=entry,
+            borrowed=not targets and not entry,
         )
         for identity in lost:
             if identity.sweep and (identity.task, identity.protocol_digest) == (task, digest):
                 found.failed[identity.sweep.name, identity.sweep.optimizer] += 1
+        searches = {run.identity.sweep.name if run.identity.sweep else None for run in members}
         rows: dict[tuple[str, str], Row] = {}
         for run in members:
             sweep = run.identity.sweep
@@ -164,6 +180,8 @@ def group(runs: Iterable[Run], problems: Iterable[Problem] = (), targets: Sequen
                 continue
             name = run.identity.experiment if sweep is None else f"{sweep.optimizer} of {sweep.name}"
             of_search = "" if sweep is None else name
+            if sweep is not None and len(searches) == 1:
+                name = sweep.optimizer  # nothing else to confuse it with
             row = rows.setdefault((run.identity.setting_digest, of_search), Row({}, name))
             row.runs[run.identity.seed] = run
         for row in rows.values():

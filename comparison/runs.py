@@ -73,10 +73,13 @@ class Run:
 
     def _check_protocol(self) -> None:
         path = self.folder / "protocol.yaml"
-        if path.exists() and (stored := _mapping(path).get("digest")) != self.identity.protocol_digest:
-            raise ValueError(
-                f"config.yaml says protocol {self.identity.protocol_digest}, but it ran under {stored}: it was edited"
-            )
+        if not path.exists():
+            return
+        # By its options, and not by its digest: what belongs to a protocol may have been another choice at that time.
+        stored = _mapping(path)
+        for key, value in self.identity.protocol.items():
+            if stored.get(key) != value:
+                raise ValueError(f"config.yaml says {key} {value}, but it ran under {stored.get(key)}: it was edited")
 
     def _read(self) -> pd.DataFrame:
         path = self.folder / "metrics.csv"

@@ -45,6 +45,44 @@ def test_a_trailing_number_is_not_part_of_a_tasks_name() -> None:
     assert RunIdentity(config).name == "cifar-ars2_sync-s0"
 
 
+def test_a_switch_is_named_where_it_is_off_and_runs_from_before_there_was_one_are_repeats() -> None:
+    def config(**switches: bool) -> dict[str, Any]:
+        optimizer = {"class_path": "ars2.ARS2Neo", "init_args": {"mode": "sync", **switches}}
+        model = {"class_path": "modules.image_classification.Net", "init_args": {"optimizer": optimizer}}
+        return {"model": model, "data": {"class_path": "datamodules.cifar10.Data", "init_args": {"seed": 0}}}
+
+    before, whole = RunIdentity(config()), RunIdentity(config(energy=True, geometry=True))
+    assert before.setting_digest == whole.setting_digest and before.optimizer == whole.optimizer == "ars2_sync"
+    sam, neither = RunIdentity(config(geometry=False)), RunIdentity(config(energy=False, geometry=False))
+    assert (sam.optimizer, neither.optimizer) == ("ars2_sync_no_geometry", "ars2_sync_no_energy_no_geometry")
+    assert len({identity.setting_digest for identity in (whole, sam, neither)}) == 3
+
+
+def test_options_that_came_later_do_not_part_runs_from_those_before() -> None:
+    budget = {"class_path": "callbacks.evaluation_budget.EvaluationBudget", "init_args": {"gradient_evaluations": 9}}
+
+    def digest_of(model: dict[str, Any], callback: dict[str, Any]) -> tuple[str, str]:
+        optimizer = {"class_path": "ars2.ARS2Neo", "init_args": {"mode": "sync", **model.pop("optimizer", {})}}
+        config = {
+            "model": {"class_path": "modules.nets.Net", "init_args": {**model, "optimizer": optimizer}},
+            "data": {"class_path": "datamodules.cifar10.Data", "init_args": {"seed": 0}},
+            "trainer": {"callbacks": [{**budget, "init_args": {**budget["init_args"], **callback}}]},  # type: ignore[dict-item]
+        }
+        identity = RunIdentity(config)
+        return identity.protocol_digest, identity.setting_digest
+
+    before = digest_of({}, {})
+    neutral = {"nonfinite": "stop", "gather": "exact", "optimizer": {"ns_algorithm": "auto", "compile": False}}
+    assert digest_of(neutral, {"finish_epoch": True}) == before
+    assert digest_of({"nonfinite": "skip"}, {})[0] == before[0]  # how it is trained, not on what
+    for model, callback in (
+        ({"nonfinite": "skip"}, {}),
+        ({}, {"finish_epoch": False}),
+        ({"optimizer": {"compile": True}}, {}),
+    ):
+        assert digest_of(model, callback)[1] != before[1]
+
+
 def test_flatten_puts_a_class_at_its_own_key() -> None:
     config = {"a": {"class_path": "x.Y", "init_args": {"b": {"class_path": "z", "init_args": {"c": 1}}}}, "d": None}
     assert dict(flatten(config)) == {"a": "x.Y", "a.b": "z", "a.b.c": 1, "d": None}
@@ -62,6 +100,8 @@ REPEATS = [
     ("--internals.every_n_steps", "1"),
     ("--checkpoint.save_top_k", "2"),
     ("--sweep.name", "s", "--sweep.optimizer", "o"),
+    ("--model.optimizer.energy", "true"),
+    ("--model.optimizer.ns_algorithm", "auto"),
 ]
 SETTINGS = [
     ("--model.optimizer.lr", "0.002"),
@@ -69,6 +109,8 @@ SETTINGS = [
     ("--model.vector.weight_decay", "0.5"),
     ("--model.accumulate_grad_batches", "2"),
     ("--trainer.max_epochs", "9"),
+    ("--model.optimizer.geometry", "false"),
+    ("--model.nonfinite", "skip"),
     ("--trainer.precision", "bf16-mixed"),
 ]
 PROTOCOLS = [

@@ -1,6 +1,8 @@
 """Run folders for the tests: real fits of tiny networks, made once, and copies of them that are damaged."""
 
+import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 from tests.commands import ADAMW, AGA, TINY, fit
@@ -27,6 +29,17 @@ def make_runs(runs: Path) -> None:
             fit(runs, *config, *LENGTH, *sweep, "--model.optimizer.lr", rate, "--experiment", "search")
     winner = ("--sweep.name", "search", "--sweep.optimizer", "aga", "--experiment", "search")
     fit(runs, *AGA, *LENGTH, *seeded(5), *winner, "--model.optimizer.lr", "0.01")
+
+
+def make_corners(runs: Path) -> None:
+    """Two seeds of every corner of flatness, geometry and energy, as a search's winners, with the flatness probe."""
+    probe = {"class_path": "callbacks.flatness_probe.FlatnessProbe", "init_args": {"epochs": 2, "rho": 0.05}}
+    probed = (*TINY, "--trainer.max_epochs", 2, "--trainer.callbacks", json.dumps([probe]), "--experiment", "corners")
+    for mode, geometry, energy in product(("base", "sync"), ("true", "false"), ("true", "false")):
+        switches = ("--model.optimizer.geometry", geometry, "--model.optimizer.energy", energy)
+        name = ("--sweep.name", "corners", "--sweep.optimizer", f"{mode} {geometry} {energy}")
+        for seed in SEEDS[:2]:
+            fit(runs, "--config", f"configs/grok_{mode}.yaml", *probed, *switches, *name, *seeded(seed))
 
 
 def copy(folder: Path, runs: Path, name: str) -> Path:

@@ -11,9 +11,19 @@ import pytest
 from scipy import stats
 
 from comparison import plots
-from comparison.ledger import ledgers, sensitivities
+from comparison.ledger import best_of, ledgers, sensitivities
 from comparison.report import write
-from comparison.results import baseline, is_share, metric_text, milestones, pairs, published, results, step_cost
+from comparison.results import (
+    baseline,
+    is_share,
+    metric_text,
+    milestones,
+    pairs,
+    published,
+    results,
+    step_cost,
+    to_target,
+)
 from comparison.rows import Group, group
 from comparison.runs import AXES, Problem, Run, Target, read
 from comparison.statistics import mean_interval
@@ -105,9 +115,33 @@ def test_pairs_are_scipys_paired_t_test(groups: list[Group], runs: Path) -> None
     # One seed in common is no pair: "aga of search" ran on another seed altogether.
     (line,) = [line for line in quality.rows if line[0] == "aga of search"]
     assert line[1:] == ["0", "-", "-", "-", "-"]
-    # Nobody reached it: nothing is decided.
+    goal = entry.goal
+    assert goal is not None
+    epochs = [
+        {run.identity.seed: run.reached(goal) for run in map(Run, (runs / row).iterdir())}
+        for row in ("grok_aga", "grok_adamw")
+    ]
+    first = sum((epochs[0][str(seed)] or np.inf) < (epochs[1][str(seed)] or np.inf) for seed in SEEDS)
+    second = sum((epochs[0][str(seed)] or np.inf) > (epochs[1][str(seed)] or np.inf) for seed in SEEDS)
     (line,) = [line for line in speed.rows if line[0] == "grok_aga"]
-    assert line[1:] == ["0 / 0 / 3", "-", "-", "-"]
+    assert line[1] == f"{first} / {second} / {3 - first - second}"
+
+
+def test_rows_without_common_seeds_are_not_compared(groups: list[Group]) -> None:
+    by_label = {row.label: row for row in groups[0].rows}
+    entry = Group(**{**vars(groups[0]), "rows": [by_label["grok_aga"], by_label["aga of search"]]})
+    assert list(pairs(entry, entry.rows[0])) == []
+
+
+def test_borrowed_targets_that_nobody_reached_are_not_aimed_at(groups: list[Group]) -> None:
+    targets = [Target("one", "train/loss", 100.0, lower=True), Target("never", "train/loss", 0.0, lower=True)]
+    own = Group(**{**vars(groups[0]), "targets": targets, "borrowed": False})
+    borrowed = Group(**{**vars(own), "borrowed": True})
+    none = Group(**{**vars(borrowed), "targets": targets[1:]})
+    assert groups[0].borrowed  # p = 7 is no published protocol
+    assert [entry.aims for entry in (own, borrowed, none)] == [targets, targets[:1], []]
+    assert [entry.goal for entry in (own, borrowed, none)] == [targets[1], targets[0], None]
+    assert milestones(none) is None and to_target(none) is None
 
 
 def test_step_costs_are_ratios_of_the_logs_last_row(groups: list[Group]) -> None:
@@ -166,7 +200,7 @@ def test_equal_budgets_are_not_flagged(groups: list[Group]) -> None:
 
 
 def test_sensitivity_has_a_point_a_trial(groups: list[Group]) -> None:
-    points = sensitivities(groups[0], "search")
+    points = sensitivities(groups[0], "search", best_of(groups[0]))
     assert points.keys() == {"model.optimizer.lr"}  # nothing else was varied
     rates = {name: [rate for rate, _ in by] for name, by in points["model.optimizer.lr"].items()}
     assert rates == {"adamw": [0.003, 0.01, 0.03], "aga": [0.001, 0.01]}
@@ -174,7 +208,15 @@ def test_sensitivity_has_a_point_a_trial(groups: list[Group]) -> None:
     assert {best for _, best in points["model.optimizer.lr"]["aga"]} == {
         run.best("val/accuracy", False) for run in trials
     }
-    assert len(plots.sensitivity(groups[0], "search")) == 1
+    # A picture of the best metric, and one of the evaluations to the goal: every trial is in it, reached or not.
+    _, cost = plots.sensitivity(groups[0], "search")
+    assert groups[0].goal is not None
+    drawn = [(line.get_marker(), len(line.get_xdata())) for line in cost.axes[0].lines]
+    reached = [
+        sum(run.reached(groups[0].goal) is not None for run in groups[0].sweeps["search", name]) for name in rates
+    ]
+    assert drawn == [("o", reached[0]), ("o", reached[1]), ("x", 3 - reached[0]), ("x", 2 - reached[1])]
+    assert sum(reached) > 0
 
 
 def test_published_numbers_stand_beside_runs_of_their_settings_alone(groups: list[Group]) -> None:
