@@ -71,38 +71,53 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
-def check_checkpoint(path: Path, resume: bool) -> None:
-    """Check that ``path`` is a checkpoint that can be loaded without running any code in it.
+def check_checkpoint(path: Path, resume: bool, sharded: bool = False) -> None:
+    """Check that ``path`` is a checkpoint that can be loaded, a file without running any code in it.
+
+    A folder, of one part a process, is only checked for what a write that was cut short leaves out; torch reads parts
+    of it by pickle, so that loading one of unknown origin can run code.
 
     Args:
-        path: of the file.
+        path: of the file or folder.
         resume: whether training goes on from it, which needs more than the weights.
+        sharded: whether it is loaded by the strategy that writes such folders.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: damaged, not a checkpoint of Lightning, or without what resuming needs. Where the checkpoint before
-            it is whole, the message offers that one.
+        ValueError: damaged, not a checkpoint of Lightning, without what resuming needs, or a folder that is loaded by
+            another strategy. Where the checkpoint before it is whole, the message offers that one.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}{_offer(path, resume)}")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no checkpoint {path}{_offer(path, resume, sharded)}")
+    parts = path.is_dir()
+    if parts and not sharded:
+        raise ValueError(
+            f"{path} is in parts, one a process: lay configs/overlays/fsdp.yaml over the config, or make one file of"
+            f" it: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+        )
     try:
-        checkpoint = torch.load(path, map_location="meta", weights_only=True)
+        # torch writes .metadata last of the tensors' files, and Lightning what is left after it.
+        if parts and not (path / ".metadata").is_file():
+            raise FileNotFoundError(path / ".metadata")
+        checkpoint = torch.load(path / "meta.pt" if parts else path, map_location="meta", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is damaged, or another program's{_offer(path, resume)}"
+            f"{path} cannot be read as a checkpoint: it is damaged, or another program's{_offer(path, resume, sharded)}"
         ) from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= set(checkpoint):
+    needed = {"pytorch-lightning_version", *(() if parts else ("state_dict",))}
+    if not isinstance(checkpoint, dict) or not needed <= set(checkpoint):
         raise ValueError(f"{path} holds no training run: give a .ckpt file from a run's checkpoints folder")
-    if resume and not checkpoint.get("optimizer_states"):
+    # The optimizers' states are beside meta.pt, not in it; it has the schedulers, if only an empty list of them.
+    if resume and not ("lr_schedulers" in checkpoint if parts else checkpoint.get("optimizer_states")):
         raise ValueError(f"{path} holds weights alone, no state to resume from: give the last.ckpt of a run")
 
 
-def _offer(path: Path, resume: bool) -> str:
+def _offer(path: Path, resume: bool, sharded: bool) -> str:
     previous = path.with_name(PREVIOUS)
-    if path.name != LAST or not previous.is_file():
+    if path.name != LAST or not previous.exists():
         return ""
     try:
-        check_checkpoint(previous, resume)
+        check_checkpoint(previous, resume, sharded)
     except ValueError:
         return ""
     return f"; the one before it is whole: give {previous}, or delete the last one and say --ckpt_path last"

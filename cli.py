@@ -38,6 +38,7 @@ with without_heavy_packages():
     from checkpoint_files import AtomicCheckpointIO, check_checkpoint, last_checkpoint
     from messages import explain, one_line
     from overlays import check_overlays
+    from processes import from_first, is_first
     from run_folders import FOLDER, hold, let_go, run_folder, unfinished_run
     from run_identity import Sweep
     from run_loggers import make_loggers
@@ -105,26 +106,35 @@ class CommandLine(LightningCLI):
             config.ckpt_path = self._go_on(config)
         path = config.get("ckpt_path")
         if path is not None:
-            check_checkpoint(Path(path), resume=subcommand == "fit")
+            strategy = getattr(config.trainer.strategy, "class_path", "")
+            check_checkpoint(Path(path), resume=subcommand == "fit", sharded="ModelParallel" in strategy)
         elif subcommand != "fit":
             raise ValueError(f"{subcommand} needs a trained network: add --ckpt_path <run>/checkpoints/last.ckpt")
         config.weights_only = True
 
     def _go_on(self, config: Any) -> str | None:
         """Find the run that this command began, and take its folder; returns its last checkpoint, if it has one."""
-        if FOLDER in os.environ:  # another process of a run whose folder is known
-            folder: Path | None = Path(os.environ[FOLDER])
-        else:
-            saved = yaml.safe_load(self._parser(self.config.subcommand).dump(config, skip_none=False))
-            folder = unfinished_run(Path(config.runs) / config.experiment, saved)
-        if folder is None:
-            print("no unfinished run of these options: a new one begins")
-            return None
-        os.environ[FOLDER] = str(folder)
-        checkpoint = last_checkpoint(folder)
-        self.resumes = checkpoint is not None
-        print(f"going on with {folder}" + ("" if checkpoint else " from its beginning, for it has no checkpoint"))
-        return None if checkpoint is None else str(checkpoint)
+        saved = yaml.safe_load(self._parser(self.config.subcommand).dump(config, skip_none=False))
+
+        def find() -> dict[str, str | None]:
+            # A process that Lightning has started is told the folder by the first.
+            known = os.environ.get(FOLDER)
+            folder = Path(known) if known else unfinished_run(Path(config.runs) / config.experiment, saved)
+            checkpoint = None if folder is None else last_checkpoint(folder)
+            return {
+                "folder": None if folder is None else str(folder),
+                "checkpoint": None if checkpoint is None else str(checkpoint),
+            }
+
+        folder, checkpoint = from_first("unfinished run", find).values()
+        said = "no unfinished run of these options: a new one begins"
+        if folder is not None:
+            os.environ[FOLDER] = folder
+            self.resumes = checkpoint is not None
+            said = f"going on with {folder}" + ("" if checkpoint else " from its beginning, for it has no checkpoint")
+        if is_first():
+            print(said)
+        return checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
@@ -132,8 +142,9 @@ class CommandLine(LightningCLI):
             self.save_config_callback = None
             return super().instantiate_trainer(**kwargs, logger=False)
         stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{config.seed_everything}"
-        folder = run_folder(Path(config.runs) / config.experiment, stem)
-        if "LOCAL_RANK" not in os.environ:
+        folder = Path(from_first("folder", lambda: str(run_folder(Path(config.runs) / config.experiment, stem))))
+        os.environ[FOLDER] = str(folder)
+        if is_first():
             hold(folder)
         if self.resumes:
             # The same options are there already, and a process that dies while it writes them again loses the run.
@@ -163,7 +174,7 @@ def main(arguments: Sequence[str]) -> int:
         warnings.filterwarnings("ignore", message=message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).addFilter(_is_news)
-    if "LOCAL_RANK" not in os.environ:
+    if is_first():
         os.environ.pop(FOLDER, None)
     try:
         check_overlays(arguments)
@@ -214,7 +225,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _say_how_to_go_on(arguments: Sequence[str]) -> None:
     """Print the command that goes on with the run of the command line ``arguments``, once for all its processes."""
-    if "LOCAL_RANK" in os.environ:
+    if not is_first():
         return
     kept = list(arguments)
     for index, argument in enumerate(arguments):
@@ -233,7 +244,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 def _report(error: Exception) -> int:
     where, said = "", one_line(error, os.environ.get(FOLDER))
     folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else None
-    if folder is not None and "LOCAL_RANK" not in os.environ and not any((folder / name).exists() for name in RESULTS):
+    if folder is not None and is_first() and not any((folder / name).exists() for name in RESULTS):
         # Nothing came of this run: an option was refused once it was put to use.
         shutil.rmtree(folder, ignore_errors=True)
         folder = None

@@ -12,14 +12,14 @@ In a plain loop ``step(closure)`` does everything. A loop that scales, clips or 
     optimizer.step()                          # update from the gradients that are there now
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ars2 import flatness, updates, validation
+from ars2 import flatness, sharded_flatness, updates, validation
 from ars2.capturable import to_device_
 from ars2.tracked import Batch, TrackedOptimizer
 from ars2.updates import Tensors
@@ -215,7 +215,7 @@ class ARS2Neo(TrackedOptimizer):
             if main["sync_steps"] > 0:
                 batches = [self._batch(group) for group in self.param_groups]
                 now.phi = flatness.global_cosine(
-                    [(b.grads, b.state("shear")) for b in batches], grad_scale, self._run(main)
+                    [(b.grads, b.state("shear")) for b in batches], grad_scale, self._run(main), self._shards
                 )
             now.variance = flatness.next_variance(main, now.phi, t)
         now.wanted = flatness.looks_again(main, t, now.phi, now.variance)
@@ -234,6 +234,7 @@ class ARS2Neo(TrackedOptimizer):
             raise RuntimeError("perturb() needs wants_second_pass() right before it, once in each step")
         now.stage = "moved"
         try:
+            moves: list[sharded_flatness.Move] = []
             for group in self.param_groups:
                 batch = self._batch(group)
                 if not batch.params:
@@ -243,7 +244,14 @@ class ARS2Neo(TrackedOptimizer):
                 if "exp_avg_sq" in self._state_keys(group):
                     seconds = batch.state("exp_avg_sq")
                     roots = run(updates.second_moment_root)(seconds, group["betas"][1], group["step"], group["eps"])
-                run(flatness.move_to_adversarial_point_)(batch.params, batch.grads, roots, group["rho"], now.grad_scale)
+                if self._shards is None:
+                    move = run(flatness.move_to_adversarial_point_)
+                    move(batch.params, batch.grads, roots, group["rho"], now.grad_scale)
+                else:
+                    offsets = flatness.adversarial_offsets(batch.params, batch.grads, roots)
+                    moves.append(sharded_flatness.Move(batch.params, offsets, group["rho"]))
+            if self._shards is not None:
+                sharded_flatness.move_all_(moves, now.grad_scale, self._shards)
             now.first_gradients = {
                 # A view, such as into a bucket of gradients, is written over by the next backward pass.
                 param: param.grad.clone() if param.grad._is_view() else param.grad
@@ -348,24 +356,35 @@ class ARS2Neo(TrackedOptimizer):
         self._pass = _Pass()
         synced, t = now.stage == "restored", main["step"] + 1
         alpha = main["alpha"] * (1 + max(0.0, now.phi)) ** main["phi_gamma"] if main["mode"] == "aga" else main["alpha"]
-        injects = not synced and alpha > 0 and "shear" in self._state_keys(main)
+        keeps = "shear" in self._state_keys(main)
+        injects = keeps and not synced and alpha > 0
         with self._without_autocast():
-            for group in self.param_groups:
-                batch = self._batch(group)
+            batches = self._batches(now, keeps and synced, alpha if injects else 0.0)
+            for group, batch in zip(self.param_groups, batches, strict=True):
                 group["step"] += 1
-                if not batch.params:
-                    continue
-                if synced and "shear" in self._state_keys(main):
-                    flatness.keep_shear_(*batch, now.first_gradients, now.grad_scale, self._run(group))
-                elif injects:
-                    injected = self._run(group)(flatness.inject)(batch.grads, batch.state("shear"), alpha)
-                    batch = batch._replace(grads=injected)
-                self._move(group, batch)
+                if batch.params:
+                    self._move(group, batch)
         if synced:
             main["sync_steps"] += 1
             main["last_sync"] += t - main["last_sync"]  # in place where it is a tensor
         main["phi"], main["phi_variance"] = now.phi, now.variance
         main["injected_alpha"] = alpha if injects else 0.0
+
+    def _batches(self, now: _Pass, keeps: bool, alpha: float) -> Iterator[Batch]:
+        """Yield each group's batch, its shear forces kept if this step looked twice, or injected if ``alpha`` > 0."""
+        if self._shards is not None:
+            batches = [self._batch(group) for group in self.param_groups]
+            if keeps:
+                sharded_flatness.keep_shears_(batches, now.first_gradients, now.grad_scale, self._shards)
+            yield from sharded_flatness.injected(batches, alpha, self._shards) if alpha > 0 else batches
+            return
+        for group in self.param_groups:
+            batch, run = self._batch(group), self._run(group)
+            if batch.params and keeps:
+                flatness.keep_shear_(batch.params, batch.grads, batch.states, now.first_gradients, now.grad_scale, run)
+            elif batch.params and alpha > 0:
+                batch = batch._replace(grads=run(flatness.inject)(batch.grads, batch.state("shear"), alpha))
+            yield batch
 
     def _move(self, group: dict[str, Any], batch: Batch) -> None:
         if group["track"] == "vector" or (group["energy"] and not group["geometry"]):
@@ -378,13 +397,21 @@ class ARS2Neo(TrackedOptimizer):
                 *(group["betas"], group["step"], group["eps"]),
             )
         else:
-            directions = run(updates.momentum_directions)(batch.grads, batch.state("exp_avg"), group["betas"][0])
+            options: dict[str, Any] = {"numels": [shape.numel() for shape in batch.shapes]}
+            if self._shards is not None:
+                options["shards"] = self._shards
+            directions = run(updates.momentum_directions)(
+                batch.grads, batch.state("exp_avg"), group["betas"][0], **options
+            )
         energies = None
         if group["geometry"]:
-            energies = run(updates.energies)(directions)
+            energies = run(updates.energies)(directions, *filter(None, [self._shards]))
             directions = updates.orthogonal_directions(
                 *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-                *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks, run),
+                *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),
+                ranks=self._ranks,
+                run=run,
+                shapes=batch.shapes,
             )
         run(updates.apply_)(batch.params, directions, energies, group["lr"], group["weight_decay"])
 

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from ars2.compiled import Run, directly
+from ars2.sharded import Shards
 from ars2.updates import TINY, Number, Tensors
+
+
+def norms(tensors: Tensors) -> Tensor:
+    """Return the Euclidean norm of each tensor, a tensor (tensors,)."""
+    return torch.stack(torch._foreach_norm(tensors))
 
 
 def move_to_adversarial_point_(
@@ -28,13 +34,22 @@ def move_to_adversarial_point_(
         rho: length of each tensor's move.
         grad_scale: what the loss was multiplied by; the move does not depend on it.
     """
+    offsets = adversarial_offsets(params, grads, roots)
+    move_along_(params, offsets, norms(offsets), rho, grad_scale)
+
+
+def adversarial_offsets(params: Tensors, grads: Tensors, roots: Tensors | None) -> Tensors:
+    """Return ``n = g / root * |p|`` of each parameter, see :func:`move_to_adversarial_point_`."""
     magnitudes = torch._foreach_abs(params)
     if roots is None:
-        offsets = torch._foreach_mul(grads, magnitudes)
-    else:
-        offsets = torch._foreach_div(grads, roots)
-        torch._foreach_mul_(offsets, magnitudes)
-    lengths = torch.stack(torch._foreach_norm(offsets))
+        return torch._foreach_mul(grads, magnitudes)
+    offsets = torch._foreach_div(grads, roots)
+    torch._foreach_mul_(offsets, magnitudes)
+    return offsets
+
+
+def move_along_(params: Tensors, offsets: Tensors, lengths: Tensor, rho: Number, grad_scale: Number) -> None:
+    """Move each parameter by ``rho * n / (|n| + 1e-12)``; ``lengths`` (params,) are |n|, ``offsets`` are used up."""
     torch._foreach_mul_(offsets, list((rho / (lengths + TINY * grad_scale)).unbind()))
     torch._foreach_add_(params, offsets)
 
@@ -56,8 +71,12 @@ def shear_forces(second: Tensors, first: Tensors, grad_scale: Number) -> Tensors
 
     ``first`` is multiplied by ``grad_scale``, ``second`` is not; the result does not depend on it.
     """
-    lengths = torch.stack(torch._foreach_norm(first))
-    coefficients = inner_products(second, first) / (lengths**2 + TINY * grad_scale**2)
+    return without_parallel(second, first, inner_products(second, first), norms(first), grad_scale)
+
+
+def without_parallel(second: Tensors, first: Tensors, products: Tensor, lengths: Tensor, grad_scale: Number) -> Tensors:
+    """Return the shear forces from the inner products ``<g2, g1>`` and the norms ``|g1|``, tensors (gradients,)."""
+    coefficients = products / (lengths**2 + TINY * grad_scale**2)
     parallel = torch._foreach_mul(first, list(coefficients.unbind()))
     return torch._foreach_sub(second, parallel)
 
@@ -89,21 +108,23 @@ def keep_shear_(
 
 def inject(grads: Tensors, shears: Tensors, alpha: Number) -> Tensors:
     """Return ``g + alpha * |g| / (|s| + 1e-12) * s`` for each pair; the given gradients are left as they are."""
-    lengths = torch.stack(torch._foreach_norm(grads)), torch.stack(torch._foreach_norm(shears))
-    scales = alpha * lengths[0] / (lengths[1] + TINY)
+    return with_shears(grads, shears, alpha, norms(grads), norms(shears))
+
+
+def with_shears(grads: Tensors, shears: Tensors, alpha: Number, grad_lengths: Tensor, shear_lengths: Tensor) -> Tensors:
+    """Return the gradients with the shear forces added, from the norms of both, tensors (gradients,)."""
+    scales = alpha * grad_lengths / (shear_lengths + TINY)
     return torch._foreach_addcmul(grads, shears, list(scales.unbind()))
 
 
 def products_and_lengths(pairs: list[tuple[Tensors, Tensors]]) -> Tensor:
     """Return the inner product of each gradient and its shear force, and both lengths, a tensor (3, tensors)."""
-    columns = [
-        torch.stack([inner_products(g, s), torch.stack(torch._foreach_norm(g)), torch.stack(torch._foreach_norm(s))])
-        for g, s in pairs
-    ]
-    return torch.cat(columns, dim=1)
+    return torch.cat([torch.stack([inner_products(g, s), norms(g), norms(s)]) for g, s in pairs], dim=1)
 
 
-def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float, run: Run = directly) -> float:
+def global_cosine(
+    pairs: list[tuple[Tensors, Tensors]], grad_scale: float, run: Run = directly, shards: Shards | None = None
+) -> float:
     """Return phi, the cosine of all gradients with all cached shear forces, each side taken as one long vector.
 
     Tensors without a shear force (it is zero) do not count. Reads the device once, whatever the number of tensors.
@@ -112,11 +133,16 @@ def global_cosine(pairs: list[tuple[Tensors, Tensors]], grad_scale: float, run: 
         pairs: lists of gradients (multiplied by ``grad_scale``) and of their shear forces, one pair of lists a group.
         grad_scale: what the loss was multiplied by.
         run: how the part that works on tensors is called.
+        shards: the processes that hold the other rows of the tensors, where they are sharded.
     """
     pairs = [(grads, shears) for grads, shears in pairs if grads]
     if not pairs:
         return 0.0
-    inner, grad_lengths, shear_lengths = run(products_and_lengths)(pairs).tolist()
+    numbers: Tensor = run(products_and_lengths)(pairs)
+    if shards is not None:
+        products_of_whole, lengths_of_whole = shards.whole([numbers[:1]], [numbers[1:]])
+        numbers = torch.cat([*products_of_whole, *lengths_of_whole])
+    inner, grad_lengths, shear_lengths = numbers.tolist()
     known = [index for index, length in enumerate(shear_lengths) if length != 0]
     grad_length: float = math.sqrt(math.fsum(grad_lengths[index] ** 2 for index in known)) / grad_scale
     shear_length: float = math.sqrt(math.fsum(shear_lengths[index] ** 2 for index in known))

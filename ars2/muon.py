@@ -97,8 +97,11 @@ class Muon(TrackedOptimizer):
         momenta: Tensors = run(updates.momenta)(batch.grads, buffers, group["momentum"], nesterov=nesterov)
         directions = updates.orthogonal_directions(
             *(momenta, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"], self._ranks, run),
+            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),
+            ranks=self._ranks,
+            run=run,
+            shapes=batch.shapes,
         )
-        shapes = [updates.as_stack(direction, group["flatten"]).shape for direction in directions]
+        shapes = [updates.stack_shape(shape, group["flatten"]) for shape in batch.shapes]
         scales = [math.sqrt(max(1.0, shape[1] / shape[2])) for shape in shapes]
         run(updates.apply_)(batch.params, directions, scales, group["lr"], group["weight_decay"])

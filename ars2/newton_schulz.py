@@ -9,7 +9,8 @@ rows and n columns. *Gram*: every step is a polynomial ``P`` in the same A, so t
 ``8 r^3`` a step.
 
 The Gram side squares singular values, and rounding of A is amplified by up to a^2 a step where they are small. So it
-runs one precision wider than X, and A is formed anew from X before the amplification passes ``_MOST_GROWTH``.
+runs one precision wider than the result, and A is formed anew from X before the amplification passes a bound. For half
+precision A is formed from X in float32, which bears all five steps of "jordan" at once.
 """
 
 from collections.abc import Sequence
@@ -44,14 +45,20 @@ COEFFICIENTS: dict[str, tuple[Coefficients, ...]] = {
     ),
 }
 ALGORITHMS = ("auto", "standard", "gram")
+_HALF = (torch.bfloat16, torch.float16)
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-# Of A's rounding, from one forming of A to the next: two updates under "jordan", 3.4445^4 = 141.
-_MOST_GROWTH = 150.0
+# Of A's rounding, from one forming of A to the next: two updates under "jordan", 3.4445^4 = 141; and where A is in
+# float32 and the result in half precision, four updates, 3.4445^8 = 2e4, which leaves three digits.
+_MOST_GROWTH, _MOST_GROWTH_FOR_HALF = 150.0, 2e4
 # From how many columns a row, and from how many rows on, Gram is the faster one on the CPU, as
 # benchmarks/newton_schulz.py measures it. In float32, whose inner side is float64, it is neither faster by much nor
 # always as accurate; other devices were not measured. There standard is taken.
 _GRAM_FROM_ASPECT = {torch.bfloat16: 4.0}
 _GRAM_FROM_ROWS = 24
+# Up to so many rows the CPU multiplies float32 no slower than half precision, whose products have a high fixed cost.
+_FLOAT32_TO_ROWS = 64
+# Rows of a block of a symmetric product on the CPU, of which there are at least two.
+_BLOCK_ROWS = 128
 
 
 def schedule(name: str, steps: int) -> list[Coefficients]:
@@ -68,6 +75,12 @@ def faster_algorithm(rows: int, columns: int, dtype: torch.dtype, device: torch.
     return "gram" if columns >= aspect * rows else "standard"
 
 
+def products_dtype(rows: int, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype to multiply wide matrices of so many rows in, for a result in ``dtype``: the faster one."""
+    small = device.type == "cpu" and rows <= _FLOAT32_TO_ROWS
+    return torch.float32 if small and dtype in _HALF else dtype
+
+
 def standard(stack: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
     """Iterate on ``stack`` (matrices, rows, columns) itself, rows <= columns, in its dtype."""
     for a, b, c in coefficients:
@@ -77,40 +90,85 @@ def standard(stack: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
     return stack
 
 
-def gram(stack: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
-    """Iterate on the Gram matrices of ``stack`` (matrices, rows, columns), rows <= columns; the result has its dtype.
+def gram(stack: Tensor, coefficients: Sequence[Coefficients], dtype: torch.dtype) -> Tensor:
+    """Iterate on the Gram matrices of ``stack`` (matrices, rows, columns), rows <= columns; the result is in ``dtype``.
 
     float64 has nothing wider and keeps to itself.
     """
-    for block in _blocks(coefficients):
+    half = dtype in _HALF
+    stack = stack.to(_WIDER[dtype] if half else dtype)
+    for block in _blocks(coefficients, _MOST_GROWTH_FOR_HALF if half else _MOST_GROWTH):
         if len(block) == 1:  # one step gains nothing from its Gram matrix alone
-            stack = standard(stack, block)
+            stack = standard(stack.to(dtype), block)
             continue
-        inner = torch.bmm(stack, stack.mT).to(_WIDER.get(stack.dtype, stack.dtype))
-        product: Tensor | None = None
-        for index, (a, b, c) in enumerate(block):
-            # The polynomial without its a I: that part is added in the products, where it is exact.
-            polynomial = torch.baddbmm(inner, inner, inner, beta=b, alpha=c)
-            if index + 1 < len(block):
-                half = torch.baddbmm(inner, polynomial, inner, beta=a)
-                inner = torch.baddbmm(half, half, polynomial, beta=a)
-            if product is None:
-                product = polynomial
-                product.diagonal(dim1=-2, dim2=-1).add_(a)
-            else:
-                product = torch.baddbmm(product, polynomial, product, beta=a)
-        assert product is not None
-        stack = torch.bmm(product.to(stack.dtype), stack)
-    return stack
+        if half:
+            stack = stack.float()
+        inner = _symmetric(None, stack, stack.mT)
+        product = _product(inner if half else inner.to(_WIDER.get(dtype, dtype)), block)
+        if half and products_dtype(stack.shape[1], dtype, stack.device) == dtype:
+            stack = _apply_rounded(product, stack, dtype)
+        else:
+            stack = torch.bmm(product.to(stack.dtype), stack)
+    return stack.to(dtype)
 
 
-def _blocks(coefficients: Sequence[Coefficients]) -> list[list[Coefficients]]:
+def _product(inner: Tensor, block: Sequence[Coefficients]) -> Tensor:
+    """Return the product of the steps' polynomials in A, for A = ``inner``."""
+    product: Tensor | None = None
+    for index, (a, b, c) in enumerate(block):
+        # The polynomial without its a I: that part is added in the products, where it is exact.
+        polynomial = _symmetric(inner, inner, inner, beta=b, alpha=c)
+        if index + 1 < len(block):
+            half = _symmetric(inner, polynomial, inner, beta=a)
+            inner = _symmetric(half, half, polynomial, beta=a)
+        if product is None:
+            product = polynomial
+            product.diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            product = _symmetric(product, polynomial, product, beta=a)
+    assert product is not None
+    return product
+
+
+def _apply_rounded(product: Tensor, stack: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``product @ stack`` with both factors rounded to ``dtype``, the diagonal of the first one much less.
+
+    The nearest power of two to its mean, by which ``stack`` can be multiplied without rounding, is taken out of it.
+    """
+    diagonal = product.diagonal(dim1=-2, dim2=-1)
+    scale = torch.exp2(torch.round(torch.log2(diagonal.mean(dim=-1, keepdim=True))))
+    diagonal.sub_(scale)
+    stack = stack.to(dtype)
+    return torch.baddbmm(stack * scale.unsqueeze(-1).to(dtype), product.to(dtype), stack)
+
+
+def _symmetric(added: Tensor | None, left: Tensor, right: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """Return ``beta * added + alpha * left @ right``, which is known to be symmetric; ``None`` adds nothing.
+
+    On the CPU large ones are multiplied block row by block row from the diagonal on, and mirrored.
+    """
+    matrices, rows, _ = left.shape
+    if rows < 2 * _BLOCK_ROWS or left.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.bmm(left, right) if added is None else torch.baddbmm(added, left, right, beta=beta, alpha=alpha)
+    result = left.new_empty(matrices, rows, rows)
+    for start in range(0, rows, _BLOCK_ROWS):
+        end = min(start + _BLOCK_ROWS, rows)
+        block, above, beside = result[:, start:end, start:], left[:, start:end], right[:, :, start:]
+        if added is None:
+            torch.bmm(above, beside, out=block)
+        else:
+            torch.baddbmm(added[:, start:end, start:], above, beside, beta=beta, alpha=alpha, out=block)
+        result[:, end:, start:end] = result[:, start:end, end:].mT
+    return result
+
+
+def _blocks(coefficients: Sequence[Coefficients], most_growth: float = _MOST_GROWTH) -> list[list[Coefficients]]:
     """Cut the steps where A is to be formed anew."""
     blocks: list[list[Coefficients]] = []
     growth = 1.0
     for step in coefficients:
         # What the updates of A before this step have amplified, by the steps of its block so far.
-        if not blocks or growth > _MOST_GROWTH:
+        if not blocks or growth > most_growth:
             blocks.append([])
             growth = 1.0
         blocks[-1].append(step)

@@ -38,7 +38,8 @@ def orthogonalize(
         x: a matrix (rows, cols) or a stack (..., rows, cols); every matrix of a stack is taken for itself.
         steps: number of iterations, at least 1.
         coefficients: ``"jordan"`` or ``"polar_express"``.
-        dtype: the dtype the products with ``x`` run in, and that of the result.
+        dtype: the dtype the products with ``x`` run in, and that of the result; ``"auto"`` multiplies in a wider one
+            where that is faster.
         algorithm: ``"standard"``; ``"gram"``, the same iteration on the small side alone, for elongated matrices; or
             ``"auto"``, the faster one for the shape by measurement. See :mod:`ars2.newton_schulz`.
 
@@ -69,11 +70,15 @@ def _orthogonalize_wide(stack: Tensor, steps: int, coefficients: str, dtype: tor
     norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True)
     if (margin := _NORM_MARGIN[coefficients]) != 1.0:
         norm = norm * margin
-    stack = (stack / (norm + _TINY)).to(dtype)
+    stack = stack / (norm + _TINY)
+    steps_taken = newton_schulz.schedule(coefficients, steps)
+    products = dtype
     if algorithm == "auto":
         algorithm = newton_schulz.faster_algorithm(stack.shape[1], stack.shape[2], dtype, stack.device)
-    iterate = newton_schulz.gram if algorithm == "gram" else newton_schulz.standard
-    return iterate(stack, newton_schulz.schedule(coefficients, steps))
+        products = newton_schulz.products_dtype(stack.shape[1], dtype, stack.device)
+    if algorithm == "gram":
+        return newton_schulz.gram(stack, steps_taken, dtype)
+    return newton_schulz.standard(stack.to(products), steps_taken).to(dtype)
 
 
 def orthogonalize_all(

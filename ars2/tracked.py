@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ars2 import capturable, updates, validation
 from ars2.compiled import Compiler, Run, directly
 from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
+from ars2.sharded import Shards, find_shards, like, local, same_layout
 from ars2.sharing import Ranks
 from ars2.updates import Tensors
 
@@ -23,11 +24,20 @@ TRACKS = ("matrix", "vector")
 
 
 class Batch(NamedTuple):
-    """The parameters of one group that have a gradient, with what belongs to them, as lists of the same order."""
+    """The parameters of one group that have a gradient, with what belongs to them, as lists of the same order.
+
+    Of sharded parameters it is the rows that this process holds; ``sources`` are the parameters themselves.
+    """
 
     params: list[Tensor]
     grads: Tensors
     states: list[dict[str, Tensor]]
+    sources: list[Tensor]
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of the whole parameters."""
+        return [source.shape for source in self.sources]
 
     def state(self, key: str) -> list[Tensor]:
         return [state[key] for state in self.states]
@@ -38,7 +48,7 @@ class _Plan(NamedTuple):
 
     everything: list[Tensor]
     present: list[bool]
-    params: list[Tensor]
+    sources: list[Tensor]
     states: list[dict[str, Tensor]]
     layouts: list[tuple[torch.dtype, tuple[int, ...]]]
 
@@ -68,7 +78,7 @@ class TrackedOptimizer(Optimizer):
         self._compile, self._capturable = compile, capturable
         self._compilers: dict[int, Compiler] = {}
         self._plans: dict[int, _Plan] = {}
-        self._ranks: Ranks | None = None
+        self._ranks: Ranks | Shards | None = None
         self._check_options({"track": "matrix", "flatten": False, **defaults})
         super().__init__(params, {"track": "matrix", "flatten": False, "step": 0, **defaults})
 
@@ -107,7 +117,15 @@ class TrackedOptimizer(Optimizer):
         for index, item in enumerate(params):
             name, param = item if isinstance(item, tuple) else (str(index), item)
             validation.check_parameter(param, name, group["track"])
+        shards = self._find_shards([*self.param_groups, group])
+        if shards is not None and (self._compile or self._capturable):
+            raise ValueError(
+                "compile and capturable are for parameters that are whole on every process, and these are sharded:"
+                " leave both out"
+            )
         super().add_param_group(group)
+        if shards is not None:
+            self._ranks = self._shards or shards
         if self._capturable:
             capturable.to_device_(self.param_groups[-1])
         for param in group["params"]:
@@ -150,7 +168,8 @@ class TrackedOptimizer(Optimizer):
                 validation.check_state(tensors, str(name), param, self._state_keys(theirs))
                 dtype = torch.promote_types(param.dtype, torch.float32)
                 # In the parameter's own memory layout, whatever the saved one.
-                loaded.append((param, {k: torch.zeros_like(param, dtype=dtype).copy_(v) for k, v in tensors.items()}))
+                mine_of = {k: torch.zeros_like(param, dtype=dtype).copy_(like(param, v)) for k, v in tensors.items()}
+                loaded.append((param, mine_of))
         validation.check_same_options(groups, self.shared_options)
         super().load_state_dict(state_dict)
         for param, tensors in loaded:
@@ -164,24 +183,48 @@ class TrackedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans, self._compilers = {}, {}
-        # A copy starts alone; loading a state leaves the ranks as they are.
-        self.__dict__.setdefault("_ranks", None)
+        # A copy starts alone, unless it has a part of the parameters; loading a state leaves the ranks as they are.
+        if "_ranks" not in self.__dict__:
+            self._ranks = self._find_shards(self.param_groups)
 
-    def distribute(self, group: dist.ProcessGroup, gather: Literal["exact", "bfloat16"] = "exact") -> None:
+    def distribute(self, group: dist.ProcessGroup | None, gather: Literal["exact", "bfloat16"] = "exact") -> None:
         """Share the Newton-Schulz iterations out among processes that hold the same parameters and gradients (DDP).
 
         Every process keeps all moments, so nothing but the results is exchanged, once for each group of matrices. The
         processes' parameters stay the same to the bit.
 
+        Sharded parameters (FSDP2) need no call: their processes share the iterations out from the beginning. The call
+        only sets ``gather`` for them, of the matrices that go to their owners and back.
+
         Args:
-            group: of the processes; all of them must call :meth:`step` equally often.
+            group: of the processes; all of them must call :meth:`step` equally often. Not used where parameters are
+                sharded, which know it.
             gather: ``"exact"`` sends the results in ``ns_dtype``, ``"bfloat16"`` rounds them to it where that is wider.
 
         Raises:
-            ValueError: another ``gather``.
+            ValueError: another ``gather``, or no group where one is needed.
         """
         validation.check_choice({"gather": gather}, "gather", ("exact", "bfloat16"))
-        self._ranks = Ranks(group, None if gather == "exact" else torch.bfloat16)
+        dtype = None if gather == "exact" else torch.bfloat16
+        if (shards := self._shards) is not None:
+            self._ranks = shards._replace(dtype=dtype)
+        elif group is None:
+            raise ValueError("distribute() needs the group of the processes, for the parameters are not sharded")
+        else:
+            self._ranks = Ranks(group, dtype)
+
+    @property
+    def _shards(self) -> Shards | None:
+        return self._ranks if isinstance(self._ranks, Shards) else None
+
+    @staticmethod
+    def _find_shards(groups: list[dict[str, Any]]) -> Shards | None:
+        named: list[tuple[str, Tensor]] = []
+        for group in groups:
+            for index, item in enumerate(group["params"]):
+                names = group.get("param_names", {index: str(index)})
+                named.append(item if isinstance(item, tuple) else (names[index], item))
+        return find_shards(named)
 
     def _run(self, group: dict[str, Any]) -> Run:
         """How the functions that work on the tensors of ``group`` are called."""
@@ -196,14 +239,15 @@ class TrackedOptimizer(Optimizer):
             plan = self._plans[id(group)] = self._plan(group, present)
         grads = []
         for grad, (dtype, strides) in zip((g for g in found if g is not None and g.numel()), plan.layouts, strict=True):
+            grad = local(grad)
             if grad.dtype != dtype or grad.stride() != strides:
                 grad = torch.empty_strided(grad.shape, strides, dtype=dtype, device=grad.device).copy_(grad)
             grads.append(grad)
-        return Batch(plan.params, grads, plan.states)
+        return Batch([local(p) for p in plan.sources], grads, plan.states, plan.sources)
 
     def _plan(self, group: dict[str, Any], present: list[bool]) -> _Plan:
         params = [p for p, there in zip(group["params"], present, strict=True) if there and p.numel()]
-        states = [self.state[param] for param in params]
+        states = [{key: local(tensor) for key, tensor in self.state[param].items()} for param in params]
         likes = [next(iter(state.values())) for state in states]
         return _Plan(list(group["params"]), present, params, states, [(like.dtype, like.stride()) for like in likes])
 
@@ -228,7 +272,7 @@ class TrackedOptimizer(Optimizer):
         """Check every gradient before anything is changed; return whether there is any.
 
         Raises:
-            RuntimeError: a sparse gradient.
+            RuntimeError: a sparse gradient, or one that is not sharded as its parameter is.
         """
         found = False
         for group in self.param_groups:
@@ -241,6 +285,12 @@ class TrackedOptimizer(Optimizer):
                     raise RuntimeError(
                         f"parameter {name} has a sparse gradient, which is not supported:"
                         " make its module with sparse=False"
+                    )
+                if self._shards is not None and not same_layout(param.grad, param):
+                    name = group.get("param_names", {index: index})[index]
+                    raise RuntimeError(
+                        f"the gradient of parameter {name} is not sharded as the parameter is: let FSDP2 reduce it"
+                        " (set_requires_gradient_sync(True) before the last backward of a step)"
                     )
         return found
 

@@ -1,6 +1,7 @@
 """The arithmetic of one update over lists of tensors: Adam's statistics (energy), orthogonal directions (geometry)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from ars2.compiled import Run, directly
 from ars2.orthogonalize import orthogonalize_all
-from ars2.sharing import Ranks, orthogonalize_replicated
+from ars2.sharded import Shards
+from ars2.sharing import Ranks, orthogonalize_replicated, orthogonalize_sharded
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 # A tensor without dimensions where the step is compiled or captured: then its value is read on the device alone.
@@ -62,15 +64,18 @@ def adam_directions(
     return directions
 
 
-def momentum_directions(grads: Tensors, exp_avgs: Tensors, beta: Number) -> Tensors:
+def momentum_directions(
+    grads: Tensors, exp_avgs: Tensors, beta: Number, *, numels: Sequence[int], shards: Shards | None = None
+) -> Tensors:
     """Take ``grads`` into the first moment, in place, and return ``u = sqrt(numel) * m / (|m| + 1e-12)``.
 
     Its root mean square is 1, so its norm is that of Adam's direction at the first step, whose entries are 1 or -1.
+    ``numels`` are those of the whole tensors, of which ``shards`` hold the rows if they are sharded.
     """
     _take_in_(exp_avgs, grads, beta)
-    lengths = torch._foreach_add(torch._foreach_norm(exp_avgs), TINY)
+    lengths = torch._foreach_add(energies(exp_avgs, shards), TINY)
     directions = torch._foreach_div(exp_avgs, lengths)
-    torch._foreach_mul_(directions, [math.sqrt(exp_avg.numel()) for exp_avg in exp_avgs])
+    torch._foreach_mul_(directions, [math.sqrt(numel) for numel in numels])
     return directions
 
 
@@ -134,9 +139,14 @@ def as_stack(tensor: Tensor, flatten: bool) -> Tensor:
 
     2-D: one matrix. 3-D: a stack (heads, rows, cols), or with ``flatten`` the matrix (out, in*k). Above: (out, rest).
     """
-    if tensor.ndim == 3 and not flatten:
-        return tensor
-    return tensor.reshape(1, tensor.shape[0], -1)
+    return tensor.reshape(stack_shape(tensor.shape, flatten))
+
+
+def stack_shape(shape: torch.Size, flatten: bool) -> torch.Size:
+    """Return the shape (matrices, rows, cols) of the stack that a tensor of ``shape`` is read as."""
+    if len(shape) == 3 and not flatten:
+        return shape
+    return torch.Size((1, shape[0], shape[1:].numel()))
 
 
 def orthogonal_directions(
@@ -146,13 +156,14 @@ def orthogonal_directions(
     coefficients: str,
     dtype: torch.dtype,
     algorithm: str,
-    ranks: Ranks | None = None,
+    ranks: Ranks | Shards | None = None,
     run: Run = directly,
+    shapes: Sequence[torch.Size] = (),
 ) -> list[Tensor]:
     """Return each direction's orthogonal factor, stacks matrix by matrix, in its shape and in ``dtype``.
 
-    With ``ranks`` the directions are the same on all of them, which share the work out. ``run`` says how the iteration
-    is called.
+    With ``ranks`` the directions are the same on all of them, which share the work out; with shards each has its rows
+    of them, and ``shapes`` are those of the whole ones. ``run`` says how the iteration is called.
     """
 
     def orthogonalize(stacks: list[Tensor]) -> list[Tensor]:
@@ -160,6 +171,11 @@ def orthogonal_directions(
         factors: list[Tensor] = run(orthogonalize_all)(stacks, **options)
         return factors
 
+    if isinstance(ranks, Shards):
+        sent = directions if ranks.dtype is None else [direction.to(ranks.dtype) for direction in directions]
+        stacked, numels = [stack_shape(shape, flatten) for shape in shapes], [ranks.numels(shape) for shape in shapes]
+        factors = orthogonalize_sharded(sent, stacked, numels, orthogonalize, ranks.dtype or dtype, ranks.group)
+        return [factor.view(direction.shape) for factor, direction in zip(factors, directions, strict=True)]
     stacks = [as_stack(direction, flatten) for direction in directions]
     if ranks is None:
         factors = orthogonalize(stacks)
@@ -168,9 +184,13 @@ def orthogonal_directions(
     return [factor.reshape(direction.shape) for factor, direction in zip(factors, directions, strict=True)]
 
 
-def energies(directions: Tensors) -> Tensors:
-    """Return each tensor's Frobenius norm, a scalar tensor: one energy for the whole tensor, stacks included."""
-    return torch._foreach_norm(directions)
+def energies(directions: Tensors, shards: Shards | None = None) -> Tensors:
+    """Return each tensor's Frobenius norm, a scalar tensor: one energy for the whole tensor, stacks included.
+
+    With ``shards`` the directions are the rows that this process holds of the whole ones.
+    """
+    lengths = torch._foreach_norm(directions)
+    return lengths if shards is None else shards.whole([], lengths)[1]
 
 
 def apply_(

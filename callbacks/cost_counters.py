@@ -40,6 +40,7 @@ class CostCounters(L.Callback):
         self._watch: FlopCounterMode | None = None
         self._products, self._optimizer_from = 0.0, 0.0
         self._window, self._evaluations = 0, 0
+        self._share: dict[str, Any] | None = None  # of a checkpoint of as many processes
 
     def costs(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         """Return the costs by log key, as they are now."""
@@ -142,6 +143,15 @@ class CostCounters(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._pause(pl_module)
+        if trainer.world_size > 1:
+            # Each process has counted its share of the examples and of the optimizer's products.
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, self.state_dict())
+            checkpoint["costs"] = shares
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        shares = checkpoint.get("costs", [])
+        self._share = shares[trainer.global_rank] if len(shares) == trainer.world_size else None
 
     def state_dict(self) -> dict[str, Any]:
         self._count()
@@ -149,4 +159,4 @@ class CostCounters(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for name in _KEPT:
-            setattr(self, name, state_dict[name])
+            setattr(self, name, (self._share or state_dict)[name])

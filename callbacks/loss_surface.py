@@ -24,6 +24,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from callbacks.lookup import folder_of
 from callbacks.loss_plane import Plane, label, parameters_in, plane_around, plane_through
 from callbacks.probed_loss import ProbedLoss, unchanged
 from modules.two_pass import TwoPassModule
@@ -123,7 +124,7 @@ class LossSurface(L.Callback):
 
     @rank_zero_only
     def _write(self, trainer: L.Trainer, axes: list[list[float]], losses: list[list[float]], plane: Plane) -> None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder = folder_of(trainer) or Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "loss_surface.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")

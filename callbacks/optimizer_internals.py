@@ -8,22 +8,29 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ars2.sharded import Shards, find_shards, local
 from callbacks.cost_counters import CostCounters
 from callbacks.lookup import callbacks_of
 
 COUNTERS = ("steps", "sync_steps", "gradient_evaluations")
 
 
-def norm(tensors: list[Tensor]) -> Tensor:
-    """Return the Euclidean norm over all elements of ``tensors`` (at least one), a float32 scalar on their device."""
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).norm()
+def norm(tensors: list[Tensor], shards: Shards | None) -> Tensor:
+    """Return the Euclidean norm over all elements of ``tensors`` (at least one), a float32 scalar on their device.
+
+    ``shards`` are the processes that hold the other rows of them, if there are any.
+    """
+    length = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).norm()
+    return length if shards is None else shards.whole([], [length])[1][0]
 
 
-def cosine(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+def cosine(pairs: list[tuple[Tensor, Tensor]], shards: Shards | None) -> Tensor:
     """Return the cosine of the two vectors that all elements of each side make; a scale of either does not matter."""
     firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
-    dots = [(first.float() * second.float()).sum() for first, second in pairs]
-    return torch.stack(dots).sum() / (norm(firsts) * norm(seconds))
+    product = torch.stack([(first.float() * second.float()).sum() for first, second in pairs]).sum()
+    if shards is not None:
+        product = shards.whole([product], [])[0][0]
+    return product / (norm(firsts, shards) * norm(seconds, shards))
 
 
 class OptimizerInternals(L.Callback):
@@ -57,29 +64,32 @@ class OptimizerInternals(L.Callback):
         self.steps, self.looks = 0.0, 0.0
         self._before: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self._measured: dict[str, Tensor] = {}
+        self._shards: Shards | None = None
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % self.every_n_steps or not trainer.loggers:
             return
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self._measured = {"optimizer/gradient_norm": norm(gradients)}
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        self._shards = find_shards((str(index), param) for index, param in enumerate(params))
+        gradients = [local(param.grad) for param in params if param.grad is not None]
+        self._measured = {"optimizer/gradient_norm": norm(gradients, self._shards)}
         firsts: dict[Tensor, Tensor] = getattr(optimizer, "first_gradients", {})
-        if pairs := [(first, p.grad) for p, first in firsts.items() if p.grad is not None]:
-            self._measured["flatness/gradient_cosine"] = cosine(pairs)
+        if pairs := [(local(first), local(p.grad)) for p, first in firsts.items() if p.grad is not None]:
+            self._measured["flatness/gradient_cosine"] = cosine(pairs, self._shards)
         by_track: dict[str, list[Tensor]] = {}
         for group in optimizer.param_groups:
             by_track.setdefault(group["track"], []).extend(group["params"])
-        self._before = {track: (params, [p.clone() for p in params]) for track, params in by_track.items() if params}
+        self._before = {track: (ps, [local(p).clone() for p in ps]) for track, ps in by_track.items() if ps}
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if not self._measured:
             return
         for track, (params, before) in self._before.items():
-            update = norm(list(torch._foreach_sub(params, before)))
+            update = norm(list(torch._foreach_sub([local(p) for p in params], before)), self._shards)
             self._measured[f"optimizer/update_rms_{track}"] = update / math.sqrt(sum(p.numel() for p in params))
-            self._measured[f"optimizer/update_ratio_{track}"] = update / norm(before)
+            self._measured[f"optimizer/update_ratio_{track}"] = update / norm(before, self._shards)
         row: dict[str, float] = {"epoch": trainer.current_epoch}
         row |= dict(zip(self._measured, torch.stack(list(self._measured.values())).tolist(), strict=True))
         self._before, self._measured = {}, {}

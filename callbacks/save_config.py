@@ -1,11 +1,10 @@
 """Beside a run's config: the digest of the protocol under which its numbers were made."""
 
-from pathlib import Path
-
 import lightning.pytorch as L
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
+from callbacks.lookup import folder_of
 from run_identity import RunIdentity
 
 
@@ -19,6 +18,6 @@ class SaveConfig(SaveConfigCallback):
         """Write ``protocol.yaml`` to the run folder; called on the first process alone."""
         identity = RunIdentity(yaml.safe_load(self.parser.dump(self.config, skip_unset=False)))
         content = {"digest": identity.protocol_digest, **identity.protocol}
-        assert trainer.log_dir is not None  # else Lightning would have refused to save the config
-        path = Path(trainer.log_dir) / "protocol.yaml"
-        path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        folder = folder_of(trainer)
+        assert folder is not None  # else Lightning would have refused to save the config
+        (folder / "protocol.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")

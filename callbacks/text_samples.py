@@ -7,6 +7,8 @@ from typing import Any
 import lightning.pytorch as L
 from rich import get_console
 
+from callbacks.lookup import folder_of
+
 
 class TextSamples(L.Callback):
     """Lets the model go on from the data's first prompt after each validation, by the model's sampling options.
@@ -28,16 +30,18 @@ class TextSamples(L.Callback):
 
     @staticmethod
     def _file(trainer: L.Trainer) -> Path | None:
-        if not trainer.is_global_zero or not trainer.loggers or trainer.log_dir is None:
-            return None
-        return Path(trainer.log_dir) / "samples.txt"
+        folder = folder_of(trainer) if trainer.is_global_zero and trainer.loggers else None
+        return None if folder is None else folder / "samples.txt"
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit" or not trainer.is_global_zero:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         module: Any = pl_module
         prompt = trainer.datamodule.prompt_tokens()[0].to(module.device)  # type: ignore[attr-defined]
+        # In every process: where the network is sharded, each has a part of it.
         text = module.continue_text(prompt)
+        if not trainer.is_global_zero:
+            return
         place = f"epoch {trainer.current_epoch + 1}, step {trainer.global_step}"
         if path := self._file(trainer):
             with path.open("a", encoding="utf-8") as file:

@@ -1,11 +1,13 @@
 """What Weights & Biases has of a run beside its rows: best values, axes, pictures, and the run folder's files."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+from callbacks.lookup import folder_of
 from callbacks.run_summary import LOWER_IS_BETTER
 
 # Written by other callbacks; what of it is there goes into the artifact.
@@ -25,25 +27,20 @@ class WandbRun(L.Callback):
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics: Any = getattr(pl_module, "val_metrics", {})
         for logger in _wandb_loggers(trainer):
-            run = logger.experiment
-            for axis in ("trainer/global_step", *AXES):
-                run.define_metric(axis)
-            for pattern, axis in STEP_AXES.items():
-                run.define_metric(pattern, step_metric=axis)
-            metrics: Any = getattr(pl_module, "val_metrics", {})
-            for name in metrics:
-                best = "min" if name in LOWER_IS_BETTER else "max"
-                run.define_metric(f"val/{name}", step_metric="epoch", summary=f"{best},last")
+            try:
+                _define(logger.experiment, metrics)
+            except Exception as error:
+                print(f"W&B draws this run over its steps ({type(error).__name__}: {error})")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loggers = _wandb_loggers(trainer)
-        if not loggers or trainer.log_dir is None:
+        loggers, folder = _wandb_loggers(trainer), folder_of(trainer)
+        if not loggers or folder is None:
             return
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 logger.save()  # the last rows; Lightning writes them after this
-        folder = Path(trainer.log_dir)
         try:
             draw(folder)
             for logger in loggers:
@@ -57,6 +54,16 @@ def _wandb_loggers(trainer: L.Trainer) -> list[WandbLogger]:
     if not trainer.is_global_zero:
         return []
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+
+
+def _define(run: Any, metrics: Iterable[str]) -> None:
+    for axis in ("trainer/global_step", *AXES):
+        run.define_metric(axis)
+    for pattern, axis in STEP_AXES.items():
+        run.define_metric(pattern, step_metric=axis)
+    for name in metrics:
+        best = "min" if name in LOWER_IS_BETTER else "max"
+        run.define_metric(f"val/{name}", step_metric="epoch", summary=f"{best},last")
 
 
 def draw(folder: Path) -> None:

@@ -56,6 +56,7 @@ class ImageClassifier(TwoPassModule):
 
     def configure_model(self) -> None:
         """Lay the network out in memory and compile it, where that is asked for."""
+        super().configure_model()
         self.network.to(memory_format=self.memory_format)
         if self.compile_network and self.network._compiled_call_impl is None:
             # In place: a wrapper would change the names of the parameters.
@@ -100,8 +101,9 @@ class ImageClassifier(TwoPassModule):
         self.confusion.reset()
         per_class = counts.diag() / counts.sum(1).clamp(min=1)
         self.log_dict({f"test/accuracy_{name}": value for name, value in zip(self._names(), per_class, strict=True)})
-        if self.trainer.is_global_zero and self.trainer.log_dir is not None:
-            picture = Path(self.trainer.log_dir) / "confusion_matrix.png"
+        folder = self.trainer.log_dir  # here, because it waits for all processes to ask
+        if self.trainer.is_global_zero and folder is not None:
+            picture = Path(folder) / "confusion_matrix.png"
             draw_confusion_matrix(counts, self._names(), picture)
             for logger in self.loggers:
                 if hasattr(logger, "log_image"):

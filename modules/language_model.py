@@ -39,6 +39,7 @@ class LanguageModel(TwoPassModule):
             sampling option out of its range.
     """
 
+    uses_parameters = ("predict_step", "continue_text")
     unit = "tokens"
     network: Qwen3ForCausalLM
 

@@ -69,15 +69,24 @@ class MeasuredModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # What the epoch has shown so far: a run that goes on in the middle of it reports the whole of it.
-        checkpoint["train_metrics"] = {
-            name: metric_state(metric, self.trainer.world_size > 1) for name, metric in self._train_metrics()
-        }
+        several = self.trainer.world_size > 1
+        checkpoint["train_metrics"] = {name: metric_state(metric, several) for name, metric in self._train_metrics()}
+        if several:
+            # Sums of sums depend on their order: as many processes go on from what each had.
+            shares: list[Any] = [None] * self.trainer.world_size
+            mine = {name: metric_state(metric, False) for name, metric in self._train_metrics()}
+            torch.distributed.all_gather_object(shares, mine)
+            checkpoint["train_metric_shares"] = shares
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint["train_metrics"]
+        shares = checkpoint.get("train_metric_shares", [])
+        if len(shares) == self.trainer.world_size:
+            saved = shares[self.trainer.global_rank]
+        else:
+            # Of all processes' sums one takes all: the others start from nothing.
+            saved = checkpoint["train_metrics"] if self.trainer.is_global_zero else {}
         for name, metric in self._train_metrics():
-            # Of several processes' sums one takes all: the others start from nothing.
-            if name in saved and self.trainer.is_global_zero:
+            if name in saved:
                 load_metric_state(metric, saved[name])
 
     def _train_metrics(self) -> Iterator[tuple[str, Metric]]:

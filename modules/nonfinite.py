@@ -10,14 +10,20 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from ars2.sharded import local
+
 # Fifteen skipped steps below a scale of one: no scale makes these gradients finite.
 SMALLEST_SCALE = 2.0**-15
 
 
 def gradients_of(optimizer: Optimizer) -> dict[Tensor, Tensor]:
-    """Return the dense gradients that the optimizer would update from, by parameter."""
+    """Return the dense gradients that the optimizer would update from, by parameter.
+
+    Of sharded ones it is what this process holds; an empty one is left out.
+    """
     params = (param for group in optimizer.param_groups for param in group["params"])
-    return {p: p.grad for p in params if p.grad is not None and p.grad.layout is torch.strided and p.grad.numel()}
+    found = {p: local(p.grad) for p in params if p.grad is not None and p.grad.layout is torch.strided}
+    return {param: gradient for param, gradient in found.items() if gradient.numel()}
 
 
 def all_finite(losses: Sequence[Tensor], gradients: list[Tensor]) -> bool:
@@ -138,4 +144,5 @@ class StepRecord:
 
     def _first_gradients(self, optimizer: Any) -> dict[Tensor, Tensor]:
         # Without a second pass they may be those of an earlier step, which a scaler skipped.
-        return dict(getattr(optimizer, "first_gradients", {})) if self.losses[1] else {}
+        first: dict[Tensor, Tensor] = getattr(optimizer, "first_gradients", {}) if self.losses[1] else {}
+        return {param: local(gradient) for param, gradient in first.items()}

@@ -35,10 +35,10 @@ class MeanLoss(Metric):
 
 
 def metric_state(metric: Metric, shared: bool) -> dict[str, Any]:
-    """Return copies of what ``metric`` has gathered, over all processes if it is ``shared`` by several."""
+    """Return copies, on the host, of what ``metric`` has gathered, over all processes if ``shared`` by several."""
     with metric.sync_context(should_sync=shared):
         values = {
-            name: [v.detach().clone() for v in value] if isinstance(value, list) else value.detach().clone()
+            name: [v.detach().cpu().clone() for v in value] if isinstance(value, list) else value.detach().cpu().clone()
             for name, value in metric.metric_state.items()
         }
     return {"values": values, "updates": metric.update_count}

@@ -21,6 +21,7 @@ from modules.measured import MeasuredModule
 from modules.nonfinite import StepRecord, lower_scale
 from modules.optimizer_setup import build_optimizer, build_scheduler
 from modules.replay import frozen_statistics, random_state
+from modules.sharding import shard
 
 
 class TwoPassModule(MeasuredModule):
@@ -56,6 +57,8 @@ class TwoPassModule(MeasuredModule):
     """
 
     network: nn.Module
+    # Methods beside compute_loss() that use the network's parameters: a sharded network is gathered for them.
+    uses_parameters: tuple[str, ...] = ("predict_step",)
     unit = "examples"  # what batch_size() counts, and losses are means over
 
     def __init__(
@@ -96,6 +99,22 @@ class TwoPassModule(MeasuredModule):
         self._resumed_optimizer: str | None = None
         self._window: list[tuple[Any, Callable[[], None]]] = []
         self._record = StepRecord()
+
+    def configure_model(self) -> None:
+        """Shard the network over the processes where that is the strategy's (ModelParallelStrategy).
+
+        Raises:
+            ValueError: a network or a choice of options that cannot be sharded.
+        """
+        if self.device_mesh is None:
+            return
+        if self.local_first_pass:
+            raise ValueError(
+                "local_first_pass needs whole gradients on every process, which a sharded network has not: use"
+                " strategy ddp, or set local_first_pass to false"
+            )
+        # The module, not the network: a loss may use parts of the network in its own way.
+        shard(self, ("compute_loss", *self.uses_parameters), self.device_mesh)
 
     @property
     def between_steps(self) -> bool:
@@ -235,8 +254,9 @@ class TwoPassModule(MeasuredModule):
         """
         optimizer: Any = build_optimizer(self.network, self.make_optimizer, self.policy, self.matrix, self.vector)
         self._record = StepRecord()  # the old one is of the device that the network was on before
-        if isinstance(self.trainer.strategy, DDPStrategy) and hasattr(optimizer, "distribute"):
-            optimizer.distribute(torch.distributed.group.WORLD, self.gather)
+        sharded = self.device_mesh is not None
+        if (sharded or isinstance(self.trainer.strategy, DDPStrategy)) and hasattr(optimizer, "distribute"):
+            optimizer.distribute(None if sharded else torch.distributed.group.WORLD, self.gather)
         if self._resumed_optimizer not in (None, type(optimizer).__name__):
             raise ValueError(
                 f"the checkpoint is of a run under {self._resumed_optimizer} and cannot go on under"

@@ -77,7 +77,7 @@ def test_reaches_the_optimizer_as_stated_and_names_no_folder(row: str, tmp_path:
 
 
 def test_overlays_change_layout_compilation_precision_and_devices_alone() -> None:
-    config, gpu, ddp = (f"configs/{name}.yaml" for name in ("cifar_aga", "overlays/cifar_gpu", "overlays/cifar_ddp"))
+    config, gpu, ddp = (f"configs/{name}.yaml" for name in ("cifar_aga", "overlays/cifar_gpu", "overlays/ddp"))
     plain = call("fit", "--config", config, "--print_config")
     laid_over = call("fit", "--config", config, "--config", gpu, "--config", ddp, "--print_config")
     assert (plain.code, laid_over.code) == (0, 0), laid_over.err

@@ -50,3 +50,20 @@ def test_named_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make (\w+)", "\n".join(re.findall(r"`make \w+`|^make \w+", README, re.M))):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_every_feature_in_the_table_names_the_file_that_tests_it() -> None:
+    table = re.search(r"^\| feature \| modes \| tested how \|\n(.*?)\n\n", README, re.M | re.S)
+    assert table is not None
+    for row in table[1].splitlines()[1:]:
+        named = re.findall(r"\]\((tests/[\w/]+\.py)\)", row)
+        assert named, row
+        for path in named:
+            assert "def test_" in (ROOT / path).read_text(), path
+
+
+def test_environment_variables_named_are_read_somewhere() -> None:
+    sources = "\n".join(path.read_text() for path in ROOT.glob("*.py"))
+    sources += "\n".join(path.read_text() for path in ROOT.glob("datamodules/*.py"))
+    for name in set(re.findall(r"\b(?:ARS2|WANDB)_[A-Z0-9_]+\b", README)):
+        assert name in sources, name

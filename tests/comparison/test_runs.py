@@ -135,7 +135,7 @@ def damaged(change: Callable[[Path], object], runs: Path, tmp_path: Path) -> str
         (lambda folder: (folder / "config.yaml").write_text(""), "config.yaml is empty"),
         (lambda folder: (folder / "config.yaml").write_text("a: 1"), "names no model"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_damage_is_listed_and_not_fatal(
     change: Callable[[Path], object], reason: str, runs: Path, tmp_path: Path

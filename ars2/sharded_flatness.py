@@ -1,0 +1,66 @@
+"""The flatness half of ARS2-Neo on sharded parameters: the parts of :mod:`ars2.flatness`, and exchanges between them.
+
+Whatever the number of groups, an all-reduce puts together all numbers that one part needs of whole tensors.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ars2 import flatness
+from ars2.sharded import Shards, local
+from ars2.tracked import Batch
+from ars2.updates import Tensors
+
+
+class Move(NamedTuple):
+    """The rows of a group's parameters, their offsets n, and the length that each whole tensor moves by."""
+
+    params: list[Tensor]
+    offsets: Tensors
+    rho: float
+
+
+def move_all_(moves: list[Move], grad_scale: float, shards: Shards) -> None:
+    """Move all groups to the adversarial point; one all-reduce."""
+    _, lengths = shards.whole([], [flatness.norms(move.offsets) for move in moves])
+    for move, length in zip(moves, lengths, strict=True):
+        flatness.move_along_(move.params, move.offsets, length, move.rho, grad_scale)
+
+
+def keep_shears_(batches: list[Batch], first: dict[Tensor, Tensor], grad_scale: float, shards: Shards) -> None:
+    """Put the shear force of each parameter that has a first gradient too into its state; one all-reduce.
+
+    Args:
+        batches: of all groups, with the second gradients.
+        first: gradients of the first pass by parameter, multiplied by ``grad_scale``.
+        grad_scale: what the loss of the first pass was multiplied by.
+        shards: the processes that hold the other rows.
+    """
+    found: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+    for batch in batches:
+        both = [index for index, source in enumerate(batch.sources) if source in first]
+        if both:
+            second = [batch.grads[index] for index in both]
+            firsts = [local(first[batch.sources[i]]).to(g.dtype) for i, g in zip(both, second, strict=True)]
+            found.append((second, firsts, [batch.states[index]["shear"] for index in both]))
+    products, lengths = shards.whole(
+        [flatness.inner_products(second, firsts) for second, firsts, _ in found],
+        [flatness.norms(firsts) for _, firsts, _ in found],
+    )
+    for (second, firsts, kept), product, length in zip(found, products, lengths, strict=True):
+        shears = flatness.without_parallel(second, firsts, product, length, grad_scale)
+        for place, shear in zip(kept, shears, strict=True):
+            place.copy_(shear)
+
+
+def injected(batches: list[Batch], alpha: float, shards: Shards) -> Iterator[Batch]:
+    """Yield the batches with the shear forces in their gradients; one all-reduce."""
+    lists = [tensors for batch in batches if batch.params for tensors in (batch.grads, batch.state("shear"))]
+    lengths = iter(shards.whole([], [flatness.norms(tensors) for tensors in lists])[1])
+    for batch in batches:
+        if batch.params:
+            grads = flatness.with_shears(batch.grads, batch.state("shear"), alpha, next(lengths), next(lengths))
+            batch = batch._replace(grads=grads)
+        yield batch

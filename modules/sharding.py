@@ -1,0 +1,50 @@
+"""A network's parameters dealt out over processes by their first dimension (FSDP2), and gathered block by block."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+def blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the parts that a network is a list of: the members of its outermost ModuleList's and Sequential's."""
+    for child in network.children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            yield from (member for member in child if any(True for _ in member.parameters()))
+        else:
+            yield from blocks(child)
+
+
+def shard(module: nn.Module, methods: Sequence[str], mesh: Any) -> None:
+    """Shard the parameters of ``module`` over the processes of ``mesh``, in place; a second call does nothing.
+
+    Each block of it is gathered when it is its turn, and what is in no block while one of ``methods`` runs. Parameters
+    are then DTensors, and so are their gradients.
+
+    Args:
+        module: all of whose parameters are trained.
+        methods: of ``module``, by name, through which alone its parameters are used.
+        mesh: of the strategy, with dimensions ``data_parallel`` and ``tensor_parallel``.
+
+    Raises:
+        ValueError: the mesh is tensor-parallel, or there is a BatchNorm, which would see its process' examples alone.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    if isinstance(module, FSDPModule):
+        return
+    if mesh["tensor_parallel"].size() > 1:
+        raise ValueError(
+            "tensor parallelism is not supported: set the strategy's data_parallel_size to the number of processes and"
+            " its tensor_parallel_size to 1"
+        )
+    if any(isinstance(part, _NormBase) and part.track_running_stats for part in module.modules()):
+        raise ValueError(
+            "a network with BatchNorm cannot be sharded: every process would normalise by its own part of the batch;"
+            " use strategy ddp with sync_batchnorm"
+        )
+    for part in (*blocks(module), module):
+        fully_shard(part, mesh=mesh["data_parallel"])
+    for method in methods:
+        register_fsdp_forward_method(module, method)

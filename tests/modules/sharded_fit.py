@@ -1,0 +1,181 @@
+"""One of several processes that fit a network sharded by Lightning's ModelParallelStrategy, and one process alone."""
+
+import csv
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from ars2.sharded import local
+from callbacks.cost_counters import CostCounters
+from callbacks.flatness_probe import FlatnessProbe
+from callbacks.optimizer_internals import OptimizerInternals
+from callbacks.random_states import RandomStates
+from datamodules.modular_addition import ModularAdditionData
+from modules.modular_addition import ModularAddition
+from modules.two_pass import TwoPassModule
+from tests.ars2.sharded_training import whole
+from tests.modules import language
+from tests.modules.ddp_fit import BATCH, OPTIONS, Looks
+from tests.modules.small_task import SmallTask, batches, make_optimizer
+
+STEPS, HALF = 24, 10  # the half is in the middle of an epoch of 4 batches
+# The time, and what only the first process' products are counted for.
+MEASURED = ("cost/training_seconds", "cost/flops")
+Run = tuple[str, dict[str, Any]]
+
+
+class Damaged(ModularAddition):
+    """Has one loss, of the last process alone, that is not finite."""
+
+    calls, damaged_call = 0, 0
+
+    def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
+        loss = super().compute_loss(batch, metrics)
+        self.calls += 1
+        last = self.trainer.global_rank == self.trainer.world_size - 1
+        return loss * math.nan if last and self.calls == self.damaged_call else loss
+
+
+class SaveHalf(L.Callback):
+    """Saves a checkpoint of the first half of the steps."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == HALF:
+            trainer.save_checkpoint(self.path)
+
+
+def strategy(ranks: int, distributed: bool = True) -> Any:
+    """The sharding strategy, on any number of processes; ``"auto"`` for 0 of them, which is one process without it."""
+    if ranks == 0:
+        return "auto"
+    return ModelParallelStrategy(
+        data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=distributed
+    )
+
+
+def result(module: TwoPassModule) -> dict[str, Any]:
+    """Parameters and the optimizer's state as whole tensors, by name; and what this process held of the parameters."""
+    optimizer = module.optimizers().optimizer  # type: ignore[union-attr]
+    if isinstance(module, FSDPModule):
+        module.reshard()  # validation leaves what is in no block gathered
+    named = dict(module.network.named_parameters())
+    tensors = {name: whole(param.detach()) for name, param in named.items()}
+    for name, param in named.items():
+        tensors |= {f"{name}.{key}": whole(value) for key, value in optimizer.state[param].items()}
+    return {"tensors": tensors, "held": {name: local(param).numel() for name, param in named.items()}}
+
+
+def fit(
+    name: str,
+    ranks: int = 0,
+    folder: Path | None = None,
+    saves: Path | None = None,
+    resumes: Path | None = None,
+    distributed: bool = True,
+    precision: Any = "32-true",
+    damaged: int = 0,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train 24 steps; returns parameters, state, evaluations, logged metrics and, with a folder, the logged rows.
+
+    With ``saves`` it leaves a checkpoint of the first 10 steps there.
+    """
+    torch.manual_seed(0)
+    small = {"p": 11, "width": 16, "heads": 2, "mlp_width": 16}
+    module = Damaged(**small, optimizer=make_optimizer(name, **OPTIONS[name]), **options)
+    module.damaged_call = damaged
+    looks = Looks()
+    callbacks: list[L.Callback] = [looks, CostCounters(), OptimizerInternals(every_n_steps=5), RandomStates()]
+    if saves is not None:
+        callbacks.append(SaveHalf(saves))
+    trainer = L.Trainer(
+        max_steps=STEPS,
+        accelerator="cpu",
+        devices=max(1, ranks),
+        strategy=strategy(ranks, distributed),
+        precision=precision,
+        logger=CSVLogger(folder, name=None, version="") if folder is not None else False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+    )
+    data = ModularAdditionData(p=11, batch_size=BATCH, val_batch_size=50)
+    trainer.fit(module, data, ckpt_path=resumes, weights_only=True)
+    metrics = {key: value.item() for key, value in trainer.callback_metrics.items() if key not in MEASURED}
+    rows: list[dict[str, float]] = []
+    if folder is not None and trainer.is_global_zero:
+        with open(folder / "metrics.csv", encoding="utf-8") as file:
+            rows = [
+                {key: float(value) for key, value in row.items() if value and key not in MEASURED}
+                for row in csv.DictReader(file)
+            ]
+    found = {"evaluations": looks.evaluations, "metrics": metrics, "rows": rows, "skipped": module.skipped_steps}
+    return {**result(module), **found}
+
+
+def read(ranks: int = 0, folder: Path | None = None) -> dict[str, Any]:
+    """Train a language model whose head is its embedding for 6 steps, and let it go on from a text."""
+    assert folder is not None
+    module = language.model("aga", projections="per_head", policy="hidden")
+    module.make_optimizer = make_optimizer("aga", lr=1e-3, ns_dtype="float32")
+    devices = max(1, ranks)
+    trainer = language.trainer(max_steps=6, limit_val_batches=2, devices=devices, strategy=strategy(ranks))
+    data = language.data(folder)
+    trainer.fit(module, data)
+    blocks = [type(block).__name__ for block in module.network.model.layers]
+    text = module.continue_text(data.prompt_tokens()[0])
+    return {**result(module), "text": text, "blocks": blocks}
+
+
+def refusals(ranks: int) -> dict[str, str]:
+    """What is said to several processes that fit what cannot be sharded."""
+    options = {"optimizer": make_optimizer("sync"), "p": 11, "width": 16, "heads": 2, "mlp_width": 16}
+    tensor_parallel = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=ranks)
+    cases: dict[str, tuple[TwoPassModule, Any, list[L.Callback]]] = {
+        "batch norm": (SmallTask(optimizer=make_optimizer("sync")), strategy(ranks), []),
+        "tensor parallel": (ModularAddition(**options), tensor_parallel, []),
+        "local first pass": (ModularAddition(**options, local_first_pass=True), strategy(ranks), []),
+        "probe": (ModularAddition(**options), strategy(ranks), [FlatnessProbe()]),
+    }
+    said = {}
+    for label, (module, its, callbacks) in cases.items():
+        data: Any = batches() if label == "batch norm" else ModularAdditionData(p=11, batch_size=BATCH)
+        trainer = language.trainer(max_steps=1, devices=ranks, strategy=its, callbacks=callbacks)
+        try:
+            trainer.fit(module, data)
+        except ValueError as error:
+            said[label] = str(error)
+    try:
+        fit("sync", ranks, damaged=5)
+    except FloatingPointError as error:
+        said["damage"] = str(error)
+    return said
+
+
+def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, Run], text: Path | None) -> None:
+    """Be one of ``ranks`` processes, started as torchrun starts them; writes ``<rank>.pt``."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"},
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"},
+    }
+    results = {label: fit(name, ranks, folder=folder / label, **options) for label, (name, options) in runs.items()}
+    if text is not None:
+        results["text"] = read(ranks, text)
+        results["refused"] = refusals(ranks)
+    torch.save(results, folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

@@ -1,0 +1,173 @@
+"""Several processes under Lightning's ModelParallelStrategy (FSDP2), on CPUs with gloo, do what one process does."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+
+from tests.ars2.sharded_training import launch
+from tests.modules import sharded_fit
+from tests.modules.ddp_fit import OPTIONS
+from tests.modules.sharded_fit import HALF, STEPS, Run, fit, read, strategy
+
+Results = dict[str, dict[str, Any]]
+
+EVERY_MODE: dict[str, Run] = {name: (name, {}) for name in OPTIONS}
+# The others differ in the optimizer alone, whose steps tests/ars2/test_sharded.py compares.
+MODES: dict[str, Run] = {name: (name, {}) for name in ("adamw", "sync", "aga", "muon")}
+VARIANTS: dict[str, Run] = {
+    "accumulated": ("aga", {"accumulate_grad_batches": 3}),
+    "clipped": ("sync", {"gradient_clip_val": 0.1, "clip_first_pass": True}),
+    "clipped by value": ("aga", {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    # The fifth loss is that of the first pass of the third step.
+    "damaged": ("sync", {"nonfinite": "skip", "damaged": 5}),
+}
+HALF_PRECISION: dict[str, Run] = {name: ("aga", {"precision": name}) for name in ("bf16-mixed", "bf16-true")}
+RESUMED = ("muon", "aga")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+def saved(folder: Path, name: str, kind: str) -> Path:
+    return folder / f"{name} in {kind}.ckpt"
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Results:
+    runs = {**MODES, **VARIANTS, **HALF_PRECISION}
+    results = {label: fit(name, folder=folder / label, **options) for label, (name, options) in runs.items()}
+    return {**results, "text": read(0, folder)}
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, alone: Results) -> list[Results]:
+    runs = {**MODES, **VARIANTS, **HALF_PRECISION}
+    for name in RESUMED:
+        runs[name] = name, {"saves": saved(folder, name, "parts")}
+        runs[f"{name} in one"] = name, {"saves": saved(folder, name, "one"), "distributed": False}
+    return launch(sharded_fit.together, 2, folder / "two", runs, folder)
+
+
+def assert_same(mine: dict[str, Any], other: dict[str, Any]) -> None:
+    assert mine["evaluations"] == other["evaluations"][-len(mine["evaluations"]) :]
+    for name, expected in other["tensors"].items():
+        # A shear force is what is left of two nearly equal gradients.
+        tolerance = 1e-4 if name.endswith("shear") else 2e-6
+        assert (mine["tensors"][name] - expected).norm() <= tolerance * expected.norm(), name
+    for key, value in other["metrics"].items():
+        assert mine["metrics"][key] == pytest.approx(value, rel=1e-4), key
+
+
+def assert_one(ranks: list[Results], label: str) -> None:
+    for results in ranks[1:]:
+        assert results[label].get("evaluations") == ranks[0][label].get("evaluations")
+        for name, value in results[label]["tensors"].items():
+            assert torch.equal(value, ranks[0][label]["tensors"][name]), name
+
+
+@pytest.mark.parametrize("label", [*MODES, *VARIANTS])
+def test_two_processes_train_to_what_one_does(label: str, two: list[Results], alone: Results) -> None:
+    assert_one(two, label)
+    assert_same(two[0][label], alone[label])
+
+
+@pytest.mark.parametrize("label", [*MODES, "accumulated", "clipped"])
+def test_the_logged_rows_are_those_of_one_process(label: str, two: list[Results], alone: Results) -> None:
+    """Norms, update sizes and cosines of optimizer_internals.py among them, and the costs."""
+    mine, expected = two[0][label]["rows"], alone[label]["rows"]
+    assert len(mine) == len(expected) and any("optimizer/update_rms_matrix" in row for row in mine)
+    for row, other in zip(mine, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", HALF_PRECISION)
+def test_in_half_precision_it_learns_the_same(precision: str, two: list[Results], alone: Results) -> None:
+    assert_one(two, precision)
+    for key in ("train/loss", "val/loss"):
+        assert two[0][precision]["metrics"][key] == pytest.approx(alone[precision]["metrics"][key], rel=0.02)
+
+
+def test_a_loss_of_one_process_that_is_not_finite_leaves_the_step_out_in_all(two: list[Results]) -> None:
+    assert [results["damaged"]["skipped"] for results in two] == [1, 1]
+    first, last = (results["refused"]["damage"] for results in two)
+    assert last.startswith("step 3 in epoch 0, first pass: the loss is nan and the gradient of query is not finite")
+    # The gradient is the mean over the processes, so that every one has a part of what is not finite.
+    assert first.startswith("step 3 in epoch 0, first pass: the gradient of query is not finite")
+
+
+def test_what_cannot_be_sharded_is_refused_in_every_process(two: list[Results]) -> None:
+    for refused in (results["refused"] for results in two):
+        assert refused["batch norm"].startswith("a network with BatchNorm cannot be sharded")
+        assert refused["tensor parallel"].startswith("tensor parallelism is not supported")
+        assert refused["local first pass"].startswith("local_first_pass needs whole gradients")
+        assert refused["probe"].startswith("the flatness probe needs whole parameters on every process")
+
+
+def test_lightning_refuses_16_mixed_under_the_strategy() -> None:
+    with pytest.raises(ValueError, match=r"does not support .*precision='16-mixed'"):
+        L.Trainer(accelerator="cpu", devices=2, strategy=strategy(2), precision="16-mixed")
+
+
+def test_every_process_holds_a_half(two: list[Results]) -> None:
+    held = [results["aga"]["held"] for results in two]
+    # Of 12 and of 3 rows.
+    assert [h["token_embedding.weight"] for h in held] == [6 * 16, 6 * 16]
+    assert [h["position_embedding.weight"] for h in held] == [2 * 16, 1 * 16]
+
+
+def test_a_language_model_is_sharded_block_by_block(two: list[Results], alone: Results) -> None:
+    assert_one(two, "text")
+    assert two[0]["text"]["blocks"] == ["FSDPQwen3DecoderLayer"] * 2
+    assert two[0]["text"]["text"] == two[1]["text"]["text"] == alone["text"]["text"]
+    for name, expected in alone["text"]["tensors"].items():
+        if name in alone["text"]["held"]:
+            assert (two[0]["text"]["tensors"][name] - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, two: list[Results]) -> Results:
+    """One process under the strategy, which goes on from both kinds of checkpoint of two processes."""
+    runs: dict[str, Run] = {}
+    for name in RESUMED:
+        runs[f"{name} in parts"] = name, {"resumes": saved(folder, name, "parts")}
+        runs[f"{name} in one"] = name, {"resumes": saved(folder, name, "one"), "distributed": False}
+    return launch(sharded_fit.together, 1, folder / "one", runs, None)[0]
+
+
+@pytest.mark.parametrize("kind", ["parts", "one"])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_checkpoint_of_two_processes_goes_on_in_one(
+    name: str, kind: str, folder: Path, two: list[Results], one: Results, alone: Results
+) -> None:
+    path = saved(folder, name, kind)
+    assert path.is_dir() if kind == "parts" else path.is_file()
+    assert len(one[f"{name} in {kind}"]["evaluations"]) == STEPS - HALF
+    assert_same(one[f"{name} in {kind}"], alone[name])
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_checkpoint_in_one_file_goes_on_without_the_strategy(
+    name: str, folder: Path, two: list[Results], alone: Results
+) -> None:
+    assert_same(fit(name, resumes=saved(folder, name, "one")), alone[name])
+
+
+@pytest.mark.slow
+def test_four_processes_train_and_go_on_with_a_checkpoint_of_two(
+    folder: Path, two: list[Results], alone: Results
+) -> None:
+    going_on: dict[str, Run] = {
+        f"{name} in {kind}": (name, {"resumes": saved(folder, name, kind), "distributed": kind != "one"})
+        for name in RESUMED
+        for kind in ("parts", "one")
+    }
+    four = launch(sharded_fit.together, 4, folder / "four", {**EVERY_MODE, **going_on}, None)
+    for label in (*EVERY_MODE, *going_on):
+        name = label.split()[0]
+        assert_one(four, label)
+        assert_same(four[0][label], alone[name] if name in alone else fit(name))
