@@ -119,12 +119,12 @@ def test_pairs_are_scipys_paired_t_test(groups: list[Group], runs: Path) -> None
     assert line[1:] == ["0", "-", "-", "-", "-"]
     goal = entry.goal
     assert goal is not None
-    epochs = [
-        {run.identity.seed: run.reached(goal) for run in map(Run, (runs / row).iterdir())}
+    costs = [
+        {run.identity.seed: run.reached(goal, "cost/gradient_evaluations") for run in map(Run, (runs / row).iterdir())}
         for row in ("grok_aga", "grok_adamw")
     ]
-    first = sum((epochs[0][str(seed)] or np.inf) < (epochs[1][str(seed)] or np.inf) for seed in SEEDS)
-    second = sum((epochs[0][str(seed)] or np.inf) > (epochs[1][str(seed)] or np.inf) for seed in SEEDS)
+    first = sum((costs[0][str(seed)] or np.inf) < (costs[1][str(seed)] or np.inf) for seed in SEEDS)
+    second = sum((costs[0][str(seed)] or np.inf) > (costs[1][str(seed)] or np.inf) for seed in SEEDS)
     (line,) = [line for line in speed.rows if line[0] == "grok_aga"]
     assert line[1] == f"{first} / {second} / {3 - first - second}"
 
