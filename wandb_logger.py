@@ -31,8 +31,9 @@ class RunWandbLogger(WandbLogger):
 
     W&B writes every row to a file of its own before it is sent, and rows never wait for the server. Where the server
     does not answer or refuses at first, the run is recorded offline; where it fails later, training and the file go on,
-    and the end waits for it only so long. If W&B's own process dies, the rest is recorded offline. In each of these a
-    line tells the command that uploads the record. A run that goes on in its folder has the same id as before.
+    and the end waits for it only so long. If W&B's own process dies, which writes its file in blocks, all rows go into
+    a new, offline record. In each of these a line tells the command that uploads the record. A run that goes on in its
+    folder has the same id as before.
 
     Args:
         folder: of the run.
@@ -43,9 +44,11 @@ class RunWandbLogger(WandbLogger):
 
     def __init__(self, folder: Path, config: Mapping[str, Any], online: bool, resumes: bool) -> None:
         self.folder, self.config = folder, config
-        self.resumed_id = _latest_id(folder) if resumes else None
+        self.run_id = _latest_id(folder) if resumes else None
+        self.resume = "allow" if self.run_id else None
         self.mode = os.environ.get("WANDB_MODE", "online" if online else "offline")
         self.died = False
+        self._rows: list[tuple[dict[str, float], int | None]] = []
         super().__init__(experiment=self._begin(), save_dir=str(folder))
 
     def _begin(self) -> Any:
@@ -71,9 +74,9 @@ class RunWandbLogger(WandbLogger):
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "ars2"),
             **init_arguments(self.config),
-            id=self.resumed_id,
+            id=self.run_id,
             # An offline record says so too: its rows are then uploaded behind those of the run's earlier records.
-            resume="allow" if self.resumed_id else None,
+            resume=self.resume,
             dir=str(self.folder),
             mode=self.mode,
             settings=wandb.Settings(
@@ -94,6 +97,7 @@ class RunWandbLogger(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Take in a row."""
         self.attempt(lambda: super(RunWandbLogger, self).log_metrics(metrics, step))
+        self._rows.append((dict(metrics), step))
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
@@ -101,10 +105,7 @@ class RunWandbLogger(WandbLogger):
         self.attempt(lambda: super(RunWandbLogger, self).log_hyperparams(params))
 
     def attempt(self, action: Callable[[], Any]) -> None:
-        """Do something with the run; if it fails, once more with an offline record; from then on nothing if that fails.
-
-        W&B's process writes its file in blocks: of what it had not written when it died, ``metrics.csv`` has the rows.
-        """
+        """Do something with the run; if it fails, with an offline record; if that fails too, nothing from then on."""
         if self.died and self.mode != "offline":
             return
         try:
@@ -119,13 +120,15 @@ class RunWandbLogger(WandbLogger):
             self.attempt(action)
 
     def _begin_again(self, error: Exception) -> None:
-        print(f"W&B has failed ({type(error).__name__}: {error}): the rest of the run is recorded offline")
+        print(f"W&B has failed ({type(error).__name__}: {error}): the run is recorded anew, offline")
         run: Any = self._experiment
-        self.resumed_id, self.mode = run.id, "offline"
+        self.run_id, self.mode = run.id, "offline"
         with contextlib.suppress(Exception):  # of what is dead nothing is to be closed
             quiet_wandb().teardown()
         try:
             self._experiment = self._begin()
+            for row, step in self._rows:
+                super().log_metrics(row, step)
         except Exception as another:
             self.mode = "gone"
             print(f"W&B cannot record offline either ({type(another).__name__}: {another})")

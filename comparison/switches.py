@@ -18,11 +18,16 @@ _AXIS = "cost/gradient_evaluations"
 
 
 def switches(group: Group) -> Iterator[Table]:
-    """Yield, for every search that holds all eight corners, the differences that each switch makes, seed by seed."""
+    """Yield, for every search that holds all eight corners, the differences that each switch makes, seed by seed.
+
+    Nothing where no corners have two seeds in common.
+    """
     for name in dict.fromkeys(row.any.identity.sweep.name for row in group.rows if row.any.identity.sweep):
         corners = _corners(group, name)
         if len(corners) == 2 ** len(SWITCHES):
-            yield _table(group, name, corners)
+            table = _table(group, name, corners)
+            if any(cell != "-" for line in table.rows for cell in line[1:]):
+                yield table
 
 
 def _corners(group: Group, name: str) -> dict[Corner, Row]:

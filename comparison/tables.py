@@ -21,6 +21,9 @@ _LATEX = {
     "·": r"$\cdot$",
 }
 
+# Columns from which on cells may wrap, so that the last ones are seen without scrolling.
+_MANY = 9
+
 
 @dataclass
 class Table:
@@ -59,12 +62,14 @@ class Table:
 
     def html(self) -> str:
         """Return a figure with heading, table and notes; all text in it is escaped."""
-        head = "".join(f'<th scope="col">{html.escape(column)}</th>' for column in self.columns)
+        heads = [html.escape(column).replace("/", "/<wbr>") for column in self.columns]
+        head = "".join(f'<th scope="col">{column}</th>' for column in heads)
         marks = [' class="strong"' if index in self.strong else "" for index in range(len(self.rows))]
         body = "".join(f"<tr{mark}>{''.join(_cells(row))}</tr>" for mark, row in zip(marks, self.rows, strict=True))
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        kinds = f"table{' some' if self.strong else ''}{' many' if len(self.columns) > _MANY else ''}"
         return (
-            f'<figure class="table{" some" if self.strong else ""}"><h3>{html.escape(self.title)}</h3>'
+            f'<figure class="{kinds}"><h3>{html.escape(self.title)}</h3>'
             f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
             f"<figcaption>{notes}</figcaption></figure>"
         )

@@ -80,7 +80,7 @@ def start(*arguments: object, home: Path, **environment: str) -> "subprocess.Pop
 def train_py(*arguments: object, home: Path, **environment: str) -> Result:
     """Run ``python train.py <arguments>`` to its end."""
     with start(*arguments, home=home, **environment) as process:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     return Result(process.returncode, out, err)
 
 

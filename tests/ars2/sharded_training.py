@@ -59,7 +59,7 @@ def rounded(model: UnevenProblem) -> Optimizer:
 
 
 EXACT: dict[str, Make] = {
-    **{mode: ars2(mode) for mode in MODES},
+    **{mode: ars2(mode) for mode in ("base", "sync", "aga", "periodic", "random")},
     "aga, no energy": ars2("aga", energy=False),
     "sync, no geometry": ars2("sync", geometry=False),
     "muon": lambda model: Muon(groups(model), ns_dtype="float32"),

@@ -89,10 +89,12 @@ def test_milestones_are_medians_over_seeds(groups: list[Group], runs: Path) -> N
     epochs = [next((epoch for epoch, value in enumerate(loss, 1) if value < level), None) for loss in losses]
     reached = sorted(epoch for epoch in epochs if epoch is not None)
     assert len(losses) == 3 and len(reached) >= 2
-    shown = Group(**{**vars(groups[0]), "targets": [Target("half", "train/loss", level, lower=True)]})
+    shown = Group(
+        **{**vars(groups[0]), "targets": [Target("half", "train/loss", level, lower=True)], "borrowed": False}
+    )
     (cells,) = [line for line in milestones(shown).rows if line[0] == "grok_adamw"]  # type: ignore[union-attr]
     assert cells[1].startswith(f"{reached[1]} [{reached[0]}, ")
-    never = Group(**{**vars(groups[0]), "targets": [Target("never", "train/loss", 0.0, lower=True)]})
+    never = Group(**{**vars(groups[0]), "targets": [Target("never", "train/loss", 0.0, lower=True)], "borrowed": False})
     assert {line[1] for line in milestones(never).rows} == {"not within 6"}  # type: ignore[union-attr]
 
 
@@ -117,12 +119,12 @@ def test_pairs_are_scipys_paired_t_test(groups: list[Group], runs: Path) -> None
     assert line[1:] == ["0", "-", "-", "-", "-"]
     goal = entry.goal
     assert goal is not None
-    epochs = [
-        {run.identity.seed: run.reached(goal) for run in map(Run, (runs / row).iterdir())}
+    costs = [
+        {run.identity.seed: run.reached(goal, "cost/gradient_evaluations") for run in map(Run, (runs / row).iterdir())}
         for row in ("grok_aga", "grok_adamw")
     ]
-    first = sum((epochs[0][str(seed)] or np.inf) < (epochs[1][str(seed)] or np.inf) for seed in SEEDS)
-    second = sum((epochs[0][str(seed)] or np.inf) > (epochs[1][str(seed)] or np.inf) for seed in SEEDS)
+    first = sum((costs[0][str(seed)] or np.inf) < (costs[1][str(seed)] or np.inf) for seed in SEEDS)
+    second = sum((costs[0][str(seed)] or np.inf) > (costs[1][str(seed)] or np.inf) for seed in SEEDS)
     (line,) = [line for line in speed.rows if line[0] == "grok_aga"]
     assert line[1] == f"{first} / {second} / {3 - first - second}"
 
