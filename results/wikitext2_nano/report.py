@@ -37,6 +37,13 @@ def column(path: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
+def by_epoch(path: Path, name: str) -> list[float]:
+    """Return the last value of one column in each epoch, which is logged within epochs too."""
+    with path.open(newline="") as file:
+        last = {int(row["epoch"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+    return [last[epoch] for epoch in sorted(last)]
+
+
 def spread(values: list[float], digits: int) -> str:
     """Return mean and standard deviation, which one value does not have."""
     mean = f"{statistics.mean(values):,.{digits}f}"
@@ -78,11 +85,11 @@ def main() -> None:
         line = None
         for folder, _ in runs:
             values = column(folder / "metrics.csv", METRIC)
-            evaluations = column(folder / "metrics.csv", "cost/gradient_evaluations")[::2]
+            evaluations = by_epoch(folder / "metrics.csv", "cost/gradient_evaluations")
             color = {} if line is None else {"color": line.get_color()}
             shown = None if line else label
             (line,) = left.plot(range(1, len(values) + 1), values, marker="o", ms=3, label=shown, **color)
-            right.plot(evaluations[: len(values)], values, marker="o", ms=3, color=line.get_color())
+            right.plot(evaluations, values, marker="o", ms=3, color=line.get_color())
     lines += ["", f"{data['corpus']}; protocol {data['protocol']}, vocabulary {data['vocabulary']:,}."]
     lines += [
         "Mean ± standard deviation over seeds; seconds of training alone, one thread, on a machine with other work."
