@@ -30,10 +30,12 @@ _EVALUATION = (
     *("val_check_interval", "check_val_every_n_epoch"),
 )
 _SWITCHES = ("model.optimizer.energy", "model.optimizer.geometry")
+# How a step is computed: what comes out differs by rounding alone.
+_HOW = ("model.optimizer.ns_algorithm",)
 # Options that came later, at the value that changes nothing: runs from before are of the same setting.
 _NEUTRAL = {
     **dict.fromkeys(_SWITCHES, True),
-    **{"model.optimizer.ns_algorithm": "auto", "model.optimizer.compile": False, "model.optimizer.capturable": False},
+    **{"model.optimizer.compile": False, "model.optimizer.capturable": False},
     **{"model.clip_first_pass": False, "model.nonfinite": "stop"},
     **{"model.local_first_pass": False, "model.gather": "exact"},
     "callbacks.evaluation_budget.EvaluationBudget.finish_epoch": True,
@@ -87,7 +89,7 @@ def _is_logistics(key: str) -> bool:
 
 
 def _is_neutral(key: str, value: Any) -> bool:
-    return key in _NEUTRAL and type(value) is type(_NEUTRAL[key]) and value == _NEUTRAL[key]
+    return key in _HOW or (key in _NEUTRAL and type(value) is type(_NEUTRAL[key]) and value == _NEUTRAL[key])
 
 
 def _without_neutral(callback: Any) -> Any:
