@@ -9,6 +9,7 @@ One batch, from here to the parameter update: modules/two_pass.py (training_step
 ars2/ars2_neo.py (step). The command line itself is in cli.py.
 """
 
+import signal
 import sys
 
 
@@ -25,4 +26,7 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    code = run()
+    # All is saved and said; a further Ctrl-C while Python takes itself down would print a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
