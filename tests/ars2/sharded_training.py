@@ -1,8 +1,5 @@
 """One of several processes that train a network sharded by FSDP2 without Lightning, and one process with all of it."""
 
-import multiprocessing
-import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +19,7 @@ from ars2 import ARS2Neo, Muon
 from ars2.sharded import is_sharded, local
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.training import MODES
+from tests.launching import become
 
 # PARTS batches to a step, shared out among the processes.
 STEPS, PARTS = 24, 4
@@ -162,8 +160,7 @@ def train(
 
 def train_all(rank: int, ranks: int, port: int, folder: Path, replicas: int, saves: bool) -> None:
     """Be one of ``ranks`` processes that train under every optimizer; writes ``<rank>.pt``."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    become(rank, ranks, port)
     dist.init_process_group("gloo")
     if replicas > 1:
         mesh = init_device_mesh("cpu", (replicas, ranks // replicas), mesh_dim_names=("replica", "shard"))
@@ -176,20 +173,3 @@ def train_all(rank: int, ranks: int, port: int, folder: Path, replicas: int, sav
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def launch(target: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> list[Any]:
-    """Run ``target(rank, ranks, port, folder, *arguments)`` in ``ranks`` processes; returns what each wrote."""
-    folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.ars2.sharded_training"])
-    processes = [context.Process(target=target, args=(r, ranks, port, folder, *arguments)) for r in range(ranks)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0] * ranks
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from ars2 import ARS2Neo
 from ars2.sharded import Shards
 from tests.ars2.problems import SmallProblem, problem_groups
-from tests.ars2.sharded_training import EXACT, OPTIMIZERS, STEPS, Result, UnevenProblem, launch, train, train_all
+from tests.ars2.sharded_training import EXACT, OPTIMIZERS, STEPS, Result, UnevenProblem, train, train_all
 from tests.ars2.training import train as train_by_closure
+from tests.launching import launch
 
 Results = dict[str, Result]
 

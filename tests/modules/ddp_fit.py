@@ -1,6 +1,5 @@
 """One of several processes that fit together under Lightning's DDP, and one process alone with the same batches."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from datamodules.batches import world
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
+from tests.launching import become
 from tests.modules.small_task import make_optimizer, state_of
 
 STEPS = 50
@@ -56,15 +56,11 @@ def fit(name: str, ranks: int = 1, **options: Any) -> dict[str, Any]:
     return {"state": state_of(module), "evaluations": looks.evaluations, "batches": looks.batches, "metrics": metrics}
 
 
-def together(rank: int, ranks: int, port: int, folder: str, runs: dict[str, tuple[str, dict[str, Any]]]) -> None:
+def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, tuple[str, dict[str, Any]]]) -> None:
     """Be one of ``ranks`` processes, started as torchrun starts them; writes ``<rank>.pt``."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"},
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"},
-    }
+    become(rank, ranks, port)
     results = {label: fit(name, ranks, **options) for label, (name, options) in runs.items()}
     assert world() == (rank, ranks)
-    torch.save(results, Path(folder) / f"{rank}.pt")
+    torch.save(results, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

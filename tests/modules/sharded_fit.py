@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
 from modules.two_pass import TwoPassModule
 from tests.ars2.sharded_training import whole
+from tests.launching import become
 from tests.modules import language
 from tests.modules.ddp_fit import BATCH, OPTIONS, Looks
 from tests.modules.small_task import SmallTask, batches, make_optimizer
@@ -167,11 +167,7 @@ def refusals(ranks: int) -> dict[str, str]:
 
 def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, Run], text: Path | None) -> None:
     """Be one of ``ranks`` processes, started as torchrun starts them; writes ``<rank>.pt``."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"},
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"},
-    }
+    become(rank, ranks, port)
     results = {label: fit(name, ranks, folder=folder / label, **options) for label, (name, options) in runs.items()}
     if text is not None:
         results["text"] = read(ranks, text)

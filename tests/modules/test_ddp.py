@@ -1,35 +1,16 @@
 """Several processes under Lightning's DDP do what one process does with the same batches, and never part ways."""
 
-import multiprocessing
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.launching import launch
 from tests.modules import ddp_fit
 from tests.modules.ddp_fit import OPTIONS, STEPS, fit
 
 Results = dict[str, dict[str, Any]]
-
-
-def launch(ranks: int, folder: Path, runs: dict[str, tuple[str, dict[str, Any]]]) -> list[Results]:
-    """Train all ``runs`` on ``ranks`` processes; returns what every rank has, by label."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.modules.ddp_fit"])
-    processes = [
-        context.Process(target=ddp_fit.together, args=(rank, ranks, port, str(folder), runs)) for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0] * ranks
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 EVERY_MODE = {name: (name, {}) for name in OPTIONS}
@@ -43,7 +24,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return launch(2, tmp_path_factory.mktemp("two"), {**EVERY_MODE, **VARIANTS})
+    return launch(ddp_fit.together, 2, tmp_path_factory.mktemp("two"), {**EVERY_MODE, **VARIANTS})
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +63,7 @@ def test_two_processes_train_to_what_one_does(label: str, two: list[Results], al
 
 @pytest.mark.slow
 def test_four_processes_train_to_what_one_does(alone: Results, tmp_path: Path) -> None:
-    four = launch(4, tmp_path, EVERY_MODE)
+    four = launch(ddp_fit.together, 4, tmp_path, EVERY_MODE)
     for label in EVERY_MODE:
         assert_one(four, label)
         assert_same_as_alone(four, alone, label)

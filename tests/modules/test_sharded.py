@@ -7,7 +7,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 
-from tests.ars2.sharded_training import launch
+from tests.launching import launch
 from tests.modules import sharded_fit
 from tests.modules.ddp_fit import OPTIONS
 from tests.modules.sharded_fit import HALF, STEPS, Run, fit, read, strategy

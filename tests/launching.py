@@ -1,0 +1,39 @@
+"""Several processes of a test, started as torchrun starts them."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def launch(target: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> list[Any]:
+    """Run ``target(rank, ranks, port, folder, *arguments)`` in ``ranks`` processes; returns what each wrote.
+
+    Each begins with :func:`become` and leaves ``<rank>.pt`` in ``folder``.
+    """
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([target.__module__])
+    processes = [context.Process(target=target, args=(r, ranks, port, folder, *arguments)) for r in range(ranks)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0] * ranks
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def become(rank: int, ranks: int, port: int) -> None:
+    """Be one of ``ranks`` processes, of one thread."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"},
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"},
+    }
