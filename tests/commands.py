@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,13 @@ def call(*arguments: object) -> Result:
             os.environ.clear()
             os.environ.update(environment)
     return Result(code, out.getvalue(), err.getvalue())
+
+
+def changed_by(overlays: Sequence[object], *arguments: object) -> set[str]:
+    """The lines of the config of ``fit`` with ``arguments`` that are others once ``overlays`` are laid over it."""
+    plain, laid_over = (call("fit", *arguments, *more, "--print_config") for more in ((), overlays))
+    assert (plain.code, laid_over.code) == (0, 0), plain.err + laid_over.err
+    return {line.strip() for line in set(laid_over.out.splitlines()) - set(plain.out.splitlines())}
 
 
 def clean_environment(home: Path, **more: str) -> dict[str, str]:

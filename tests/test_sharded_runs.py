@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from checkpoint_files import check_checkpoint
-from tests.commands import AGA, TINY, Result, call, folders, metrics, train_py
+from tests.commands import AGA, TINY, Result, call, changed_by, folders, metrics, train_py
 
 OVERLAY = ("--config", "configs/overlays/fsdp.yaml")
 # What a machine without GPUs says otherwise than the overlay.
@@ -18,11 +18,7 @@ IN_PARTS = ("--trainer.strategy.save_distributed_checkpoint", "true")
 
 
 def test_the_overlay_changes_accelerator_devices_and_strategy_alone() -> None:
-    plain = call("fit", *AGA, "--print_config")
-    laid_over = call("fit", *AGA, *OVERLAY, "--print_config")
-    assert (plain.code, laid_over.code) == (0, 0), laid_over.err
-    changed = set(laid_over.out.splitlines()) - set(plain.out.splitlines())
-    assert {line.strip() for line in changed} == {
+    assert changed_by(OVERLAY, *AGA) == {
         "accelerator: gpu",
         "devices: 8",
         "strategy:",
