@@ -9,6 +9,8 @@ import lightning.pytorch as L
 import torch
 from torch.optim import Optimizer
 
+from modules.shares import of_all, own
+
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -145,13 +147,10 @@ class CostCounters(L.Callback):
         self._pause(pl_module)
         if trainer.world_size > 1:
             # Each process has counted its share of the examples and of the optimizer's products.
-            shares: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, self.state_dict())
-            checkpoint["costs"] = shares
+            checkpoint["costs"] = of_all(trainer, self.state_dict())
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        shares = checkpoint.get("costs", [])
-        self._share = shares[trainer.global_rank] if len(shares) == trainer.world_size else None
+        self._share = own(trainer, checkpoint.get("costs", []))
 
     def state_dict(self) -> dict[str, Any]:
         self._count()

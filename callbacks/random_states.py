@@ -7,6 +7,8 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 
+from modules.shares import of_all, own
+
 
 def random_states() -> dict[str, Any]:
     """Return the states of all generators of this process, in types that the safe loader of checkpoints reads."""
@@ -44,10 +46,7 @@ class RandomStates(L.Callback):
         self._again: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        states: list[Any] = [random_states()]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, random_states())
+        states = of_all(trainer, random_states())
         middle = not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
         checkpoint["random_states"] = {"processes": states, "middle": middle}
 
@@ -55,8 +54,7 @@ class RandomStates(L.Callback):
         if trainer.state.fn != "fit" or "random_states" not in checkpoint:
             return
         saved = checkpoint["random_states"]
-        same = len(saved["processes"]) == trainer.world_size
-        mine = saved["processes"][trainer.global_rank if same else 0]
+        mine = own(trainer, saved["processes"]) or saved["processes"][0]
         set_random_states(mine)
         self._again = mine if saved["middle"] else None
 

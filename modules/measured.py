@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from modules.shares import of_all, own
 from modules.stage_metrics import MeanLoss, Metrics, load_metric_state, metric_state
 
 
@@ -73,16 +74,12 @@ class MeasuredModule(L.LightningModule):
         checkpoint["train_metrics"] = {name: metric_state(metric, several) for name, metric in self._train_metrics()}
         if several:
             # Sums of sums depend on their order: as many processes go on from what each had.
-            shares: list[Any] = [None] * self.trainer.world_size
             mine = {name: metric_state(metric, False) for name, metric in self._train_metrics()}
-            torch.distributed.all_gather_object(shares, mine)
-            checkpoint["train_metric_shares"] = shares
+            checkpoint["train_metric_shares"] = of_all(self.trainer, mine)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        shares = checkpoint.get("train_metric_shares", [])
-        if len(shares) == self.trainer.world_size:
-            saved = shares[self.trainer.global_rank]
-        else:
+        saved = own(self.trainer, checkpoint.get("train_metric_shares", []))
+        if saved is None:
             # Of all processes' sums one takes all: the others start from nothing.
             saved = checkpoint["train_metrics"] if self.trainer.is_global_zero else {}
         for name, metric in self._train_metrics():
