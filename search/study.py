@@ -106,29 +106,38 @@ class Search:
 
     def best(self, name: str) -> optuna.trial.FrozenTrial | None:
         """Return the best trial of an optimizer, ``None`` if none reached the objective nor has what counts then."""
-        done = self.studies[name].get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        sign = 1 if self.sweep.objective.direction == "minimize" else -1
-        if done:
-            return min(done, key=lambda one: sign * (one.value or 0.0))
+        if reached := self._best_that_reached(name):
+            return reached
         missed = self.studies[name].get_trials(deepcopy=False, states=(TrialState.PRUNED,))
         merits = [(self.sweep.objective.merit(trial.summary(one.user_attrs["folder"])), one) for one in missed]
         judged = [(merit, one) for merit, one in merits if merit is not None]
         return max(judged, key=lambda pair: pair[0])[1] if judged else None
+
+    def _best_that_reached(self, name: str) -> optuna.trial.FrozenTrial | None:
+        done = self.studies[name].get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        sign = 1 if self.sweep.objective.direction == "minimize" else -1
+        return min(done, key=lambda one: sign * (one.value or 0.0), default=None)
+
+    def _budget(self, name: str) -> int | None:
+        """Return the gradient evaluations at which a trial gives up, ``None`` while there is no such limit."""
+        if self.sweep.give_up_at is None:
+            return None
+        best = self._best_that_reached(name)
+        return None if best is None or best.value is None else math.ceil(self.sweep.give_up_at * best.value)
 
     def _run_one(
         self, study: optuna.Study, name: str, experiment: str, seed: int | None, final: dict[str, Any]
     ) -> None:
         with self.lock:
             asked = study.ask()
-            best = self.best(name)
+            budget = self._budget(name) if experiment == name else None
         index = asked.user_attrs["index"]
         options = {key: json.loads(value) for key, value in asked.user_attrs["options"].items()}
         seed = options.pop("seed") if seed is None else seed
         contender = self.sweep.optimizers[name]
         log = self.folder / "logs" / f"{experiment}-{index:03d}.log"
         arguments = self._arguments(name, contender, experiment, index, seed, options, final)
-        if experiment == name and best is not None and best.value is not None and self.sweep.give_up_at is not None:
-            budget = math.ceil(self.sweep.give_up_at * best.value)
+        if budget is not None:
             arguments += ["--trainer.callbacks+", "callbacks.evaluation_budget.EvaluationBudget"]
             arguments += ["--trainer.callbacks.gradient_evaluations", str(budget)]
         outcome = trial.run(self.context, arguments, log)
