@@ -397,15 +397,13 @@ class ARS2Neo(TrackedOptimizer):
                 *(group["betas"], group["step"], group["eps"]),
             )
         else:
-            options: dict[str, Any] = {"numels": [shape.numel() for shape in batch.shapes]}
-            if self._shards is not None:
-                options["shards"] = self._shards
+            numels = [shape.numel() for shape in batch.shapes]
             directions = run(updates.momentum_directions)(
-                batch.grads, batch.state("exp_avg"), group["betas"][0], **options
+                batch.grads, batch.state("exp_avg"), group["betas"][0], numels=numels, shards=self._shards
             )
         energies = None
         if group["geometry"]:
-            energies = run(updates.energies)(directions, *filter(None, [self._shards]))
+            energies = run(updates.energies)(directions, self._shards)
             directions = updates.orthogonal_directions(
                 *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
                 *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ars2.compiled import Run, directly
-from ars2.sharded import Shards
+from ars2.sharded import Shards, local
 from ars2.updates import TINY, Number, Tensors
 
 
@@ -97,13 +97,22 @@ def keep_shear_(
         grad_scale: what the loss of the first pass was multiplied by.
         run: how the part that works on tensors is called.
     """
+    second, firsts, kept = both_gradients(params, grads, states, first)
+    if second:
+        torch._foreach_copy_(kept, run(shear_forces)(second, firsts, grad_scale))
+
+
+def both_gradients(
+    params: list[Tensor], grads: Tensors, states: list[dict[str, Tensor]], first: dict[Tensor, Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return second gradient, first gradient in its dtype, and place of the shear force, where there are both.
+
+    Of sharded parameters the second gradients and places are this process' rows, and so are the first ones returned.
+    """
     both = [index for index, param in enumerate(params) if param in first]
-    if not both:
-        return
     second = [grads[index] for index in both]
-    firsts = [first[params[index]].to(grad.dtype) for index, grad in zip(both, second, strict=True)]
-    shears = run(shear_forces)(second, firsts, grad_scale)
-    torch._foreach_copy_([states[index]["shear"] for index in both], shears)
+    firsts = [local(first[params[index]]).to(grad.dtype) for index, grad in zip(both, second, strict=True)]
+    return second, firsts, [states[index]["shear"] for index in both]
 
 
 def inject(grads: Tensors, shears: Tensors, alpha: Number) -> Tensors:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ars2 import flatness
-from ars2.sharded import Shards, local
+from ars2.sharded import Shards
 from ars2.tracked import Batch
 from ars2.updates import Tensors
 
@@ -38,13 +38,8 @@ def keep_shears_(batches: list[Batch], first: dict[Tensor, Tensor], grad_scale: 
         grad_scale: what the loss of the first pass was multiplied by.
         shards: the processes that hold the other rows.
     """
-    found: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
-    for batch in batches:
-        both = [index for index, source in enumerate(batch.sources) if source in first]
-        if both:
-            second = [batch.grads[index] for index in both]
-            firsts = [local(first[batch.sources[i]]).to(g.dtype) for i, g in zip(both, second, strict=True)]
-            found.append((second, firsts, [batch.states[index]["shear"] for index in both]))
+    found = [flatness.both_gradients(batch.sources, batch.grads, batch.states, first) for batch in batches]
+    found = [lists for lists in found if lists[0]]
     products, lengths = shards.whole(
         [flatness.inner_products(second, firsts) for second, firsts, _ in found],
         [flatness.norms(firsts) for _, firsts, _ in found],
