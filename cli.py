@@ -114,12 +114,13 @@ class CommandLine(LightningCLI):
 
     def _go_on(self, config: Any) -> str | None:
         """Find the run that this command began, and take its folder; returns its last checkpoint, if it has one."""
-        saved = yaml.safe_load(self._parser(self.config.subcommand).dump(config, skip_none=False))
 
         def find() -> dict[str, str | None]:
-            # A process that Lightning has started is told the folder by the first.
-            known = os.environ.get(FOLDER)
-            folder = Path(known) if known else unfinished_run(Path(config.runs) / config.experiment, saved)
+            if FOLDER in os.environ:  # a process that Lightning has started is told the folder by the first
+                folder: Path | None = Path(os.environ[FOLDER])
+            else:
+                saved = yaml.safe_load(self._parser(self.config.subcommand).dump(config, skip_none=False))
+                folder = unfinished_run(Path(config.runs) / config.experiment, saved)
             checkpoint = None if folder is None else last_checkpoint(folder)
             return {
                 "folder": None if folder is None else str(folder),
