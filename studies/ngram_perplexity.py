@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from datamodules.token_rows import PAD
 from datamodules.wikitext2 import ROOT, WikiText2Data
 
 
@@ -69,6 +70,7 @@ def main() -> int:
     train, validation = pairs(data.train_dataloader()), pairs(data.val_dataloader())
     print(f"{data.description()['corpus']}; {options.protocol}, vocabulary {options.vocabulary:,}")
     print(f"{len(train[1]):,} tokens to count, {len(validation[1]):,} to predict, context {options.context}")
+    print(f"padding {(validation[1] == PAD).double().mean():.1%} of the tokens to predict")
     print(f"unigram perplexity {perplexity(unigram(options.vocabulary, train[1], validation[1])):9.1f}")
     print(f"bigram perplexity  {perplexity(bigram(options.vocabulary, train, validation)):9.1f}")
     return 0
