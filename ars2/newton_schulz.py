@@ -57,8 +57,8 @@ _FLOAT32_TO_ROWS = 64
 # much nor always as accurate; other devices were not measured. There standard is taken.
 _GRAM_FROM_ROWS = 24
 _GRAM_FROM_ASPECT = (3.0, 4.0)
-# Rows of a block of a symmetric product on the CPU, of which there are at least two.
-_BLOCK_ROWS = 128
+# Rows of a block of a symmetric product on the CPU, of which there are at least two: by how fast blocks are multiplied.
+_BLOCK_ROWS, _BLOCK_ROWS_FOR_HALF = 128, 256
 
 
 def schedule(name: str, steps: int) -> list[Coefficients]:
@@ -84,7 +84,7 @@ def standard(stack: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
     """Iterate on ``stack`` (matrices, rows, columns) itself, rows <= columns, in its dtype."""
     for a, b, c in coefficients:
         gram = torch.bmm(stack, stack.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial = _symmetric(gram, gram, gram, beta=b, alpha=c)
         stack = torch.baddbmm(stack, polynomial, stack, beta=a)
     return stack
 
@@ -147,11 +147,13 @@ def _symmetric(added: Tensor | None, left: Tensor, right: Tensor, beta: float = 
     On the CPU large ones are multiplied block row by block row from the diagonal on, and mirrored.
     """
     matrices, rows, _ = left.shape
-    if rows < 2 * _BLOCK_ROWS or left.device.type != "cpu" or torch.compiler.is_compiling():
+    block_rows = _BLOCK_ROWS_FOR_HALF if left.dtype in _HALF else _BLOCK_ROWS
+    whole = rows < 2 * block_rows or left.device.type != "cpu" or left.requires_grad
+    if whole or torch.compiler.is_compiling():
         return torch.bmm(left, right) if added is None else torch.baddbmm(added, left, right, beta=beta, alpha=alpha)
     result = left.new_empty(matrices, rows, rows)
-    for start in range(0, rows, _BLOCK_ROWS):
-        end = min(start + _BLOCK_ROWS, rows)
+    for start in range(0, rows, block_rows):
+        end = min(start + block_rows, rows)
         block, above, beside = result[:, start:end, start:], left[:, start:end], right[:, :, start:]
         if added is None:
             torch.bmm(above, beside, out=block)

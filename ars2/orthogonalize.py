@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ _TINY = 1e-7
 # The most elements in one batch. A core's cache is what counts on the CPU: larger batches are no faster there.
 _MAX_NUMEL = {"cpu": 1 << 20}
 _MAX_NUMEL_ELSEWHERE = 1 << 26
-# Padding joins matrices that fill at least this part of the widest one's columns: more than that costs more than a
-# batch less saves.
-_LEAST_FILLED = 0.9
+# Padding joins matrices that fill at least this part of the widest one's columns, and of the highest one's rows: more
+# than that costs more than a batch less saves. Rows cost the most, and with many of them arithmetic is all that counts.
+_LEAST_FILLED_COLUMNS, _LEAST_FILLED_ROWS, _PADDED_TO_ROWS = 0.9, 0.875, 256
 
 
 def orthogonalize(
@@ -91,8 +91,8 @@ def orthogonalize_all(
 ) -> list[Tensor]:
     """Orthogonalise many stacks at once: matrices of one shape (or its transpose) share one batched iteration.
 
-    Matrices with as many rows and nearly as many columns are padded with columns of zeros to share it too; these stay
-    zero, change nothing else, and are cut off again.
+    Matrices of nearly the same shape are padded with columns and rows of zeros to share it too; these stay zero, change
+    nothing else, and are cut off again.
 
     Args:
         stacks: tensors (matrices, rows, cols); shapes may differ between tensors.
@@ -106,10 +106,14 @@ def orthogonalize_all(
     results: list[Tensor] = list(stacks)
     # A compiler takes the plan in; it looks through a cache, and warns of it.
     plan = _plan if torch.compiler.is_compiling() else _remembered_plan
-    for members, columns in plan(tuple((*stack.shape, stack.device, stack.dtype) for stack in stacks), max_numel):
+    for members, rows, columns in plan(
+        tuple((*stack.shape, stack.device, stack.dtype) for stack in stacks), max_numel, dtype, algorithm
+    ):
         wide = [stacks[i] if stacks[i].shape[1] <= stacks[i].shape[2] else stacks[i].mT for i in members]
         padded = [
-            stack if stack.shape[2] == columns else functional.pad(stack, (0, columns - stack.shape[2]))
+            stack
+            if stack.shape[1:] == (rows, columns)
+            else functional.pad(stack, (0, columns - stack.shape[2], 0, rows - stack.shape[1]))
             for stack in wide
         ]
         joined = padded[0] if len(padded) == 1 else torch.cat(padded)
@@ -119,34 +123,55 @@ def orthogonalize_all(
             joined = _orthogonalize_wide(joined, steps, coefficients, dtype, algorithm)
             parts = torch.split(joined, [stack.shape[0] for stack in wide])
         for i, part, stack in zip(members, parts, wide, strict=True):
-            part = part if part.shape[2] == stack.shape[2] else part[..., : stack.shape[2]]
+            part = part if part.shape == stack.shape else part[:, : stack.shape[1], : stack.shape[2]]
             results[i] = part if part.shape == stacks[i].shape else part.mT
     return results
 
 
-def _plan(kinds: tuple[tuple[Any, ...], ...], max_numel: int | None) -> list[tuple[list[int], int]]:
-    """Say which stacks share a batch: lists of indices, and the number of columns that each list is padded to.
+class _Bucket(NamedTuple):
+    """Stacks that share a batch: their indices, and the shape that their matrices are padded to."""
+
+    members: list[int]
+    rows: int
+    columns: int
+
+
+def _plan(
+    kinds: tuple[tuple[Any, ...], ...], max_numel: int | None, dtype: torch.dtype, algorithm: str
+) -> list[_Bucket]:
+    """Say which stacks share a batch.
 
     Args:
         kinds: for each stack (matrices, rows, cols, device, dtype).
-        max_numel: as for :func:`orthogonalize_all`.
+        max_numel, dtype, algorithm: as for :func:`orthogonalize_all`.
     """
-    order = sorted(range(len(kinds)), key=lambda i: (min(kinds[i][1:3]), -max(kinds[i][1:3])))
-    batches: list[tuple[list[int], int]] = []
-    last: dict[tuple[Any, ...], tuple[list[int], int]] = {}
-    filled: dict[tuple[Any, ...], int] = {}
-    for index in order:
-        matrices, rows, columns, device, dtype = kinds[index]
-        rows, columns = min(rows, columns), max(rows, columns)
+
+    def pads_rows(rows: int, columns: int, device: torch.device) -> bool:
+        # A row of zeros stays zero under the standard algorithm; the Gram side gives it a singular value.
+        chosen = newton_schulz.faster_algorithm(rows, columns, dtype, device) if algorithm == "auto" else algorithm
+        return rows <= _PADDED_TO_ROWS and chosen == "standard"
+
+    buckets: list[tuple[_Bucket, tuple[Any, ...]]] = []
+    filled: list[int] = []
+    for index in sorted(range(len(kinds)), key=lambda i: (-min(kinds[i][1:3]), -max(kinds[i][1:3]))):
+        matrices, *shape, device, kind = kinds[index]
+        rows, columns = min(shape), max(shape)
         most = max_numel or _MAX_NUMEL.get(device.type, _MAX_NUMEL_ELSEWHERE)
-        kind = rows, device, dtype
-        widest = last[kind][1] if kind in last else 0
-        if columns < _LEAST_FILLED * widest or not widest or filled[kind] + matrices * rows * widest > most:
-            last[kind], filled[kind] = ([], columns), 0
-            batches.append(last[kind])
-        last[kind][0].append(index)
-        filled[kind] += matrices * rows * last[kind][1]
-    return batches
+        for place, (bucket, bucket_kind) in enumerate(buckets):
+            fits = _LEAST_FILLED_COLUMNS * bucket.columns <= columns <= bucket.columns and (
+                rows == bucket.rows
+                or (rows >= _LEAST_FILLED_ROWS * bucket.rows and pads_rows(bucket.rows, bucket.columns, device))
+            )
+            more = matrices * bucket.rows * bucket.columns
+            if fits and bucket_kind == (device, kind) and filled[place] + more <= most:
+                break
+        else:
+            place, more = len(buckets), matrices * rows * columns
+            buckets.append((_Bucket([], rows, columns), (device, kind)))
+            filled.append(0)
+        buckets[place][0].members.append(index)
+        filled[place] += more
+    return [bucket for bucket, _ in buckets]
 
 
 _remembered_plan = functools.lru_cache(maxsize=64)(_plan)

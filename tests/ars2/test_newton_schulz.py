@@ -134,22 +134,46 @@ def test_an_unknown_algorithm_is_named() -> None:
         orthogonalize(torch.ones(3, 3), algorithm="other")
 
 
+@pytest.mark.parametrize(
+    ("shapes", "batches"),
+    [
+        ([(1, 20, 60), (2, 57, 20), (1, 20, 55), (1, 20, 40)], {(4, 20, 60), (1, 20, 40)}),
+        ([(1, 32, 40), (2, 37, 29), (1, 30, 40), (1, 27, 40)], {(4, 32, 40), (1, 27, 40)}),
+    ],
+    ids=["columns", "rows"],
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_columns_are_padded_to_share_a_batch_at_no_loss(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes = [(1, 20, 60), (2, 57, 20), (1, 20, 55), (1, 20, 40)]
+def test_zeros_are_padded_to_share_a_batch_at_no_loss(
+    dtype: torch.dtype, shapes: list, batches: set, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stacks = [random(*shape, dtype=torch.float32 if dtype != torch.float64 else dtype) for shape in shapes]
-    calls: list[tuple[int, ...]] = []
-    bmm = torch.bmm
-
-    def counting(left: Tensor, right: Tensor) -> Tensor:
-        calls.append(tuple(left.shape))
-        return bmm(left, right)
-
-    monkeypatch.setattr(torch, "bmm", counting)
-    together = orthogonalize_all(stacks, 5, "jordan", dtype)
-    assert set(calls) == {(4, 20, 60), (1, 20, 40)}
-    monkeypatch.undo()
+    together, calls = _shapes_multiplied(monkeypatch, stacks, dtype, "standard")
+    assert calls == batches
     for stack, result in zip(stacks, together, strict=True):
         assert result.shape == stack.shape
         tolerance = 1e-13 if dtype == torch.float64 else 5e-2
-        torch.testing.assert_close(result, orthogonalize(stack, dtype=dtype), rtol=0, atol=tolerance)
+        expected = orthogonalize(stack, dtype=dtype, algorithm="standard")
+        torch.testing.assert_close(result, expected, rtol=0, atol=tolerance)
+
+
+def test_rows_are_not_padded_where_the_gram_side_or_many_rows_would_pay_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow, wide = [random(1, rows, 40) for rows in (32, 30)], [random(1, rows, 300) for rows in (288, 280)]
+    assert _shapes_multiplied(monkeypatch, narrow, torch.float64, "gram")[1] == {(1, 32, 40), (1, 30, 40)}
+    assert len(_shapes_multiplied(monkeypatch, wide, torch.bfloat16, "standard")[1]) == 2
+
+
+def _shapes_multiplied(
+    monkeypatch: pytest.MonkeyPatch, stacks: list[Tensor], dtype: torch.dtype, algorithm: str
+) -> tuple[list[Tensor], set[tuple[int, ...]]]:
+    """Orthogonalise together; returns the results, and the shapes of the batches that were multiplied."""
+    calls: set[tuple[int, ...]] = set()
+    bmm = torch.bmm
+
+    def counting(left: Tensor, right: Tensor) -> Tensor:
+        if left.shape[1] < left.shape[2]:
+            calls.add(tuple(left.shape))
+        return bmm(left, right)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "bmm", counting)
+        return orthogonalize_all(stacks, 5, "jordan", dtype, algorithm=algorithm), calls
