@@ -13,35 +13,21 @@ In a plain loop ``step(closure)`` does everything. A loop that scales, clips or 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from ars2 import flatness, sharded_flatness, updates, validation
+from ars2.batch import Batch
 from ars2.capturable import to_device_
-from ars2.tracked import Batch, TrackedOptimizer
+from ars2.two_pass import Pass, TwoPassOptimizer
 from ars2.updates import Tensors
 
 Mode = Literal["base", "sync", "aga", "periodic", "random"]
 MODES: tuple[Mode, ...] = ("base", "sync", "aga", "periodic", "random")
 
 
-@dataclass
-class _Pass:
-    """What is known of the step under way; none of it outlives the step, none of it is saved."""
-
-    stage: Literal["idle", "decided", "moved", "restored"] = "idle"
-    wanted: bool = False
-    phi: float = 0.0
-    variance: float = 0.0
-    grad_scale: float = 1.0
-    saved: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
-    first_gradients: dict[Tensor, Tensor] = field(default_factory=dict)
-
-
-class ARS2Neo(TrackedOptimizer):
+class ARS2Neo(TwoPassOptimizer):
     """The ARS2-Neo optimizer.
 
     A *matrix* parameter moves by ``p <- (1 - lr*wd) p - lr * |u| * NewtonSchulz(u)`` with Adam's pre-whitened momentum
@@ -114,7 +100,6 @@ class ARS2Neo(TrackedOptimizer):
         compile: bool = False,
         capturable: bool = False,
     ) -> None:
-        self._pass = _Pass()
         super().__init__(
             params,
             {
@@ -163,126 +148,6 @@ class ARS2Neo(TrackedOptimizer):
         second = () if group["track"] == "matrix" and not group["energy"] else ("exp_avg_sq",)
         return ("exp_avg", *second, *(("shear",) if keeps_shear else ()))
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self._refuse_while_moved("add_param_group()")
-        super().add_param_group(param_group)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._refuse_while_moved("load_state_dict()")
-        super().load_state_dict(state_dict)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self._refuse_while_moved("copying or pickling")
-        return super().__getstate__()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._pass = _Pass()
-
-    def _refuse_while_moved(self, what: str) -> None:
-        if self._pass.stage == "moved":
-            raise RuntimeError(f"{what} while the parameters are at the adversarial point: call restore() first")
-
-    @property
-    def always_looks_twice(self) -> bool:
-        """Whether every step wants a second pass, so that the first one need not be shared among processes."""
-        return bool(self.param_groups[0]["mode"] == "sync")
-
-    @property
-    def first_gradients(self) -> dict[Tensor, Tensor]:
-        """The gradients of the first pass by parameter, from :meth:`perturb` until :meth:`step`; otherwise empty."""
-        return self._pass.first_gradients
-
-    @torch.no_grad()
-    def wants_second_pass(self, grad_scale: float = 1.0) -> bool:
-        """Say, after the first backward, whether this step evaluates the gradient a second time.
-
-        A second call begins the step anew, as after a step that a gradient scaler skipped.
-
-        Args:
-            grad_scale: what the loss was multiplied by, if the gradients are still scaled (a gradient scaler's scale).
-
-        Raises:
-            RuntimeError: no parameter has a gradient, or the parameters are at the adversarial point.
-        """
-        self._refuse_while_moved("wants_second_pass()")
-        if not self._check_gradients():
-            raise RuntimeError("wants_second_pass(): no parameter has a gradient: call it after backward()")
-        main = self.param_groups[0]
-        t = main["step"] + 1
-        now = _Pass(stage="decided", grad_scale=grad_scale)
-        if main["mode"] == "aga":
-            if main["sync_steps"] > 0:
-                batches = [self._batch(group) for group in self.param_groups]
-                now.phi = flatness.global_cosine(
-                    [(b.grads, b.state("shear")) for b in batches], grad_scale, self._run(main), self._shards
-                )
-            now.variance = flatness.next_variance(main, now.phi, t)
-        now.wanted = flatness.looks_again(main, t, now.phi, now.variance)
-        self._pass = now
-        return now.wanted
-
-    @torch.no_grad()
-    def perturb(self) -> None:
-        """Move the parameters to the adversarial point and take the first gradients out of ``.grad``.
-
-        Raises:
-            RuntimeError: :meth:`wants_second_pass` was not called in this step, or the parameters are moved already.
-        """
-        now = self._pass
-        if now.stage != "decided":
-            raise RuntimeError("perturb() needs wants_second_pass() right before it, once in each step")
-        now.stage = "moved"
-        try:
-            moves: list[sharded_flatness.Move] = []
-            for group in self.param_groups:
-                batch = self._batch(group)
-                if not batch.params:
-                    continue
-                now.saved.append((batch.params, [p.clone() for p in batch.params]))
-                run, roots = self._run(group), None
-                if "exp_avg_sq" in self._state_keys(group):
-                    seconds = batch.state("exp_avg_sq")
-                    roots = run(updates.second_moment_root)(seconds, group["betas"][1], group["step"], group["eps"])
-                if self._shards is None:
-                    move = run(flatness.move_to_adversarial_point_)
-                    move(batch.params, batch.grads, roots, group["rho"], now.grad_scale)
-                else:
-                    offsets = flatness.adversarial_offsets(batch.params, batch.grads, roots)
-                    moves.append(sharded_flatness.Move(batch.params, offsets, group["rho"]))
-            if self._shards is not None:
-                sharded_flatness.move_all_(moves, now.grad_scale, self._shards)
-            now.first_gradients = {
-                # A view, such as into a bucket of gradients, is written over by the next backward pass.
-                param: param.grad.clone() if param.grad._is_view() else param.grad
-                for group in self.param_groups
-                for param in group["params"]
-                if param.grad is not None
-            }
-            for param in now.first_gradients:
-                param.grad = None
-            # Autocast keeps cast copies of the weights while its block lasts: they would hide the move.
-            torch.clear_autocast_cache()
-        except BaseException:
-            self._abandon()
-            raise
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the parameters back, to the bit.
-
-        Raises:
-            RuntimeError: the parameters are not at the adversarial point.
-        """
-        now = self._pass
-        if now.stage != "moved":
-            raise RuntimeError("restore(): the parameters are where they belong; it needs perturb() before it")
-        for params, copies in now.saved:
-            torch._foreach_copy_(params, copies)
-        now.saved.clear()
-        now.stage = "restored"
-        torch.clear_autocast_cache()
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters once.
@@ -317,43 +182,10 @@ class ARS2Neo(TrackedOptimizer):
         self._update()
         return result
 
-    def _step_by_closure(self, closure: Callable[[], Any]) -> Any:
-        before = [(p, p.grad, p.grad._version) for g in self.param_groups for p in g["params"] if p.grad is not None]
-        with torch.enable_grad():
-            result = closure()
-        if before and all(p.grad is grad and grad._version == version for p, grad, version in before):
-            raise RuntimeError(
-                "step(closure): the closure computed no gradient; it must zero the gradients, evaluate the loss and"
-                " call backward() (in a loop that makes the passes itself, call wants_second_pass() before step())"
-            )
-        if self.wants_second_pass():
-            try:
-                self.perturb()
-                with torch.enable_grad():
-                    closure()
-                self.restore()
-                if not self._check_gradients():
-                    raise RuntimeError("step(closure): the closure computed no gradient at the adversarial point")
-            except BaseException:
-                self._abandon()
-                raise
-        self._update()
-        return result
-
-    def _abandon(self) -> None:
-        """End a step that failed: the parameters where they belong, the first gradients in ``.grad`` again."""
-        if self._pass.stage == "moved":
-            self.restore()
-        if first := self._pass.first_gradients:
-            for group in self.param_groups:
-                for param in group["params"]:
-                    param.grad = first.get(param)
-        self._pass = _Pass()
-
     def _update(self) -> None:
         """Take the gradients that are there into the moments and move the parameters; ends the step."""
         now, main = self._pass, self.param_groups[0]
-        self._pass = _Pass()
+        self._pass = Pass()
         synced, t = now.stage == "restored", main["step"] + 1
         alpha = main["alpha"] * (1 + max(0.0, now.phi)) ** main["phi_gamma"] if main["mode"] == "aga" else main["alpha"]
         keeps = "shear" in self._state_keys(main)
@@ -370,7 +202,7 @@ class ARS2Neo(TrackedOptimizer):
         main["phi"], main["phi_variance"] = now.phi, now.variance
         main["injected_alpha"] = alpha if injects else 0.0
 
-    def _batches(self, now: _Pass, keeps: bool, alpha: float) -> Iterator[Batch]:
+    def _batches(self, now: Pass, keeps: bool, alpha: float) -> Iterator[Batch]:
         """Yield each group's batch, its shear forces kept if this step looked twice, or injected if ``alpha`` > 0."""
         if self._shards is not None:
             batches = [self._batch(group) for group in self.param_groups]
@@ -380,10 +212,12 @@ class ARS2Neo(TrackedOptimizer):
             return
         for group in self.param_groups:
             batch, run = self._batch(group), self._run(group)
-            if batch.params and keeps:
-                flatness.keep_shear_(batch.params, batch.grads, batch.states, now.first_gradients, now.grad_scale, run)
-            elif batch.params and alpha > 0:
-                batch = batch._replace(grads=run(flatness.inject)(batch.grads, batch.state("shear"), alpha))
+            if keeps:
+                for part in self._parts(batch):
+                    flatness.keep_shear_(part.params, part.grads, part.states, now.first_gradients, now.grad_scale, run)
+            elif alpha > 0:
+                injected = (run(flatness.inject)(p.grads, p.state("shear"), alpha) for p in self._parts(batch))
+                batch = batch._replace(grads=[grad for grads in injected for grad in grads])
             yield batch
 
     def _move(self, group: dict[str, Any], batch: Batch) -> None:

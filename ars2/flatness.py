@@ -6,6 +6,7 @@ part of the second gradient between looks follows LookSAM (Liu et al. 2022).
 
 import math
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -132,14 +133,14 @@ def products_and_lengths(pairs: list[tuple[Tensors, Tensors]]) -> Tensor:
 
 
 def global_cosine(
-    pairs: list[tuple[Tensors, Tensors]], grad_scale: float, run: Run = directly, shards: Shards | None = None
+    pairs: Sequence[tuple[Tensors, Tensors]], grad_scale: float, run: Run = directly, shards: Shards | None = None
 ) -> float:
     """Return phi, the cosine of all gradients with all cached shear forces, each side taken as one long vector.
 
     Tensors without a shear force (it is zero) do not count. Reads the device once, whatever the number of tensors.
 
     Args:
-        pairs: lists of gradients (multiplied by ``grad_scale``) and of their shear forces, one pair of lists a group.
+        pairs: lists of gradients (multiplied by ``grad_scale``) and of their shear forces, in any number of pieces.
         grad_scale: what the loss was multiplied by.
         run: how the part that works on tensors is called.
         shards: the processes that hold the other rows of the tensors, where they are sharded.

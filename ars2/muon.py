@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ars2 import updates, validation
-from ars2.tracked import Batch, TrackedOptimizer
+from ars2.batch import Batch
+from ars2.tracked import TrackedOptimizer
 from ars2.updates import Tensors
 
 

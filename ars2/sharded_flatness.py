@@ -9,8 +9,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ars2 import flatness
+from ars2.batch import Batch
 from ars2.sharded import Shards
-from ars2.tracked import Batch
 from ars2.updates import Tensors
 
 

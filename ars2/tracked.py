@@ -4,9 +4,8 @@ State is made of tensors only, in float32 (float64 for float64 parameters) whate
 from construction on: distributed checkpoints need no first step. Counters are plain numbers in the groups.
 """
 
-import operator
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,50 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ars2 import capturable, updates, validation
+from ars2.batch import Batch, Plan
 from ars2.compiled import Compiler, Run, directly
 from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
 from ars2.sharded import Shards, find_shards, like, local, same_layout
 from ars2.sharing import Ranks
-from ars2.updates import Tensors
 
 TRACKS = ("matrix", "vector")
-
-
-class Batch(NamedTuple):
-    """The parameters of one group that have a gradient, with what belongs to them, as lists of the same order.
-
-    Of sharded parameters it is the rows that this process holds; ``sources`` are the parameters themselves.
-    """
-
-    params: list[Tensor]
-    grads: Tensors
-    states: list[dict[str, Tensor]]
-    sources: list[Tensor]
-
-    @property
-    def shapes(self) -> list[torch.Size]:
-        """The shapes of the whole parameters."""
-        return [source.shape for source in self.sources]
-
-    def state(self, key: str) -> list[Tensor]:
-        return [state[key] for state in self.states]
-
-
-class _Plan(NamedTuple):
-    """What :meth:`TrackedOptimizer._batch` found out about a group, good while the same parameters have gradients."""
-
-    everything: list[Tensor]
-    present: list[bool]
-    sources: list[Tensor]
-    states: list[dict[str, Tensor]]
-    layouts: list[tuple[torch.dtype, tuple[int, ...]]]
-
-    def holds(self, params: list[Tensor], present: list[bool]) -> bool:
-        return (
-            present == self.present
-            and len(params) == len(self.everything)
-            and all(map(operator.is_, params, self.everything))
-        )
 
 
 class TrackedOptimizer(Optimizer):
@@ -77,7 +39,7 @@ class TrackedOptimizer(Optimizer):
         # These say how a step runs, not what it does: they are no part of the saved state.
         self._compile, self._capturable = compile, capturable
         self._compilers: dict[int, Compiler] = {}
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[int, Plan] = {}
         self._ranks: Ranks | Shards | None = None
         self._check_options({"track": "matrix", "flatten": False, **defaults})
         super().__init__(params, {"track": "matrix", "flatten": False, "step": 0, **defaults})
@@ -230,13 +192,17 @@ class TrackedOptimizer(Optimizer):
         """How the functions that work on the tensors of ``group`` are called."""
         return self._compilers.setdefault(id(group), Compiler()) if self._compile else directly
 
+    def _parts(self, batch: Batch) -> Iterable[Batch]:
+        """The parts of a batch that are worked on one after the other; a compiler joins the whole by itself."""
+        return batch.parts() if not self._compile else [batch] if batch.params else []
+
     def _batch(self, group: dict[str, Any]) -> Batch:
         """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype and strides."""
         found = [param.grad for param in group["params"]]
         present = [grad is not None for grad in found]
         plan = self._plans.get(id(group))
         if plan is None or not plan.holds(group["params"], present):
-            plan = self._plans[id(group)] = self._plan(group, present)
+            plan = self._plans[id(group)] = Plan.of(group["params"], present, self.state)
         grads = []
         for grad, (dtype, strides) in zip((g for g in found if g is not None and g.numel()), plan.layouts, strict=True):
             grad = local(grad)
@@ -244,12 +210,6 @@ class TrackedOptimizer(Optimizer):
                 grad = torch.empty_strided(grad.shape, strides, dtype=dtype, device=grad.device).copy_(grad)
             grads.append(grad)
         return Batch([local(p) for p in plan.sources], grads, plan.states, plan.sources)
-
-    def _plan(self, group: dict[str, Any], present: list[bool]) -> _Plan:
-        params = [p for p, there in zip(group["params"], present, strict=True) if there and p.numel()]
-        states = [{key: local(tensor) for key, tensor in self.state[param].items()} for param in params]
-        likes = [next(iter(state.values())) for state in states]
-        return _Plan(list(group["params"]), present, params, states, [(like.dtype, like.stride()) for like in likes])
 
     def _move_vectors(self, group: dict[str, Any], batch: Batch) -> None:
         """AdamW for the parameters of one vector group."""

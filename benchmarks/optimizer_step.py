@@ -8,7 +8,7 @@ matrix track with convolutions flattened to (out, in*kh*kw) and stacks taken apa
 
 All run five Newton-Schulz steps in bfloat16 and keep float32 state. In a round every optimizer is made anew, makes two
 steps unmeasured, and is then timed for --seconds (three steps at least); medians are over all rounds, so a machine that
-slows down slows all. heavyball compiles its step, as it does by default; the others do not compile.
+slows down slows all. heavyball compiles its step, as it does by default; of the others only the row that says so does.
 
 --processor-time takes the time that the process was computing instead of the clock's: with one thread
 (OMP_NUM_THREADS=1) it hardly depends on what else the machine does.
@@ -160,6 +160,7 @@ def heavyball_muon(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], lis
 WHOLE_MODEL: dict[str, Competitor] = {
     PER_TENSOR: per_tensor,
     "ARS2-Neo base": plain(ARS2Neo, mode="base"),
+    "ARS2-Neo base, compiled": plain(ARS2Neo, mode="base", compile=True),
     "ARS2-Neo sync": parts(True, mode="sync"),
     "ARS2-Neo aga, no look": parts(False, mode="aga", phi_lambda=1e9),
     "ARS2-Neo aga, look": parts(True, mode="aga", phi_lambda=1e9, k=2),

@@ -1,0 +1,76 @@
+"""The tensors of one step: parameters that have a gradient, with gradient and state, as lists of the same order."""
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ars2.sharded import local
+from ars2.updates import Tensors
+
+# Elements of a part of a batch: with seven float32 tensors each, as on the way to the adversarial point, 7 MB.
+_PART_NUMEL = 1 << 18
+
+
+class Batch(NamedTuple):
+    """The parameters of one group that have a gradient, with what belongs to them, as lists of the same order.
+
+    Of sharded parameters it is the rows that this process holds; ``sources`` are the parameters themselves.
+    """
+
+    params: list[Tensor]
+    grads: Tensors
+    states: list[dict[str, Tensor]]
+    sources: list[Tensor]
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of the whole parameters."""
+        return [source.shape for source in self.sources]
+
+    def state(self, key: str) -> list[Tensor]:
+        return [state[key] for state in self.states]
+
+    def parts(self) -> "Iterator[Batch]":
+        """Yield runs of it on the CPU, short ones where tensors are small; elsewhere it is one whole.
+
+        What works tensor by tensor then finds in the processor's cache what it wrote there before, and holds less.
+        """
+        start = held = 0
+        for index, param in enumerate(self.params):
+            if held and held + param.numel() > _PART_NUMEL and param.device.type == "cpu":
+                yield self._run_of(slice(start, index))
+                start, held = index, 0
+            held += param.numel()
+        if self.params:
+            yield self._run_of(slice(start, None))
+
+    def _run_of(self, part: slice) -> "Batch":
+        return Batch(self.params[part], self.grads[part], self.states[part], self.sources[part])
+
+
+class Plan(NamedTuple):
+    """What is the same in every batch of a group, as long as the same parameters have gradients."""
+
+    everything: list[Tensor]
+    present: list[bool]
+    sources: list[Tensor]
+    states: list[dict[str, Tensor]]
+    layouts: list[tuple[torch.dtype, tuple[int, ...]]]
+
+    def holds(self, params: list[Tensor], present: list[bool]) -> bool:
+        return (
+            present == self.present
+            and len(params) == len(self.everything)
+            and all(map(operator.is_, params, self.everything))
+        )
+
+    @classmethod
+    def of(cls, params: list[Tensor], present: list[bool], state: Mapping[Tensor, dict[str, Tensor]]) -> "Plan":
+        """Find it out for the parameters of a group, of which those ``present`` have a gradient."""
+        sources = [p for p, there in zip(params, present, strict=True) if there and p.numel()]
+        states = [{key: local(tensor) for key, tensor in state[param].items()} for param in sources]
+        likes = [next(iter(of_param.values())) for of_param in states]
+        return cls(list(params), present, sources, states, [(like.dtype, like.stride()) for like in likes])

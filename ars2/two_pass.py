@@ -1,0 +1,193 @@
+"""A step that may evaluate the gradient twice: when it does, the way to the adversarial point and back, and misuse."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ars2 import flatness, sharded_flatness, updates
+from ars2.tracked import TrackedOptimizer
+
+
+@dataclass
+class Pass:
+    """What is known of the step under way; none of it outlives the step, none of it is saved."""
+
+    stage: Literal["idle", "decided", "moved", "restored"] = "idle"
+    wanted: bool = False
+    phi: float = 0.0
+    variance: float = 0.0
+    grad_scale: float = 1.0
+    saved: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
+    first_gradients: dict[Tensor, Tensor] = field(default_factory=dict)
+
+
+class TwoPassOptimizer(TrackedOptimizer):
+    """Base of an optimizer that says after the first gradient whether it wants a second one, at the adversarial point.
+
+    Its groups have the options of :class:`ars2.ARS2Neo` that say when it looks and how far it moves.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], compile: bool = False, capturable: bool = False
+    ) -> None:
+        self._pass = Pass()
+        super().__init__(params, defaults, compile, capturable)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._refuse_while_moved("add_param_group()")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._refuse_while_moved("load_state_dict()")
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_while_moved("copying or pickling")
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._pass = Pass()
+
+    def _refuse_while_moved(self, what: str) -> None:
+        if self._pass.stage == "moved":
+            raise RuntimeError(f"{what} while the parameters are at the adversarial point: call restore() first")
+
+    @property
+    def always_looks_twice(self) -> bool:
+        """Whether every step wants a second pass, so that the first one need not be shared among processes."""
+        return bool(self.param_groups[0]["mode"] == "sync")
+
+    @property
+    def first_gradients(self) -> dict[Tensor, Tensor]:
+        """The gradients of the first pass by parameter, from :meth:`perturb` until :meth:`step`; otherwise empty."""
+        return self._pass.first_gradients
+
+    @torch.no_grad()
+    def wants_second_pass(self, grad_scale: float = 1.0) -> bool:
+        """Say, after the first backward, whether this step evaluates the gradient a second time.
+
+        A second call begins the step anew, as after a step that a gradient scaler skipped.
+
+        Args:
+            grad_scale: what the loss was multiplied by, if the gradients are still scaled (a gradient scaler's scale).
+
+        Raises:
+            RuntimeError: no parameter has a gradient, or the parameters are at the adversarial point.
+        """
+        self._refuse_while_moved("wants_second_pass()")
+        if not self._check_gradients():
+            raise RuntimeError("wants_second_pass(): no parameter has a gradient: call it after backward()")
+        main = self.param_groups[0]
+        t = main["step"] + 1
+        now = Pass(stage="decided", grad_scale=grad_scale)
+        if main["mode"] == "aga":
+            if main["sync_steps"] > 0:
+                parts = [part for group in self.param_groups for part in self._parts(self._batch(group))]
+                pairs: list[tuple[updates.Tensors, updates.Tensors]] = [
+                    (part.grads, part.state("shear")) for part in parts
+                ]
+                now.phi = flatness.global_cosine(pairs, grad_scale, self._run(main), self._shards)
+            now.variance = flatness.next_variance(main, now.phi, t)
+        now.wanted = flatness.looks_again(main, t, now.phi, now.variance)
+        self._pass = now
+        return now.wanted
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        """Move the parameters to the adversarial point and take the first gradients out of ``.grad``.
+
+        Raises:
+            RuntimeError: :meth:`wants_second_pass` was not called in this step, or the parameters are moved already.
+        """
+        now = self._pass
+        if now.stage != "decided":
+            raise RuntimeError("perturb() needs wants_second_pass() right before it, once in each step")
+        now.stage = "moved"
+        try:
+            moves: list[sharded_flatness.Move] = []
+            for group in self.param_groups:
+                for part in self._parts(self._batch(group)):
+                    now.saved.append((part.params, [p.clone() for p in part.params]))
+                    run, roots = self._run(group), None
+                    if "exp_avg_sq" in self._state_keys(group):
+                        seconds = part.state("exp_avg_sq")
+                        roots = run(updates.second_moment_root)(seconds, group["betas"][1], group["step"], group["eps"])
+                    if self._shards is None:
+                        move = run(flatness.move_to_adversarial_point_)
+                        move(part.params, part.grads, roots, group["rho"], now.grad_scale)
+                    else:
+                        offsets = flatness.adversarial_offsets(part.params, part.grads, roots)
+                        moves.append(sharded_flatness.Move(part.params, offsets, group["rho"]))
+            if self._shards is not None:
+                sharded_flatness.move_all_(moves, now.grad_scale, self._shards)
+            now.first_gradients = {
+                # A view, such as into a bucket of gradients, is written over by the next backward pass.
+                param: param.grad.clone() if param.grad._is_view() else param.grad
+                for group in self.param_groups
+                for param in group["params"]
+                if param.grad is not None
+            }
+            for param in now.first_gradients:
+                param.grad = None
+            # Autocast keeps cast copies of the weights while its block lasts: they would hide the move.
+            torch.clear_autocast_cache()
+        except BaseException:
+            self._abandon()
+            raise
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the parameters back, to the bit.
+
+        Raises:
+            RuntimeError: the parameters are not at the adversarial point.
+        """
+        now = self._pass
+        if now.stage != "moved":
+            raise RuntimeError("restore(): the parameters are where they belong; it needs perturb() before it")
+        for params, copies in now.saved:
+            torch._foreach_copy_(params, copies)
+        now.saved.clear()
+        now.stage = "restored"
+        torch.clear_autocast_cache()
+
+    def _step_by_closure(self, closure: Callable[[], Any]) -> Any:
+        before = [(p, p.grad, p.grad._version) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        with torch.enable_grad():
+            result = closure()
+        if before and all(p.grad is grad and grad._version == version for p, grad, version in before):
+            raise RuntimeError(
+                "step(closure): the closure computed no gradient; it must zero the gradients, evaluate the loss and"
+                " call backward() (in a loop that makes the passes itself, call wants_second_pass() before step())"
+            )
+        if self.wants_second_pass():
+            try:
+                self.perturb()
+                with torch.enable_grad():
+                    closure()
+                self.restore()
+                if not self._check_gradients():
+                    raise RuntimeError("step(closure): the closure computed no gradient at the adversarial point")
+            except BaseException:
+                self._abandon()
+                raise
+        self._update()
+        return result
+
+    def _abandon(self) -> None:
+        """End a step that failed: the parameters where they belong, the first gradients in ``.grad`` again."""
+        if self._pass.stage == "moved":
+            self.restore()
+        if first := self._pass.first_gradients:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.grad = first.get(param)
+        self._pass = Pass()
+
+    def _update(self) -> None:
+        """Take the gradients that are there into the moments and move the parameters; ends the step."""
+        raise NotImplementedError

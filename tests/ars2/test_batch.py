@@ -1,0 +1,57 @@
+"""A batch is worked on in parts, which change nothing but where a step finds its numbers."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ars2 import ARS2Neo, batch
+from ars2.batch import Batch
+
+
+def batch_of(*numels: int, device: str = "cpu") -> Batch:
+    params = [torch.zeros(numel, device=device) for numel in numels]
+    return Batch(params, [p + 1 for p in params], [{"exp_avg": p} for p in params], params)
+
+
+def test_parts_are_runs_that_fit_or_single_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_PART_NUMEL", 10)
+    whole = batch_of(4, 6, 1, 20, 3, 3)
+    parts = list(whole.parts())
+    assert [[p.numel() for p in part.params] for part in parts] == [[4, 6], [1], [20], [3, 3]]
+    for field in range(4):
+        joined = [item for part in parts for item in part[field]]
+        assert all(a is b for a, b in zip(joined, whole[field], strict=True))
+
+
+def test_a_device_that_is_not_the_processor_takes_the_batch_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_PART_NUMEL", 10)
+    assert [len(part.params) for part in batch_of(8, 8, 8, device="meta").parts()] == [3]
+
+
+def test_an_empty_batch_has_no_parts() -> None:
+    assert list(batch_of().parts()) == []
+
+
+@pytest.mark.parametrize("mode", ["sync", "aga", "periodic"])
+def test_a_step_in_parts_is_the_step_as_a_whole_to_the_bit(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> list[Tensor]:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
+        inputs, k = torch.randn(16, 6), {"sync": 0, "aga": 3, "periodic": 2}[mode]
+        groups = [{"params": [p for p in network.parameters() if p.ndim == n], "track": t} for n, t in
+                  ((2, "matrix"), (1, "vector"))]  # fmt: skip
+        optimizer = ARS2Neo(groups, lr=1e-2, mode=mode, k=k)  # type: ignore[arg-type]
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = network(inputs).square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(6):
+            optimizer.step(closure)
+        return [p.detach() for p in network.parameters()] + [s for p in optimizer.state.values() for s in p.values()]
+
+    whole = trained()
+    monkeypatch.setattr(batch, "_PART_NUMEL", 1)
+    assert all(torch.equal(a, b) for a, b in zip(whole, trained(), strict=True))
