@@ -36,7 +36,7 @@ def _row_name(row: Row) -> str:
 
 
 def published(group: Group) -> Table | None:
-    """Return the published numbers with the measured ones below each; ``None`` where nothing was published."""
+    """Return the published numbers with the measured ones below each; ``None`` where there is nothing of one kind."""
     if not group.published:
         return None
     shown: list[str] = group.published["shown"]
@@ -54,6 +54,8 @@ def published(group: Group) -> Table | None:
             lines.append([f"{entry['label']}: measured ({row.label})", str(len(row.runs)), _epochs(row), *cells])
         if not measured:
             lines.append([f"{entry['label']}: no run here", *["-"] * (len(shown) + 2)])
+    if not strong:
+        return None
     heads = [f"{name}: {targets[name]}" if name in targets else f"{name} {group.metric}" for name in shown]
     notes = [
         "Published: one run each, by the ARS2 project. Targets in epochs, median and 95 % interval over seeds; "
