@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-# What ARS2-Neo joins: the grokking transformer's heads, square matrices and MLP; a wide one of ResNet-18; four of Qwen3.
+# What ARS2-Neo joins: grokking's heads, its square matrices and its MLP; a wide one of ResNet-18; four of Qwen3.
 SHAPES = ((12, 32, 128), (3, 128, 128), (2, 128, 512), (1, 512, 4608), (4, 512, 512), (1, 2048, 2048))
 
 
