@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,13 +73,22 @@ def _orthogonalize_wide(stack: Tensor, steps: int, coefficients: str, dtype: tor
         norm = norm * margin
     stack = stack / (norm + _TINY)
     steps_taken = newton_schulz.schedule(coefficients, steps)
-    products = dtype
-    if algorithm == "auto":
-        algorithm = newton_schulz.faster_algorithm(stack.shape[1], stack.shape[2], dtype, stack.device)
-        products = newton_schulz.products_dtype(stack.shape[1], dtype, stack.device)
+    algorithm, products = _chosen(algorithm, stack.shape[1], stack.shape[2], dtype, stack.device)
     if algorithm == "gram":
         return newton_schulz.gram(stack, steps_taken, dtype)
     return newton_schulz.standard(stack.to(products), steps_taken).to(dtype)
+
+
+def _chosen(
+    algorithm: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> tuple[str, torch.dtype]:
+    """Return what ``algorithm`` means for wide matrices of this shape, and the dtype of the standard one's products."""
+    if algorithm != "auto":
+        return algorithm, dtype
+    return (
+        newton_schulz.faster_algorithm(rows, columns, dtype, device),
+        newton_schulz.products_dtype(rows, dtype, device),
+    )
 
 
 def orthogonalize_all(
@@ -106,10 +116,10 @@ def orthogonalize_all(
     results: list[Tensor] = list(stacks)
     # A compiler takes the plan in; it looks through a cache, and warns of it.
     plan = _plan if torch.compiler.is_compiling() else _remembered_plan
-    for members, rows, columns in plan(
-        tuple((*stack.shape, stack.device, stack.dtype) for stack in stacks), max_numel, dtype, algorithm
-    ):
-        wide = [stacks[i] if stacks[i].shape[1] <= stacks[i].shape[2] else stacks[i].mT for i in members]
+    kinds = tuple((*stack.shape, stack.device, stack.dtype) for stack in stacks)
+    for bucket in plan(kinds, max_numel, dtype, algorithm):
+        rows, columns = bucket.rows, bucket.columns
+        wide = [stacks[i] if stacks[i].shape[1] <= stacks[i].shape[2] else stacks[i].mT for i in bucket.members]
         padded = [
             stack
             if stack.shape[1:] == (rows, columns)
@@ -122,18 +132,21 @@ def orthogonalize_all(
         else:
             joined = _orthogonalize_wide(joined, steps, coefficients, dtype, algorithm)
             parts = torch.split(joined, [stack.shape[0] for stack in wide])
-        for i, part, stack in zip(members, parts, wide, strict=True):
+        for i, part, stack in zip(bucket.members, parts, wide, strict=True):
             part = part if part.shape == stack.shape else part[:, : stack.shape[1], : stack.shape[2]]
             results[i] = part if part.shape == stacks[i].shape else part.mT
     return results
 
 
-class _Bucket(NamedTuple):
-    """Stacks that share a batch: their indices, and the shape that their matrices are padded to."""
+@dataclass
+class _Bucket:
+    """Stacks that share a batch: the shape that their matrices are padded to, indices, and the elements so far."""
 
-    members: list[int]
     rows: int
     columns: int
+    kind: tuple[torch.device, torch.dtype]
+    members: list[int] = field(default_factory=list)
+    numel: int = 0
 
 
 def _plan(
@@ -146,32 +159,33 @@ def _plan(
         max_numel, dtype, algorithm: as for :func:`orthogonalize_all`.
     """
 
-    def pads_rows(rows: int, columns: int, device: torch.device) -> bool:
-        # A row of zeros stays zero under the standard algorithm; the Gram side gives it a singular value.
-        chosen = newton_schulz.faster_algorithm(rows, columns, dtype, device) if algorithm == "auto" else algorithm
-        return rows <= _PADDED_TO_ROWS and chosen == "standard"
+    def fits(bucket: _Bucket, rows: int, columns: int) -> bool:
+        if not _LEAST_FILLED_COLUMNS * bucket.columns <= columns <= bucket.columns:
+            return False
+        if rows == bucket.rows:
+            return True
+        device = bucket.kind[0]
+        chosen = _chosen(algorithm, bucket.rows, bucket.columns, dtype, device)
+        # A row of zeros stays zero under the standard algorithm; the Gram side gives it a singular value. And what is
+        # multiplied in float32 by itself is not to be rounded for its neighbours' sake.
+        alike = chosen[0] == "standard" and _chosen(algorithm, rows, columns, dtype, device) == chosen
+        return alike and _LEAST_FILLED_ROWS * bucket.rows <= rows and bucket.rows <= _PADDED_TO_ROWS
 
-    buckets: list[tuple[_Bucket, tuple[Any, ...]]] = []
-    filled: list[int] = []
+    buckets: list[_Bucket] = []
     for index in sorted(range(len(kinds)), key=lambda i: (-min(kinds[i][1:3]), -max(kinds[i][1:3]))):
         matrices, *shape, device, kind = kinds[index]
         rows, columns = min(shape), max(shape)
         most = max_numel or _MAX_NUMEL.get(device.type, _MAX_NUMEL_ELSEWHERE)
-        for place, (bucket, bucket_kind) in enumerate(buckets):
-            fits = _LEAST_FILLED_COLUMNS * bucket.columns <= columns <= bucket.columns and (
-                rows == bucket.rows
-                or (rows >= _LEAST_FILLED_ROWS * bucket.rows and pads_rows(bucket.rows, bucket.columns, device))
-            )
-            more = matrices * bucket.rows * bucket.columns
-            if fits and bucket_kind == (device, kind) and filled[place] + more <= most:
+        for bucket in buckets:
+            room = bucket.numel + matrices * bucket.rows * bucket.columns <= most
+            if room and bucket.kind == (device, kind) and fits(bucket, rows, columns):
                 break
         else:
-            place, more = len(buckets), matrices * rows * columns
-            buckets.append((_Bucket([], rows, columns), (device, kind)))
-            filled.append(0)
-        buckets[place][0].members.append(index)
-        filled[place] += more
-    return [bucket for bucket, _ in buckets]
+            bucket = _Bucket(rows, columns, (device, kind))
+            buckets.append(bucket)
+        bucket.members.append(index)
+        bucket.numel += matrices * bucket.rows * bucket.columns
+    return buckets
 
 
 _remembered_plan = functools.lru_cache(maxsize=64)(_plan)

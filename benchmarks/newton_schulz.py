@@ -14,7 +14,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,18 +50,19 @@ def relative_errors(rows: int, columns: int, dtype: torch.dtype, algorithm: str,
 
 
 def milliseconds(
-    stack: Tensor, dtype: torch.dtype, seconds: float, clock: Callable[[], float] = time.perf_counter
+    calls: Mapping[str, Callable[[], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Median time of each algorithm on ``stack``, the two taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in ALGORITHMS}
-    for name in ALGORITHMS:
-        orthogonalize(stack, dtype=dtype, algorithm=name)
-    end = time.perf_counter() + seconds
-    while len(times["gram"]) < 5 or time.perf_counter() < end:
-        for name in ALGORITHMS:
+    """Median time of each call, all taking turns for ``seconds``, five times at least."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < 5 or time.perf_counter() < end:
+        for name, call in calls.items():
             start = clock()
-            orthogonalize(stack, dtype=dtype, algorithm=name)
+            call()
             times[name].append(1e3 * (clock() - start))
+        rounds += 1
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -88,7 +90,9 @@ def main() -> None:
         for rows in options.rows:
             for aspect in options.aspects:
                 columns = rows * aspect
-                times = milliseconds(torch.randn(options.matrices, rows, columns), dtype, options.seconds, clock)
+                stack = torch.randn(options.matrices, rows, columns)
+                calls = {a: partial(orthogonalize, stack, dtype=dtype, algorithm=a) for a in ALGORITHMS}
+                times = milliseconds(calls, options.seconds, clock)
                 errors = [
                     [sum(e) for e in zip(*(relative_errors(rows, columns, dtype, a, s) for s in range(3)), strict=True)]
                     for a in ("standard", "gram")

@@ -1,37 +1,25 @@
 """How fast this machine multiplies matrices of the optimizer's shapes: the floor under a Newton-Schulz step.
 
-    python -m benchmarks.products [--seconds 0.2]
+    python -m benchmarks.products [--seconds 0.5]
 
 Of a stack (matrices, rows, columns) the three products of a step: X X^T, A A and P X, in thousand million operations a
 second, and the milliseconds that five standard steps of them alone take. The last row says what large matrices reach.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
+from functools import partial
 
 import torch
+
+from benchmarks.newton_schulz import milliseconds
 
 # What ARS2-Neo joins: grokking's heads, its square matrices and its MLP; a wide one of ResNet-18; four of Qwen3.
 SHAPES = ((12, 32, 128), (3, 128, 128), (2, 128, 512), (1, 512, 4608), (4, 512, 512), (1, 2048, 2048))
 
 
-def milliseconds(product: Callable[[], object], seconds: float) -> float:
-    """Return the median time of a call, in milliseconds."""
-    times: list[float] = []
-    product()
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        product()
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.2, help="measured seconds a product")
+    parser.add_argument("--seconds", type=float, default=0.5, help="measured seconds a shape")
     seconds = parser.parse_args().seconds
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, the clock's time")
     print(f"{'dtype':<9} {'matrices':>8} {'rows':>5} {'columns':>7} {'X X^T':>6} {'A A':>6} {'P X':>6}  ms, five steps")
@@ -41,14 +29,16 @@ def main() -> None:
             x = torch.randn(matrices, rows, columns).to(dtype)
             a = torch.randn(matrices, rows, rows).to(dtype)
             wide, small = 2e-6 * matrices * rows * rows * columns, 2e-6 * matrices * rows**3
-            gram = milliseconds(lambda x=x: torch.bmm(x, x.mT), seconds)  # type: ignore[misc]
-            square = milliseconds(lambda a=a: torch.baddbmm(a, a, a, beta=0.5, alpha=2.0), seconds)  # type: ignore[misc]
-            applied = milliseconds(lambda a=a, x=x: torch.baddbmm(x, a, x, beta=0.5), seconds)  # type: ignore[misc]
-            rates = f"{wide / gram:6.0f} {small / square:6.0f} {wide / applied:6.0f}"
+            products = {
+                "X X^T": (partial(torch.bmm, x, x.mT), wide),
+                "A A": (partial(torch.baddbmm, a, a, a, beta=0.5, alpha=2.0), small),
+                "P X": (partial(torch.baddbmm, x, a, x, beta=0.5), wide),
+            }
+            times = milliseconds({key: call for key, (call, _) in products.items()}, seconds)
+            rates = " ".join(f"{work / times[key]:6.0f}" for key, (_, work) in products.items())
             name = str(dtype).removeprefix("torch.")
-            print(
-                f"{name:<9} {matrices:8} {rows:5} {columns:7} {rates} {5 * (gram + square + applied):15.2f}", flush=True
-            )
+            all_steps = 5 * sum(times.values())
+            print(f"{name:<9} {matrices:8} {rows:5} {columns:7} {rates} {all_steps:15.2f}", flush=True)
 
 
 if __name__ == "__main__":

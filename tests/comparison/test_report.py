@@ -234,6 +234,8 @@ def test_published_numbers_stand_beside_runs_of_their_settings_alone(groups: lis
     assert lines["ARS2-Neo AGA: measured (grok_aga)"][1:3] == ["3", "6"]
     assert lines["ARS2-Neo AGA: later report"][3:8] == ["12", "-", "77", "116", "234"]
     assert not any("aga of search" in name for name in lines)
+    others = [row for row in entry.rows if "grok_aga" not in row.label]
+    assert others and published(Group(**{**vars(shown), "rows": others})) is None
 
 
 def _published() -> dict[str, object]:
