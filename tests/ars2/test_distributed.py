@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from ars2 import ARS2Neo
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.training import MODES, step_by_parts, worst_difference
+from tests.launching import become, launch
 
 STEPS = 8
 RANKS = 2
@@ -30,42 +30,40 @@ def gathered(tensors: list[Tensor]) -> list[Tensor]:
     return parts
 
 
-def train_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    try:
-        for index, mode in enumerate(MODES):
-            torch.manual_seed(rank)  # nothing may hang on a rank's own generator
-            model = SmallProblem()
-            optimizer = ARS2Neo(problem_groups(model), ns_dtype="float32", **MODES[mode])
-            for step in range(STEPS):
-                optimizer.zero_grad()
-                model.loss(RANKS * step + rank).backward()  # each rank has its own batch
+def train_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
+    become(rank, ranks, port)
+    dist.init_process_group("gloo")
+    trained = {}
+    for mode, options in MODES.items():
+        torch.manual_seed(rank)  # nothing may hang on a rank's own generator
+        model = SmallProblem()
+        optimizer = ARS2Neo(problem_groups(model), ns_dtype="float32", **options)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            model.loss(RANKS * step + rank).backward()  # each rank has its own batch
+            average_gradients(model)
+            again = optimizer.wants_second_pass()
+            assert len({part.item() for part in gathered([torch.tensor([float(again)])])}) == 1, mode
+            if again:
+                optimizer.perturb()
+                left, right = gathered(list(model.parameters()))
+                assert torch.equal(left, right), f"{mode}, step {step}: the adversarial points differ"
+                model.loss(RANKS * step + rank).backward()
                 average_gradients(model)
-                again = optimizer.wants_second_pass()
-                assert len({part.item() for part in gathered([torch.tensor([float(again)])])}) == 1, mode
-                if again:
-                    optimizer.perturb()
-                    left, right = gathered(list(model.parameters()))
-                    assert torch.equal(left, right), f"{mode}, step {step}: the adversarial points differ"
-                    model.loss(RANKS * step + rank).backward()
-                    average_gradients(model)
-                    optimizer.restore()
-                optimizer.step()
-            left, right = gathered([*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())])
-            assert torch.equal(left, right), f"{mode}: parameters or moments differ"
-            if rank == 0:
-                torch.save([p.detach() for p in model.parameters()], Path(folder) / f"{index}.pt")
-        dist.barrier()  # neither leaves while the other still talks
-    finally:
-        dist.destroy_process_group()
+                optimizer.restore()
+            optimizer.step()
+        left, right = gathered([*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())])
+        assert torch.equal(left, right), f"{mode}: parameters or moments differ"
+        trained[mode] = [p.detach() for p in model.parameters()]
+    torch.save(trained, folder / f"{rank}.pt")
+    dist.barrier()  # neither leaves while the other still talks
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    spawn(train_rank, args=(str(folder),), nprocs=RANKS)
-    return folder
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tensor]]:
+    first, _ = launch(train_rank, RANKS, tmp_path_factory.mktemp("ranks"))
+    return first
 
 
 class BothBatches(SmallProblem):
@@ -76,10 +74,9 @@ class BothBatches(SmallProblem):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ranks_stay_together_and_do_what_one_process_does(mode: str, trained: Path) -> None:
-    ours = torch.load(trained / f"{list(MODES).index(mode)}.pt", weights_only=True)
+def test_ranks_stay_together_and_do_what_one_process_does(mode: str, trained: dict[str, list[Tensor]]) -> None:
     model = BothBatches()
     optimizer = ARS2Neo(problem_groups(model), ns_dtype="float32", **MODES[mode])
     for step in range(STEPS):
         step_by_parts(model, optimizer, step)
-    assert worst_difference(model.parameters(), ours) <= 5e-7  # in float32; measured: 0
+    assert worst_difference(model.parameters(), trained[mode]) <= 5e-7  # in float32; measured: 0

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from ars2.orthogonalize import orthogonalize_all
 from ars2.sharing import newton_schulz_cost, orthogonalize_replicated, orthogonalize_sharded, owners
+from tests.launching import become, launch
 
 # Fewer tensors than ranks is a case too; 2 rows over 3 ranks leave one without any.
 SHAPES = [(1, 6, 4), (3, 2, 5), (1, 2, 9), (1, 16, 16), (1, 1, 1)]
@@ -31,40 +31,37 @@ def by_rows(rows: int, ranks: int) -> list[int]:
     return parts + [0] * (ranks - len(parts))
 
 
-def on_rank(rank: int, ranks: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    try:
-        group = dist.group.WORLD
-        assert group is not None
-        seen: list[int] = []
+def on_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
+    become(rank, ranks, port)
+    dist.init_process_group("gloo")
+    group = dist.group.WORLD
+    assert group is not None
+    seen: list[int] = []
 
-        def count(wholes: list[Tensor]) -> list[Tensor]:
-            seen.append(len(wholes))
-            return newton_schulz(wholes)
+    def count(wholes: list[Tensor]) -> list[Tensor]:
+        seen.append(len(wholes))
+        return newton_schulz(wholes)
 
-        replicated = orthogonalize_replicated(stacks(), count, torch.float64, group)
-        rounded = orthogonalize_replicated(stacks(), newton_schulz, torch.bfloat16, group)
-        one = orthogonalize_replicated(stacks()[:1], newton_schulz, torch.float64, group)
-        shards, numels = [], []
-        for stack in stacks():
-            flat = stack.flatten(0, 1)
-            rows = by_rows(len(flat), ranks)
-            shards.append(flat.split(rows)[rank])
-            numels.append([count * flat.shape[1] for count in rows])
-        shapes = [torch.Size(shape) for shape in SHAPES]
-        sharded = orthogonalize_sharded(shards, shapes, numels, count, torch.float64, group)
-        torch.save((replicated, rounded, one, sharded, seen), Path(folder) / f"{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    replicated = orthogonalize_replicated(stacks(), count, torch.float64, group)
+    rounded = orthogonalize_replicated(stacks(), newton_schulz, torch.bfloat16, group)
+    one = orthogonalize_replicated(stacks()[:1], newton_schulz, torch.float64, group)
+    shards, numels = [], []
+    for stack in stacks():
+        flat = stack.flatten(0, 1)
+        rows = by_rows(len(flat), ranks)
+        shards.append(flat.split(rows)[rank])
+        numels.append([count * flat.shape[1] for count in rows])
+    shapes = [torch.Size(shape) for shape in SHAPES]
+    sharded = orthogonalize_sharded(shards, shapes, numels, count, torch.float64, group)
+    torch.save((replicated, rounded, one, sharded, seen), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_every_rank_gets_what_one_process_computes(ranks: int, tmp_path: Path) -> None:
-    spawn(on_rank, args=(ranks, str(tmp_path)), nprocs=ranks)
+    found = launch(on_rank, ranks, tmp_path)
     alone = newton_schulz(stacks())
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
     for replicated, rounded, one, _, _ in found:
         for here, there, whole in zip(replicated, found[0][0], alone, strict=True):
             assert torch.equal(here, there)
