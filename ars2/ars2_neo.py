@@ -224,6 +224,10 @@ class ARS2Neo(TwoPassOptimizer):
         if group["track"] == "vector" or (group["energy"] and not group["geometry"]):
             self._move_vectors(group, batch)
             return
+        for part in self._matrix_parts(group, batch):
+            self._move_matrices(group, part)
+
+    def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:
         run = self._run(group)
         if group["energy"]:
             directions: Tensors = run(updates.adam_directions)(
@@ -238,7 +242,7 @@ class ARS2Neo(TwoPassOptimizer):
         energies = None
         if group["geometry"]:
             energies = run(updates.energies)(directions, self._shards)
-            directions = updates.orthogonal_directions(
+            updates.orthogonalize_(
                 *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
                 *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),
                 ranks=self._ranks,

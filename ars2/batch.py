@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ars2.sharded import local
-from ars2.updates import Tensors
+from ars2.updates import Tensors, stack_shape
 
 # Elements of a part of a batch: with seven float32 tensors each, as on the way to the adversarial point, 7 MB.
 _PART_NUMEL = 1 << 18
+# Of a part whose matrices are orthogonalised: as many as one Newton-Schulz batch holds.
+_MATRIX_PART_NUMEL = 1 << 20
 
 
 class Batch(NamedTuple):
@@ -38,9 +40,33 @@ class Batch(NamedTuple):
 
         What works tensor by tensor then finds in the processor's cache what it wrote there before, and holds less.
         """
+        return self._runs(_PART_NUMEL)
+
+    def matrix_parts(self, flatten: bool) -> "Iterator[Batch]":
+        """Yield parts of it on the CPU whose matrices, read with ``flatten``, are of nearly one shape or small.
+
+        A step's temporary tensors are then not as large as all matrices, and the memory of one part serves the next.
+        """
+        if sum(param.numel() for param in self.params) <= _MATRIX_PART_NUMEL:
+            return self._runs(_MATRIX_PART_NUMEL)
+
+        def sides(index: int) -> tuple[int, int]:
+            _, rows, columns = stack_shape(self.sources[index].shape, flatten)
+            return min(rows, columns), max(rows, columns)
+
+        order = sorted(range(len(self.params)), key=sides, reverse=True)
+        by_shape = Batch(
+            [self.params[i] for i in order],
+            [self.grads[i] for i in order],
+            [self.states[i] for i in order],
+            [self.sources[i] for i in order],
+        )
+        return by_shape._runs(_MATRIX_PART_NUMEL)
+
+    def _runs(self, most: int) -> "Iterator[Batch]":
         start = held = 0
         for index, param in enumerate(self.params):
-            if held and held + param.numel() > _PART_NUMEL and param.device.type == "cpu":
+            if held and held + param.numel() > most and param.device.type == "cpu":
                 yield self._run_of(slice(start, index))
                 start, held = index, 0
             held += param.numel()

@@ -88,16 +88,17 @@ class Muon(TrackedOptimizer):
                     continue
                 if group["track"] == "vector":
                     self._move_vectors(group, batch)
-                else:
-                    self._move_matrices(group, batch)
+                    continue
+                for part in self._matrix_parts(group, batch):
+                    self._move_matrices(group, part)
         return result
 
     def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:
         run = self._run(group)
         buffers, nesterov = batch.state("momentum_buffer"), group["nesterov"]
-        momenta: Tensors = run(updates.momenta)(batch.grads, buffers, group["momentum"], nesterov=nesterov)
-        directions = updates.orthogonal_directions(
-            *(momenta, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
+        directions: Tensors = run(updates.momenta)(batch.grads, buffers, group["momentum"], nesterov=nesterov)
+        updates.orthogonalize_(
+            *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
             *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),
             ranks=self._ranks,
             run=run,

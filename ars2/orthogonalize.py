@@ -62,16 +62,18 @@ def orthogonalize(
         return x.to(dtype)
     stack = x.reshape(-1, *x.shape[-2:])
     tall = stack.shape[1] > stack.shape[2]
-    result = _orthogonalize_wide(stack.mT if tall else stack, steps, coefficients, dtype, algorithm)
+    result = _orthogonalize_wide(stack.mT if tall else stack, steps, coefficients, dtype, algorithm, overwrite=False)
     return (result.mT if tall else result).reshape(x.shape)
 
 
-def _orthogonalize_wide(stack: Tensor, steps: int, coefficients: str, dtype: torch.dtype, algorithm: str) -> Tensor:
+def _orthogonalize_wide(
+    stack: Tensor, steps: int, coefficients: str, dtype: torch.dtype, algorithm: str, overwrite: bool
+) -> Tensor:
     # The norm is taken before the cast: squares of small entries underflow in half precision.
     norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True)
     if (margin := _NORM_MARGIN[coefficients]) != 1.0:
         norm = norm * margin
-    stack = stack / (norm + _TINY)
+    stack = stack.div_(norm + _TINY) if overwrite and not stack.requires_grad else stack / (norm + _TINY)
     steps_taken = newton_schulz.schedule(coefficients, steps)
     algorithm, products = _chosen(algorithm, stack.shape[1], stack.shape[2], dtype, stack.device)
     if algorithm == "gram":
@@ -98,6 +100,7 @@ def orthogonalize_all(
     dtype: torch.dtype,
     max_numel: int | None = None,
     algorithm: str = "auto",
+    overwrite: bool = False,
 ) -> list[Tensor]:
     """Orthogonalise many stacks at once: matrices of one shape (or its transpose) share one batched iteration.
 
@@ -109,6 +112,7 @@ def orthogonalize_all(
         steps, coefficients, dtype, algorithm: as for :func:`orthogonalize`.
         max_numel: the most elements joined into one batch, which bounds the memory of the copies; a larger tensor is
             a batch of its own. ``None`` is 2^20 on the CPU and 2^26 elsewhere.
+        overwrite: whether ``stacks`` are of no use afterwards, and may be written over.
 
     Returns:
         One tensor of ``dtype`` for each input, same shapes, same order.
@@ -130,7 +134,8 @@ def orthogonalize_all(
         if joined.numel() == 0:
             parts: Sequence[Tensor] = [stack.to(dtype) for stack in wide]
         else:
-            joined = _orthogonalize_wide(joined, steps, coefficients, dtype, algorithm)
+            own = overwrite or joined is not wide[0]
+            joined = _orthogonalize_wide(joined, steps, coefficients, dtype, algorithm, own)
             parts = torch.split(joined, [stack.shape[0] for stack in wide])
         for i, part, stack in zip(bucket.members, parts, wide, strict=True):
             part = part if part.shape == stack.shape else part[:, : stack.shape[1], : stack.shape[2]]

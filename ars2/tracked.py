@@ -196,6 +196,10 @@ class TrackedOptimizer(Optimizer):
         """The parts of a batch that are worked on one after the other; a compiler joins the whole by itself."""
         return batch.parts() if not self._compile else [batch] if batch.params else []
 
+    def _matrix_parts(self, group: dict[str, Any], batch: Batch) -> Iterable[Batch]:
+        """The parts of a batch of matrices that are moved one after the other; several processes share one whole."""
+        return batch.matrix_parts(group["flatten"]) if self._ranks is None and not self._compile else [batch]
+
     def _batch(self, group: dict[str, Any]) -> Batch:
         """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype and strides."""
         found = [param.grad for param in group["params"]]

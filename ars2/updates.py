@@ -125,10 +125,10 @@ def adamw_(
 
 
 def momenta(grads: Tensors, buffers: Tensors, momentum: Number, *, nesterov: bool) -> Tensors:
-    """Take ``grads`` into ``buffers``, in place, and return them, or with Nesterov what they look ahead to."""
+    """Take ``grads`` into ``buffers``, in place; return copies of them, or with Nesterov what they look ahead to."""
     _take_in_(buffers, grads, momentum)
     if not nesterov:
-        return buffers
+        return [buffer.clone() for buffer in buffers]
     if isinstance(momentum, Tensor):
         return torch._foreach_add(torch._foreach_mul(buffers, momentum), torch._foreach_mul(grads, 1 - momentum))
     return torch._foreach_lerp(grads, buffers, momentum)
@@ -149,7 +149,7 @@ def stack_shape(shape: torch.Size, flatten: bool) -> torch.Size:
     return torch.Size((1, shape[0], shape[1:].numel()))
 
 
-def orthogonal_directions(
+def orthogonalize_(
     directions: Tensors,
     flatten: bool,
     steps: int,
@@ -159,8 +159,8 @@ def orthogonal_directions(
     ranks: Ranks | Shards | None = None,
     run: Run = directly,
     shapes: Sequence[torch.Size] = (),
-) -> list[Tensor]:
-    """Return each direction's orthogonal factor, stacks matrix by matrix, in its shape and in ``dtype``.
+) -> None:
+    """Turn each direction into its orthogonal factor, in ``dtype``, stacks matrix by matrix, in place.
 
     With ``ranks`` the directions are the same on all of them, which share the work out; with shards each has its rows
     of them, and ``shapes`` are those of the whole ones. ``run`` says how the iteration is called.
@@ -168,20 +168,25 @@ def orthogonal_directions(
 
     def orthogonalize(stacks: list[Tensor]) -> list[Tensor]:
         options = {"steps": steps, "coefficients": coefficients, "dtype": dtype, "algorithm": algorithm}
-        factors: list[Tensor] = run(orthogonalize_all)(stacks, **options)
+        factors: list[Tensor] = run(orthogonalize_all)(stacks, **options, overwrite=True)
         return factors
 
     if isinstance(ranks, Shards):
         sent = directions if ranks.dtype is None else [direction.to(ranks.dtype) for direction in directions]
         stacked, numels = [stack_shape(shape, flatten) for shape in shapes], [ranks.numels(shape) for shape in shapes]
         factors = orthogonalize_sharded(sent, stacked, numels, orthogonalize, ranks.dtype or dtype, ranks.group)
-        return [factor.view(direction.shape) for factor, direction in zip(factors, directions, strict=True)]
+        _copy_(directions, factors)
+        return
     stacks = [as_stack(direction, flatten) for direction in directions]
     if ranks is None:
         factors = orthogonalize(stacks)
     else:
         factors = orthogonalize_replicated(stacks, orthogonalize, ranks.dtype or dtype, ranks.group)
-    return [factor.reshape(direction.shape) for factor, direction in zip(factors, directions, strict=True)]
+    _copy_(directions, factors)
+
+
+def _copy_(tensors: Tensors, values: Tensors) -> None:
+    torch._foreach_copy_(tensors, [value.reshape(t.shape) for t, value in zip(tensors, values, strict=True)])
 
 
 def energies(directions: Tensors, shards: Shards | None = None) -> Tensors:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ars2 import ARS2Neo, Muon, param_groups
-from ars2.updates import orthogonal_directions
+from ars2.updates import orthogonalize_
 from studies import natural_gradient_report as report
 from studies.fisher import damped_step, damping, fisher, hessian, spectrum
 
@@ -150,8 +150,8 @@ class Layout:
         result = vector.clone()
         for name, s in self.slices.items():
             if name.endswith("weight"):
-                matrix = vector[s].view(self.shapes[name])
-                (factor,) = orthogonal_directions([matrix], False, 5, "jordan", torch.float64, "standard")
+                factor = vector[s].clone().view(self.shapes[name])
+                orthogonalize_([factor], False, 5, "jordan", torch.float64, "standard")
                 result[s] = vector[s].norm() * factor.flatten()
         return result
 

@@ -32,6 +32,24 @@ def test_an_empty_batch_has_no_parts() -> None:
     assert list(batch_of().parts()) == []
 
 
+def test_matrices_of_one_shape_or_its_transpose_are_neighbours_and_fit_or_are_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = [torch.zeros(shape) for shape in ((2, 3), (5, 5), (3, 2), (4, 5), (2, 1, 3), (2, 3))]
+    whole = Batch(params, [p + 1 for p in params], [{"exp_avg": p} for p in params], params)
+    (unsorted,) = whole.matrix_parts(flatten=True)
+    assert all(a is b for a, b in zip(unsorted.params, params, strict=True))
+    monkeypatch.setattr(batch, "_MATRIX_PART_NUMEL", 12)
+    parts = list(whole.matrix_parts(flatten=True))
+    assert [[tuple(p.shape) for p in part.params] for part in parts] == [
+        *([(5, 5)], [(4, 5)], [(2, 3), (3, 2)], [(2, 1, 3), (2, 3)]),
+    ]
+    for part in parts:
+        for param, grad, state, source in zip(*part, strict=True):
+            index = next(i for i, p in enumerate(params) if p is param)
+            assert grad is whole.grads[index] and state is whole.states[index] and source is whole.sources[index]
+
+
 @pytest.mark.parametrize("mode", ["sync", "aga", "periodic"])
 def test_a_step_in_parts_is_the_step_as_a_whole_to_the_bit(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def trained() -> list[Tensor]:
@@ -54,4 +72,5 @@ def test_a_step_in_parts_is_the_step_as_a_whole_to_the_bit(mode: str, monkeypatc
 
     whole = trained()
     monkeypatch.setattr(batch, "_PART_NUMEL", 1)
+    monkeypatch.setattr(batch, "_MATRIX_PART_NUMEL", 1)
     assert all(torch.equal(a, b) for a, b in zip(whole, trained(), strict=True))

@@ -156,6 +156,19 @@ def test_an_input_is_not_changed() -> None:
     assert torch.equal(matrix, before)
 
 
+@pytest.mark.parametrize("algorithm", ["standard", "gram"])
+def test_stacks_are_written_over_only_where_that_is_allowed(algorithm: str) -> None:
+    def stacks() -> list[Tensor]:
+        return [random(1, *shape, dtype=torch.float32) for shape in ((4, 30), (20, 3), (7, 7), (7, 7))]
+
+    kept, given = stacks(), stacks()
+    results = orthogonalize_all(kept, 5, "jordan", torch.bfloat16, algorithm=algorithm)
+    assert all(torch.equal(a, b) for a, b in zip(kept, stacks(), strict=True))
+    written = orthogonalize_all(given, 5, "jordan", torch.bfloat16, algorithm=algorithm, overwrite=True)
+    assert all(torch.equal(a, b) for a, b in zip(results, written, strict=True))
+    assert not torch.equal(given[0], kept[0])  # where it is a batch of its own, its memory is the iteration's
+
+
 @pytest.mark.parametrize("max_numel", [1, 40, 100, 250, 1 << 26])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_at_once_equals_one_by_one(dtype: torch.dtype, max_numel: int) -> None:
