@@ -52,11 +52,13 @@ _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.flo
 _MOST_GROWTH, _MOST_GROWTH_FOR_HALF = 150.0, 2e4
 # Up to so many rows the CPU multiplies float32 no slower than half precision, whose products have a high fixed cost.
 _FLOAT32_TO_ROWS = 64
-# From how many rows, and from how many columns a row on, small and larger ones, Gram is the faster one for bfloat16 on
-# the CPU, as benchmarks/newton_schulz.py measures it. In float32, whose inner side is float64, it is neither faster by
-# much nor always as accurate; other devices were not measured. There standard is taken.
+# From how many rows, and from how many columns a row on, Gram is the faster one for bfloat16 on the CPU, as
+# benchmarks/newton_schulz.py measures it: few columns for small matrices, which are multiplied in float32 anyway, and for
+# large ones, of whose symmetric products half is spared; more between them. In float32, whose inner side is float64, it
+# is neither faster by much nor always as accurate; other devices were not measured. There standard is taken.
 _GRAM_FROM_ROWS = 24
-_GRAM_FROM_ASPECT = (3.0, 4.0)
+_GRAM_FROM_ASPECT, _GRAM_FROM_ASPECT_BETWEEN = 3.0, 4.0
+_LARGE_FROM_ROWS = 512
 # From how many rows the CPU takes a symmetric product by blocks: of columns, in half precision of rows, as many as were
 # fastest.
 _BLOCKED_FROM_ROWS, _BLOCK_COLUMNS, _BLOCK_ROWS = 384, 128, 256
@@ -73,7 +75,9 @@ def faster_algorithm(rows: int, columns: int, dtype: torch.dtype, device: torch.
     """Return ``"standard"`` or ``"gram"``, whichever is faster for wide matrices of this shape by measurement."""
     if device.type != "cpu" or dtype != torch.bfloat16 or rows < _GRAM_FROM_ROWS:
         return "standard"
-    return "gram" if columns >= _GRAM_FROM_ASPECT[rows > _FLOAT32_TO_ROWS] * rows else "standard"
+    between = _FLOAT32_TO_ROWS < rows < _LARGE_FROM_ROWS
+    aspect = _GRAM_FROM_ASPECT_BETWEEN if between else _GRAM_FROM_ASPECT
+    return "gram" if columns >= aspect * rows else "standard"
 
 
 def products_dtype(rows: int, dtype: torch.dtype, device: torch.device) -> torch.dtype:

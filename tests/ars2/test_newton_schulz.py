@@ -36,7 +36,7 @@ def test_gram_is_standard_under_every_schedule(coefficients: str, steps: int) ->
     assert (standard - gram).abs().max() <= 5e-14
 
 
-@pytest.mark.parametrize("shape", [(64, 576), (128, 1152), (256, 1024)])
+@pytest.mark.parametrize("shape", [(64, 576), (128, 1152), (256, 1024), (512, 1536)])
 def test_gram_is_as_accurate_as_standard_where_it_is_chosen(shape: tuple[int, int]) -> None:
     # Random, low-rank, of condition 1e6, and tiny. The means over seeds differ by chance by a few percent.
     assert faster_algorithm(*shape, torch.bfloat16, torch.device("cpu")) == "gram"
@@ -136,6 +136,8 @@ def test_the_choice_is_by_shape_dtype_and_device() -> None:
     assert faster_algorithm(512, 512, torch.bfloat16, cpu) == "standard"
     assert faster_algorithm(64, 192, torch.bfloat16, cpu) == "gram"
     assert faster_algorithm(65, 195, torch.bfloat16, cpu) == "standard"
+    assert faster_algorithm(511, 1536, torch.bfloat16, cpu) == "standard"
+    assert faster_algorithm(512, 1536, torch.bfloat16, cpu) == "gram"
     assert faster_algorithm(8, 400, torch.bfloat16, cpu) == "standard"
     assert faster_algorithm(512, 4608, torch.float32, cpu) == "standard"
     assert faster_algorithm(512, 4608, torch.float64, cpu) == "standard"
