@@ -53,9 +53,9 @@ _MOST_GROWTH, _MOST_GROWTH_FOR_HALF = 150.0, 2e4
 # Up to so many rows the CPU multiplies float32 no slower than half precision, whose products have a high fixed cost.
 _FLOAT32_TO_ROWS = 64
 # From how many rows, and from how many columns a row on, Gram is the faster one for bfloat16 on the CPU, as
-# benchmarks/newton_schulz.py measures it: few columns for small matrices, which are multiplied in float32 anyway, and for
-# large ones, of whose symmetric products half is spared; more between them. In float32, whose inner side is float64, it
-# is neither faster by much nor always as accurate; other devices were not measured. There standard is taken.
+# benchmarks/newton_schulz.py measures it: few columns for small matrices, which are multiplied in float32 anyway, and
+# for large ones, whose symmetric products are taken by blocks; more between them. In float32, whose inner side is
+# float64, it is neither faster by much nor always as accurate; other devices were not measured. There standard is taken.
 _GRAM_FROM_ROWS = 24
 _GRAM_FROM_ASPECT, _GRAM_FROM_ASPECT_BETWEEN = 3.0, 4.0
 _LARGE_FROM_ROWS = 512
