@@ -55,7 +55,7 @@ _FLOAT32_TO_ROWS = 64
 # From how many rows, and from how many columns a row on, Gram is the faster one for bfloat16 on the CPU, as
 # benchmarks/newton_schulz.py measures it: few columns for small matrices, which are multiplied in float32 anyway, and
 # for large ones, whose symmetric products are taken by blocks; more between them. In float32, whose inner side is
-# float64, it is neither faster by much nor always as accurate; other devices were not measured. Standard is taken there.
+# float64, it is neither much faster nor always as accurate; other devices were not measured. Standard is taken there.
 _GRAM_FROM_ROWS = 24
 _GRAM_FROM_ASPECT, _GRAM_FROM_ASPECT_BETWEEN = 3.0, 4.0
 _LARGE_FROM_ROWS = 512
