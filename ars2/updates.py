@@ -168,7 +168,8 @@ def orthogonalize_(
 
     def orthogonalize(stacks: list[Tensor]) -> list[Tensor]:
         options = {"steps": steps, "coefficients": coefficients, "dtype": dtype, "algorithm": algorithm}
-        factors: list[Tensor] = run(orthogonalize_all)(stacks, **options, overwrite=True)
+        # A compiled function would have to copy back what it writes over.
+        factors: list[Tensor] = run(orthogonalize_all)(stacks, **options, overwrite=run is directly)
         return factors
 
     if isinstance(ranks, Shards):
