@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ars2.orthogonalize import MAX_NUMEL_ON_CPU
 from ars2.sharded import local
 from ars2.updates import Tensors, stack_shape
 
 # Elements of a part of a batch: with seven float32 tensors each, as on the way to the adversarial point, 7 MB.
 _PART_NUMEL = 1 << 18
 # Of a part whose matrices are orthogonalised: as many as one Newton-Schulz batch holds.
-_MATRIX_PART_NUMEL = 1 << 20
+_MATRIX_PART_NUMEL = MAX_NUMEL_ON_CPU
 
 
 class Batch(NamedTuple):
@@ -47,7 +48,7 @@ class Batch(NamedTuple):
 
         A step's temporary tensors are then not as large as all matrices, and the memory of one part serves the next.
         """
-        if sum(param.numel() for param in self.params) <= _MATRIX_PART_NUMEL:
+        if sum(param.numel() for param in self.params if param.device.type == "cpu") <= _MATRIX_PART_NUMEL:
             return self._runs(_MATRIX_PART_NUMEL)
 
         def sides(index: int) -> tuple[int, int]:

@@ -88,9 +88,9 @@ class Muon(TrackedOptimizer):
                     continue
                 if group["track"] == "vector":
                     self._move_vectors(group, batch)
-                    continue
-                for part in self._matrix_parts(group, batch):
-                    self._move_matrices(group, part)
+                else:
+                    for part in self._matrix_parts(group, batch):
+                        self._move_matrices(group, part)
         return result
 
     def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:

@@ -61,7 +61,8 @@ _GRAM_FROM_ASPECT, _GRAM_FROM_ASPECT_BETWEEN = 3.0, 4.0
 _LARGE_FROM_ROWS = 512
 # From how many rows the CPU takes a symmetric product by blocks: of columns, in half precision of rows, as many as were
 # fastest.
-_BLOCKED_FROM_ROWS, _BLOCK_COLUMNS, _BLOCK_ROWS = 384, 128, 256
+_BLOCKED_FROM_ROWS, _BLOCK_COLUMNS = 384, 128
+_BLOCKED_FROM_ROWS_FOR_HALF, _BLOCK_ROWS = 512, 256
 _CACHE_LINE = 64  # bytes
 
 
@@ -154,31 +155,26 @@ def _symmetric(added: Tensor | None, left: Tensor, right: Tensor, beta: float = 
     """
     matrices, rows, _ = left.shape
     half = left.dtype in _HALF
-    width = _BLOCK_ROWS if half else _BLOCK_COLUMNS
-    whole = rows < _BLOCKED_FROM_ROWS or left.device.type != "cpu" or left.requires_grad
+    width, least = (_BLOCK_ROWS, _BLOCKED_FROM_ROWS_FOR_HALF) if half else (_BLOCK_COLUMNS, _BLOCKED_FROM_ROWS)
+    whole = rows < least or left.device.type != "cpu" or left.requires_grad
     if whole or torch.compiler.is_compiling():
         return torch.bmm(left, right) if added is None else torch.baddbmm(added, left, right, beta=beta, alpha=alpha)
-    # In float32 rows that lie a power of two apart would share few places of the cache, and mirroring take four times
-    # as long; half precision multiplies unpadded rows faster.
+    # In float32 rows that lie a power of two apart would share few places of the cache, and mirroring be far slower;
+    # half precision multiplies unpadded rows faster.
     padding = 0 if half else _CACHE_LINE // left.element_size()
     result = left.new_empty(matrices, rows, rows + padding)[:, :, :rows]
     if added is not None:
         result.copy_(added)
     for start in range(0, rows, width):
-        end = min(start + width, rows)
-        if half:
-            block, one, other = result[:, start:end, start:], left[:, start:end], right[:, :, start:]
-        else:
-            block, one, other = result[:, start:, start:end], left[:, start:], right[:, :, start:end]
+        strip, onward, beyond = slice(start, start + width), slice(start, None), slice(start + width, None)
+        vertical, horizontal = (strip, onward) if half else (onward, strip)
+        block, one, other = result[:, vertical, horizontal], left[:, vertical], right[:, :, horizontal]
         if added is None:
             torch.bmm(one, other, out=block)
         else:
             block.baddbmm_(one, other, beta=beta, alpha=alpha)
-        if end < rows:
-            if half:
-                result[:, end:, start:end] = block[:, :, width:].mT
-            else:
-                result[:, start:end, end:] = block[:, width:].mT
+        vertical, horizontal = (beyond, strip) if half else (strip, beyond)
+        result[:, vertical, horizontal] = result[:, horizontal, vertical].mT
     return result
 
 

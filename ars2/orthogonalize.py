@@ -15,7 +15,7 @@ from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
 _NORM_MARGIN = {"jordan": 1.0, "polar_express": newton_schulz.POLAR_EXPRESS_MARGIN}
 _TINY = 1e-7
 # The most elements in one batch. A core's cache is what counts on the CPU: larger batches are no faster there.
-_MAX_NUMEL = {"cpu": 1 << 20}
+MAX_NUMEL_ON_CPU = 1 << 20
 _MAX_NUMEL_ELSEWHERE = 1 << 26
 # Padding joins matrices that fill at least this part of the widest one's columns, and of the highest one's rows: more
 # than that costs more than a batch less saves. Rows cost the most, and with many of them arithmetic is all that counts.
@@ -180,7 +180,7 @@ def _plan(
     for index in sorted(range(len(kinds)), key=lambda i: (-min(kinds[i][1:3]), -max(kinds[i][1:3]))):
         matrices, *shape, device, kind = kinds[index]
         rows, columns = min(shape), max(shape)
-        most = max_numel or _MAX_NUMEL.get(device.type, _MAX_NUMEL_ELSEWHERE)
+        most = max_numel or (MAX_NUMEL_ON_CPU if device.type == "cpu" else _MAX_NUMEL_ELSEWHERE)
         for bucket in buckets:
             room = bucket.numel + matrices * bucket.rows * bucket.columns <= most
             if room and bucket.kind == (device, kind) and fits(bucket, rows, columns):
