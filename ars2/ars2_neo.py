@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ars2 import flatness, sharded_flatness, updates, validation
 from ars2.batch import Batch
@@ -191,11 +192,12 @@ class ARS2Neo(TwoPassOptimizer):
         keeps = "shear" in self._state_keys(main)
         injects = keeps and not synced and alpha > 0
         with self._without_autocast():
-            batches = self._batches(now, keeps and synced, alpha if injects else 0.0)
+            injected = alpha if injects else 0.0
+            batches = self._batches(now, keeps and synced, injected)
             for group, batch in zip(self.param_groups, batches, strict=True):
                 group["step"] += 1
                 if batch.params:
-                    self._move(group, batch)
+                    self._move(group, batch, injected if self._shards is None else 0.0)
         if synced:
             main["sync_steps"] += 1
             main["last_sync"] += t - main["last_sync"]  # in place where it is a tensor
@@ -203,7 +205,8 @@ class ARS2Neo(TwoPassOptimizer):
         main["injected_alpha"] = alpha if injects else 0.0
 
     def _batches(self, now: Pass, keeps: bool, alpha: float) -> Iterator[Batch]:
-        """Yield each group's batch, its shear forces kept if this step looked twice, or injected if ``alpha`` > 0."""
+        """Yield each group's batch, its shear forces kept if this step looked twice; sharded gradients have the shear
+        forces injected already if ``alpha`` > 0."""
         if self._shards is not None:
             batches = [self._batch(group) for group in self.param_groups]
             if keeps:
@@ -212,20 +215,32 @@ class ARS2Neo(TwoPassOptimizer):
             return
         for group in self.param_groups:
             batch, run = self._batch(group), self._run(group)
-            if keeps:
-                for part in self._parts(batch):
-                    flatness.keep_shear_(part.params, part.grads, part.states, now.first_gradients, now.grad_scale, run)
-            elif alpha > 0:
-                injected = (run(flatness.inject)(p.grads, p.state("shear"), alpha) for p in self._parts(batch))
-                batch = batch._replace(grads=[grad for grads in injected for grad in grads])
+            for part in self._parts(batch) if keeps else ():
+                flatness.keep_shear_(part.params, part.grads, part.states, now.first_gradients, now.grad_scale, run)
             yield batch
 
-    def _move(self, group: dict[str, Any], batch: Batch) -> None:
+    def _move(self, group: dict[str, Any], batch: Batch, alpha: float) -> None:
+        """Move the parameters of one group, shear forces injected into their gradients first if ``alpha`` > 0."""
         if group["track"] == "vector" or (group["energy"] and not group["geometry"]):
-            self._move_vectors(group, batch)
+            for part in self._parts(batch) if alpha > 0 else [batch]:
+                scales = self._injection_scales(group, part, alpha)
+                for piece in self._pieces(part) if alpha > 0 else [part]:
+                    self._move_vectors(group, self._injected(group, piece, scales))
             return
         for part in self._matrix_parts(group, batch):
-            self._move_matrices(group, part)
+            scales = self._injection_scales(group, part, alpha)
+            self._move_matrices(group, self._injected(group, part, scales))
+
+    def _injection_scales(self, group: dict[str, Any], part: Batch, alpha: float) -> Tensor | None:
+        if alpha == 0:
+            return None
+        norms = self._run(group)(flatness.norms)
+        return flatness.injection_scales(alpha, norms(part.grads), norms(part.state("shear")))
+
+    def _injected(self, group: dict[str, Any], part: Batch, scales: Tensor | None) -> Batch:
+        if scales is None:
+            return part
+        return part._replace(grads=self._run(group)(flatness.with_shears)(part.grads, part.state("shear"), scales))
 
     def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:
         run = self._run(group)

@@ -1,5 +1,6 @@
 """The tensors of one step: parameters that have a gradient, with gradient and state, as lists of the same order."""
 
+import math
 import operator
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -13,6 +14,10 @@ from ars2.updates import Tensors, stack_shape
 
 # Elements of a part of a batch: with seven float32 tensors each, as on the way to the adversarial point, 7 MB.
 _PART_NUMEL = 1 << 18
+# Of a piece of a single tensor.
+_PIECE_NUMEL = _PART_NUMEL
+# Of either on other devices, where all that counts is how much a step holds: 256 MB a tensor.
+_NUMEL_ELSEWHERE = 1 << 26
 # Of a part whose matrices are orthogonalised: as many as one Newton-Schulz batch holds.
 _MATRIX_PART_NUMEL = MAX_NUMEL_ON_CPU
 
@@ -37,14 +42,29 @@ class Batch(NamedTuple):
         return [state[key] for state in self.states]
 
     def parts(self) -> "Iterator[Batch]":
-        """Yield runs of it on the CPU, short ones where tensors are small; elsewhere it is one whole.
+        """Yield runs of it, on the CPU short ones.
 
         What works tensor by tensor then finds in the processor's cache what it wrote there before, and holds less.
         """
-        return self._runs(_PART_NUMEL)
+        return self._runs(_PART_NUMEL, _NUMEL_ELSEWHERE)
+
+    def pieces(self) -> "Iterator[Batch]":
+        """Yield it cut into flat views, if it is one large contiguous tensor; otherwise it is one whole.
+
+        What has no need of the whole tensor then holds no temporary tensors of its size.
+        """
+        if len(self.params) != 1:
+            yield self
+            return
+        keys = list(self.states[0])
+        for params, grads, *states in cut(self.params, self.grads, *map(self.state, keys)):
+            (state,) = zip(*states, strict=True)
+            yield Batch(params, grads, [dict(zip(keys, state, strict=True))], self.sources)
 
     def matrix_parts(self, flatten: bool) -> "Iterator[Batch]":
         """Yield parts of it on the CPU whose matrices, read with ``flatten``, are of nearly one shape or small.
+
+        Elsewhere it is one whole.
 
         A step's temporary tensors are then not as large as all matrices, and the memory of one part serves the next.
         """
@@ -64,10 +84,10 @@ class Batch(NamedTuple):
         )
         return by_shape._runs(_MATRIX_PART_NUMEL)
 
-    def _runs(self, most: int) -> "Iterator[Batch]":
+    def _runs(self, most: int, most_elsewhere: float = math.inf) -> "Iterator[Batch]":
         start = held = 0
         for index, param in enumerate(self.params):
-            if held and held + param.numel() > most and param.device.type == "cpu":
+            if held and held + param.numel() > (most if param.device.type == "cpu" else most_elsewhere):
                 yield self._run_of(slice(start, index))
                 start, held = index, 0
             held += param.numel()
@@ -76,6 +96,17 @@ class Batch(NamedTuple):
 
     def _run_of(self, part: slice) -> "Batch":
         return Batch(self.params[part], self.grads[part], self.states[part], self.sources[part])
+
+
+def cut(*lists: Tensors) -> Iterator[list[list[Tensor]]]:
+    """Yield the lists cut into flat views, if each is one large contiguous tensor; otherwise as they are."""
+    firsts = [tensors[0] for tensors in lists if len(tensors) == 1]
+    most = _PIECE_NUMEL if all(t.device.type == "cpu" for t in firsts) else _NUMEL_ELSEWHERE
+    if len(firsts) < len(lists) or not all(t.numel() > most and t.is_contiguous() for t in firsts):
+        yield [list(tensors) for tensors in lists]
+        return
+    for views in zip(*(t.view(-1).split(most) for t in firsts), strict=True):
+        yield [[view] for view in views]
 
 
 class Plan(NamedTuple):

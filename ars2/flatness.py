@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ars2.batch import cut
 from ars2.compiled import Run, directly
 from ars2.sharded import Shards, local
 from ars2.updates import TINY, Number, Tensors
@@ -99,8 +100,14 @@ def keep_shear_(
         run: how the part that works on tensors is called.
     """
     second, firsts, kept = both_gradients(params, grads, states, first)
-    if second:
+    if not second:
+        return
+    if run is not directly:
         torch._foreach_copy_(kept, run(shear_forces)(second, firsts, grad_scale))
+        return
+    products, lengths = inner_products(second, firsts), norms(firsts)
+    for seconds_cut, firsts_cut, kept_cut in cut(second, firsts, kept):
+        torch._foreach_copy_(kept_cut, without_parallel(seconds_cut, firsts_cut, products, lengths, grad_scale))
 
 
 def both_gradients(
@@ -116,14 +123,13 @@ def both_gradients(
     return second, firsts, [states[index]["shear"] for index in both]
 
 
-def inject(grads: Tensors, shears: Tensors, alpha: Number) -> Tensors:
-    """Return ``g + alpha * |g| / (|s| + 1e-12) * s`` for each pair; the given gradients are left as they are."""
-    return with_shears(grads, shears, alpha, norms(grads), norms(shears))
+def injection_scales(alpha: Number, grad_lengths: Tensor, shear_lengths: Tensor) -> Tensor:
+    """Return ``alpha * |g| / (|s| + 1e-12)``, what each shear force is multiplied by; all are tensors (gradients,)."""
+    return alpha * grad_lengths / (shear_lengths + TINY)
 
 
-def with_shears(grads: Tensors, shears: Tensors, alpha: Number, grad_lengths: Tensor, shear_lengths: Tensor) -> Tensors:
-    """Return the gradients with the shear forces added, from the norms of both, tensors (gradients,)."""
-    scales = alpha * grad_lengths / (shear_lengths + TINY)
+def with_shears(grads: Tensors, shears: Tensors, scales: Tensor) -> Tensors:
+    """Return ``g + scale * s`` for each gradient and shear force; the given gradients are left as they are."""
     return torch._foreach_addcmul(grads, shears, list(scales.unbind()))
 
 

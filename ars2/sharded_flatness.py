@@ -56,6 +56,6 @@ def injected(batches: list[Batch], alpha: float, shards: Shards) -> Iterator[Bat
     lengths = iter(shards.whole([], [flatness.norms(tensors) for tensors in lists])[1])
     for batch in batches:
         if batch.params:
-            grads = flatness.with_shears(batch.grads, batch.state("shear"), alpha, next(lengths), next(lengths))
-            batch = batch._replace(grads=grads)
+            scales = flatness.injection_scales(alpha, next(lengths), next(lengths))
+            batch = batch._replace(grads=flatness.with_shears(batch.grads, batch.state("shear"), scales))
         yield batch

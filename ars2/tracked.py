@@ -196,6 +196,10 @@ class TrackedOptimizer(Optimizer):
         """The parts of a batch that are worked on one after the other; a compiler joins the whole by itself."""
         return batch.parts() if not self._compile else [batch] if batch.params else []
 
+    def _pieces(self, part: Batch) -> Iterable[Batch]:
+        """A part, or the flat pieces of one that is a large tensor; a compiler takes it whole."""
+        return part.pieces() if not self._compile else [part]
+
     def _matrix_parts(self, group: dict[str, Any], batch: Batch) -> Iterable[Batch]:
         """The parts of a batch of matrices that are moved one after the other; several processes share one whole."""
         return batch.matrix_parts(group["flatten"]) if self._ranks is None and not self._compile else [batch]

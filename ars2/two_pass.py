@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ars2 import flatness, sharded_flatness, updates
+from ars2.batch import Batch
 from ars2.tracked import TrackedOptimizer
 
 
@@ -111,17 +112,11 @@ class TwoPassOptimizer(TrackedOptimizer):
             moves: list[sharded_flatness.Move] = []
             for group in self.param_groups:
                 for part in self._parts(self._batch(group)):
-                    now.saved.append((part.params, [p.clone() for p in part.params]))
-                    run, roots = self._run(group), None
-                    if "exp_avg_sq" in self._state_keys(group):
-                        seconds = part.state("exp_avg_sq")
-                        roots = run(updates.second_moment_root)(seconds, group["betas"][1], group["step"], group["eps"])
                     if self._shards is None:
-                        move = run(flatness.move_to_adversarial_point_)
-                        move(part.params, part.grads, roots, group["rho"], now.grad_scale)
-                    else:
-                        offsets = flatness.adversarial_offsets(part.params, part.grads, roots)
-                        moves.append(sharded_flatness.Move(part.params, offsets, group["rho"]))
+                        self._move_to_adversarial_point(group, part)
+                        continue
+                    now.saved.append((part.params, [p.clone() for p in part.params]))
+                    moves.append(sharded_flatness.Move(part.params, self._offsets(group, part), group["rho"]))
             if self._shards is not None:
                 sharded_flatness.move_all_(moves, now.grad_scale, self._shards)
             now.first_gradients = {
@@ -138,6 +133,30 @@ class TwoPassOptimizer(TrackedOptimizer):
         except BaseException:
             self._abandon()
             raise
+
+    def _move_to_adversarial_point(self, group: dict[str, Any], part: Batch) -> None:
+        now, pieces = self._pass, list(self._pieces(part))
+        if len(pieces) == 1:
+            now.saved.append((part.params, [p.clone() for p in part.params]))
+            move = self._run(group)(flatness.move_to_adversarial_point_)
+            move(part.params, part.grads, self._roots(group, part), group["rho"], now.grad_scale)
+            return
+        # Offsets of a large tensor are computed twice, which costs less than to keep them.
+        lengths = flatness.norms([flatness.norms(self._offsets(group, piece)) for piece in pieces])
+        length = torch.linalg.vector_norm(lengths, keepdim=True)
+        for piece in pieces:
+            now.saved.append((piece.params, [p.clone() for p in piece.params]))
+            flatness.move_along_(piece.params, self._offsets(group, piece), length, group["rho"], now.grad_scale)
+
+    def _roots(self, group: dict[str, Any], part: Batch) -> updates.Tensors | None:
+        if "exp_avg_sq" not in self._state_keys(group):
+            return None
+        root = self._run(group)(updates.second_moment_root)
+        roots: updates.Tensors = root(part.state("exp_avg_sq"), group["betas"][1], group["step"], group["eps"])
+        return roots
+
+    def _offsets(self, group: dict[str, Any], part: Batch) -> updates.Tensors:
+        return flatness.adversarial_offsets(part.params, part.grads, self._roots(group, part))
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -1,11 +1,14 @@
 """A batch is worked on in parts, which change nothing but where a step finds its numbers."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ars2 import ARS2Neo, batch
 from ars2.batch import Batch
+from benchmarks.optimizer_step import peak_bytes
 
 
 def batch_of(*numels: int, device: str = "cpu") -> Batch:
@@ -23,9 +26,62 @@ def test_parts_are_runs_that_fit_or_single_tensors(monkeypatch: pytest.MonkeyPat
         assert all(a is b for a, b in zip(joined, whole[field], strict=True))
 
 
-def test_a_device_that_is_not_the_processor_takes_the_batch_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_larger_on_a_device_that_is_not_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "_PART_NUMEL", 10)
     assert [len(part.params) for part in batch_of(8, 8, 8, device="meta").parts()] == [3]
+    monkeypatch.setattr(batch, "_NUMEL_ELSEWHERE", 16)
+    assert [len(part.params) for part in batch_of(8, 8, 8, device="meta").parts()] == [2, 1]
+    assert [piece.params[0].numel() for piece in batch_of(20, device="meta").pieces()] == [16, 4]
+
+
+def test_a_large_tensor_is_cut_into_flat_views_that_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_PIECE_NUMEL", 10)
+    param = torch.arange(24.0).view(4, 6)
+    whole = Batch([param], [param + 1], [{"exp_avg": param + 2, "shear": param + 3}], [param])
+    pieces = list(whole.pieces())
+    assert [piece.params[0].numel() for piece in pieces] == [10, 10, 4]
+    for added, views in enumerate(
+        zip(*((*p.params, *p.grads, *p.state("exp_avg"), *p.state("shear")) for p in pieces), strict=True)
+    ):
+        assert torch.equal(torch.cat(views), torch.arange(24.0) + added)
+    pieces[1].params[0].zero_()
+    assert not param.view(-1)[10:20].any() and param.view(-1)[20:].all()
+
+
+def test_small_and_several_and_strided_tensors_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_PIECE_NUMEL", 10)
+    strided = torch.zeros(6, 4).mT
+    for whole in (
+        *(batch_of(10), batch_of(20, 20)),
+        Batch([strided], [strided], [{"exp_avg": strided}], [strided]),
+    ):
+        (piece,) = whole.pieces()
+        assert all(a is b for a, b in zip(piece.params, whole.params, strict=True))
+
+
+def test_a_step_with_a_large_tensor_holds_one_copy_of_it_and_pieces() -> None:
+    large, piece = 40 * batch._PIECE_NUMEL, 4 * batch._PIECE_NUMEL
+    param = nn.Parameter(torch.ones(large))
+    optimizer = ARS2Neo([{"params": [param], "track": "vector"}], mode="periodic", k=2)
+
+    def peak_of(call: Callable[[], object]) -> int:
+        param.grad = torch.ones(large)
+        return peak_bytes(call)
+
+    def look() -> None:
+        assert optimizer.wants_second_pass()
+        optimizer.perturb()
+        param.grad = torch.ones(large)
+        optimizer.restore()
+
+    def step_without_a_look() -> None:
+        assert not optimizer.wants_second_pass()
+        optimizer.step()
+
+    # The saved parameters, and the second gradient, which the passes make.
+    assert 2 * 4 * large <= peak_of(look) <= 2 * 4 * large + 6 * piece
+    assert peak_bytes(optimizer.step) <= 6 * piece
+    assert peak_of(step_without_a_look) <= 6 * piece
 
 
 def test_an_empty_batch_has_no_parts() -> None:

@@ -67,7 +67,8 @@ def test_the_shear_force_of_a_zero_gradient_is_the_whole_second_one() -> None:
 
 def test_injection_adds_alpha_times_the_gradients_length_along_the_shear() -> None:
     grads, shears = [double(3.0, 4.0), double(1.0, 1.0)], [double(0.0, 2.0), double(0.0, 0.0)]
-    injected = flatness.inject(grads, shears, 0.1)
+    scales = flatness.injection_scales(0.1, flatness.norms(grads), flatness.norms(shears))
+    injected = flatness.with_shears(grads, shears, scales)
     torch.testing.assert_close(injected[0], double(3.0, 4.5), rtol=0, atol=1e-11)
     assert torch.equal(injected[1], double(1.0, 1.0))
     assert torch.equal(grads[0], double(3.0, 4.0)), "the given gradient was changed"
