@@ -16,7 +16,9 @@ class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``: of every n-th epoch's end, of every n-th step if wanted, and of the end of training.
 
     It is also written when a signal asks training to stop, and when training stops for a loss or gradient that is not
-    finite, before that has touched anything. The one before it stays as ``last-previous.ckpt``.
+    finite, before that has touched anything. The one before it stays as ``last-previous.ckpt``. Where training ends
+    within an epoch (``max_steps``, ``max_time``), it is of the last step, not of the end that Lightning then makes of
+    that epoch: from there training goes on as if it had not ended.
 
     Lightning's own ``save_last`` follows its other saves: with a period above 1 it leaves the last multiple of it.
 
@@ -43,6 +45,7 @@ class LastCheckpoint(ModelCheckpoint):
         )
         self.every_n_steps = every_n_steps
         self._saved_at_step = 0
+        self._ended_within_epoch = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -53,6 +56,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._saved_at_step = trainer.global_step
+        self._ended_within_epoch = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -63,12 +67,15 @@ class LastCheckpoint(ModelCheckpoint):
         if getattr(pl_module, "damage", None) is not None:
             self._save(trainer)
         # After an epoch's last batch come its validation and its row in the log: the epoch's end saves them too.
-        elif (stopping or self._is_due(trainer)) and not trainer.is_last_batch:
+        elif not trainer.is_last_batch and (stopping or self._is_due(trainer) or trainer.fit_loop.epoch_loop.done):
+            self._ended_within_epoch = trainer.fit_loop.epoch_loop.done
             self._save(trainer)
             for callback in stopping:
                 callback.saved = self.best_model_path
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._ended_within_epoch:
+            return
         stopping = asked_to_stop(trainer)
         if stopping or self._is_due(trainer):
             self._save(trainer)
@@ -78,7 +85,8 @@ class LastCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer)
+        if not self._ended_within_epoch:
+            self._save(trainer)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         return self.every_n_steps is not None and trainer.global_step - self._saved_at_step >= self.every_n_steps

@@ -1,6 +1,7 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 
@@ -32,6 +33,31 @@ def test_it_is_of_the_end_of_training_when_stopped_early(tmp_path: Path) -> None
     callbacks = [LastCheckpoint(1000, str(tmp_path)), GrokkingMilestones("val_50")]
     trainer = fit(module(), data(MemorisedSums), callbacks, None, epochs=100, enable_checkpointing=True)
     assert load(tmp_path / "last.ckpt")["global_step"] == trainer.global_step < 400
+
+
+class StopsItself(L.Callback):
+    """Ends training after six steps, as a limit of time would."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 6
+
+
+@pytest.mark.parametrize(("options", "callbacks"), [({"max_steps": 6}, []), ({}, [StopsItself()])])
+def test_training_that_ended_within_an_epoch_goes_on_as_if_it_had_not(
+    options: dict[str, Any], callbacks: list[Any], tmp_path: Path
+) -> None:
+    # Four steps an epoch: the sixth is the second of the second one, and fits of three epochs make twelve.
+    whole, begun, resumed = (module(ars2("aga", phi_lambda=0.1)) for _ in range(3))
+    fit(whole, data(), [], None, epochs=3)
+    saving = LastCheckpoint(1, str(tmp_path))
+    fit(begun, data(), [*callbacks, saving], None, epochs=3, enable_checkpointing=True, **options)
+    ended = load(tmp_path / "last.ckpt")
+    assert ended["global_step"] == begun.trainer.global_step == 6
+    assert all(torch.equal(ended["state_dict"][name], tensor) for name, tensor in begun.state_dict().items())
+    fit(resumed, data(), [], None, epochs=3, ckpt_path=str(tmp_path / "last.ckpt"))
+    assert resumed.trainer.global_step == 12
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
 def test_an_interrupted_run_leaves_the_last_period(tmp_path: Path) -> None:
