@@ -190,19 +190,18 @@ class ARS2Neo(TwoPassOptimizer):
         synced, t = now.stage == "restored", main["step"] + 1
         alpha = main["alpha"] * (1 + max(0.0, now.phi)) ** main["phi_gamma"] if main["mode"] == "aga" else main["alpha"]
         keeps = "shear" in self._state_keys(main)
-        injects = keeps and not synced and alpha > 0
+        injected_alpha = alpha if keeps and not synced else 0.0
         with self._without_autocast():
-            injected = alpha if injects else 0.0
-            batches = self._batches(now, keeps and synced, injected)
+            batches = self._batches(now, keeps and synced, injected_alpha)
             for group, batch in zip(self.param_groups, batches, strict=True):
                 group["step"] += 1
                 if batch.params:
-                    self._move(group, batch, injected if self._shards is None else 0.0)
+                    self._move(group, batch, injected_alpha if self._shards is None else 0.0)
         if synced:
             main["sync_steps"] += 1
             main["last_sync"] += t - main["last_sync"]  # in place where it is a tensor
         main["phi"], main["phi_variance"] = now.phi, now.variance
-        main["injected_alpha"] = alpha if injects else 0.0
+        main["injected_alpha"] = injected_alpha
 
     def _batches(self, now: Pass, keeps: bool, alpha: float) -> Iterator[Batch]:
         """Yield each group's batch, its shear forces kept if this step looked twice; sharded gradients have the shear
@@ -221,15 +220,17 @@ class ARS2Neo(TwoPassOptimizer):
 
     def _move(self, group: dict[str, Any], batch: Batch, alpha: float) -> None:
         """Move the parameters of one group, shear forces injected into their gradients first if ``alpha`` > 0."""
-        if group["track"] == "vector" or (group["energy"] and not group["geometry"]):
-            for part in self._parts(batch) if alpha > 0 else [batch]:
-                scales = self._injection_scales(group, part, alpha)
-                for piece in self._pieces(part) if alpha > 0 else [part]:
-                    self._move_vectors(group, self._injected(group, piece, scales))
+        adam_alone = group["track"] == "vector" or (group["energy"] and not group["geometry"])
+        if adam_alone and alpha == 0:
+            self._move_vectors(group, batch)
             return
-        for part in self._matrix_parts(group, batch):
+        for part in self._parts(batch) if adam_alone else self._matrix_parts(group, batch):
             scales = self._injection_scales(group, part, alpha)
-            self._move_matrices(group, self._injected(group, part, scales))
+            if not adam_alone:
+                self._move_matrices(group, self._injected(group, part, scales))
+                continue
+            for piece in self._pieces(part):
+                self._move_vectors(group, self._injected(group, piece, scales))
 
     def _injection_scales(self, group: dict[str, Any], part: Batch, alpha: float) -> Tensor | None:
         if alpha == 0:

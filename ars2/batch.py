@@ -64,9 +64,8 @@ class Batch(NamedTuple):
     def matrix_parts(self, flatten: bool) -> "Iterator[Batch]":
         """Yield parts of it on the CPU whose matrices, read with ``flatten``, are of nearly one shape or small.
 
-        Elsewhere it is one whole.
-
         A step's temporary tensors are then not as large as all matrices, and the memory of one part serves the next.
+        On other devices it is one whole.
         """
         if sum(param.numel() for param in self.params if param.device.type == "cpu") <= _MATRIX_PART_NUMEL:
             return self._runs(_MATRIX_PART_NUMEL)
@@ -100,12 +99,12 @@ class Batch(NamedTuple):
 
 def cut(*lists: Tensors) -> Iterator[list[list[Tensor]]]:
     """Yield the lists cut into flat views, if each is one large contiguous tensor; otherwise as they are."""
-    firsts = [tensors[0] for tensors in lists if len(tensors) == 1]
-    most = _PIECE_NUMEL if all(t.device.type == "cpu" for t in firsts) else _NUMEL_ELSEWHERE
-    if len(firsts) < len(lists) or not all(t.numel() > most and t.is_contiguous() for t in firsts):
+    singles = [tensors[0] for tensors in lists if len(tensors) == 1]
+    most = _PIECE_NUMEL if all(t.device.type == "cpu" for t in singles) else _NUMEL_ELSEWHERE
+    if len(singles) < len(lists) or not all(t.numel() > most and t.is_contiguous() for t in singles):
         yield [list(tensors) for tensors in lists]
         return
-    for views in zip(*(t.view(-1).split(most) for t in firsts), strict=True):
+    for views in zip(*(t.view(-1).split(most) for t in singles), strict=True):
         yield [[view] for view in views]
 
 

@@ -51,7 +51,10 @@ def adversarial_offsets(params: Tensors, grads: Tensors, roots: Tensors | None) 
 
 
 def move_along_(params: Tensors, offsets: Tensors, lengths: Tensor, rho: Number, grad_scale: Number) -> None:
-    """Move each parameter by ``rho * n / (|n| + 1e-12)``; ``lengths`` (params,) are |n|, ``offsets`` are used up."""
+    """Move each parameter by ``rho * n / (|n| + 1e-12)``; ``lengths`` (params,) are |n|, ``offsets`` are used up.
+
+    Where they are pieces of a tensor, the length is that of the whole.
+    """
     torch._foreach_mul_(offsets, list((rho / (lengths + TINY * grad_scale)).unbind()))
     torch._foreach_add_(params, offsets)
 
@@ -124,7 +127,10 @@ def both_gradients(
 
 
 def injection_scales(alpha: Number, grad_lengths: Tensor, shear_lengths: Tensor) -> Tensor:
-    """Return ``alpha * |g| / (|s| + 1e-12)``, what each shear force is multiplied by; all are tensors (gradients,)."""
+    """Return ``alpha * |g| / (|s| + 1e-12)``, what each shear force is multiplied by.
+
+    The lengths and the result are tensors (gradients,).
+    """
     return alpha * grad_lengths / (shear_lengths + TINY)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,14 @@ from torch import Tensor
 from ars2 import flatness, sharded_flatness, updates
 from ars2.batch import Batch
 from ars2.tracked import TrackedOptimizer
+
+
+class Saved(NamedTuple):
+    """Parameters and copies of them; with ``start`` the copy is of a piece of the only one, from that entry on."""
+
+    params: list[Tensor]
+    copies: list[Tensor]
+    start: int | None = None
 
 
 @dataclass
@@ -21,7 +29,7 @@ class Pass:
     phi: float = 0.0
     variance: float = 0.0
     grad_scale: float = 1.0
-    saved: list[tuple[list[Tensor], list[Tensor]]] = field(default_factory=list)
+    saved: list[Saved] = field(default_factory=list)
     first_gradients: dict[Tensor, Tensor] = field(default_factory=dict)
 
 
@@ -115,7 +123,7 @@ class TwoPassOptimizer(TrackedOptimizer):
                     if self._shards is None:
                         self._move_to_adversarial_point(group, part)
                         continue
-                    now.saved.append((part.params, [p.clone() for p in part.params]))
+                    now.saved.append(Saved(part.params, [p.clone() for p in part.params]))
                     moves.append(sharded_flatness.Move(part.params, self._offsets(group, part), group["rho"]))
             if self._shards is not None:
                 sharded_flatness.move_all_(moves, now.grad_scale, self._shards)
@@ -137,15 +145,17 @@ class TwoPassOptimizer(TrackedOptimizer):
     def _move_to_adversarial_point(self, group: dict[str, Any], part: Batch) -> None:
         now, pieces = self._pass, list(self._pieces(part))
         if len(pieces) == 1:
-            now.saved.append((part.params, [p.clone() for p in part.params]))
+            now.saved.append(Saved(part.params, [p.clone() for p in part.params]))
             move = self._run(group)(flatness.move_to_adversarial_point_)
             move(part.params, part.grads, self._roots(group, part), group["rho"], now.grad_scale)
             return
         # Offsets of a large tensor are computed twice, which costs less than to keep them.
         lengths = flatness.norms([flatness.norms(self._offsets(group, piece)) for piece in pieces])
         length = torch.linalg.vector_norm(lengths, keepdim=True)
+        start = 0
         for piece in pieces:
-            now.saved.append((piece.params, [p.clone() for p in piece.params]))
+            now.saved.append(Saved(part.params, [p.clone() for p in piece.params], start))
+            start += piece.params[0].numel()
             flatness.move_along_(piece.params, self._offsets(group, piece), length, group["rho"], now.grad_scale)
 
     def _roots(self, group: dict[str, Any], part: Batch) -> updates.Tensors | None:
@@ -168,7 +178,9 @@ class TwoPassOptimizer(TrackedOptimizer):
         now = self._pass
         if now.stage != "moved":
             raise RuntimeError("restore(): the parameters are where they belong; it needs perturb() before it")
-        for params, copies in now.saved:
+        for params, copies, start in now.saved:
+            if start is not None:
+                params = [params[0].view(-1)[start : start + copies[0].numel()]]
             torch._foreach_copy_(params, copies)
         now.saved.clear()
         now.stage = "restored"

@@ -16,9 +16,9 @@ class LastCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``: of every n-th epoch's end, of every n-th step if wanted, and of the end of training.
 
     It is also written when a signal asks training to stop, and when training stops for a loss or gradient that is not
-    finite, before that has touched anything. The one before it stays as ``last-previous.ckpt``. Where training ends
-    within an epoch (``max_steps``, ``max_time``), it is of the last step, not of the end that Lightning then makes of
-    that epoch: from there training goes on as if it had not ended.
+    finite, before that has touched anything. The one before it stays as ``last-previous.ckpt``. Where ``max_steps``
+    ends training within an epoch, it is of the last step, not of the end that Lightning then makes of that epoch: from
+    there training goes on as if it had not ended.
 
     Lightning's own ``save_last`` follows its other saves: with a period above 1 it leaves the last multiple of it.
 
@@ -56,19 +56,19 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._saved_at_step = trainer.global_step
-        self._ended_within_epoch = False
+        self._last_global_step_saved = 0  # by another fit with this object
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._ended_within_epoch = 0 <= trainer.max_steps <= trainer.global_step and not trainer.is_last_batch
         if not getattr(pl_module, "between_steps", True):
             return
         stopping = asked_to_stop(trainer)
         if getattr(pl_module, "damage", None) is not None:
             self._save(trainer)
         # After an epoch's last batch come its validation and its row in the log: the epoch's end saves them too.
-        elif not trainer.is_last_batch and (stopping or self._is_due(trainer) or trainer.fit_loop.epoch_loop.done):
-            self._ended_within_epoch = trainer.fit_loop.epoch_loop.done
+        elif self._ended_within_epoch or ((stopping or self._is_due(trainer)) and not trainer.is_last_batch):
             self._save(trainer)
             for callback in stopping:
                 callback.saved = self.best_model_path

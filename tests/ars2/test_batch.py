@@ -60,7 +60,7 @@ def test_small_and_several_and_strided_tensors_are_not_cut(monkeypatch: pytest.M
 
 
 def test_a_step_with_a_large_tensor_holds_one_copy_of_it_and_pieces() -> None:
-    large, piece = 40 * batch._PIECE_NUMEL, 4 * batch._PIECE_NUMEL
+    large, piece_bytes = 40 * batch._PIECE_NUMEL, 4 * batch._PIECE_NUMEL
     param = nn.Parameter(torch.ones(large))
     optimizer = ARS2Neo([{"params": [param], "track": "vector"}], mode="periodic", k=2)
 
@@ -79,9 +79,9 @@ def test_a_step_with_a_large_tensor_holds_one_copy_of_it_and_pieces() -> None:
         optimizer.step()
 
     # The saved parameters, and the second gradient, which the passes make.
-    assert 2 * 4 * large <= peak_of(look) <= 2 * 4 * large + 6 * piece
-    assert peak_bytes(optimizer.step) <= 6 * piece
-    assert peak_of(step_without_a_look) <= 6 * piece
+    assert 2 * 4 * large <= peak_of(look) <= 2 * 4 * large + 6 * piece_bytes
+    assert peak_bytes(optimizer.step) <= 6 * piece_bytes
+    assert peak_of(step_without_a_look) <= 6 * piece_bytes
 
 
 def test_an_empty_batch_has_no_parts() -> None:

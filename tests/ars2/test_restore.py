@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ars2 import ARS2Neo
+from ars2 import ARS2Neo, batch, flatness
 from tests.ars2.problems import SmallProblem
 from tests.ars2.training import (
     SHEAR_MODES,
@@ -22,6 +22,13 @@ from tests.ars2.training import (
 )
 
 LOOKING = ["sync", "periodic, k=1", *SHEAR_MODES]  # all look twice at the first step
+
+
+@pytest.fixture(autouse=True, params=["whole tensors", "pieces"])
+def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "pieces":
+        monkeypatch.setattr(batch, "_PART_NUMEL", 1)
+        monkeypatch.setattr(batch, "_PIECE_NUMEL", 7)
 
 
 class Failing(SmallProblem):
@@ -149,10 +156,9 @@ def test_an_interrupt_within_the_moves_themselves_restores(where: str, monkeypat
         if len(calls) == (1 if where == "perturb" else 2):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "clear_autocast_cache", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "clear_autocast_cache", interrupted)
         optimizer.step(closure_of(model, optimizer, 2))
-    monkeypatch.undo()
     assert same(before, model.parameters())
     assert all(p.grad is not None for p in model.parameters())
     train(model, optimizer, range(2, 4))
@@ -234,3 +240,38 @@ def test_the_parameters_given_by_a_user_inside_the_second_pass_do_not_stay() -> 
         model.tall.weight.zero_()
     optimizer.restore()
     assert same(before, model.parameters())
+
+
+def test_values_put_in_the_place_of_a_parameters_storage_do_not_stay_either() -> None:
+    param = nn.Parameter(torch.arange(1.0, 26.0).view(5, 5))
+    before = param.detach().clone()
+    optimizer = ARS2Neo([param])
+    param.grad = torch.ones(5, 5)
+    optimizer.wants_second_pass()
+    optimizer.perturb()
+    param.data = torch.zeros(5, 5)
+    optimizer.restore()
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("moves", [1, 2])
+def test_an_interrupt_between_two_pieces_leaves_none_of_them_moved(moves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    param = nn.Parameter(torch.arange(1.0, 26.0).view(5, 5))
+    before = param.detach().clone()
+    optimizer = ARS2Neo([param])
+    param.grad = torch.ones(5, 5)
+    real = flatness.move_along_
+    moved: list[int] = []
+
+    def interrupted(params: list[Tensor], offsets: list[Tensor], *rest: Any) -> None:
+        real(params, offsets, *rest)
+        moved.append(params[0].numel())
+        if len(moved) == moves or moved[0] == 25:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(flatness, "move_along_", interrupted)
+    optimizer.wants_second_pass()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.perturb()
+    assert moved in ([7] * moves, [25])
+    assert torch.equal(param, before)

@@ -1,9 +1,10 @@
+import functools
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as L
 import pytest
 import torch
+from torch.optim.lr_scheduler import StepLR
 
 from callbacks.cost_counters import CostCounters
 from callbacks.last_checkpoint import LastCheckpoint
@@ -11,6 +12,7 @@ from callbacks.milestones import GrokkingMilestones
 from callbacks.optimizer_internals import OptimizerInternals
 from callbacks.run_summary import RunSummary
 from tests.callbacks.fits import MemorisedSums, ars2, data, fit, module
+from tests.resuming import differences
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -35,29 +37,33 @@ def test_it_is_of_the_end_of_training_when_stopped_early(tmp_path: Path) -> None
     assert load(tmp_path / "last.ckpt")["global_step"] == trainer.global_step < 400
 
 
-class StopsItself(L.Callback):
-    """Ends training after six steps, as a limit of time would."""
+@pytest.mark.parametrize("begins_at", [0, 5])
+def test_training_that_max_steps_ended_within_an_epoch_goes_on_as_if_it_had_not(begins_at: int, tmp_path: Path) -> None:
+    # Four steps an epoch: the sixth is the second of the second one, and fits of three epochs make twelve. Where the
+    # fit that ends there begins at the fifth, its first step is its last.
+    def trained(folder: str, max_steps: int, path: str | None) -> dict[str, Any]:
+        model = module(ars2("aga", phi_lambda=0.1), scheduler=functools.partial(StepLR, step_size=1))
+        saving = LastCheckpoint(1, str(tmp_path / folder))
+        fit(model, data(), [saving], None, 3, path, enable_checkpointing=True, max_steps=max_steps)
+        return load(tmp_path / folder / "last.ckpt")
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        trainer.should_stop = trainer.global_step == 6
+    path = None
+    for limit in (begins_at, 6):
+        if limit:
+            saved = trained(f"{limit}", limit, path)
+            path = str(tmp_path / f"{limit}" / "last.ckpt")
+            assert saved["global_step"] == limit
+    whole, resumed = trained("whole", -1, None), trained("resumed", -1, path)
+    assert resumed["global_step"] == 12
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch"):
+        assert list(differences(resumed[key], whole[key])) == [], key
 
 
-@pytest.mark.parametrize(("options", "callbacks"), [({"max_steps": 6}, []), ({}, [StopsItself()])])
-def test_training_that_ended_within_an_epoch_goes_on_as_if_it_had_not(
-    options: dict[str, Any], callbacks: list[Any], tmp_path: Path
-) -> None:
-    # Four steps an epoch: the sixth is the second of the second one, and fits of three epochs make twelve.
-    whole, begun, resumed = (module(ars2("aga", phi_lambda=0.1)) for _ in range(3))
-    fit(whole, data(), [], None, epochs=3)
-    saving = LastCheckpoint(1, str(tmp_path))
-    fit(begun, data(), [*callbacks, saving], None, epochs=3, enable_checkpointing=True, **options)
-    ended = load(tmp_path / "last.ckpt")
-    assert ended["global_step"] == begun.trainer.global_step == 6
-    assert all(torch.equal(ended["state_dict"][name], tensor) for name, tensor in begun.state_dict().items())
-    fit(resumed, data(), [], None, epochs=3, ckpt_path=str(tmp_path / "last.ckpt"))
-    assert resumed.trainer.global_step == 12
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
+def test_a_second_fit_with_the_same_callback_is_saved_too(tmp_path: Path) -> None:
+    saving = LastCheckpoint(1000, str(tmp_path))
+    for _ in range(2):
+        fit(module(), data(), [saving], None, 9, enable_checkpointing=True, max_steps=3)
+        (tmp_path / "last.ckpt").unlink()
 
 
 def test_an_interrupted_run_leaves_the_last_period(tmp_path: Path) -> None:
