@@ -1,14 +1,16 @@
 """What an optimizer step costs, beside other optimizers, on the real parameter shapes of the tasks and of GPT-2 small.
 
-    python -m benchmarks.optimizer_step [--networks grokking resnet18 qwen3 gpt2] [--rounds 5] [--seconds 1] [--json]
+    python -m benchmarks.optimizer_step [--networks grokking resnet18 qwen3 gpt2] [--seconds 5] [--json]
 
 Whole model: ARS2-Neo in its modes (policy "all", its parts alone, no forward or backward), the same algorithm written
 tensor by tensor (benchmarks/per_tensor.py), and torch's AdamW. Matrices: the Muons, on the same 2-D tensors: the
 matrix track with convolutions flattened to (out, in*kh*kw) and stacks taken apart, as torch.optim.Muon takes no others.
 
-All run five Newton-Schulz steps in bfloat16 and keep float32 state. In a round every optimizer is made anew, makes two
-steps unmeasured, and is then timed for --seconds (three steps at least); medians are over all rounds, so a machine that
-slows down slows all. heavyball compiles its step, as it does by default; of the others only the row that says so does.
+All run five Newton-Schulz steps in bfloat16 and keep float32 state. They take turns of a twentieth of a second, or a
+step if it is longer, until each has had --seconds (three turns at least), so that a machine that slows down slows all;
+times are medians. Where a turn has many steps the first, for which the caches are cold, does not count. heavyball
+compiles its step, as it does by default; of the others only the row that says so does. All are in memory at once: 20 GB
+for GPT-2 small.
 
 --processor-time takes the time that the process was computing instead of the clock's: with one thread
 (OMP_NUM_THREADS=1) it hardly depends on what else the machine does.
@@ -200,31 +202,37 @@ def use_the_allocator_as_training_does() -> None:
     torch.empty(31 << 18)
 
 
+def turn(step: Step, clock: Callable[[], float]) -> list[float]:
+    """Make steps for a twentieth of a second, one at least; returns the milliseconds of each that counts."""
+    times: list[float] = []
+    end = time.perf_counter() + 0.05
+    while not times or time.perf_counter() < end:
+        start = clock()
+        step()
+        times.append(1e3 * (clock() - start))
+    return times[1:] or times
+
+
 def measure(
     competitors: dict[str, Competitor],
     make_groups: Callable[[], list[dict[str, Any]]],
-    rounds: int,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """Let the competitors take turns; returns for each its median milliseconds a step and its bytes."""
+    results: dict[str, dict[str, float]] = {}
+    steps: dict[str, Step] = {}
+    for name, competitor in competitors.items():
+        step, state = competitor(make_groups())
+        step()
+        held = sum(t.numel() * t.element_size() for t in state())
+        steps[name], results[name] = step, {"peak": peak_bytes(step), "state": held}
     times: dict[str, list[float]] = {name: [] for name in competitors}
-    results: dict[str, dict[str, float]] = {name: {} for name in competitors}
-    for turn in range(rounds):
-        for name, competitor in competitors.items():
-            step, state = competitor(make_groups())
-            step()
-            if turn == 0:
-                results[name]["peak"] = peak_bytes(step)
-                results[name]["state"] = sum(t.numel() * t.element_size() for t in state())
-            else:
-                step()
-            end, count = time.perf_counter() + seconds, 0
-            while count < 3 or time.perf_counter() < end:
-                start = clock()
-                step()
-                times[name].append(1e3 * (clock() - start))
-                count += 1
+    end, turns = time.perf_counter() + seconds * len(steps), 0
+    while turns < 3 or time.perf_counter() < end:
+        for name, step in steps.items():
+            times[name] += turn(step, clock)
+        turns += 1
     for name, values in times.items():
         results[name]["ms"] = statistics.median(values)
     return results
@@ -243,8 +251,7 @@ def table(title: str, results: dict[str, dict[str, float]], against: str) -> str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.0, help="measured seconds an optimizer and round")
+    parser.add_argument("--seconds", type=float, default=5.0, help="measured seconds an optimizer")
     parser.add_argument("--only", default="", help="leave out optimizers whose name does not contain this")
     parser.add_argument("--processor-time", action="store_true", help="instead of the clock's, see above")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
@@ -267,7 +274,7 @@ def main() -> None:
             ("matrices", MATRICES, matrices_of, TORCH_MUON),
         ):
             chosen = {key: value for key, value in competitors.items() if options.only in key or key == against}
-            results = measure(chosen, lambda make=make, name=name: make(name), options.rounds, options.seconds, clock)
+            results = measure(chosen, lambda make=make, name=name: make(name), options.seconds, clock)
             found[name][part] = results
             if not options.json:
                 print("\n" + table(f"{name}, {part}", results, against), flush=True)
