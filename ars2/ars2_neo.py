@@ -220,27 +220,24 @@ class ARS2Neo(TwoPassOptimizer):
 
     def _move(self, group: dict[str, Any], batch: Batch, alpha: float) -> None:
         """Move the parameters of one group, shear forces injected into their gradients first if ``alpha`` > 0."""
-        adam_alone = group["track"] == "vector" or (group["energy"] and not group["geometry"])
-        if adam_alone and alpha == 0:
+        if group["track"] == "matrix" and (group["geometry"] or not group["energy"]):
+            for part in self._matrix_parts(group, batch):
+                if alpha > 0:
+                    part = self._with_shears(group, part, self._injection_scales(group, part, alpha))
+                self._move_matrices(group, part)
+        elif alpha == 0:
             self._move_vectors(group, batch)
-            return
-        for part in self._parts(batch) if adam_alone else self._matrix_parts(group, batch):
-            scales = self._injection_scales(group, part, alpha)
-            if not adam_alone:
-                self._move_matrices(group, self._injected(group, part, scales))
-                continue
-            for piece in self._pieces(part):
-                self._move_vectors(group, self._injected(group, piece, scales))
+        else:
+            for part in self._parts(batch):
+                scales = self._injection_scales(group, part, alpha)
+                for piece in self._pieces(part):
+                    self._move_vectors(group, self._with_shears(group, piece, scales))
 
-    def _injection_scales(self, group: dict[str, Any], part: Batch, alpha: float) -> Tensor | None:
-        if alpha == 0:
-            return None
+    def _injection_scales(self, group: dict[str, Any], part: Batch, alpha: float) -> Tensor:
         norms = self._run(group)(flatness.norms)
         return flatness.injection_scales(alpha, norms(part.grads), norms(part.state("shear")))
 
-    def _injected(self, group: dict[str, Any], part: Batch, scales: Tensor | None) -> Batch:
-        if scales is None:
-            return part
+    def _with_shears(self, group: dict[str, Any], part: Batch, scales: Tensor) -> Batch:
         return part._replace(grads=self._run(group)(flatness.with_shears)(part.grads, part.state("shear"), scales))
 
     def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:

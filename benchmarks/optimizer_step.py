@@ -9,8 +9,7 @@ matrix track with convolutions flattened to (out, in*kh*kw) and stacks taken apa
 All run five Newton-Schulz steps in bfloat16 and keep float32 state. They take turns of a twentieth of a second, or a
 step if it is longer, until each has had --seconds (three turns at least), so that a machine that slows down slows all;
 times are medians. Where a turn has many steps the first, for which the caches are cold, does not count. heavyball
-compiles its step, as it does by default; of the others only the row that says so does. All are in memory at once: 20 GB
-for GPT-2 small.
+compiles its step, as it does by default; of the others only the row that says so does. All are in memory at once.
 
 --processor-time takes the time that the process was computing instead of the clock's: with one thread
 (OMP_NUM_THREADS=1) it hardly depends on what else the machine does.

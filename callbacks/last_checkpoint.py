@@ -45,7 +45,6 @@ class LastCheckpoint(ModelCheckpoint):
         )
         self.every_n_steps = every_n_steps
         self._saved_at_step = 0
-        self._ended_within_epoch = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -61,20 +60,19 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._ended_within_epoch = 0 <= trainer.max_steps <= trainer.global_step and not trainer.is_last_batch
         if not getattr(pl_module, "between_steps", True):
             return
         stopping = asked_to_stop(trainer)
         if getattr(pl_module, "damage", None) is not None:
             self._save(trainer)
         # After an epoch's last batch come its validation and its row in the log: the epoch's end saves them too.
-        elif self._ended_within_epoch or ((stopping or self._is_due(trainer)) and not trainer.is_last_batch):
+        elif not trainer.is_last_batch and (stopping or self._is_due(trainer) or _ends_within_epoch(trainer)):
             self._save(trainer)
             for callback in stopping:
                 callback.saved = self.best_model_path
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._ended_within_epoch:
+        if _ends_within_epoch(trainer):
             return
         stopping = asked_to_stop(trainer)
         if stopping or self._is_due(trainer):
@@ -85,7 +83,7 @@ class LastCheckpoint(ModelCheckpoint):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not self._ended_within_epoch:
+        if not _ends_within_epoch(trainer):
             self._save(trainer)
 
     def _is_due(self, trainer: L.Trainer) -> bool:
@@ -108,3 +106,8 @@ class LastCheckpoint(ModelCheckpoint):
             os.replace(new, place)
         trainer.strategy.barrier()
         self._last_checkpoint_saved, self._saved_at_step = filepath, trainer.global_step
+
+
+def _ends_within_epoch(trainer: L.Trainer) -> bool:
+    """Say whether ``max_steps`` ends training after the last batch so far, and there are more in its epoch."""
+    return 0 <= trainer.max_steps <= trainer.global_step and not trainer.is_last_batch

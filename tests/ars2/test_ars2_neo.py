@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ars2 import ARS2Neo, batch
+from ars2 import ARS2Neo
 from ars2.flatness import looks_again
 from tests.ars2.problems import SmallProblem, gradients, problem_groups
 from tests.ars2.reference import ReferenceARS2
@@ -19,6 +19,7 @@ from tests.ars2.training import (
     SHEAR_MODES,
     assert_identical,
     closure_of,
+    cut_in_pieces,
     parameters_of,
     setup,
     snapshot,
@@ -81,8 +82,7 @@ def test_float64_follows_the_reference(mode: str) -> None:
 def test_float64_follows_the_reference_where_tensors_are_cut_in_pieces(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch, "_PART_NUMEL", 1)
-    monkeypatch.setattr(batch, "_PIECE_NUMEL", 7)
+    cut_in_pieces(monkeypatch)
     assert compare(mode, torch.float64, "float64").run(STEPS) <= FLOAT64_BOUND
 
 

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ars2 import ARS2Neo, batch, flatness
+from ars2 import ARS2Neo, flatness
 from tests.ars2.problems import SmallProblem
 from tests.ars2.training import (
     SHEAR_MODES,
     assert_identical,
     closure_of,
     copies,
+    cut_in_pieces,
     parameters_of,
     same,
     setup,
@@ -24,11 +25,13 @@ from tests.ars2.training import (
 LOOKING = ["sync", "periodic, k=1", *SHEAR_MODES]  # all look twice at the first step
 
 
-@pytest.fixture(autouse=True, params=["whole tensors", "pieces"])
-def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "pieces":
-        monkeypatch.setattr(batch, "_PART_NUMEL", 1)
-        monkeypatch.setattr(batch, "_PIECE_NUMEL", 7)
+@pytest.fixture(autouse=True, params=[None, 7], ids=["whole tensors", "pieces"])
+def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """The entries of the pieces that tensors are cut in; every test is run without and with them."""
+    numel: int | None = request.param
+    if numel is not None:
+        cut_in_pieces(monkeypatch, numel)
+    return numel
 
 
 class Failing(SmallProblem):
@@ -255,7 +258,9 @@ def test_values_put_in_the_place_of_a_parameters_storage_do_not_stay_either() ->
 
 
 @pytest.mark.parametrize("moves", [1, 2])
-def test_an_interrupt_between_two_pieces_leaves_none_of_them_moved(moves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_between_two_pieces_leaves_none_of_them_moved(
+    moves: int, piece: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     param = nn.Parameter(torch.arange(1.0, 26.0).view(5, 5))
     before = param.detach().clone()
     optimizer = ARS2Neo([param])
@@ -266,12 +271,12 @@ def test_an_interrupt_between_two_pieces_leaves_none_of_them_moved(moves: int, m
     def interrupted(params: list[Tensor], offsets: list[Tensor], *rest: Any) -> None:
         real(params, offsets, *rest)
         moved.append(params[0].numel())
-        if len(moved) == moves or moved[0] == 25:
+        if len(moved) == moves or piece is None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(flatness, "move_along_", interrupted)
     optimizer.wants_second_pass()
     with pytest.raises(KeyboardInterrupt):
         optimizer.perturb()
-    assert moved in ([7] * moves, [25])
+    assert moved == ([25] if piece is None else [piece] * moves)
     assert torch.equal(param, before)

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable
 from copy import deepcopy
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ars2 import ARS2Neo
+from ars2 import ARS2Neo, batch
 from tests.ars2.problems import SmallProblem, problem_groups
 
 # Every mode with options under which it does all that it can do within a few dozen steps of the small problem: AGA's
@@ -33,6 +34,12 @@ def setup(
     """The small problem and an ARS2Neo over its two tracks, in a mode of the table above."""
     model = SmallProblem(dtype)
     return model, ARS2Neo(problem_groups(model), ns_dtype=ns_dtype, **{**MODES[mode], **options})
+
+
+def cut_in_pieces(monkeypatch: pytest.MonkeyPatch, numel: int = 7) -> None:
+    """Let the optimizer work tensor by tensor, on pieces of so many entries where tensors are larger."""
+    monkeypatch.setattr(batch, "_PART_NUMEL", 1)
+    monkeypatch.setattr(batch, "_PIECE_NUMEL", numel)
 
 
 def closure_of(model: SmallProblem, optimizer: Optimizer, step: int) -> Callable[[], Tensor]:
