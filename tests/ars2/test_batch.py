@@ -78,7 +78,7 @@ def test_a_step_with_a_large_tensor_holds_one_copy_of_it_and_pieces() -> None:
         assert not optimizer.wants_second_pass()
         optimizer.step()
 
-    # The saved parameters, and the second gradient, which the passes make. Measured: no piece beside them, two, and one.
+    # The saved parameters, and the second gradient, which the passes make. Measured beside them: no piece; two; one.
     assert 2 * 4 * large <= peak_of(look) <= 2 * 4 * large + 1.1 * piece_bytes
     assert peak_bytes(optimizer.step) <= 2.1 * piece_bytes
     assert peak_of(step_without_a_look) <= 1.1 * piece_bytes
