@@ -1,5 +1,6 @@
 """Where a run's numbers go: a CSV file always, Weights & Biases when asked or when a key is configured."""
 
+import importlib.util
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,12 +22,20 @@ def make_loggers(folder: Path, config: Mapping[str, Any], wandb: bool | None, re
         wandb: whether to log to Weights & Biases; ``None`` does so only where a key is configured. Without a key, or
             where the server fails, the run is recorded offline, see :class:`wandb_logger.RunWandbLogger`.
         resumes: whether the run goes on in a folder that has rows of it.
+
+    Raises:
+        ValueError: ``wandb`` is true and its package is not installed.
     """
     loggers: list[Logger] = [RunCSVLogger(folder, resumes)]
-    if not getattr(rank_zero_only, "rank", 0) and wandb is not False:
-        key = has_key()
-        if wandb or key:
-            loggers.append(RunWandbLogger(folder, config, key, resumes))
+    if getattr(rank_zero_only, "rank", 0) or wandb is False:
+        return loggers
+    if wandb is None and importlib.util.find_spec("wandb") is None:
+        if os.environ.get("WANDB_API_KEY"):
+            print("WANDB_API_KEY is set and the package wandb is not installed: this run is not logged there")
+        return loggers
+    key = has_key()
+    if wandb or key:
+        loggers.append(RunWandbLogger(folder, config, key, resumes))
     return loggers
 
 

@@ -25,8 +25,12 @@ def main() -> int:
     if min(options.workers, options.threads) < 1:
         parser.error("--workers and --threads must be at least 1")
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch is imported
-    from search import progress, specification, wandb_files
-
+    try:
+        from search import progress, specification, wandb_files
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        print(f"error: a sweep needs the package {package}: install it (pip install {package})", file=sys.stderr)
+        return 1
     try:
         sweep = specification.read(options.sweep)
         if options.wandb_files:

@@ -18,11 +18,19 @@ _PATIENCE, _LAST_PATIENCE = 10.0, 60.0
 
 
 def quiet_wandb() -> Any:
-    """Import wandb, whose messages repeat ours or tell how to log in, and whose own telemetry can hold up the exit."""
+    """Import wandb, whose messages repeat ours or tell how to log in, and whose own telemetry can hold up the exit.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb
-
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "logging to Weights & Biases needs the package wandb: install it (pip install wandb), or leave out --wandb"
+        ) from error
     return wandb
 
 
@@ -52,6 +60,7 @@ class RunWandbLogger(WandbLogger):
         super().__init__(experiment=self._begin(), save_dir=str(folder))
 
     def _begin(self) -> Any:
+        quiet_wandb()
         before = set(_records(self.folder))
         try:
             run = self._start()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from run_loggers import has_key
+from wandb_logger import quiet_wandb
 
 
 def upload(folder: Path, project: str, title: str) -> str:
@@ -18,9 +19,7 @@ def upload(folder: Path, project: str, title: str) -> str:
     Returns:
         A sentence that says where it is; without a key it is recorded offline, beside the folder.
     """
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-
+    wandb = quiet_wandb()
     mode: Any = os.environ.get("WANDB_MODE", "online" if has_key() else "offline")
     settings = wandb.Settings(console="off", silent=True)
     run = wandb.init(project=project, name=title, job_type="report", dir=str(folder), mode=mode, settings=settings)

@@ -1,4 +1,4 @@
-"""The lines of a text corpus, split by split, by ``datasets``: from the hub, or from a folder on disk."""
+"""Read the lines of a text corpus, split by split: from a folder on disk, or from the hub."""
 
 import hashlib
 import logging
@@ -35,7 +35,7 @@ def open_corpus(root: Path | None) -> Corpus:
 
     Raises:
         FileNotFoundError: no such folder, or a split without a file in it.
-        ValueError: several files for one split.
+        ValueError: several files for one split; anything but text files where ``datasets`` is not installed.
         ConnectionError: the hub cannot be reached and has not been before.
     """
     if root is None:
@@ -43,15 +43,14 @@ def open_corpus(root: Path | None) -> Corpus:
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root} to read the corpus from: see data.root")
     if (root / "dataset_dict.json").is_file():
-        from datasets import load_from_disk
-
-        return _digested("a saved copy of datasets", load_from_disk(str(root)))
+        return _digested("a saved copy of datasets", _datasets("a saved copy").load_from_disk(str(root)))
     files = {split: _file(root, split) for split in SPLITS}
     kind = "parquet" if files["train"].suffix == _PARQUET else "text"
     digest = hashlib.sha256()
     for path in files.values():
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return Corpus(f"local {kind} files", digest.hexdigest(), lambda: _from_files(kind, files))
+    read = _from_parquet if kind == "parquet" else _from_text
+    return Corpus(f"local {kind} files", digest.hexdigest(), lambda: read(files))
 
 
 def _file(root: Path, split: str) -> Path:
@@ -67,9 +66,20 @@ def _file(root: Path, split: str) -> Path:
     return found[0]
 
 
-def _from_hub() -> Any:
-    from datasets import load_dataset
+def _datasets(what: str) -> Any:
+    """Import ``datasets``, which text files do without."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"reading {what} needs the package datasets: install it (pip install datasets), or name a folder with one"
+            " text file a split by --data.root"
+        ) from error
+    return datasets
 
+
+def _from_hub() -> Any:
+    load_dataset = _datasets("the hub").load_dataset
     print(f"asking the hub for {HUB_CONFIG}", flush=True)
     # Each of its attempts would print two lines where there is no network.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -83,13 +93,21 @@ def _from_hub() -> Any:
         ) from error
 
 
-def _from_files(kind: str, files: dict[str, Path]) -> dict[str, list[str]]:
-    from datasets import load_dataset
+def _from_text(files: dict[str, Path]) -> dict[str, list[str]]:
+    lines = {}
+    for split, path in files.items():
+        try:
+            with path.open(encoding="utf-8") as file:
+                lines[split] = [line.rstrip("\r\n") for line in file]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a text file in UTF-8: {error.reason} at byte {error.start}") from error
+    return lines
 
-    # Streamed: datasets would otherwise keep a copy of its own, and go by the file's name and time.
-    options: dict[str, Any] = {"sample_by": "line", "keep_linebreaks": True} if kind == "text" else {}
+
+def _from_parquet(files: dict[str, Path]) -> dict[str, list[str]]:
     names = {split: str(path) for split, path in files.items()}
-    return _lines(load_dataset(kind, data_files=names, streaming=True, **options))
+    # Streamed: datasets would otherwise keep a copy of its own, and go by the file's name and time.
+    return _lines(_datasets("Parquet files").load_dataset("parquet", data_files=names, streaming=True))
 
 
 def _digested(source: str, dataset: Any) -> Corpus:
