@@ -3,9 +3,10 @@
     python compare.py runs
     python compare.py results/grok --baseline grok_adamw --output report --title "Grokking, as published"
     python compare.py runs/mine --target "val/accuracy >= 0.94" --target "val/loss < 0.2"
+    python compare.py tables/runs.zip --unfinished
 
-Reads config.yaml and metrics.csv of every run at or below the folders; how is in comparison/. Folders that are no
-finished run are listed in the report with the reason.
+Reads config.yaml and metrics.csv of every run at or below the folders, or in archives of runs; how is in comparison/.
+Folders that are no finished run are listed in the report with the reason.
 """
 
 import argparse
@@ -21,11 +22,12 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="compare.py", description=__doc__, epilog=EPILOG)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders that hold some")
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, folders that hold some, or archives")
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder to write to (default: report)")
     parser.add_argument("--title", default="Comparison of optimizers", help="heading of the report")
     parser.add_argument("--baseline", help="row, or optimizer, that the others are compared with (default: adamw)")
     parser.add_argument("--target", action="append", default=[], help='level to reach, such as "val/accuracy >= 0.9"')
+    parser.add_argument("--unfinished", action="store_true", help="rows of runs that did not come to their end, too")
     parser.add_argument("--wandb", metavar="PROJECT", help="also send the report to this project")
     return parser.parse_args()
 
@@ -40,24 +42,29 @@ def main() -> int:
             print(f"error: a target is {example}; got {text!r}", file=sys.stderr)
             return 2
     # Here, because these imports take seconds, and a wrong option should not.
+    from comparison.archive import unpacked
     from comparison.report import summary, write
     from comparison.rows import group
     from comparison.runs import Target, read
 
     targets = [Target(m[0], m[1], float(m[3]), lower=m[2] == "<") for m in matches if m is not None]
-    runs, problems = read(options.folders)
-    groups = group(runs, problems, targets)
-    if not groups:
-        reasons = f", such as {problems[0].folder}: {problems[0].reason}" if problems else ""
-        print(f"error: there is no finished run in {', '.join(map(str, options.folders))}{reasons}", file=sys.stderr)
-        return 1
-    write(options.output, groups, problems, options.title, options.baseline)
-    print(summary(groups, problems))
-    print(f"report: {options.output / 'report.html'}")
-    if options.wandb:
-        from comparison.upload import upload
+    try:
+        with unpacked(options.folders) as (folders, shown):
+            runs, problems = read(folders, shown, options.unfinished)
+        groups = group(runs, problems, targets)
+        if not groups:
+            reasons = f", such as {problems[0].folder}: {problems[0].reason}" if problems else ""
+            raise ValueError(f"there is no finished run in {', '.join(map(str, options.folders))}{reasons}")
+        write(options.output, groups, problems, options.title, options.baseline)
+        print(summary(groups, problems))
+        print(f"report: {options.output / 'report.html'}")
+        if options.wandb:
+            from comparison.upload import upload
 
-        print(upload(options.output, options.wandb, options.title))
+            print(upload(options.output, options.wandb, options.title))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

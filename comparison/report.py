@@ -130,7 +130,7 @@ def _headlines(group: Group) -> Iterator[str]:
 def _runs(group: Group) -> Table:
     """List every run behind the rows, with the command that repeats it."""
     lines = [
-        [row.label, run.identity.seed, str(run.epochs), f"python train.py fit --config {run.folder / 'config.yaml'}"]
+        [row.label, run.identity.seed, str(run.epochs), f"python train.py fit --config {run.shown / 'config.yaml'}"]
         for row in group.rows
         for run in row.runs.values()
     ]
@@ -157,7 +157,7 @@ def _numbers(groups: Sequence[Group]) -> pd.DataFrame:
                 for target in group.targets:
                     for axis in group.axes:
                         line[f"{target.name}: {AXES[axis]}"] = run.reached(target, axis)
-                lines.append(line | {"folder": str(run.folder)})
+                lines.append(line | {"folder": str(run.shown)})
     return pd.DataFrame(lines)
 
 

@@ -140,7 +140,7 @@ def matches(options: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
 
 
 def group(runs: Iterable[Run], problems: Iterable[Problem] = (), targets: Sequence[Target] = ()) -> list[Group]:
-    """Sort finished runs into groups and rows.
+    """Sort runs into groups and rows.
 
     Args:
         runs: of any tasks; trials of a sweep become no rows, they are kept apart.
@@ -172,7 +172,7 @@ def group(runs: Iterable[Run], problems: Iterable[Problem] = (), targets: Sequen
             if identity.sweep and (identity.task, identity.protocol_digest) == (task, digest):
                 found.failed[identity.sweep.name, identity.sweep.optimizer] += 1
         searches = {run.identity.sweep.name if run.identity.sweep else None for run in members}
-        rows: dict[tuple[str, str], Row] = {}
+        rows: dict[tuple[str, str, str], Row] = {}
         for run in members:
             sweep = run.identity.sweep
             if sweep is not None and _is_trial(run.identity):
@@ -182,7 +182,9 @@ def group(runs: Iterable[Run], problems: Iterable[Problem] = (), targets: Sequen
             of_search = "" if sweep is None else name
             if sweep is not None and len(searches) == 1:
                 name = sweep.optimizer  # nothing else to confuse it with
-            row = rows.setdefault((run.identity.setting_digest, of_search), Row({}, name))
+            # Runs of one setting that went differently far are no repeats of each other.
+            name += f", {run.so_far}" if run.so_far else ""
+            row = rows.setdefault((run.identity.setting_digest, of_search, run.so_far), Row({}, name))
             row.runs[run.identity.seed] = run
         for row in rows.values():
             sweep = row.any.identity.sweep

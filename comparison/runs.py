@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Run:
 
     Args:
         folder: with ``config.yaml`` and ``metrics.csv``.
+        shown: what to call the folder; ``None`` is its path.
 
     Attributes:
         identity: what its config says of it.
@@ -56,8 +57,8 @@ class Run:
         ValueError: it is damaged, or no training run; the message says how.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, shown: Path | None = None) -> None:
+        self.folder, self.shown = folder, shown or folder
         config = _mapping(folder / "config.yaml")
         self.identity = RunIdentity(config)
         self._check_protocol()
@@ -137,6 +138,11 @@ class Run:
         return any(self.has(f"milestone/{stop}") for stop in stops if stop)
 
     @property
+    def so_far(self) -> str:
+        """How much of it there is, in words; empty for a run that came to an end."""
+        return "" if self.finished else f"{self.epochs} of {self.limit}"
+
+    @property
     def limit(self) -> str:
         """How far it was to go, in words."""
         options = self.identity.options
@@ -204,13 +210,20 @@ def find(paths: Iterable[Path]) -> Iterator[Path]:
             below[:] = sorted(set(below) - {"wandb", "checkpoints"})
 
 
-def read(paths: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
+def read(
+    paths: Iterable[Path], shown: Callable[[Path], Path] = lambda path: path, unfinished: bool = False
+) -> tuple[list[Run], list[Problem]]:
     """Read every run at or below ``paths``.
 
+    Args:
+        paths: run folders, or folders that hold some.
+        shown: returns what to call a folder, see :func:`comparison.archive.unpacked`.
+        unfinished: whether runs that completed an epoch and did not come to their end count too.
+
     Returns:
-        The runs that came to their end, and the folders of all others with the reason why they are not among them. Of
-        several runs of one setting and one seed the latest counts, because they are not independent. Unfinished trials
-        of a sweep are among the runs: their cost was spent.
+        The runs that count, and the folders of all others with the reason why they are not among them. Of several runs
+        of one setting and one seed the latest counts, because they are not independent. Unfinished trials of a sweep
+        are among the runs: their cost was spent.
     """
     runs: list[Run] = []
     problems: list[Problem] = []
@@ -218,22 +231,22 @@ def read(paths: Iterable[Path]) -> tuple[list[Run], list[Problem]]:
         try:
             if not folder.is_dir():
                 raise ValueError("there is no such folder")
-            runs.append(Run(folder))
+            runs.append(Run(folder, shown(folder)))
         except (ValueError, OSError) as error:
-            problems.append(Problem(folder, str(error), _identity(folder)))
-    continued = {run.resumed_from.resolve(): run.folder for run in runs if run.resumed_from}
+            problems.append(Problem(shown(folder), str(error), _identity(folder)))
+    continued = {run.resumed_from.resolve(): run.shown for run in runs if run.resumed_from}
     kept: dict[tuple[Any, ...], Run] = {}
     for run in sorted(runs, key=lambda run: run.folder.name):
         sweep = run.identity.sweep
-        is_trial = sweep is not None and sweep.trial is not None
+        counts = run.finished or (sweep is not None and sweep.trial is not None) or (unfinished and run.epochs > 0)
         if run.folder.resolve() in continued:
-            problems.append(Problem(run.folder, f"it goes on in {continued[run.folder.resolve()]}, which has its rows"))
-        elif not run.finished and not is_trial:
-            problems.append(Problem(run.folder, f"half-finished: {run.epochs} epochs of {run.limit}"))
+            problems.append(Problem(run.shown, f"it goes on in {continued[run.folder.resolve()]}, which has its rows"))
+        elif not counts:
+            problems.append(Problem(run.shown, f"half-finished: {run.epochs} epochs of {run.limit}"))
         else:
             key = (run.identity.setting_digest, run.identity.seed, sweep)
             if former := kept.get(key):
-                problems.append(Problem(former.folder, f"repeated with the same setting and seed in {run.folder}"))
+                problems.append(Problem(former.shown, f"repeated with the same setting and seed in {run.shown}"))
             kept[key] = run
     return list(kept.values()), problems
 
