@@ -1,11 +1,11 @@
-"""One run of a sweep, in a process of its own that starts with everything imported."""
+"""A run in a process of its own that starts with everything imported."""
 
 import json
 import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -21,26 +21,64 @@ class Outcome:
     summary: dict[str, Any]
 
 
-def server() -> Any:
-    """Return the multiprocessing context whose processes are forked from one that has imported the command line."""
+def server(*modules: str) -> Any:
+    """Return the multiprocessing context whose processes are forked from one that has imported the command line.
+
+    Args:
+        modules: imported too, such as those of a task that take seconds. None of them may touch a GPU.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cli"])
+    context.set_forkserver_preload(["cli", *modules])
     return context
+
+
+class Trial:
+    """A run of ``python train.py`` under way, in a process of its own.
+
+    Args:
+        context: see :func:`server`.
+        arguments: of the command line.
+        log: file for what it prints.
+        environment: variables that are set for it.
+    """
+
+    def __init__(
+        self, context: Any, arguments: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        self._receiver, sender = context.Pipe(duplex=False)
+        options = (list(arguments), str(log), dict(environment or {}), sender)
+        self._process = context.Process(target=_train, args=options)
+        self._process.start()
+        sender.close()
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not come to an end yet."""
+        return bool(self._process.is_alive())
+
+    def stop(self) -> None:
+        """Let it finish the step under way, save, and leave; where training has not begun, it leaves at once."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End it at once; it goes on from its last checkpoint."""
+        self._process.kill()
+
+    def outcome(self) -> Outcome:
+        """Wait for its end and return what came of it."""
+        try:
+            code, folder = self._receiver.recv()
+        except EOFError:  # killed
+            code, folder = -1, None
+        self._process.join()
+        return Outcome(code, folder, summary(folder))
 
 
 def run(context: Any, arguments: Sequence[str], log: Path) -> Outcome:
     """Run ``python train.py`` with ``arguments`` to its end; what it prints goes to ``log``."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_train, args=(list(arguments), str(log), sender))
-    process.start()
-    sender.close()
-    try:
-        code, folder = receiver.recv()
-    except EOFError:  # killed
-        code, folder = -1, None
-    process.join()
-    return Outcome(code, folder, summary(folder))
+    return Trial(context, arguments, log).outcome()
 
 
 def summary(folder: str | None) -> dict[str, Any]:
@@ -50,9 +88,11 @@ def summary(folder: str | None) -> dict[str, Any]:
     return found
 
 
-def _train(arguments: list[str], log: str, sender: Connection) -> None:
+def _train(arguments: list[str], log: str, environment: dict[str, str], sender: Connection) -> None:
     """The run's process."""
-    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+    os.setsid()  # a Ctrl-C is for the program that started it, which then asks it to stop
+    os.environ.update(environment)
+    threading.Thread(target=_end_with_the_starter, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(output, stream)
@@ -69,8 +109,8 @@ def _train(arguments: list[str], log: str, sender: Connection) -> None:
     sender.send((code, os.environ.get(FOLDER)))
 
 
-def _end_with_the_sweep() -> None:
-    """A sweep that was killed leaves no runs behind that nobody waits for."""
+def _end_with_the_starter() -> None:
+    """End this process with the one that started it, so that no run is left behind that nobody waits for."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
