@@ -14,7 +14,7 @@ from typing import Any
 _SHORT = {"ARS2Neo": "ars2"}
 # Options of the data that decide how fast batches come, or where from, and never which numbers are in them.
 _LOGISTICS = {
-    *("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "download"),
+    *("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "download", "on_device"),
     # What predict is asked.
     *("questions", "images", "prompts"),
 }
@@ -31,7 +31,7 @@ _EVALUATION = (
 )
 _SWITCHES = ("model.optimizer.energy", "model.optimizer.geometry")
 # How a step is computed: what comes out differs by rounding alone.
-_HOW = ("model.optimizer.ns_algorithm",)
+_HOW = ("model.optimizer.ns_algorithm", "model.compile", "model.channels_last")
 # Options that came later, at the value that changes nothing: runs from before are of the same setting.
 _NEUTRAL = {
     **dict.fromkeys(_SWITCHES, True),

@@ -1,5 +1,6 @@
 """Crop, flip and Cutout of whole batches of images: drawn on the host, applied where the batch is."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,15 @@ class TrainingImages(NamedTuple):
     images: Tensor
     labels: Tensor
     draws: Draws
+
+
+@functools.cache
+def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return ``values`` of channels in [0, 1] as a tensor (channels, 1, 1) for bytes; made once a device.
+
+    A tensor made from Python numbers waits until the GPU has done all that was queued for it.
+    """
+    return torch.tensor(values, device=device).view(-1, 1, 1) * 255
 
 
 class Augmentation(NamedTuple):
@@ -57,7 +67,7 @@ class Augmentation(NamedTuple):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Map ``images`` uint8 to float32 of zero mean and unit deviation; nothing random."""
-        mean, std = (torch.tensor(value, device=images.device).view(-1, 1, 1) * 255 for value in (self.mean, self.std))
+        mean, std = (_of_channels(tuple(values), images.device) for values in (self.mean, self.std))
         return images.float().sub_(mean).div_(std)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:

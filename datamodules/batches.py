@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +14,13 @@ def world() -> tuple[int, int]:
     """Return this process' rank and the number of processes that train together."""
     together = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+
+def device_of(data: L.LightningDataModule, on_device: bool) -> torch.device:
+    """Return where the tensors of ``data`` are to be kept: the device that trains if ``on_device``, else the host."""
+    if on_device and data.trainer is not None:
+        return data.trainer.strategy.root_device
+    return torch.device("cpu")
 
 
 def share(examples: int) -> slice:
@@ -34,7 +42,7 @@ class TensorBatches:
     by at most one. A last short batch with fewer examples than processes joins the batch before it.
 
     Args:
-        tensors: each of shape (examples, ...).
+        tensors: each of shape (examples, ...), on one device.
         batch_size: examples to a batch, of all processes together.
         seed: of the order; ``None`` keeps the given order in every epoch.
         drop_last: whether a last short batch is left out; of a shuffled epoch it holds other examples each time.
@@ -82,7 +90,8 @@ class TensorBatches:
         if not goes_on:
             self.epoch, self.done = self.epoch + 1 if self._announced is None else self._announced, 0
         self._resuming, self._announced = False, None
-        order, bounds = self._order(), self._bounds()
+        # Moved once an epoch: an index on the host would be sent to the device, and waited for, with every batch.
+        order, bounds = self._order().to(self.tensors[0].device), self._bounds()
         while self.done < len(bounds) - 1:
             self.done += 1
             batch = order[bounds[self.done - 1] : bounds[self.done]]

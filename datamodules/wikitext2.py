@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules.batches import TensorBatches
+from datamodules.batches import TensorBatches, device_of
 from datamodules.text_corpus import open_corpus
 from datamodules.token_cache import Tokens, cached_tokens, default_cache
 from datamodules.token_rows import UNKNOWN, Protocol, SplitTokens
@@ -37,6 +37,7 @@ class WikiText2Data(L.LightningDataModule):
         seed: of the training order.
         root: folder with the corpus, see :func:`datamodules.text_corpus.open_corpus`; ``None`` takes the environment
             variable ``ARS2_WIKITEXT2_ROOT``, or else the raw version from the hub.
+        on_device: keep the rows on the device that trains instead of sending every batch there.
         cache: folder for tokenizers and tokens; ``None`` is ``ars2`` in the user's cache folder.
         prompts: texts for ``predict`` to go on from; ``None`` takes the beginnings of three validation rows.
 
@@ -55,6 +56,7 @@ class WikiText2Data(L.LightningDataModule):
         seed: int = 42,
         root: str | None = None,
         cache: str | None = None,
+        on_device: bool = False,
         prompts: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class WikiText2Data(L.LightningDataModule):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.vocabulary, self.context, self.protocol = vocabulary, context, protocol
         self.batch_size, self.val_batch_size, self.seed = batch_size, val_batch_size or batch_size, seed
-        self.root, self.cache, self.prompts = root, cache, prompts
+        self.root, self.cache, self.on_device, self.prompts = root, cache, on_device, prompts
         self.source, self.digest = "", ""
         self._tokens: Tokens | None = None
 
@@ -131,7 +133,9 @@ class WikiText2Data(L.LightningDataModule):
     def train_dataloader(self) -> TensorBatches:
         """Shuffled anew each epoch."""
         rows, _ = self._rows(self.tokens.splits["train"])
-        return TensorBatches((rows,), self.batch_size, self.seed, drop_last=self.protocol == "packed")
+        return TensorBatches(
+            (rows.to(device_of(self, self.on_device)),), self.batch_size, self.seed, drop_last=self.protocol == "packed"
+        )
 
     def val_dataloader(self) -> Any:
         """In a fixed order."""
@@ -143,6 +147,7 @@ class WikiText2Data(L.LightningDataModule):
 
     def _evaluated(self, name: str) -> Any:
         rows, rest = self._rows(self.tokens.splits[name])
+        rows = rows.to(device_of(self, self.on_device))
         if self.protocol == "packed":
             return TensorBatches((rows,), self.val_batch_size, None, drop_last=True)
         return _WholeText(rows, rest, self.val_batch_size)

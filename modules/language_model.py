@@ -1,7 +1,9 @@
 """Language modelling with Qwen3 (Yang et al. 2025): each token of a row from those before it."""
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -30,6 +32,8 @@ class LanguageModel(TwoPassModule):
         projections: how the weights of query, key and value are kept: ``"whole"`` as one matrix (heads * head_dim,
             width) each, ``"per_head"`` as a stack (heads, head_dim, width), of which an optimizer of matrices takes
             every head's for itself.
+        compile: compile the network with ``torch.compile``, which takes a minute once and saves time on every step;
+            texts are drawn without, since their length changes with every token.
         temperature, top_k, sample_tokens, sample_seed: of continuations: what logits are divided by (0 takes the
             likeliest), how many of the likeliest tokens to draw from (``None`` for all), tokens to draw, and the seed.
         options: of the training step, see :class:`modules.two_pass.TwoPassModule`.
@@ -56,6 +60,7 @@ class LanguageModel(TwoPassModule):
         rope_theta: float = 10_000.0,
         tied_embeddings: bool = True,
         projections: Literal["whole", "per_head"] = "whole",
+        compile: bool = False,
         temperature: float = 1.0,
         top_k: int | None = 50,
         sample_tokens: int = 40,
@@ -75,7 +80,7 @@ class LanguageModel(TwoPassModule):
             raise ValueError(f"head_dim must be even, as rotary positions turn pairs of numbers, got {head_dim}")
         if temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
-        self.vocabulary, self.context = vocabulary, context
+        self.vocabulary, self.context, self.compile_network = vocabulary, context, compile
         self.temperature, self.top_k = temperature, top_k
         self.sample_tokens, self.sample_seed = sample_tokens, sample_seed
         self.network = Qwen3ForCausalLM(
@@ -98,6 +103,17 @@ class LanguageModel(TwoPassModule):
         if projections == "per_head":
             split_heads(self.network)
         self.set_metrics({"perplexity": Perplexity()})
+
+    def configure_model(self) -> None:
+        """Shard the network or compile it, where that is asked for.
+
+        Raises:
+            ValueError: as :meth:`modules.two_pass.TwoPassModule.configure_model`.
+        """
+        super().configure_model()
+        if self.compile_network and self.network.model._compiled_call_impl is None:
+            # In place: a wrapper would change the names of the parameters.
+            self.network.model.compile()
 
     def setup(self, stage: str) -> None:
         """Check that the data fits the network; where it has whole texts, add the metrics of whole texts.
@@ -130,7 +146,11 @@ class LanguageModel(TwoPassModule):
     def compute_loss(self, batch: tuple[Tensor], metrics: Metrics | None) -> Tensor:
         """Return the mean cross-entropy in nats per token."""
         (rows,) = batch
-        hidden = self.network.model(input_ids=rows[:, :-1].long(), use_cache=False).last_hidden_state
+        # With the mask stated (none: torch's attention is causal by itself) transformers need not look at the positions
+        # for packed texts, for which it would wait for the device in every pass.
+        mask: Any = {"full_attention": None}
+        model = self.network.model
+        hidden = model(input_ids=rows[:, :-1].long(), attention_mask=mask, use_cache=False).last_hidden_state
         unembedding: Any = self.network.get_output_embeddings()
         loss = chunked_cross_entropy(hidden.flatten(0, 1), unembedding.weight, rows[:, 1:].flatten())
         if metrics is not None:
@@ -142,9 +162,10 @@ class LanguageModel(TwoPassModule):
     def continue_text(self, tokens: Tensor) -> str:
         """Return the text of ``tokens`` (1, tokens) and what the network has to follow, by the sampling options."""
         tokenizer = self.trainer.datamodule.tokens.tokenizer  # type: ignore[attr-defined]
-        drawn = continuation(
-            self.network, tokens, self.sample_tokens, self.context, self.temperature, self.top_k, self.sample_seed
-        )
+        with torch.compiler.set_stance("force_eager") if self.compile_network else nullcontext():
+            drawn = continuation(
+                self.network, tokens, self.sample_tokens, self.context, self.temperature, self.top_k, self.sample_seed
+            )
         text: str = tokenizer.decode([*tokens[0].tolist(), *drawn.tolist()], skip_special_tokens=False)
         return text
 

@@ -76,11 +76,11 @@ def test_reaches_the_optimizer_as_stated_and_names_no_folder(row: str, tmp_path:
     assert read(folder / "config.yaml")["data"]["init_args"]["root"] is None
 
 
-def test_overlays_change_layout_compilation_precision_and_devices_alone() -> None:
+def test_overlays_change_layout_precision_and_devices_alone() -> None:
     config, gpu, ddp = (f"configs/{name}.yaml" for name in ("cifar_aga", "overlays/cifar_gpu", "overlays/ddp"))
     assert changed_by(("--config", gpu, "--config", ddp), "--config", config) == {
         "channels_last: true",
-        "compile: true",
+        "on_device: true",
         "accelerator: gpu",
         "strategy: ddp",
         "precision: bf16-mixed",

@@ -72,8 +72,13 @@ def test_options_that_came_later_do_not_part_runs_from_those_before() -> None:
         return identity.protocol_digest, identity.setting_digest
 
     before = digest_of({}, {})
-    neutral = {"nonfinite": "stop", "gather": "exact", "optimizer": {"ns_algorithm": "auto", "compile": False}}
+    neutral: dict[str, Any] = {
+        "nonfinite": "stop",
+        "gather": "exact",
+        "optimizer": {"ns_algorithm": "auto", "compile": False},
+    }
     assert digest_of(neutral, {"finish_epoch": True}) == before
+    assert digest_of({"compile": True, "channels_last": True}, {}) == before  # equal but for rounding
     assert digest_of({"nonfinite": "skip"}, {})[0] == before[0]  # how it is trained, not on what
     for model, callback in (
         ({"nonfinite": "skip"}, {}),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.commands import ROOT, Result, call, fit
+from tests.commands import ROOT, Result, call, changed_by, fit
 from tests.text import FILES, SMALL_TEXT, write_corpus
 
 ROWS = ("adamw", "muon", "base", "sync", "aga")
@@ -157,3 +157,14 @@ def test_an_empty_split_is_one_sentence(tmp_path: Path) -> None:
     text = write_corpus(tmp_path / "text")
     (text / FILES["validation"]).write_text("")
     assert "the validation split" in call("fit", *NANO, *where(text), "--runs", tmp_path / "runs").error
+
+
+def test_the_gpu_overlay_changes_precision_devices_and_how_often_a_run_is_saved_alone() -> None:
+    overlay = ("--config", "configs/overlays/wikitext2_gpu.yaml")
+    assert changed_by(overlay, "--config", "configs/wikitext2_aga.yaml") == {
+        "on_device: true",
+        "every_n_epochs: 5",
+        "accelerator: gpu",
+        "devices: 1",
+        "precision: bf16-mixed",
+    }

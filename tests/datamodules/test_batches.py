@@ -1,11 +1,13 @@
 """Order, coverage and resuming of batches."""
 
 import itertools
+from types import SimpleNamespace
 
+import lightning.pytorch as L
 import pytest
 import torch
 
-from datamodules.batches import TensorBatches
+from datamodules.batches import TensorBatches, device_of
 
 
 def epoch(loader: TensorBatches) -> list[list[int]]:
@@ -130,3 +132,18 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("datamodules.batches.world", lambda: (0, 4))
     with pytest.raises(ValueError, match="a batch of 3 cannot be shared among 4 processes"):
         len(TensorBatches((torch.arange(10),), 3, seed=None))
+
+
+def test_tensors_of_a_device_are_indexed_there_in_the_order_of_the_host() -> None:
+    """On the meta device an index from the host would be an error, as with tensors of a GPU under torch.compile."""
+    there = TensorBatches((torch.arange(10, device="meta"),), 4, seed=0)
+    assert [batch.device.type for (batch,) in there] == ["meta"] * 3
+
+
+@pytest.mark.parametrize(("on_device", "expected"), [(True, "meta"), (False, "cpu")])
+def test_data_is_kept_on_the_device_that_trains_only_if_that_is_asked_for(on_device: bool, expected: str) -> None:
+    data = L.LightningDataModule()
+    assert device_of(data, on_device).type == "cpu"  # without a trainer
+    strategy = SimpleNamespace(root_device=torch.device("meta"))
+    data.trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    assert device_of(data, on_device).type == expected

@@ -1,5 +1,6 @@
 """Qwen3 as a task: its loss, its tracks, whole texts, resuming, and what does not fit."""
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchmetrics.text import Perplexity as PerplexityOfLogits
 
 from ars2 import ARS2Neo, param_groups
 from ars2.param_groups import assign
+from callbacks.text_samples import TextSamples
 from modules.language_model import LanguageModel
 from modules.perplexity import Perplexity
 from tests.modules.language import SIZES, data, model, trainer
@@ -43,6 +46,34 @@ def test_no_token_is_predicted_from_itself_or_a_later_one() -> None:
     before, after = (module.network.model(input_ids=x).last_hidden_state for x in (tokens, changed))
     assert torch.equal(before[:, :9], after[:, :9])
     assert not torch.allclose(before[:, 9:], after[:, 9:])
+
+
+def test_the_stated_mask_is_the_one_that_transformers_would_find() -> None:
+    module, tokens = model(), rows()[:, :-1].long()
+    hidden = module.network.model(input_ids=tokens).last_hidden_state.flatten(0, 1)
+    expected = F.cross_entropy(hidden @ module.network.get_output_embeddings().weight.T, rows()[:, 1:].flatten().long())
+    expected.backward()
+    gradients = [param.grad for param in module.parameters()]
+    module.zero_grad()
+    module.compute_loss((rows(),), None).backward()
+    for param, gradient in zip(module.parameters(), gradients, strict=True):
+        torch.testing.assert_close(param.grad, gradient)
+
+
+def test_compiled_it_learns_and_draws_texts_without_compiling_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    module = model("sync", compile=True)
+    names = set(module.state_dict())
+    fit = trainer(max_epochs=2, precision="bf16-mixed", callbacks=[TextSamples()])
+    fit.fit(module, datamodule=data(tmp_path, protocol="packed", val_batch_size=8))
+    assert module.network.model._compiled_call_impl is not None
+    assert set(module.state_dict()) == names
+    assert fit.callback_metrics["train/loss"] < 0.95 * math.log(320)
+    # One graph to train with and one to evaluate with; the texts, each token longer, are drawn without any.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
 def test_attention_is_torchs_own_and_nothing_is_dropped() -> None:

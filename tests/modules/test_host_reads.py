@@ -1,0 +1,66 @@
+"""A training step that reads the device makes it wait for Python: how often each step does, counted."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modules.image_classifier import ImageClassifier
+from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
+from tests.modules import language
+from tests.modules.small_task import make_optimizer
+from tests.modules.test_image_classifier import train
+
+# AdamW keeps its step counts on the host, so that reading them waits for nothing.
+OPTIMIZERS = ["muon", "base", "sync", "aga"]
+# What torch's one_hot, under the top-5 accuracy, checks on the CPU alone: the least and the largest class.
+ONLY_ON_THE_CPU = 2
+
+
+class ReadsOfAStep(L.Callback):
+    """Counts the values that Python takes from tensors in the second training step.
+
+    In the first one the floating-point operations are counted. ``tolist()`` of the CPU is not seen.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mode: TorchDispatchMode | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        callback = self
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                callback.count += str(function) == "aten._local_scalar_dense.default"
+                return function(*args, **(kwargs or {}))
+
+        if trainer.global_step == 1:
+            self._mode = Count()
+            self._mode.__enter__()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self._mode is not None:
+            self._mode.__exit__(None, None, None)
+            self._mode = None
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_of_the_language_model_reads_whether_it_is_finite_and_nothing_else(
+    optimizer: str, tmp_path: Path
+) -> None:
+    reads = ReadsOfAStep()
+    trainer = language.trainer(max_steps=3, limit_val_batches=0, callbacks=[reads])
+    trainer.fit(language.model(optimizer), datamodule=language.data(tmp_path))
+    assert reads.count == 1
+
+
+@pytest.mark.usefixtures("tiny_cifar10")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_of_the_image_classifier_reads_whether_it_is_finite_and_nothing_else(optimizer: str) -> None:
+    reads = ReadsOfAStep()
+    classifier = ImageClassifier(width=2, optimizer=make_optimizer(optimizer))
+    train(classifier, max_steps=3, limit_val_batches=0, callbacks=[reads])
+    assert reads.count == 1 + ONLY_ON_THE_CPU
