@@ -81,6 +81,7 @@ def test_overlays_change_layout_precision_and_devices_alone() -> None:
     assert changed_by(("--config", gpu, "--config", ddp), "--config", config) == {
         "channels_last: true",
         "on_device: true",
+        "benchmark: true",
         "accelerator: gpu",
         "strategy: ddp",
         "precision: bf16-mixed",

@@ -1,0 +1,178 @@
+"""Repeat the published tables of WikiText-2 and CIFAR-10 on the GPUs of this machine, as far as the time allows.
+
+    python -m studies.published_tables --minutes 9 --output tables
+    python -m studies.published_tables --minutes 5 --output rehearsal --accelerator cpu --rehearse
+
+Every row is a run of ``python train.py fit`` under its published config and the GPU overlay of its task. The most
+valuable comes first: WikiText-2 to one epoch past the published best, CIFAR-10 to its end, both again under a second
+and a third seed, and last the rest of WikiText-2. When the time is up, what is under way is saved; the same command
+goes on from there. The output folder gets
+
+    runs/      the run folders, with checkpoints
+    logs/      what the runs printed
+    runs.zip   the runs without their weights: python compare.py <output>/runs.zip --unfinished
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from comparison.archive import pack
+from search.trial import server
+from search.within_time import Part, Schedule
+
+# In the order in which they begin. Of WikiText-2, where runs overfit, the epochs to one past the published best.
+WIKITEXT2 = {"wikitext2_base": 3, "wikitext2_sync": 4, "wikitext2_aga": 4, "wikitext2_adamw": 7, "wikitext2_muon": 5}
+CIFAR = ("cifar_sync", "cifar_adamw", "cifar_aga", "cifar_base", "cifar_muon")
+SEEDS = (42, 43, 44)
+# Passes a step, from which the pace of rows that have not begun is guessed; AGA makes a second one now and then.
+PASSES = {"sync": 2.0, "aga": 1.3}
+# A rehearsal: two epochs of one step, on networks so small that a CPU makes them at once.
+REHEARSAL_EPOCHS = 2
+SHORT = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
+SMALL = {
+    "wikitext2": [
+        "--data.vocabulary=300",
+        "--data.context=32",
+        "--model.vocabulary=300",
+        "--model.context=32",
+        "--model.layers=1",
+        "--model.width=32",
+        "--model.heads=2",
+        "--model.key_value_heads=2",
+        "--model.head_dim=16",
+        "--model.mlp_width=32",
+        "--model.sample_tokens=2",
+    ],
+    "cifar": ["--model.width=4", "--data.batch_size=16", "--data.val_batch_size=64"],
+}
+# What a run imports beside the command line.
+MODULES = ("modules.image_classifier", "modules.language_model", "datamodules.cifar10", "datamodules.wikitext2")
+
+
+def all_parts(options: argparse.Namespace) -> list[Part]:
+    """Return the parts of all rows and seeds that ``options`` name, the most valuable first."""
+
+    def in_order() -> Iterator[Part]:
+        for seed in options.seeds:
+            yield from (part(row, seed, epochs, options) for row, epochs in WIKITEXT2.items())
+            yield from (part(row, seed, None, options) for row in CIFAR)
+        for seed in options.seeds:
+            yield from (part(row, seed, None, options) for row in WIKITEXT2)
+
+    return [part for part in in_order() if part.row in options.rows]
+
+
+def part(row: str, seed: int, epochs: int | None, options: argparse.Namespace) -> Part:
+    """Return the part of a row's run that ends with so many epochs; ``None`` is its whole length."""
+    config: dict[str, Any] = yaml.safe_load(Path(f"configs/{row}.yaml").read_text(encoding="utf-8"))
+    task, _, optimizer = row.partition("_")
+    whole: int = config["trainer"]["max_epochs"]
+    if options.rehearse:
+        whole, epochs = REHEARSAL_EPOCHS, epochs and 1
+    return Part(
+        row=row,
+        seed=seed,
+        epochs=epochs or whole,
+        whole=whole,
+        arguments=tuple(arguments(row, seed, options)),
+        metric=config["checkpoint"]["monitor"],
+        lower=config["checkpoint"]["mode"] == "min",
+        cost=PASSES.get(optimizer, 1.0),
+        kind=task,
+    )
+
+
+def arguments(row: str, seed: int, options: argparse.Namespace) -> list[str]:
+    """Return the command line of a row's run, which goes on where it was."""
+    task = row.partition("_")[0]
+    line = ["fit", "--config", f"configs/{row}.yaml", "--config", f"configs/overlays/{task}_gpu.yaml"]
+    line += ["--runs", str(options.output / "runs"), "--wandb=false", "--ckpt_path=last"]
+    line += [f"--seed_everything={seed}", f"--data.seed={seed}", f"--trainer.accelerator={options.accelerator}"]
+    if options.compile:
+        line.append("--model.compile=true")
+    if options.rehearse:
+        line += [*SHORT, *SMALL[task]]
+    return line
+
+
+def slots(accelerator: str, processes: int) -> list[Mapping[str, str]]:
+    """Return the environment of each run at a time: ``processes`` of them a GPU.
+
+    Raises:
+        ValueError: there is no GPU, and one is wanted.
+    """
+    if accelerator == "cpu":
+        return [{} for _ in range(processes)]
+    import torch
+
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if devices == [""]:
+        devices = [str(index) for index in range(torch.cuda.device_count())]
+    if not devices or not torch.cuda.is_available():
+        raise ValueError("there is no GPU on this machine: add --accelerator cpu --rehearse to try everything on a CPU")
+    return [{"CUDA_VISIBLE_DEVICES": device} for _ in range(processes) for device in devices]
+
+
+def read_options() -> argparse.Namespace:
+    """Read the command line."""
+    rows = [*WIKITEXT2, *CIFAR]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, required=True, help="that all of it may take, start and end included")
+    parser.add_argument("--output", type=Path, default=Path("tables"), help="folder to write to (default: tables)")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time on one GPU (default: 2)")
+    parser.add_argument("--compile", action="store_true", help="compile the networks, a minute for each run")
+    parser.add_argument("--rows", nargs="+", choices=rows, default=rows, metavar="ROW", help="leave out other rows")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: 42 43 44")
+    parser.add_argument("--accelerator", choices=("gpu", "cpu"), default="gpu", help="default: gpu")
+    parser.add_argument("--rehearse", action="store_true", help="two steps of every row, on tiny networks")
+    options = parser.parse_args()
+    if options.minutes <= 0 or options.processes < 1:
+        parser.error("--minutes must be above 0 and --processes at least 1")
+    return options
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt(number)
+
+
+def main() -> int:
+    """Run what the time allows and pack it; returns the exit code: 1 where a run failed, 128 + n after signal n."""
+    start, options, code = time.monotonic(), read_options(), 0
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        places = slots(options.accelerator, options.processes)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    # Before torch is imported in the runs' processes: all of them share the cores.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(places))))
+    seconds = 60 * options.minutes - (time.monotonic() - start)
+    runs, logs = options.output / "runs", options.output / "logs"
+    schedule = Schedule(all_parts(options), runs, logs, server(*MODULES), places, seconds)
+    try:
+        schedule.run()
+    except KeyboardInterrupt as stop:
+        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+    archive = options.output / "runs.zip"
+    packed = pack(runs, archive)
+    done = sum(map(schedule.is_done, schedule.parts))
+    size = f"{archive.stat().st_size / 2**20:.1f} MiB"
+    print(f"{done} of {len(schedule.parts)} parts are done; {packed} runs are in {archive} ({size})")
+    print(f"look at them with: python compare.py {archive} --unfinished")
+    if schedule.failed:
+        print(f"error: these rows failed: {', '.join(sorted(schedule.failed))}; see {logs}", file=sys.stderr)
+    elif done < len(schedule.parts):
+        print(f"go on with: python -m studies.published_tables {' '.join(sys.argv[1:])}")
+    return code or int(bool(schedule.failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

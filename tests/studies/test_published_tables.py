@@ -1,0 +1,116 @@
+"""The published tables: what is run, in which order, and a rehearsal of it as it is typed."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from comparison.rows import PUBLISHED, matches
+from run_identity import RunIdentity
+from studies import published_tables
+from studies.published_tables import CIFAR, WIKITEXT2, all_parts, arguments, slots
+from tests.commands import ROOT, call, clean_environment
+from tests.text import write_corpus
+
+ROWS = [*WIKITEXT2, *CIFAR]
+
+
+def options(**changed: object) -> argparse.Namespace:
+    defaults = {"rows": ROWS, "seeds": [42, 43], "output": Path("tables"), "accelerator": "gpu"}
+    return argparse.Namespace(**{**defaults, "compile": False, "rehearse": False, "processes": 2, **changed})
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_most_valuable_parts_come_first() -> None:
+    parts = all_parts(options())
+    done = [(part.row.partition("_")[0], part.seed, part.epochs == part.whole) for part in parts]
+    kinds = list(dict.fromkeys(done))
+    assert kinds == [
+        ("wikitext2", 42, False),
+        ("cifar", 42, True),
+        ("wikitext2", 43, False),
+        ("cifar", 43, True),
+        ("wikitext2", 42, True),
+        ("wikitext2", 43, True),
+    ]
+    first = {part.row: part.epochs for part in parts[:10]}
+    assert list(first) == ROWS
+    assert list(first.values()) == [3, 4, 4, 7, 5, 60, 100, 20, 100, 100]
+    assert [part.whole for part in parts[:5]] == [20, 10, 10, 20, 20]
+
+
+def test_the_first_parts_of_wikitext2_go_past_the_published_best_epoch() -> None:
+    entry = next(entry for name, entry in yaml.safe_load(PUBLISHED.read_text()).items() if name == "wikitext2")
+    curves = {"Base": [121.3, 96.1, 96.7, 104.3], "Sync": [118.5, 93.1, 90.7, 96.7], "AGA": [118.8, 94.2, 93.2, 101.9]}
+    assert len(entry["rows"]) == len(WIKITEXT2)
+    for name, curve in curves.items():
+        assert WIKITEXT2[f"wikitext2_{name.lower()}"] >= curve.index(min(curve)) + 2
+
+
+def test_all_parts_of_a_run_have_the_same_command_line() -> None:
+    lines: dict[tuple[str, int], set[tuple[str, ...]]] = {}
+    for part in all_parts(options()):
+        lines.setdefault(part.run, set()).add(part.arguments)
+    assert {len(found) for found in lines.values()} == {1}
+    assert len({line for found in lines.values() for line in found}) == len(lines) == 20
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_stands_below_its_published_numbers(row: str) -> None:
+    result = call(*arguments(row, 43, options(accelerator="cpu")), "--print_config")
+    assert result.code == 0, result.err
+    identity = RunIdentity(yaml.safe_load(result.out))
+    entries = yaml.safe_load(PUBLISHED.read_text()).values()
+    (entry,) = [e for e in entries if e["task"] == identity.task and matches(identity.options, e["protocol"])]
+    (published,) = [r for r in entry["rows"] if matches(identity.options, r["settings"])]
+    assert published["epochs"] == identity.options["trainer.max_epochs"]
+    assert identity.seed == "43"
+
+
+def test_every_gpu_that_may_be_used_gets_as_many_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots("gpu", 2)] == ["0", "1", "0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert slots("gpu", 1) == [{"CUDA_VISIBLE_DEVICES": "3"}]
+    assert slots("cpu", 2) == [{}, {}]
+
+
+def command(folder: Path, *more: str) -> "subprocess.CompletedProcess[str]":
+    line = [sys.executable, "-m", "studies.published_tables", "--output", str(folder / "tables"), *more]
+    environment = clean_environment(folder, ARS2_WIKITEXT2_ROOT=str(write_corpus(folder / "text")))
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_without_a_gpu_it_says_how_to_rehearse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["published_tables", "--minutes", "1", "--output", str(tmp_path / "tables")])
+    assert published_tables.main() == 1
+    expected = "error: there is no GPU on this machine: add --accelerator cpu --rehearse to try everything on a CPU\n"
+    assert capsys.readouterr().err == expected
+    assert not (tmp_path / "tables").exists()
+
+
+def test_a_rehearsal_leaves_an_archive_that_compare_reads(tmp_path: Path) -> None:
+    choice = ["--accelerator", "cpu", "--rehearse", "--rows", "wikitext2_base", "wikitext2_sync", "--seeds", "42"]
+    result = command(tmp_path, "--minutes", "3", *choice)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    assert "4 of 4 parts are done; 2 runs are in" in result.stdout
+    again = command(tmp_path, "--minutes", "3", *choice)
+    assert again.stdout.splitlines() == result.stdout.splitlines()[-2:]  # nothing is left to do
+    report = [sys.executable, "compare.py", str(tmp_path / "tables/runs.zip"), "--unfinished"]
+    report += ["--output", str(tmp_path / "report")]
+    compared = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert compared.returncode == 0, compared.stderr
+    assert "2 runs in 2 rows" in compared.stdout
