@@ -1,6 +1,6 @@
 """The chunked cross-entropy against the plain one, at the published size of WikiText-2: peak memory and time.
 
-    python -m benchmarks.cross_entropy [--width 512] [--rounds 5]
+    python -m benchmarks.cross_entropy [--width 512] [--rounds 5] [--device cpu]
 
 Forward and backward of an unembedding of 40,479 tokens on 8 x 255 hidden states, in float32 and under bf16 autocast.
 Times are medians of rounds in which the two take turns, in this process; a peak is what a process of its own held in
@@ -13,38 +13,46 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modules.chunked_cross_entropy import chunked_cross_entropy
+from benchmarks import device_timing
+from modules.chunked_cross_entropy import CHUNK_ELEMENTS, chunked_cross_entropy
 
 VOCABULARY, TOKENS = 40_479, 8 * 255
 LARGEST_SHARE = 0.5
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
     """Return the loss as one would write it."""
     return F.cross_entropy(F.linear(hidden, weight).float(), targets)
 
 
-KINDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"plain": plain, "chunked": chunked_cross_entropy}
+KINDS: dict[str, Callable[[Tensor, Tensor, Tensor, int], Tensor]] = {"plain": plain, "chunked": chunked_cross_entropy}
 
 
-def step(kind: str, width: int, half: bool) -> Callable[[], None]:
-    """Return one forward and backward pass to call."""
+def step(
+    kind: str,
+    width: int,
+    half: bool,
+    device: str = "cpu",
+    chunk: int = CHUNK_ELEMENTS,
+    vocabulary: int = VOCABULARY,
+    tokens: int = TOKENS,
+) -> Callable[[], None]:
+    """Return one forward and backward pass to call; the chunked kind makes ``chunk`` logits at a time."""
     torch.manual_seed(0)
-    hidden = torch.randn(TOKENS, width, requires_grad=True)
-    weight = (0.02 * torch.randn(VOCABULARY, width)).requires_grad_()
-    targets = torch.randint(0, VOCABULARY, (TOKENS,))
+    hidden = torch.randn(tokens, width).to(device).requires_grad_()
+    weight = (0.02 * torch.randn(vocabulary, width)).to(device).requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,)).to(device)
 
     def run() -> None:
         hidden.grad = weight.grad = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = KINDS[kind](hidden, weight, targets)
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            loss = KINDS[kind](hidden, weight, targets, chunk)
         loss.backward()
 
     return run
@@ -59,26 +67,30 @@ def highest_resident() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def peak(kind: str, width: int, half: bool) -> float:
-    """Return the MiB that the largest moment of one pass adds to this process."""
+def peak(kind: str, width: int, half: bool, device: str = "cpu") -> float:
+    """Return the MiB that the largest moment of one pass adds to this process, on CUDA to the device's memory."""
     # The libraries' own first-time buffers are not the pass's.
     F.cross_entropy(torch.randn(64, 64, requires_grad=True) @ torch.randn(64, 64), torch.zeros(64).long()).backward()
-    run = step(kind, width, half)
+    run = step(kind, width, half, device)
+    if device == "cuda":
+        step(kind, 64, half, device, vocabulary=64, tokens=64)()  # nor are those of the GPU's libraries
+        return device_timing.peak_bytes(run) / 2**20
     before = highest_resident()
     run()
     return highest_resident() - before
 
 
-def seconds(width: int, half: bool, rounds: int) -> dict[str, float]:
+def seconds(width: int, half: bool, rounds: int, device: str = "cpu") -> dict[str, float]:
     """Let the two take turns; returns the median seconds of each."""
-    steps = {kind: step(kind, width, half) for kind in KINDS}
+    steps = {kind: step(kind, width, half, device) for kind in KINDS}
+    clock = device_timing.clock_of(device)
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(rounds + 1):
         for kind, run in steps.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if number:
-                times[kind].append(time.perf_counter() - start)
+                times[kind].append(clock() - start)
     return {kind: statistics.median(values) for kind, values in times.items()}
 
 
@@ -87,13 +99,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peak", choices=KINDS, help="measure one peak only and print it")
     parser.add_argument("--half", action="store_true", help="with --peak: under bf16 autocast")
     options = parser.parse_args()
     if options.peak:
-        print(peak(options.peak, options.width, options.half))
+        print(peak(options.peak, options.width, options.half, options.device))
         return 0
-    processor = platform.processor() or platform.machine()
+    device = options.device
+    processor = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor}")
     print(f"vocabulary {VOCABULARY:,}, {TOKENS:,} tokens, width {options.width}, forward and backward")
     worst = 0.0
@@ -101,14 +115,15 @@ def main() -> int:
         peaks = {}
         for kind in KINDS:
             command = [sys.executable, "-m", "benchmarks.cross_entropy", "--peak", kind, "--width", str(options.width)]
+            command += ["--device", device]
             process = subprocess.run([*command, *(["--half"] if half else [])], capture_output=True, check=True)
             peaks[kind] = float(process.stdout)
-        times = seconds(options.width, half, options.rounds)
+        times = seconds(options.width, half, options.rounds, device)
         share = peaks["chunked"] / peaks["plain"]
         worst = max(worst, share)
         print("bf16 autocast" if half else "float32")
         for kind in KINDS:
-            print(f"  {kind:8} {peaks[kind]:8.0f} MiB   {times[kind]:6.2f} s")
+            print(f"  {kind:8} {peaks[kind]:8.0f} MiB   {times[kind]:6.3g} s")
         print(f"  ratio    {share:8.2f}       {times['chunked'] / times['plain']:6.2f}")
     print(f"peak memory: at most {LARGEST_SHARE} of the plain one's is asked for")
     return int(worst > LARGEST_SHARE)

@@ -1,6 +1,7 @@
 """Where the Gram algorithm overtakes the standard Newton-Schulz iteration: time and error of both, by shape and dtype.
 
-    python -m benchmarks.newton_schulz [--rows 64 128 256 512] [--aspects 1 2 3 4 6 9] [--matrices 1] [--json]
+    python -m benchmarks.newton_schulz [--rows 64 128 256 512] [--aspects 1 2 3 4 6 9] [--matrices 1] [--device cpu]
+        [--json]
 
 Times are medians of calls that take turns. "auto" is the chosen algorithm, in float32 where that is faster; the ratios
 are standard's time over that of auto and of Gram, and above 1 the latter wins. Errors are Frobenius norms against the
@@ -23,6 +24,7 @@ from torch import Tensor
 from ars2 import orthogonalize
 from ars2.newton_schulz import faster_algorithm
 from ars2.validation import DTYPES
+from benchmarks.device_timing import clock_of
 
 ALGORITHMS = ("standard", "gram", "auto")
 
@@ -38,11 +40,13 @@ def kinds(rows: int, columns: int, seed: int) -> Iterator[Tensor]:
     yield matrix * 1e-30
 
 
-def relative_errors(rows: int, columns: int, dtype: torch.dtype, algorithm: str, seed: int) -> list[float]:
+def relative_errors(
+    rows: int, columns: int, dtype: torch.dtype, algorithm: str, seed: int, device: str = "cpu"
+) -> list[float]:
     """Error of one algorithm on each kind of matrix, relative to the size of the float64 result."""
     errors = []
     for matrix in kinds(rows, columns, seed):
-        given = matrix.float()
+        given = matrix.float().to(device)
         exact = orthogonalize(given.double(), dtype=torch.float64, algorithm="standard")
         found = orthogonalize(given, dtype=dtype, algorithm=algorithm).double()
         errors.append(((found - exact).norm() / exact.norm()).item())
@@ -52,7 +56,10 @@ def relative_errors(rows: int, columns: int, dtype: torch.dtype, algorithm: str,
 def milliseconds(
     calls: Mapping[str, Callable[[], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Median time of each call, all taking turns for ``seconds``, five times at least."""
+    """Median time of each call, all taking turns for ``seconds``, five times at least.
+
+    On CUDA ``clock`` has to wait for the device.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
@@ -73,15 +80,17 @@ def main() -> None:
     parser.add_argument("--matrices", type=int, default=1)
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--seconds", type=float, default=0.3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--processor-time", action="store_true", help="as in benchmarks/optimizer_step.py")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = parser.parse_args()
-    clock = time.process_time if options.processor_time else time.perf_counter
+    device = options.device
+    clock = clock_of(device, time.process_time if options.processor_time else time.perf_counter)
     kind = "processor's" if options.processor_time else "clock's"
     found = []
     if not options.json:
         threads = f"{torch.get_num_threads()} threads, the {kind} time"
-        print(f"torch {torch.__version__}, {threads}, {options.matrices} matrices a call")
+        print(f"torch {torch.__version__}, {device}, {threads}, {options.matrices} matrices a call")
         print(
             "dtype      rows  columns  standard ms   gram ms   auto ms  s/auto  s/gram  chosen    errors, gram/standard"
         )
@@ -90,17 +99,22 @@ def main() -> None:
         for rows in options.rows:
             for aspect in options.aspects:
                 columns = rows * aspect
-                stack = torch.randn(options.matrices, rows, columns)
+                stack = torch.randn(options.matrices, rows, columns).to(device)
                 calls = {a: partial(orthogonalize, stack, dtype=dtype, algorithm=a) for a in ALGORITHMS}
                 times = milliseconds(calls, options.seconds, clock)
                 errors = [
-                    [sum(e) for e in zip(*(relative_errors(rows, columns, dtype, a, s) for s in range(3)), strict=True)]
+                    [
+                        sum(e)
+                        for e in zip(
+                            *(relative_errors(rows, columns, dtype, a, s, device) for s in range(3)), strict=True
+                        )
+                    ]
                     for a in ("standard", "gram")
                 ]
                 row = {
                     **{"dtype": name, "rows": rows, "columns": columns, **times},
                     "error_ratios": [gram / standard for standard, gram in zip(*errors, strict=True)],
-                    "chosen": faster_algorithm(rows, columns, dtype, torch.device("cpu")),
+                    "chosen": faster_algorithm(rows, columns, dtype, torch.device(device)),
                 }
                 found.append(row)
                 if not options.json:

@@ -1,6 +1,6 @@
 """What an optimizer step costs, beside other optimizers, on the real parameter shapes of the tasks and of GPT-2 small.
 
-    python -m benchmarks.optimizer_step [--networks grokking resnet18 qwen3 gpt2] [--seconds 5] [--json]
+    python -m benchmarks.optimizer_step [--networks grokking resnet18 qwen3 gpt2] [--seconds 5] [--device cpu] [--json]
 
 Whole model: ARS2-Neo in its modes (policy "all", its parts alone, no forward or backward), the same algorithm written
 tensor by tensor (benchmarks/per_tensor.py), and torch's AdamW. Matrices: the Muons, on the same 2-D tensors: the
@@ -12,7 +12,7 @@ times are medians. Where a turn has many steps the first, for which the caches a
 compiles its step, as it does by default; of the others only the row that says so does. All are in memory at once.
 
 --processor-time takes the time that the process was computing instead of the clock's: with one thread
-(OMP_NUM_THREADS=1) it hardly depends on what else the machine does.
+(OMP_NUM_THREADS=1) it hardly depends on what else the machine does. On CUDA the device is waited for after each step.
 
 "peak" is the most memory that a step holds beyond parameters, gradients and state; "state" is what stays between steps.
 """
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 import ars2
 from ars2 import ARS2Neo, param_groups
 from ars2.updates import as_stack
+from benchmarks import device_timing
 from benchmarks.networks import NETWORKS, build
 from benchmarks.per_tensor import PerTensorARS2
 
@@ -42,32 +43,32 @@ Step = Callable[[], Any]
 Competitor = Callable[[list[dict[str, Any]]], tuple[Step, Callable[[], list[Tensor]]]]
 
 
-def groups_of(name: str) -> list[dict[str, Any]]:
+def groups_of(name: str, device: str = "cpu", small: bool = False) -> list[dict[str, Any]]:
     """The groups of a network under policy "all", on tensors of its shapes with random values and gradients."""
     with torch.device("meta"):
-        groups = param_groups(build(name), "all")
+        groups = param_groups(build(name, small), "all")
     torch.manual_seed(0)
     for group in groups:
-        group["params"] = [(key, _random(p.shape)) for key, p in group["params"]]
+        group["params"] = [(key, _random(p.shape, device)) for key, p in group["params"]]
     return groups
 
 
-def matrices_of(name: str) -> list[dict[str, Any]]:
+def matrices_of(name: str, device: str = "cpu", small: bool = False) -> list[dict[str, Any]]:
     """The matrix track of a network as one group of 2-D tensors."""
     with torch.device("meta"):
-        groups = [group for group in param_groups(build(name), "all") if group["track"] == "matrix"]
+        groups = [group for group in param_groups(build(name, small), "all") if group["track"] == "matrix"]
     torch.manual_seed(0)
     params = []
     for group in groups:
         for key, p in group["params"]:
             matrices, rows, columns = as_stack(p, group.get("flatten", False)).shape
-            params += [(f"{key}.{index}", _random((rows, columns))) for index in range(matrices)]
+            params += [(f"{key}.{index}", _random((rows, columns), device)) for index in range(matrices)]
     return [{"params": params, "track": "matrix"}]
 
 
-def _random(shape: Any) -> nn.Parameter:
-    param = nn.Parameter(torch.randn(shape) * 0.02)
-    param.grad = torch.randn(shape) * 1e-3
+def _random(shape: Any, device: str) -> nn.Parameter:
+    param = nn.Parameter(torch.randn(shape, device=device) * 0.02)
+    param.grad = torch.randn(shape, device=device) * 1e-3
     return param
 
 
@@ -180,10 +181,7 @@ MATRICES: dict[str, Competitor] = {
 def peak_bytes(step: Step, device: str = "cpu") -> int:
     """Most bytes that ``step`` holds at a time beyond what was there before it, as the allocator counts them."""
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
+        return device_timing.peak_bytes(step)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     assert profile.profiler is not None
@@ -217,15 +215,19 @@ def measure(
     make_groups: Callable[[], list[dict[str, Any]]],
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
+    device: str = "cpu",
 ) -> dict[str, dict[str, float]]:
-    """Let the competitors take turns; returns for each its median milliseconds a step and its bytes."""
+    """Let the competitors take turns; returns for each its median milliseconds a step and its bytes.
+
+    On CUDA ``clock`` has to wait for the device, as that of :func:`benchmarks.device_timing.clock_of` does.
+    """
     results: dict[str, dict[str, float]] = {}
     steps: dict[str, Step] = {}
     for name, competitor in competitors.items():
         step, state = competitor(make_groups())
         step()
         held = sum(t.numel() * t.element_size() for t in state())
-        steps[name], results[name] = step, {"peak": peak_bytes(step), "state": held}
+        steps[name], results[name] = step, {"peak": peak_bytes(step, device), "state": held}
     times: dict[str, list[float]] = {name: [] for name in competitors}
     end, turns = time.perf_counter() + seconds * len(steps), 0
     while turns < 3 or time.perf_counter() < end:
@@ -251,6 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--seconds", type=float, default=5.0, help="measured seconds an optimizer")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", default="", help="leave out optimizers whose name does not contain this")
     parser.add_argument("--processor-time", action="store_true", help="instead of the clock's, see above")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
@@ -258,9 +261,12 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     use_the_allocator_as_training_does()
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    clock = time.process_time if options.processor_time else time.perf_counter
+    device = options.device
+    clock = device_timing.clock_of(device, time.process_time if options.processor_time else time.perf_counter)
     found["time"] = "processor's" if options.processor_time else "clock's"
-    found["processor"] = platform.processor() or platform.machine()
+    found["processor"] = (
+        torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    )
     if not options.json:
         print(
             f"torch {found['torch']}, {found['threads']} threads, {found['processor']}, the {found['time']} time",
@@ -273,7 +279,7 @@ def main() -> None:
             ("matrices", MATRICES, matrices_of, TORCH_MUON),
         ):
             chosen = {key: value for key, value in competitors.items() if options.only in key or key == against}
-            results = measure(chosen, lambda make=make, name=name: make(name), options.seconds, clock)
+            results = measure(chosen, lambda make=make, name=name: make(name, device), options.seconds, clock, device)
             found[name][part] = results
             if not options.json:
                 print("\n" + table(f"{name}, {part}", results, against), flush=True)

@@ -1,12 +1,14 @@
 """What a whole training step costs in each mode, against AdamW's, split into its parts.
 
-    python -m benchmarks.step_cost [--networks grokking resnet18 qwen3] [--seconds 2] [--json] [--picture FILE]
+    python -m benchmarks.step_cost [--networks grokking resnet18 qwen3] [--seconds 2] [--device cpu] [--json]
+        [--picture FILE]
 
 The networks and batches are those of benchmarks/networks.py, at the published settings of each task. A step is one or
 two forward and backward passes and the optimizer's own work; the modes take turns, step by step, and the parts are
 medians. AGA and periodic are timed looking at every second step, and their two kinds of step are counted as a look at
 every tenth, which is what "passes" says: gradient evaluations a step.
---processor-time is that of benchmarks/optimizer_step.py.
+--processor-time is that of benchmarks/optimizer_step.py. On CUDA the passes run under bfloat16 autocast, ResNet-18 in
+channels_last, Qwen3 with the chunked cross-entropy, and the device is waited for between the parts of a step.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import torch
 from torch import nn
 
 from ars2 import ARS2Neo, param_groups
+from benchmarks.device_timing import clock_of
 from benchmarks.networks import TASKS, build, loss_function
 
 COUNTED_PERIOD, TIMED_PERIOD = 10, 2
@@ -34,13 +37,32 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class Trainer:
-    """One network with one optimizer; times the parts of its steps."""
+    """One network with one optimizer; times the parts of its steps.
 
-    def __init__(self, name: str, mode: str, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.clock = clock
+    Args:
+        name: of the network.
+        mode: ``"AdamW"`` or one of ``MODES``.
+        clock: what the parts are timed with; on CUDA it has to wait for the device if the times are to be of use.
+        device: on CUDA the step is that of the published runs there, see the head of this file.
+        small: for a rehearsal, see :mod:`benchmarks.networks`.
+        chunk: logits that the chunked cross-entropy makes at a time, 0 for its default; ``None`` makes all at once.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        mode: str,
+        clock: Callable[[], float] = time.perf_counter,
+        device: str = "cpu",
+        small: bool = False,
+        chunk: int | None = None,
+    ) -> None:
+        self.name, self.clock = name, clock
         torch.manual_seed(0)
-        self.network: nn.Module = build(name)
-        self.loss = loss_function(name, self.network)
+        self.network: nn.Module = build(name, small).to(device)
+        if device == "cuda" and name == "resnet18":
+            self.network.to(memory_format=torch.channels_last)
+        self.loss = loss_function(name, self.network, small, half=device == "cuda", chunk=chunk)
         self.optimizer: Any = (
             torch.optim.AdamW(self.network.parameters(), fused=True)
             if mode == "AdamW"
@@ -83,9 +105,17 @@ class Trainer:
         }
 
 
-def measure(name: str, seconds: float, clock: Callable[[], float] = time.perf_counter) -> dict[str, dict[str, float]]:
+def measure(
+    name: str, seconds: float, clock: Callable[[], float] = time.perf_counter, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
     """Let AdamW and every mode take turns on one task; returns the parts of each one's step."""
-    trainers = {mode: Trainer(name, mode, clock) for mode in ("AdamW", *MODES)}
+    chunk = 0 if device == "cuda" else None
+    trainers = {mode: Trainer(name, mode, clock, device, chunk=chunk) for mode in ("AdamW", *MODES)}
+    return measure_in_turns(trainers, seconds)
+
+
+def measure_in_turns(trainers: dict[str, Trainer], seconds: float) -> dict[str, dict[str, float]]:
+    """Let the trainers take turns for ``seconds`` each; returns the parts of each one's step."""
     for trainer in trainers.values():
         trainer.step(record=False)
     end, count = time.perf_counter() + seconds * len(trainers), 0
@@ -122,18 +152,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seconds", type=float, default=2.0, help="measured seconds a mode and task")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--processor-time", action="store_true", help="instead of the clock's, see above")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--picture", type=Path, help="write the stacked bars to this file")
     options = parser.parse_args()
     found: dict[str, Any] = {}
-    clock = time.process_time if options.processor_time else time.perf_counter
+    device = options.device
+    clock = clock_of(device, time.process_time if options.processor_time else time.perf_counter)
     kind = "processor's" if options.processor_time else "clock's"
     if not options.json:
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, the {kind} time")
+        print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, the {kind} time")
         print("network    mode       passes  first ms  second ms  optimizer ms   step ms   / AdamW")
     for name in options.networks:
-        found[name] = measure(name, options.seconds, clock)
+        found[name] = measure(name, options.seconds, clock, device)
         for mode, row in found[name].items() if not options.json else ():
             parts = f"{row['first_pass_ms']:9.2f} {row['second_pass_ms']:10.2f} {row['optimizer_ms']:13.2f}"
             ratio = row["step_ms"] / found[name]["AdamW"]["step_ms"]
