@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench tables clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +28,10 @@ bench: .venv/.installed ## measure the training loop, the optimizer's step and t
 	@$(RUN) -m benchmarks.loop_overhead
 	@$(RUN) -m benchmarks.optimizer_step
 	@$(RUN) -m benchmarks.step_cost
+
+MINUTES ?= 9
+tables: .venv/.installed ## train the published tables on this machine's GPUs, as far as MINUTES=9 allow
+	@$(RUN) -m studies.published_tables --minutes $(MINUTES)
 
 clean: ## remove .venv and caches; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

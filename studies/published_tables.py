@@ -146,12 +146,12 @@ def _stop(number: int, frame: object) -> NoReturn:
 def main() -> int:
     """Run what the time allows and pack it; returns the exit code: 1 where a run failed, 128 + n after signal n."""
     start, options, code = time.monotonic(), read_options(), 0
-    signal.signal(signal.SIGTERM, _stop)
     try:
         places = slots(options.accelerator, options.processes)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    signal.signal(signal.SIGTERM, _stop)
     # Before torch is imported in the runs' processes: all of them share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(places))))
     seconds = 60 * options.minutes - (time.monotonic() - start)
