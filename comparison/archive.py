@@ -26,10 +26,11 @@ def pack(folder: Path, file: Path) -> int:
     partial = file.with_name(file.name + ".partial")
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-            for path in sorted(run / name for run in runs for name in FILES if (run / name).is_file()):
-                info = zipfile.ZipInfo(path.relative_to(folder).as_posix(), _NO_TIME)
+            paths = (run / name for run in runs for name in FILES if (run / name).is_file())
+            for name in sorted(path.relative_to(folder).as_posix() for path in paths):
+                info = zipfile.ZipInfo(name, _NO_TIME)
                 info.compress_type = zipfile.ZIP_DEFLATED
-                archive.writestr(info, path.read_bytes())
+                archive.writestr(info, (folder / name).read_bytes())
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

@@ -65,6 +65,7 @@ def test_compiled_it_learns_and_draws_texts_without_compiling_anew(
 ) -> None:
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     module = model("sync", compile=True)
     names = set(module.state_dict())
     fit = trainer(max_epochs=2, precision="bf16-mixed", callbacks=[TextSamples()])
