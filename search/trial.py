@@ -1,4 +1,4 @@
-"""A run in a process of its own that starts with everything imported."""
+"""Run ``python train.py`` in a separate process that starts with everything imported."""
 
 import json
 import multiprocessing
@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ def server(*modules: str) -> Any:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cli", *modules])
+    ensure_running()  # it imports while the caller goes on
     return context
 
 
 class Trial:
-    """A run of ``python train.py`` under way, in a process of its own.
+    """Start a run of ``python train.py`` in a separate process.
 
     Args:
         context: see :func:`server`.
@@ -55,7 +57,7 @@ class Trial:
 
     @property
     def running(self) -> bool:
-        """Whether it has not come to an end yet."""
+        """Return whether the process is alive."""
         return bool(self._process.is_alive())
 
     def stop(self) -> None:
@@ -89,7 +91,7 @@ def summary(folder: str | None) -> dict[str, Any]:
 
 
 def _train(arguments: list[str], log: str, environment: dict[str, str], sender: Connection) -> None:
-    """The run's process."""
+    """Run the command line in the process of a run."""
     os.setsid()  # a Ctrl-C is for the program that started it, which then asks it to stop
     os.environ.update(environment)
     threading.Thread(target=_end_with_the_starter, daemon=True).start()

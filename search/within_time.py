@@ -1,56 +1,80 @@
-"""Train many runs within a given time, the most valuable first, and save what is under way when it is up."""
+"""Train many runs within a given time, the most valuable first, and save what is running when it is over."""
 
 import csv
+import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from callbacks.progress_bar import clock
 from search.trial import Trial
 
-# Seconds before the end at which runs are asked to save and leave, at most a third of the time; and those that are
-# kept for what is done with the runs when all have ended.
-SAVING, REST = 30.0, 5.0
+# Runs get SAVING seconds to save and leave; another REST seconds are left to the caller. Together at most a third of
+# the time.
+SAVING, REST = 25.0, 5.0
 POLLING = 0.5
 SECONDS_BETWEEN_LINES = 10.0
+# Exit codes of a run that was asked to stop: it had just finished, it saved, or it had not begun to train.
+STOPPED = (0, 128 + signal.SIGTERM, -1)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A run, and how many epochs of it are wanted before the next part has its turn.
+    """Name a run and the epochs of it that are wanted before the next part has its turn.
 
     Args:
         row: name of the experiment; a run folder is ``<runs>/<row>/<time>-seed<seed>``.
         seed: of the run.
         epochs: completed epochs at which the part is done.
-        whole: epochs at which the run ends by itself.
+        total_epochs: epochs at which the run ends by itself.
         arguments: of ``python train.py``; the same for every part of one run.
         metric: the validation metric to show.
         lower: whether less of it is better.
-        cost: of an epoch, relative to other rows of the same ``kind``; for the time left.
-        kind: of the task.
+        cost: of an epoch, relative to other rows of the same ``task``; for the remaining time.
+        task: rows of one task share a pace.
     """
 
     row: str
     seed: int
     epochs: int
-    whole: int
+    total_epochs: int
     arguments: tuple[str, ...]
     metric: str
     lower: bool
     cost: float
-    kind: str
+    task: str
 
     @property
     def run(self) -> tuple[str, int]:
-        """What tells its run from others."""
+        """Return what identifies its run."""
         return self.row, self.seed
 
     def __str__(self) -> str:
         return f"{self.row} seed {self.seed}"
+
+
+@dataclass
+class _Running:
+    """Keep the process of a part.
+
+    ``mark`` is the time at which ``epochs`` were completed, ``printed`` that of the last line about it.
+    """
+
+    trial: Trial
+    slot: Mapping[str, str]
+    epochs: int
+    mark: float
+    printed: float = 0.0
+    asked_to_stop: bool = False
+
+    def stop(self) -> None:
+        """Ask it to save and leave; a second request would make it leave without saving."""
+        if not self.asked_to_stop:
+            self.asked_to_stop = True
+            self.trial.stop()
 
 
 def validated(runs: Path, part: Part) -> list[float]:
@@ -65,15 +89,20 @@ def validated(runs: Path, part: Part) -> list[float]:
 
 
 class Schedule:
-    """Runs parts, several at once, until all are done or the time is up.
+    """Run parts, several at once, until all are done or the time is over.
 
     Args:
-        parts: in the order in which they begin; of one run a later part goes on from an earlier one.
+        parts: in the order in which they begin; of one run a later part continues an earlier one.
         runs: folder that the run folders are in.
-        logs: folder for what the runs print.
+        logs: folder for the output of the runs.
         context: of the runs' processes, see :func:`search.trial.server`.
-        slots: for each run at a time, the environment variables that are set for it, such as its GPU.
-        seconds: that all of it may take.
+        slots: for each concurrent run, the environment variables that are set for it, such as its GPU.
+        seconds: that everything may take.
+        ended: called whenever a run has ended.
+
+    Attributes:
+        failed: rows of which a run ended with an error; they are not begun again.
+        over: runs that ended by themselves before their last epoch.
     """
 
     def __init__(
@@ -84,18 +113,20 @@ class Schedule:
         context: Any,
         slots: Sequence[Mapping[str, str]],
         seconds: float,
+        ended: Callable[[], object] = lambda: None,
     ) -> None:
         self.parts, self.runs, self.logs, self.context = parts, runs, logs, context
-        self.free, self.places, self.seconds = list(slots), len(slots), seconds
+        self.free, self.places, self.seconds, self.ended = list(slots), len(slots), seconds, ended
         self.start = time.monotonic()
-        self.running: dict[Part, _UnderWay] = {}
-        self.failed: set[str] = set()  # rows
+        self.running: dict[Part, _Running] = {}
+        self.failed: dict[str, Path] = {}  # with the log
+        self.over: set[tuple[str, int]] = set()
         self.values = {part.run: validated(runs, part) for part in parts}
         self.seconds_an_epoch: dict[str, float] = {}  # by row
 
     @property
     def elapsed(self) -> float:
-        """Seconds since it was made."""
+        """Return the seconds since it was made."""
         return time.monotonic() - self.start
 
     def is_done(self, part: Part) -> bool:
@@ -103,12 +134,12 @@ class Schedule:
         return len(self.values[part.run]) >= part.epochs
 
     def run(self) -> None:
-        """Run parts until none is left or the time to save has come, then let what is under way save and leave."""
+        """Run parts until none is left or it is time to save, then let the running ones save and leave."""
         try:
             while self.elapsed < self.seconds - min(SAVING + REST, self.seconds / 3):
-                self._look()
+                self._poll()
                 while self.free and (part := self._next()) is not None:
-                    self.running[part] = self._begin(part, self.free.pop())
+                    self._begin(part, self.free.pop(0))
                 if not self.running:
                     return
                 time.sleep(POLLING)
@@ -116,19 +147,22 @@ class Schedule:
             self._leave()
 
     def _next(self) -> Part | None:
-        """Return the first part that is not done, of a run that is not under way and a row that has not failed."""
-        busy = {part.run for part in self.running}
+        """Return the first part that is not done and may begin."""
+        busy = {part.run for part in self.running} | self.over
         waiting = (p for p in self.parts if not self.is_done(p) and p.run not in busy and p.row not in self.failed)
         return next(waiting, None)
 
-    def _begin(self, part: Part, slot: Mapping[str, str]) -> "_UnderWay":
+    def _begin(self, part: Part, slot: Mapping[str, str]) -> None:
         number = len(list(self.logs.glob(f"{part.row}-seed{part.seed}-*.log")))
         log = self.logs / f"{part.row}-seed{part.seed}-{number}.log"
         trial = Trial(self.context, part.arguments, log, slot)
-        return _UnderWay(trial, slot, len(self.values[part.run]), time.monotonic())
+        epochs = len(self.values[part.run])
+        self.running[part] = _Running(trial, slot, epochs, time.monotonic())
+        place = "".join(f", {name}={value}" for name, value in slot.items())
+        self._print(f"{part}: begins after epoch {epochs} of {part.total_epochs}{place}")
 
-    def _look(self) -> None:
-        """See how far each run has got, stop those whose part is done, and take away those that have ended."""
+    def _poll(self) -> None:
+        """Read how far each run is, stop those whose part is done, and remove those that have ended."""
         for part, run in list(self.running.items()):
             ended = not run.trial.running
             values = self.values[part.run] = validated(self.runs, part)
@@ -136,78 +170,72 @@ class Schedule:
                 now = time.monotonic()
                 self.seconds_an_epoch[part.row] = (now - run.mark) / (len(values) - run.epochs)
                 run.epochs, run.mark = len(values), now
-                if self.is_done(part) or now - run.line > SECONDS_BETWEEN_LINES:
-                    run.line = now
-                    print(self._line(part), flush=True)
-            if self.is_done(part) and part.epochs < part.whole:
-                self._stop(run)
+                if self.is_done(part) or now - run.printed > SECONDS_BETWEEN_LINES:
+                    run.printed = now
+                    self._print(self._progress(part))
+            if self.is_done(part) and part.epochs < part.total_epochs:
+                run.stop()
             if ended:
-                outcome = run.trial.outcome()
-                if outcome.code != 0 and not run.asked_to_stop:
-                    self.failed.add(part.row)
-                    said = run.trial.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                    print(f"{part} FAILED: {said[-1] if said else 'it was killed'} (all of it: {run.trial.log})")
-                self.free.append(run.slot)
                 del self.running[part]
+                self.free.append(run.slot)
+                self._judge(part, run)
+                self.ended()
 
-    @staticmethod
-    def _stop(run: "_UnderWay") -> None:
-        if not run.asked_to_stop:  # a second time it would leave without saving
-            run.asked_to_stop = True
-            run.trial.stop()
+    def _judge(self, part: Part, run: _Running) -> None:
+        """Note and print how a run has ended if it was not to end like that."""
+        code, log = run.trial.outcome().code, run.trial.log
+        if code not in (STOPPED if run.asked_to_stop else (0,)):
+            self.failed[part.row] = log
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            self._print(f"{part}: FAILED: {lines[-1] if lines else 'it was killed'} (see {log})")
+        elif code == 0 and not self.is_done(part):
+            self.over.add(part.run)  # it would end like this again
+            self._print(f"{part}: ended by itself after epoch {run.epochs} of {part.total_epochs} (see {log})")
 
     def _leave(self) -> None:
         for run in self.running.values():
-            self._stop(run)
+            run.stop()
         while self.running and self.elapsed < self.seconds - REST:
-            self._look()
+            self._poll()
             time.sleep(POLLING / 5)
         for part, run in self.running.items():
             run.trial.kill()
-            print(f"{part} was killed, for it did not save in time; it goes on from its last checkpoint")
+            self._print(f"{part}: killed, for it did not save in time; it resumes from its last checkpoint")
         while self.running:
-            self._look()
+            self._poll()
             time.sleep(POLLING / 5)
 
-    def _line(self, part: Part) -> str:
+    def _print(self, text: str) -> None:
+        elapsed, seconds = (timedelta(seconds=round(value)) for value in (self.elapsed, self.seconds))
+        print(f"{elapsed} of {seconds}  {text}", flush=True)
+
+    def _progress(self, part: Part) -> str:
         values, done = self.values[part.run], sum(map(self.is_done, self.parts))
         best = min(values) if part.lower else max(values)
-        left = self.seconds_left()
+        rest = self.remaining_seconds()
         return (
-            f"{clock(self.elapsed)} of {clock(self.seconds)}  {part}: epoch {len(values)} of {part.whole},"
-            f" {self.seconds_an_epoch[part.row]:.1f} s an epoch, {part.metric} {values[-1]:.4g} (best {best:.4g}); all:"
-            f" {done} of {len(self.parts)} parts done{'' if left is None else f', the rest in about {clock(left)}'}"
+            f"{part}: epoch {len(values)} of {part.total_epochs}, {self.seconds_an_epoch[part.row]:.1f} s an epoch,"
+            f" {part.metric} {values[-1]:.4g} (best {best:.4g}); all: {done} of {len(self.parts)} parts done"
+            f"{'' if rest is None else f', the rest in about {timedelta(seconds=round(rest))}'}"
         )
 
-    def seconds_left(self) -> float | None:
-        """Return how long all parts that are left take at the pace so far; ``None`` until each kind has a pace."""
+    def remaining_seconds(self) -> float | None:
+        """Return the time that the remaining parts take at the pace so far; ``None`` until each task has a pace."""
         epochs: dict[tuple[str, int], tuple[Part, int]] = {}
         for part in self.parts:
             left = part.epochs - len(self.values[part.run])
-            if left > 0 and part.row not in self.failed:
+            if left > 0 and part.row not in self.failed and part.run not in self.over:
                 epochs[part.run] = part, left  # the last part of a run has the most
         paces: dict[str, list[float]] = {}
         for part in self.parts:
             if part.row in self.seconds_an_epoch:
-                paces.setdefault(part.kind, []).append(self.seconds_an_epoch[part.row] / part.cost)
+                paces.setdefault(part.task, []).append(self.seconds_an_epoch[part.row] / part.cost)
         total = 0.0
         for part, left in epochs.values():
             if part.row in self.seconds_an_epoch:
                 total += left * self.seconds_an_epoch[part.row]
-            elif part.kind in paces:
-                total += left * part.cost * sum(paces[part.kind]) / len(paces[part.kind])
+            elif part.task in paces:
+                total += left * part.cost * sum(paces[part.task]) / len(paces[part.task])
             else:
                 return None
         return total / self.places
-
-
-@dataclass
-class _UnderWay:
-    """A part's process; ``mark`` is when it had completed ``epochs``, ``line`` when it was last told of."""
-
-    trial: Trial
-    slot: Mapping[str, str]
-    epochs: int
-    mark: float
-    line: float = 0.0
-    asked_to_stop: bool = False

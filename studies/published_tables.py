@@ -5,12 +5,13 @@
 
 Every row is a run of ``python train.py fit`` under its published config and the GPU overlay of its task. The most
 valuable comes first: WikiText-2 to one epoch past the published best, CIFAR-10 to its end, both again under a second
-and a third seed, and last the rest of WikiText-2. When the time is up, what is under way is saved; the same command
-goes on from there. The output folder gets
+and a third seed, and last the rest of WikiText-2. Before the time is over the running ones save and leave; the same
+command continues from there. The output folder gets
 
     runs/      the run folders, with checkpoints
-    logs/      what the runs printed
-    runs.zip   the runs without their weights: python compare.py <output>/runs.zip --unfinished
+    logs/      the output of the runs
+    runs.zip   the runs without weights, packed whenever one has ended:
+               python compare.py <output>/runs.zip --unfinished
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from comparison.archive import pack
+from run_folders import hold
 from search.trial import server
 from search.within_time import Part, Schedule
 
@@ -32,9 +33,9 @@ from search.within_time import Part, Schedule
 WIKITEXT2 = {"wikitext2_base": 3, "wikitext2_sync": 4, "wikitext2_aga": 4, "wikitext2_adamw": 7, "wikitext2_muon": 5}
 CIFAR = ("cifar_sync", "cifar_adamw", "cifar_aga", "cifar_base", "cifar_muon")
 SEEDS = (42, 43, 44)
-# Passes a step, from which the pace of rows that have not begun is guessed; AGA makes a second one now and then.
+# Passes a step, from which the pace of a row that has not begun is estimated. AGA's second passes depend on the run.
 PASSES = {"sync": 2.0, "aga": 1.3}
-# A rehearsal: two epochs of one step, on networks so small that a CPU makes them at once.
+# A rehearsal is two epochs of one step, on networks that a CPU trains in no time.
 REHEARSAL_EPOCHS = 2
 SHORT = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
 SMALL = {
@@ -71,22 +72,22 @@ def all_parts(options: argparse.Namespace) -> list[Part]:
 
 
 def part(row: str, seed: int, epochs: int | None, options: argparse.Namespace) -> Part:
-    """Return the part of a row's run that ends with so many epochs; ``None`` is its whole length."""
+    """Return the part of a row's run that ends with so many epochs; ``None`` is all of them."""
     config: dict[str, Any] = yaml.safe_load(Path(f"configs/{row}.yaml").read_text(encoding="utf-8"))
     task, _, optimizer = row.partition("_")
-    whole: int = config["trainer"]["max_epochs"]
+    total: int = config["trainer"]["max_epochs"]
     if options.rehearse:
-        whole, epochs = REHEARSAL_EPOCHS, epochs and 1
+        total, epochs = REHEARSAL_EPOCHS, epochs and 1
     return Part(
         row=row,
         seed=seed,
-        epochs=epochs or whole,
-        whole=whole,
+        epochs=epochs or total,
+        total_epochs=total,
         arguments=tuple(arguments(row, seed, options)),
         metric=config["checkpoint"]["monitor"],
         lower=config["checkpoint"]["mode"] == "min",
         cost=PASSES.get(optimizer, 1.0),
-        kind=task,
+        task=task,
     )
 
 
@@ -128,7 +129,8 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, required=True, help="that all of it may take, start and end included")
     parser.add_argument("--output", type=Path, default=Path("tables"), help="folder to write to (default: tables)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time on one GPU (default: 2)")
-    parser.add_argument("--compile", action="store_true", help="compile the networks, a minute for each run")
+    parser.add_argument("--archive", type=Path, help="file for the packed runs (default: <output>/runs.zip)")
+    parser.add_argument("--compile", action="store_true", help="compile the networks; decide before the first call")
     parser.add_argument("--rows", nargs="+", choices=rows, default=rows, metavar="ROW", help="leave out other rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="default: 42 43 44")
     parser.add_argument("--accelerator", choices=("gpu", "cpu"), default="gpu", help="default: gpu")
@@ -143,34 +145,53 @@ def _stop(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt(number)
 
 
+def print_end_of(log: Path, lines: int = 15) -> None:
+    """Print the last lines of a log, which may stay behind on a rented machine."""
+    print(f"\nthe end of {log}:")
+    print("\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]))
+
+
 def main() -> int:
-    """Run what the time allows and pack it; returns the exit code: 1 where a run failed, 128 + n after signal n."""
+    """Train what the time allows and pack it; returns the exit code: 1 where a run failed, 128 + n after signal n."""
     start, options, code = time.monotonic(), read_options(), 0
     try:
         places = slots(options.accelerator, options.processes)
-    except ValueError as error:
+        options.output.mkdir(parents=True, exist_ok=True)
+        if not hold(options.output):
+            raise ValueError(f"{options.output} is in use by another call: wait for its end, or name another folder")
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     signal.signal(signal.SIGTERM, _stop)
     # Before torch is imported in the runs' processes: all of them share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(places))))
-    seconds = 60 * options.minutes - (time.monotonic() - start)
-    runs, logs = options.output / "runs", options.output / "logs"
-    schedule = Schedule(all_parts(options), runs, logs, server(*MODULES), places, seconds)
+    context = server(*MODULES)
+    from comparison.archive import pack  # takes seconds, in which the runs' server imports too
+
+    runs, archive = options.output / "runs", options.archive or options.output / "runs.zip"
+    schedule = Schedule(
+        all_parts(options),
+        runs,
+        options.output / "logs",
+        context,
+        places,
+        60 * options.minutes - (time.monotonic() - start),
+        ended=lambda: pack(runs, archive),
+    )
     try:
         schedule.run()
     except KeyboardInterrupt as stop:
         code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
-    archive = options.output / "runs.zip"
-    packed = pack(runs, archive)
-    done = sum(map(schedule.is_done, schedule.parts))
+    packed, done = pack(runs, archive), sum(map(schedule.is_done, schedule.parts))
+    for log in schedule.failed.values():
+        print_end_of(log)
     size = f"{archive.stat().st_size / 2**20:.1f} MiB"
     print(f"{done} of {len(schedule.parts)} parts are done; {packed} runs are in {archive} ({size})")
-    print(f"look at them with: python compare.py {archive} --unfinished")
+    print(f"compare them with: python compare.py {archive} --unfinished")
     if schedule.failed:
-        print(f"error: these rows failed: {', '.join(sorted(schedule.failed))}; see {logs}", file=sys.stderr)
+        print(f"error: these rows failed: {', '.join(sorted(schedule.failed))}", file=sys.stderr)
     elif done < len(schedule.parts):
-        print(f"go on with: python -m studies.published_tables {' '.join(sys.argv[1:])}")
+        print(f"continue with: python -m studies.published_tables {' '.join(sys.argv[1:])}")
     return code or int(bool(schedule.failed))
 
 

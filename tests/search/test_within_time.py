@@ -27,12 +27,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(within_time, "POLLING", 0.05)
 
 
-def part(runs: Path, epochs: int, whole: int = EPOCHS, seed: int = 42, row: str = "grok_adamw", **more: Any) -> Part:
+def part(runs: Path, epochs: int, total: int = EPOCHS, seed: int = 42, row: str = "grok_adamw", **more: Any) -> Part:
     """A part of a tiny run; ``more`` are options of it."""
     options = [str(option) for option in (*ADAMW, *TINY)]
-    options += ["--runs", str(runs), "--experiment", row, f"--seed_everything={seed}", f"--trainer.max_epochs={whole}"]
+    options += ["--runs", str(runs), "--experiment", row, f"--seed_everything={seed}", f"--trainer.max_epochs={total}"]
     options += ["--ckpt_path=last", *(f"--{key}={value}" for key, value in more.items())]
-    return Part(row, seed, epochs, whole, ("fit", *options), "val/loss", True, 1.0, "grok")
+    return Part(row, seed, epochs, total, ("fit", *options), "val/loss", True, 1.0, "grok")
 
 
 def schedule(folder: Path, parts: list[Part], context: Any, seconds: float = 100.0, places: int = 1) -> Schedule:
@@ -54,7 +54,7 @@ def epochs_logged(folder: Path) -> list[int]:
 
 def test_a_part_is_stopped_for_the_next_and_gone_on_with_in_its_folder(tmp_path: Path, context: Any) -> None:
     runs = tmp_path / "runs"
-    parts = [part(runs, 5), part(runs, 3, whole=3, seed=7), part(runs, EPOCHS)]
+    parts = [part(runs, 5), part(runs, 3, total=3, seed=7), part(runs, EPOCHS)]
     plan = schedule(tmp_path, parts, context)
     plan.run()
     assert all(map(plan.is_done, parts)) and not plan.failed
@@ -72,7 +72,7 @@ def test_when_the_time_is_up_everything_is_saved_and_the_same_goes_on(
 ) -> None:
     monkeypatch.setattr(within_time, "SAVING", 3.0)
     monkeypatch.setattr(within_time, "REST", 0.5)
-    parts = [part(tmp_path / "runs", 10**6, whole=10**6)]
+    parts = [part(tmp_path / "runs", 10**6, total=10**6)]
     counts = []
     for _ in range(2):
         plan = schedule(tmp_path, parts, context, seconds=12.0)
@@ -92,14 +92,43 @@ def test_a_row_that_fails_is_told_and_costs_no_other(
     tmp_path: Path, context: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = tmp_path / "runs"
-    bad = [part(runs, 2, whole=2, seed=seed, row="bad", **{"data.train_fraction": 2}) for seed in (0, 1)]
-    good = [part(runs, 2, whole=2, seed=seed) for seed in (0, 1)]
+    bad = [part(runs, 2, total=2, seed=seed, row="bad", **{"data.train_fraction": 2}) for seed in (0, 1)]
+    good = [part(runs, 2, total=2, seed=seed) for seed in (0, 1)]
     plan = schedule(tmp_path, [bad[0], *good, bad[1]], context)
     plan.run()
-    assert plan.failed == {"bad"}
+    assert list(plan.failed) == ["bad"]
     assert all(map(plan.is_done, good))
     assert len(list((tmp_path / "logs").glob("bad-*"))) == 1  # another seed would fail as well
-    assert "bad seed 0 FAILED: error: " in capsys.readouterr().out
+    assert "bad seed 0: FAILED: error: " in capsys.readouterr().out
+
+
+def test_a_run_that_ends_early_by_itself_is_not_begun_again(
+    tmp_path: Path, context: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stops = part(tmp_path / "runs", 50, total=50, **{"trainer.max_steps": 20})
+    plan = schedule(tmp_path, [stops], context)
+    plan.run()
+    assert len(list((tmp_path / "logs").iterdir())) == 1
+    assert not plan.failed and not plan.is_done(stops)
+    assert "grok_adamw seed 42: ended by itself after epoch" in capsys.readouterr().out
+
+
+def test_an_error_while_a_run_saves_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class FullDisk(Deaf):
+        def stop(self) -> None:
+            self.running = False
+            self.log.parent.mkdir(parents=True)
+            self.log.write_text("error: the disk is full")
+
+        def outcome(self) -> Outcome:
+            return Outcome(1, None, {})
+
+    monkeypatch.setattr(within_time, "Trial", FullDisk)
+    ends: list[int] = []
+    plan = Schedule([part(tmp_path, 1)], tmp_path, tmp_path / "logs", None, [{}], 1.0, ended=lambda: ends.append(1))
+    plan.run()
+    assert list(plan.failed) == ["grok_adamw"]
+    assert ends == [1]
 
 
 class Deaf:
@@ -127,23 +156,23 @@ def test_what_does_not_save_in_time_is_killed_within_it(
     plan.run()
     assert 0.6 < plan.elapsed < 1.0
     assert not plan.running
-    assert "was killed, for it did not save in time" in capsys.readouterr().out
+    assert "killed, for it did not save in time" in capsys.readouterr().out
 
 
-def test_the_time_left_is_that_of_all_parts_at_the_pace_of_their_kind(tmp_path: Path) -> None:
-    def of(row: str, epochs: int, cost: float, kind: str = "grok") -> Part:
-        return Part(row, 1, epochs, 10, (), "val/loss", True, cost, kind)
+def test_the_time_left_is_that_of_all_parts_at_the_pace_of_their_task(tmp_path: Path) -> None:
+    def of(row: str, epochs: int, cost: float, task: str = "grok") -> Part:
+        return Part(row, 1, epochs, 10, (), "val/loss", True, cost, task)
 
     parts = [of("base", 3, 1.0), of("sync", 4, 2.0), of("base", 10, 1.0), of("other", 5, 1.0, "else")]
     plan = schedule(tmp_path, parts, None, places=2)
     plan.values["base", 1] = [1.0] * 2
     plan.seconds_an_epoch["base"] = 6.0
-    assert plan.seconds_left() is None  # nothing is known of the other kind
-    plan.failed.add("other")
+    assert plan.remaining_seconds() is None  # nothing is known of the other kind
+    plan.failed["other"] = tmp_path
     # 8 epochs of base are left, not one as well for its first part; sync's are guessed at twice the seconds.
-    assert plan.seconds_left() == (8 * 6.0 + 4 * 12.0) / 2
+    assert plan.remaining_seconds() == (8 * 6.0 + 4 * 12.0) / 2
     plan.seconds_an_epoch["sync"] = 10.0
-    assert plan.seconds_left() == (8 * 6.0 + 4 * 10.0) / 2
+    assert plan.remaining_seconds() == (8 * 6.0 + 4 * 10.0) / 2
 
 
 def test_epochs_are_read_from_the_newest_run_and_while_it_is_written(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_most_valuable_parts_come_first() -> None:
     parts = all_parts(options())
-    done = [(part.row.partition("_")[0], part.seed, part.epochs == part.whole) for part in parts]
+    done = [(part.row.partition("_")[0], part.seed, part.epochs == part.total_epochs) for part in parts]
     kinds = list(dict.fromkeys(done))
     assert kinds == [
         ("wikitext2", 42, False),
@@ -43,7 +43,7 @@ def test_the_most_valuable_parts_come_first() -> None:
     first = {part.row: part.epochs for part in parts[:10]}
     assert list(first) == ROWS
     assert list(first.values()) == [3, 4, 4, 7, 5, 60, 100, 20, 100, 100]
-    assert [part.whole for part in parts[:5]] == [20, 10, 10, 20, 20]
+    assert [part.total_epochs for part in parts[:5]] == [20, 10, 10, 20, 20]
 
 
 def test_the_first_parts_of_wikitext2_go_past_the_published_best_epoch() -> None:
@@ -100,6 +100,23 @@ def test_without_a_gpu_it_says_how_to_rehearse(
     expected = "error: there is no GPU on this machine: add --accelerator cpu --rehearse to try everything on a CPU\n"
     assert capsys.readouterr().err == expected
     assert not (tmp_path / "tables").exists()
+
+
+def test_two_calls_for_one_folder_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Within one process a lock can be taken again.
+    take = "import sys, run_folders, pathlib; run_folders.hold(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", take, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        line = ["published_tables", "--minutes", "1", "--output", str(tmp_path), "--accelerator", "cpu"]
+        monkeypatch.setattr(sys, "argv", line)
+        assert published_tables.main() == 1
+        other.kill()
+    assert "is in use by another call" in capsys.readouterr().err
 
 
 def test_a_rehearsal_leaves_an_archive_that_compare_reads(tmp_path: Path) -> None:
