@@ -1,20 +1,20 @@
-"""Compile for later parts and print the seconds it took.
+"""Compile for later parts, and leave the seconds it took beside the results.
 
-    python -m benchmarks.gpu_parts.compile_ahead JOB DEVICE SMALL SECONDS
+    python -m benchmarks.gpu_parts.compile_ahead JOB DEVICE SMALL
 
-Cold compilations take longer than all parts together may. So they run at the same time, beside the parts that take no
-timings, and leave their results in torch's cache on disk.
+Cold compilations take longer than all parts together may. So they run at the same time, from the start until the end of
+the part ``graphs``, and leave their results in torch's cache on disk.
 """
 
 import os
 import sys
-import threading
 import time
 
 from benchmarks.gpu_parts import graphs, training
+from benchmarks.gpu_parts.report import seconds_file
 from benchmarks.step_cost import Trainer
 
-JOBS = ("optimizer step", *training.NETWORKS)
+JOBS = (graphs.OPTIMIZER_JOB, *training.NETWORKS)
 
 
 def seconds_of(job: str, device: str, small: bool) -> float:
@@ -28,9 +28,9 @@ def seconds_of(job: str, device: str, small: bool) -> float:
 
 
 if __name__ == "__main__":
-    name, place, is_small, limit = sys.argv[1:]
-    timer = threading.Timer(float(limit), os._exit, (1,))
-    timer.daemon = True
-    timer.start()
-    print(f"{seconds_of(name, place, is_small == '1'):.1f}", flush=True)
+    name, place, is_small = sys.argv[1:]
+    took = seconds_of(name, place, is_small == "1")
+    temporary = seconds_file(name).with_suffix(".partial")
+    temporary.write_text(f"{took:.1f}")
+    temporary.rename(seconds_file(name))
     os._exit(0)

@@ -100,6 +100,8 @@ def at_adversarial_points(left: Trajectory, right: Trajectory) -> float | str:
 
 def run(report: Report) -> None:
     """Compare every mode."""
+    # Tensors this small gain nothing from threads, and compilers use the cores at the same time.
+    torch.set_num_threads(1)
     # Else the GPU may round the factors of float32 products to TF32's ten bits.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")

@@ -1,10 +1,12 @@
 """Write the results of a part as lines and as JSON, and isolate failures."""
 
 import json
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +26,11 @@ def one_line(error: BaseException) -> str:
 def shown(value: Any, form: str = ".3f") -> str:
     """Return the text of a cell: a formatted number, a text, or "failed" for ``None``."""
     return "failed" if value is None else value if isinstance(value, str) else format(value, form)
+
+
+def seconds_file(job: str) -> Path:
+    """Return the file that has the seconds of a compilation once it is done, in the cache that all parts share."""
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ".")) / f"{job.replace(' ', '-')}.seconds"
 
 
 class Report:
@@ -67,6 +74,15 @@ class Report:
         """Write the result of a check; the part has failed if one does not pass."""
         self.failed = self.failed or not passed
         self.line(f"  {'pass' if passed else 'FAIL'}  {label}: {found}")
+
+    def compiled_ahead(self, job: str) -> float | None:
+        """Write and return the seconds of a cold compilation; ``None`` if it is not done."""
+        file = seconds_file(job)
+        seconds = float(file.read_text()) if file.exists() else None
+        done = "not done" if seconds is None else f"{seconds:.1f} s"
+        self.line(f"  {job}, compiled cold beside other parts: {done}")
+        self.number("cold compilation s", seconds, job=job)
+        return seconds
 
     def attempt(self, label: str, function: Callable[[], T], needs: float = 0.0, gpu: bool = False) -> T | str | None:
         """Return the result of ``function``, or ``None`` if it raises.

