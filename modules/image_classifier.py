@@ -58,9 +58,8 @@ class ImageClassifier(TwoPassModule):
         """Lay the network out in memory and compile it, where that is asked for."""
         super().configure_model()
         self.network.to(memory_format=self.memory_format)
-        if self.compile_network and self.network._compiled_call_impl is None:
-            # In place: a wrapper would change the names of the parameters.
-            self.network.compile()
+        if self.compile_network:
+            self.compile_once(self.network)
 
     def setup(self, stage: str) -> None:
         """Check that the data has as many classes.

@@ -32,8 +32,8 @@ class LanguageModel(TwoPassModule):
         projections: how the weights of query, key and value are kept: ``"whole"`` as one matrix (heads * head_dim,
             width) each, ``"per_head"`` as a stack (heads, head_dim, width), of which an optimizer of matrices takes
             every head's for itself.
-        compile: compile the network with ``torch.compile``, which takes a minute once and saves time on every step;
-            texts are drawn without, since their length changes with every token.
+        compile: compile the network with ``torch.compile`` before the first step; texts are drawn without it, since
+            their length changes with every token.
         temperature, top_k, sample_tokens, sample_seed: of continuations: what logits are divided by (0 takes the
             likeliest), how many of the likeliest tokens to draw from (``None`` for all), tokens to draw, and the seed.
         options: of the training step, see :class:`modules.two_pass.TwoPassModule`.
@@ -111,9 +111,8 @@ class LanguageModel(TwoPassModule):
             ValueError: as :meth:`modules.two_pass.TwoPassModule.configure_model`.
         """
         super().configure_model()
-        if self.compile_network and self.network.model._compiled_call_impl is None:
-            # In place: a wrapper would change the names of the parameters.
-            self.network.model.compile()
+        if self.compile_network:
+            self.compile_once(self.network.model)
 
     def setup(self, stage: str) -> None:
         """Check that the data fits the network; where it has whole texts, add the metrics of whole texts.
@@ -146,8 +145,8 @@ class LanguageModel(TwoPassModule):
     def compute_loss(self, batch: tuple[Tensor], metrics: Metrics | None) -> Tensor:
         """Return the mean cross-entropy in nats per token."""
         (rows,) = batch
-        # With the mask stated (none: torch's attention is causal by itself) transformers need not look at the positions
-        # for packed texts, for which it would wait for the device in every pass.
+        # No mask, since torch's attention is causal by itself. Without this entry transformers searches the positions
+        # for packed texts, which waits for the device in every pass.
         mask: Any = {"full_attention": None}
         model = self.network.model
         hidden = model(input_ids=rows[:, :-1].long(), attention_mask=mask, use_cache=False).last_hidden_state

@@ -116,6 +116,12 @@ class TwoPassModule(MeasuredModule):
         # The module, not the network: a loss may use parts of the network in its own way.
         shard(self, ("compute_loss", *self.uses_parameters), self.device_mesh)
 
+    @staticmethod
+    def compile_once(network: nn.Module) -> None:
+        """Compile ``network`` in place, unless it is; a wrapper would change the names of the parameters."""
+        if network._compiled_call_impl is None:
+            network.compile()
+
     @property
     def between_steps(self) -> bool:
         """Whether no window of batches is open: only then does a checkpoint hold everything that training needs."""
