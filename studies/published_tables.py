@@ -92,7 +92,7 @@ def part(row: str, seed: int, epochs: int | None, options: argparse.Namespace) -
 
 
 def arguments(row: str, seed: int, options: argparse.Namespace) -> list[str]:
-    """Return the command line of a row's run, which goes on where it was."""
+    """Return the command line of a row's run, which resumes an unfinished one."""
     task = row.partition("_")[0]
     line = ["fit", "--config", f"configs/{row}.yaml", "--config", f"configs/overlays/{task}_gpu.yaml"]
     line += ["--runs", str(options.output / "runs"), "--wandb=false", "--ckpt_path=last"]
@@ -169,6 +169,17 @@ def main() -> int:
     from comparison.archive import pack  # takes seconds, in which the runs' server imports too
 
     runs, archive = options.output / "runs", options.archive or options.output / "runs.zip"
+
+    def keep() -> int | None:
+        """Pack the runs and return their number; ``None`` where that fails, which must not stop the running ones."""
+        try:
+            return pack(runs, archive)
+        except OSError as error:
+            print(f"error: the runs cannot be packed into {archive}: {error.strerror}", file=sys.stderr)
+            return None
+
+    if keep() is None:
+        return 1
     schedule = Schedule(
         all_parts(options),
         runs,
@@ -176,23 +187,24 @@ def main() -> int:
         context,
         places,
         60 * options.minutes - (time.monotonic() - start),
-        ended=lambda: pack(runs, archive),
+        ended=keep,
     )
     try:
         schedule.run()
     except KeyboardInterrupt as stop:
         code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
-    packed, done = pack(runs, archive), sum(map(schedule.is_done, schedule.parts))
+    packed, done = keep(), sum(map(schedule.is_done, schedule.parts))
     for log in schedule.failed.values():
         print_end_of(log)
-    size = f"{archive.stat().st_size / 2**20:.1f} MiB"
-    print(f"{done} of {len(schedule.parts)} parts are done; {packed} runs are in {archive} ({size})")
-    print(f"compare them with: python compare.py {archive} --unfinished")
+    print(f"{done} of {len(schedule.parts)} parts are done")
+    if packed is not None:
+        print(f"{packed} runs are in {archive} ({archive.stat().st_size / 2**20:.1f} MiB)")
+        print(f"compare them with: python compare.py {archive} --unfinished")
     if schedule.failed:
         print(f"error: these rows failed: {', '.join(sorted(schedule.failed))}", file=sys.stderr)
     elif done < len(schedule.parts):
         print(f"continue with: python -m studies.published_tables {' '.join(sys.argv[1:])}")
-    return code or int(bool(schedule.failed))
+    return code or int(packed is None or bool(schedule.failed))
 
 
 if __name__ == "__main__":

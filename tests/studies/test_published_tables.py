@@ -1,18 +1,22 @@
 """The published tables: what is run, in which order, and a rehearsal of it as it is typed."""
 
 import argparse
+import errno
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from comparison.rows import PUBLISHED, matches
 from run_identity import RunIdentity
+from search.within_time import Part
 from studies import published_tables
 from studies.published_tables import CIFAR, WIKITEXT2, all_parts, arguments, slots
-from tests.commands import ROOT, call, clean_environment
+from tests.commands import ROOT, Result, call, python
 from tests.text import write_corpus
 
 ROWS = [*WIKITEXT2, *CIFAR]
@@ -48,10 +52,17 @@ def test_the_most_valuable_parts_come_first() -> None:
 
 def test_the_first_parts_of_wikitext2_go_past_the_published_best_epoch() -> None:
     entry = next(entry for name, entry in yaml.safe_load(PUBLISHED.read_text()).items() if name == "wikitext2")
-    curves = {"Base": [121.3, 96.1, 96.7, 104.3], "Sync": [118.5, 93.1, 90.7, 96.7], "AGA": [118.8, 94.2, 93.2, 101.9]}
-    assert len(entry["rows"]) == len(WIKITEXT2)
+    curves = {
+        "Base": [121.3, 96.1, 96.7, 104.3],
+        "Sync": [118.5, 93.1, 90.7, 96.7],
+        "AGA": [118.8, 94.2, 93.2, 101.9],
+        "AdamW": [177.9, 141.0, 126.9, 119.8, 116.7, 116.5, 118.9],
+        "Muon": [156.5, 125.3, 115.2, 111.4, 112.1],
+    }
+    assert len(entry["rows"]) == len(WIKITEXT2) == len(curves)
     for name, curve in curves.items():
-        assert WIKITEXT2[f"wikitext2_{name.lower()}"] >= curve.index(min(curve)) + 2
+        best = curve.index(min(curve)) + 1
+        assert WIKITEXT2[f"wikitext2_{name.lower()}"] == best + 1
 
 
 def test_all_parts_of_a_run_have_the_same_command_line() -> None:
@@ -84,11 +95,10 @@ def test_every_gpu_that_may_be_used_gets_as_many_processes(monkeypatch: pytest.M
     assert slots("cpu", 2) == [{}, {}]
 
 
-def command(folder: Path, *more: str) -> "subprocess.CompletedProcess[str]":
-    line = [sys.executable, "-m", "studies.published_tables", "--output", str(folder / "tables"), *more]
-    environment = clean_environment(folder, ARS2_WIKITEXT2_ROOT=str(write_corpus(folder / "text")))
-    environment.pop("CUDA_VISIBLE_DEVICES", None)
-    return subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)
+def command(folder: Path, *more: str) -> Result:
+    corpus = str(write_corpus(folder / "text"))
+    line = ("-m", "studies.published_tables", "--output", folder / "tables", *more)
+    return python(*line, home=folder, ARS2_WIKITEXT2_ROOT=corpus)
 
 
 def test_without_a_gpu_it_says_how_to_rehearse(
@@ -114,16 +124,8 @@ for module in sys.argv[1:]:
     __import__(module)
 assert not asked, asked
 """
-    process = subprocess.run(
-        [sys.executable, "-c", script, *published_tables.MODULES],
-        cwd=ROOT,
-        env=clean_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
+    result = python("-c", script, *published_tables.MODULES, home=tmp_path)
+    assert result.code == 0, result.err
 
 
 def test_two_calls_for_one_folder_are_refused(
@@ -146,12 +148,47 @@ def test_two_calls_for_one_folder_are_refused(
 def test_a_rehearsal_leaves_an_archive_that_compare_reads(tmp_path: Path) -> None:
     choice = ["--accelerator", "cpu", "--rehearse", "--rows", "wikitext2_base", "wikitext2_sync", "--seeds", "42"]
     result = command(tmp_path, "--minutes", "3", *choice)
-    assert (result.returncode, result.stderr) == (0, ""), result.stdout
-    assert "4 of 4 parts are done; 2 runs are in" in result.stdout
+    assert (result.code, result.err) == (0, ""), result.out
+    assert "4 of 4 parts are done\n2 runs are in" in result.out
     again = command(tmp_path, "--minutes", "3", *choice)
-    assert again.stdout.splitlines() == result.stdout.splitlines()[-2:]  # nothing is left to do
-    report = [sys.executable, "compare.py", str(tmp_path / "tables/runs.zip"), "--unfinished"]
-    report += ["--output", str(tmp_path / "report")]
-    compared = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
-    assert compared.returncode == 0, compared.stderr
-    assert "2 runs in 2 rows" in compared.stdout
+    assert again.out.splitlines() == result.out.splitlines()[-3:]  # nothing is left to do
+    report = ("compare.py", tmp_path / "tables/runs.zip", "--unfinished", "--output", tmp_path / "report")
+    compared = python(*report, home=tmp_path)
+    assert compared.code == 0, compared.err
+    assert "2 runs in 2 rows" in compared.out
+
+
+def test_an_archive_that_cannot_be_written_is_an_error_before_anything_is_run(tmp_path: Path) -> None:
+    choice = ("--minutes", "1", "--accelerator", "cpu", "--rehearse", "--archive", str(tmp_path / "nowhere/runs.zip"))
+    result = command(tmp_path, *choice)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.endswith("nowhere/runs.zip: No such file or directory\n")
+    assert result.err.startswith("error: the runs cannot be packed into ")
+
+
+def test_a_disk_that_fills_up_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The runs are asked to save all the same, and the exit code tells of the archive."""
+
+    class EndsOnce:
+        def __init__(self, *given: Any, ended: Callable[[], object]) -> None:
+            self.parts, self.failed, self.ended = given[0], {}, ended
+
+        def run(self) -> None:
+            def full(*_: object, **__: object) -> None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            monkeypatch.setattr("comparison.archive.zipfile.ZipFile", full)
+            assert self.ended() is None
+
+        def is_done(self, part: Part) -> bool:
+            return False
+
+    monkeypatch.setattr(published_tables, "Schedule", EndsOnce)
+    monkeypatch.setattr(published_tables, "server", lambda *_: None)
+    line = ["published_tables", "--minutes", "1", "--output", str(tmp_path), "--accelerator", "cpu", "--rehearse"]
+    monkeypatch.setattr(sys, "argv", line)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert published_tables.main() == 1
+    assert "error: the runs cannot be packed into" in capsys.readouterr().err
