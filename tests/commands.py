@@ -92,6 +92,20 @@ def train_py(*arguments: object, home: Path, **environment: str) -> Result:
     return Result(process.returncode, out, err)
 
 
+def python(*arguments: object, home: Path, timeout: float = 200.0, **environment: str) -> Result:
+    """Run ``python <arguments>`` to its end from the root of the checkout."""
+    process = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=clean_environment(home, **environment),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Result(process.returncode, process.stdout, process.stderr)
+
+
 def folders(runs: Path) -> list[Path]:
     """The run folders below ``--runs``, the oldest first."""
     return sorted(runs.glob("*/*"), key=lambda folder: folder.stat().st_ctime_ns)

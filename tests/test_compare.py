@@ -1,22 +1,16 @@
 """compare.py as it is typed."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.callbacks.test_wandb_run import of, read
-from tests.commands import AGA, ROOT, TINY, Result, clean_environment, fit
+from tests.commands import AGA, TINY, Result, fit, python
 
 
 def compare(*arguments: object, home: Path) -> Result:
-    command = [sys.executable, "compare.py", *map(str, arguments)]
-    process = subprocess.run(
-        command, cwd=ROOT, env=clean_environment(home), capture_output=True, text=True, timeout=120, check=False
-    )
-    return Result(process.returncode, process.stdout, process.stderr)
+    return python("compare.py", *arguments, home=home, timeout=120)
 
 
 def test_runs_become_a_report(tmp_path: Path) -> None:

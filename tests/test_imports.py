@@ -1,13 +1,11 @@
 """Start-up is part of every run: what it imports is pinned, each look in a process of its own."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.commands import AGA, ROOT, TINY, clean_environment
+from tests.commands import AGA, TINY, python
 
 # Prints the installed packages whose modules were loaded, by top-level name.
 LOOK = """
@@ -47,17 +45,9 @@ NEVER = {
 
 
 def packages_after(code: str, home: Path, *arguments: str) -> set[str]:
-    process = subprocess.run(
-        [sys.executable, "-c", code + LOOK, *arguments],
-        cwd=ROOT,
-        env=clean_environment(home),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    return set(json.loads(process.stdout.splitlines()[-1]))
+    result = python("-c", code + LOOK, *arguments, home=home, timeout=120)
+    assert result.code == 0, result.err
+    return set(json.loads(result.out.splitlines()[-1]))
 
 
 @pytest.fixture(scope="module")

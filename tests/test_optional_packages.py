@@ -1,6 +1,5 @@
 """Training needs neither wandb nor datasets nor optuna; what does need one says so in a sentence."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 
 from datamodules.text_corpus import SPLITS
 from tests import text
-from tests.commands import ADAMW, ROOT, TINY, call, clean_environment, fit
+from tests.commands import ADAMW, TINY, call, fit, python
 from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
 
 OPTIONAL = ("wandb", "datasets", "optuna")
@@ -61,14 +60,6 @@ def test_a_sweep_is_an_error_that_names_the_package(tmp_path: Path) -> None:
         "import runpy, sys; sys.modules['optuna'] = None; sys.argv = ['sweep.py', 'configs/sweeps/grok.yaml'];"
         " runpy.run_path('sweep.py', run_name='__main__')"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", command],
-        cwd=ROOT,
-        env=clean_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert process.returncode == 1
-    assert process.stderr == "error: a sweep needs the package optuna: install it (pip install optuna)\n"
+    result = python("-c", command, home=tmp_path, timeout=60)
+    assert result.code == 1
+    assert result.err == "error: a sweep needs the package optuna: install it (pip install optuna)\n"

@@ -1,16 +1,15 @@
 """Every transform against torchvision.transforms.v2, image by image and in distribution; batches whoever makes them."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import v2
 
 from datamodules.augmentation import Augmentation, Draws, ImageBatches, TrainingImages
 from datamodules.cifar10 import MEAN, STD
+from tests.dispatched import Dispatched
 
 AUGMENTATION = Augmentation(MEAN, STD)
 NORMALISE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
@@ -191,21 +190,14 @@ def test_a_worker_process_makes_the_same_batches(workers: int) -> None:
 
 def test_a_batch_makes_no_tensor_from_python_numbers() -> None:
     """Each would wait for a GPU."""
-    made = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            made.extend([function] if "lift_fresh" in str(function) else [])
-            return function(*args, **(kwargs or {}))
-
     first, second, *_ = loader()
     AUGMENTATION.apply(first.images, first.draws)  # type: ignore[attr-defined]
-    with Watch():
+    with Dispatched() as operations:
         torch.tensor([1.0])
-        assert len(made) == 1
+        assert operations.count("lift_fresh") == 1
         AUGMENTATION.apply(second.images, second.draws)  # type: ignore[attr-defined]
         AUGMENTATION.normalise(second.images)  # type: ignore[attr-defined]
-    assert len(made) == 1
+    assert operations.count("lift_fresh") == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -5,10 +5,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.image_classifier import ImageClassifier
 from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
+from tests.dispatched import Dispatched
 from tests.modules import language
 from tests.modules.small_task import make_optimizer
 from tests.modules.test_image_classifier import train
@@ -26,25 +26,19 @@ class ReadsOfAStep(L.Callback):
     """
 
     def __init__(self) -> None:
-        self.count = 0
-        self._mode: TorchDispatchMode | None = None
+        self.operations = Dispatched()
+
+    @property
+    def count(self) -> int:
+        return self.operations.count("aten._local_scalar_dense")
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        callback = self
-
-        class Count(TorchDispatchMode):
-            def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                callback.count += str(function) == "aten._local_scalar_dense.default"
-                return function(*args, **(kwargs or {}))
-
         if trainer.global_step == 1:
-            self._mode = Count()
-            self._mode.__enter__()
+            self.operations.__enter__()
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self._mode is not None:
-            self._mode.__exit__(None, None, None)
-            self._mode = None
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            self.operations.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
