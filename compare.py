@@ -27,7 +27,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--title", default="Comparison of optimizers", help="heading of the report")
     parser.add_argument("--baseline", help="row, or optimizer, that the others are compared with (default: adamw)")
     parser.add_argument("--target", action="append", default=[], help='level to reach, such as "val/accuracy >= 0.9"')
-    parser.add_argument("--unfinished", action="store_true", help="rows of runs that did not come to their end, too")
+    parser.add_argument("--unfinished", action="store_true", help="include runs that did not finish")
     parser.add_argument("--wandb", metavar="PROJECT", help="also send the report to this project")
     return parser.parse_args()
 

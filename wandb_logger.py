@@ -60,7 +60,7 @@ class RunWandbLogger(WandbLogger):
         super().__init__(experiment=self._begin(), save_dir=str(folder))
 
     def _begin(self) -> Any:
-        quiet_wandb()
+        quiet_wandb()  # outside the block below: a missing package is no failure of the server
         before = set(_records(self.folder))
         try:
             run = self._start()

@@ -47,7 +47,7 @@ class Part(NamedTuple):
     command: tuple[str, ...]
 
 
-# The first share includes the start of every process: imports take 5 to 10 s.
+# The first share includes the imports of every process.
 SHARES = {"tests": 24.0, "parity": 6.0, "step": 14.0, "graphs": 11.0, "newton_schulz": 7.0, "training": 25.0}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from comparison.runs import find
 
-# What a report is made from, and what tells a person of the run; no weights.
+# What a report reads, and what a person may want to; no weights.
 FILES = ("config.yaml", "protocol.yaml", "metrics.csv", "summary.json", "error.txt", "samples.txt")
 _NO_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip file can hold
 

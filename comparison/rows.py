@@ -182,7 +182,7 @@ def group(runs: Iterable[Run], problems: Iterable[Problem] = (), targets: Sequen
             of_search = "" if sweep is None else name
             if sweep is not None and len(searches) == 1:
                 name = sweep.optimizer  # nothing else to confuse it with
-            # Runs of one setting that went differently far are no repeats of each other.
+            # Unfinished runs of different lengths are not repeats of each other.
             name += f", {run.so_far}" if run.so_far else ""
             row = rows.setdefault((run.identity.setting_digest, of_search, run.so_far), Row({}, name))
             row.runs[run.identity.seed] = run

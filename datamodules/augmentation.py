@@ -34,7 +34,7 @@ class TrainingImages(NamedTuple):
 def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return ``values`` of channels in [0, 1] as a tensor (channels, 1, 1) for bytes; made once a device.
 
-    A tensor made from Python numbers waits until the GPU has done all that was queued for it.
+    Making a tensor from Python numbers on a GPU waits until the GPU has finished its queue.
     """
     return torch.tensor(values, device=device).view(-1, 1, 1) * 255
 

@@ -61,11 +61,11 @@ class Trial:
         return bool(self._process.is_alive())
 
     def stop(self) -> None:
-        """Let it finish the step under way, save, and leave; where training has not begun, it leaves at once."""
+        """Let it finish its step, save and leave; before training has begun it leaves at once."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """End it at once; it goes on from its last checkpoint."""
+        """End it at once; it can resume from its last checkpoint."""
         self._process.kill()
 
     def outcome(self) -> Outcome:
