@@ -1,7 +1,7 @@
 """What a run has spent, as columns of its log: every curve can then be drawn over any of them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,9 @@ class CostCounters(L.Callback):
 
     Floating-point operations are those of matrix products, convolutions and attention, as torch counts them: the
     training's first update is watched while it is made, and gives the operations per example of a gradient evaluation
-    and, apart, those of the optimizer's own products, taken to be the same in every update. Over several processes the
-    optimizer's are counted as if each made those that the first one made.
+    and, apart, those of the optimizer's own products, taken to be the same in every update. What is compiled, network
+    or optimizer, is not until after that update. Over several processes the optimizer's are counted as if each made
+    those that the first one made.
     """
 
     def __init__(self) -> None:
@@ -40,6 +41,7 @@ class CostCounters(L.Callback):
         self.flops_per_update = 0.0
         self._mark: float | None = None
         self._watch: FlopCounterMode | None = None
+        self._eagerly: AbstractContextManager[None] = nullcontext()
         self._products, self._optimizer_from = 0.0, 0.0
         self._window, self._evaluations = 0, 0
         self._share: dict[str, Any] | None = None  # of a checkpoint of as many processes
@@ -97,6 +99,9 @@ class CostCounters(L.Callback):
         if self.flops_per_example is None:
             from torch.utils.flop_counter import FlopCounterMode
 
+            # A compiled function would show the mode none of its operations, and refuses to run under it.
+            self._eagerly = torch.compiler.set_stance("force_eager")
+            self._eagerly.__enter__()
             self._watch = FlopCounterMode(display=False)
             self._watch.__enter__()
 
@@ -120,6 +125,7 @@ class CostCounters(L.Callback):
         if self._watch is not None:
             self._products += self._watch.get_total_flops()
             self._watch.__exit__(None, None, None)
+            self._eagerly.__exit__(None, None, None)
             self._watch = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -6,7 +6,10 @@ import pytest
 import yaml
 
 from overlays import check_overlays
-from tests.commands import ADAMW, AGA, TINY, call, fit
+from tests import text
+from tests.commands import ADAMW, AGA, ROOT, TINY, call, fit, folders, metrics, train_py
+from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
+from tests.test_configs import TINY_CIFAR
 
 SGD = "torch.optim.SGD"
 WHOLE = {"lr": 0.1, "weight_decay": 0.0}
@@ -137,3 +140,40 @@ def test_a_config_that_is_no_yaml_is_named(content: bytes, tmp_path: Path) -> No
     path = tmp_path / "broken.yaml"
     path.write_bytes(content)
     assert str(path) in call("fit", "--config", path, *TINY).error
+
+
+SHORT = ("--trainer.max_epochs", "1", "--wandb", "false")
+
+
+@pytest.fixture
+def commands(tmp_path: Path, tiny_cifar10: Path) -> dict[str, tuple[object, ...]]:  # noqa: F811
+    """For each overlay, a config and options that make its task tiny."""
+    words = text.write_corpus(tmp_path / "text")
+    cpu = ("--trainer.accelerator", "cpu")
+    short_text = ("--data.root", words, "--data.cache", tmp_path, "--trainer.limit_train_batches", 2)
+    grok = ("--config", "configs/grok_base.yaml", *TINY)
+    return {
+        "cifar_gpu": ("--config", "configs/cifar_sync.yaml", *TINY_CIFAR, *cpu),
+        "compiled_optimizer": grok,
+        "fsdp": (*grok, *cpu, "--trainer.devices", 2, "--trainer.strategy.data_parallel_size", 2),
+        "wikitext2_gpu": ("--config", "configs/wikitext2_sync.yaml", *text.SMALL_TEXT, *short_text, *cpu),
+    }
+
+
+# tests/test_launchers.py runs ddp.
+OVERLAYS = sorted({path.stem for path in (ROOT / "configs/overlays").glob("*.yaml")} - {"ddp"})
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_overlay_trains(name: str, commands: dict[str, tuple[object, ...]], tmp_path: Path) -> None:
+    config, *options = commands[name][1:]
+    arguments = ("--config", config, "--config", f"configs/overlays/{name}.yaml", *options, *SHORT)
+    if name == "fsdp":  # two processes
+        result = train_py("fit", *arguments, "--runs", tmp_path / "runs", home=tmp_path)
+        assert result.code == 0, result.err
+        (folder,) = folders(tmp_path / "runs")
+    else:
+        folder = fit(tmp_path / "runs", *arguments)
+    last = metrics(folder)[-1]
+    assert float(last["cost/optimizer_steps"]) >= 1
+    assert float(last["cost/flops"]) > 0

@@ -1,3 +1,4 @@
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,44 @@ def test_flops_are_those_of_every_pass_and_of_the_optimizer(
     updates = 2 * -(-4 // window)
     expected = FLOPS * passes * 58 + counters.flops_per_update * updates
     assert rows(tmp_path)[-1]["cost/flops"] == pytest.approx(expected, rel=1e-12)
+
+
+class CompiledDescent(torch.optim.SGD):
+    """A person's own optimizer, whose update is compiled in one graph."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        closure()
+        matrices = [param for group in self.param_groups for param in group["params"] if param.ndim == 2]
+        with torch.no_grad():
+            torch.compile(descend, fullgraph=True)(matrices, [matrix.grad for matrix in matrices])
+
+
+def descend(matrices: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
+    for matrix, gradient in zip(matrices, gradients, strict=True):
+        matrix -= 0.01 * gradient @ gradient.T @ gradient
+
+
+@pytest.mark.parametrize(
+    ("compiled", "plain"),
+    [
+        (ars2("sync", compile=True), ars2("sync")),
+        (functools.partial(CompiledDescent, lr=0.1), None),
+    ],
+)
+def test_a_compiled_optimizer_is_counted_as_one_that_is_not(
+    compiled: Any, plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    counters = CostCounters()
+    fit(module(compiled), data(), [counters], None, epochs=1)
+    assert counters.flops_per_example == FLOPS
+    assert counters.flops_per_update > 0
+    # From the second update on it is compiled.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    if plain is not None:
+        uncompiled = CostCounters()
+        fit(module(plain), data(), [uncompiled], None, epochs=1)
+        assert counters.flops_per_update == uncompiled.flops_per_update
 
 
 @pytest.mark.parametrize("optimizer", [adamw, ars2("aga", k=3)])
