@@ -17,12 +17,13 @@ SMALLEST_SCALE = 2.0**-15
 
 
 def gradients_of(optimizer: Optimizer) -> dict[Tensor, Tensor]:
-    """Return the dense gradients that the optimizer would update from, by parameter.
+    """Return the gradients that the optimizer would update from, by parameter, as dense tensors of any strides.
 
-    Of sharded ones it is what this process holds; an empty one is left out.
+    Of sharded ones it is what this process holds, of sparse ones their values; an empty one is left out.
     """
     params = (param for group in optimizer.param_groups for param in group["params"])
-    found = {p: local(p.grad) for p in params if p.grad is not None and p.grad.layout is torch.strided}
+    # Not values(), which refuses a gradient that has an index twice.
+    found = {p: p.grad._values() if p.grad.is_sparse else local(p.grad) for p in params if p.grad is not None}
     return {param: gradient for param, gradient in found.items() if gradient.numel()}
 
 
@@ -76,7 +77,8 @@ def lower_scale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
     if not gradients:
         return False
     # One of another process or of the first pass may be the one that is not finite.
-    next(iter(gradients.values())).view(-1)[0] = math.inf
+    gradient = next(iter(gradients.values()))
+    gradient[(0,) * gradient.ndim] = math.inf  # in place, whatever its strides
     # Not through the optimizer's step: nobody is to take this for one.
     scaler.unscale_(optimizer)
     scaler.update()

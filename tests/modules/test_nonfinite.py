@@ -109,6 +109,25 @@ def test_one_bad_batch_spoils_its_whole_window_of_accumulation() -> None:
     assert_equal_states(state_of(module), Loop("sync", window=2, damaged={0}).train())
 
 
+def test_the_values_of_a_sparse_gradient_are_looked_at_too() -> None:
+    class Sparse(SmallTask):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.network = nn.Embedding(3, 2, sparse=True)
+
+        def compute_loss(self, batch: Any, metrics: Any) -> torch.Tensor:
+            vectors: torch.Tensor = self.network(batch[1])
+            if self.global_step == 2:
+                # The loss is finite, the derivative of the root at zero is not.
+                return vectors.sum() + (vectors * 0.0).abs().sum().sqrt()
+            return vectors.square().sum()
+
+    module = Sparse(optimizer=lambda params: torch.optim.SGD(params, lr=1e-2))
+    with pytest.raises(FloatingPointError, match=r"^step 3 in epoch 0, first pass: the gradient of weight is not"):
+        fit(module)
+    assert all(param.isfinite().all() for param in module.network.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_place_is_looked_at(dtype: torch.dtype) -> None:
     loss, gradients = torch.tensor(2.0), [torch.full((3, 5), 60000.0, dtype=dtype), torch.zeros(7, dtype=dtype)]

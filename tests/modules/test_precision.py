@@ -73,6 +73,28 @@ def test_16_mixed_leaves_out_steps_until_the_scale_is_low_enough(name: str) -> N
     assert trainer.callback_metrics["train/skipped_steps"] == module.skipped_steps
 
 
+class OtherStrides(SmallTask):
+    """Has no parameter of several dimensions that is contiguous: a kernel in channels_last, a transposed matrix."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.network.to(memory_format=torch.channels_last)
+        self.network.head.weight = torch.nn.Parameter(self.network.head.weight.detach().T.contiguous().T)
+        assert not any(p.is_contiguous() for p in self.network.parameters() if p.ndim > 1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_16_mixed_leaves_out_steps_whatever_the_strides_of_the_parameters(name: str) -> None:
+    module, plain = OtherStrides(optimizer=make_optimizer(name)), SmallTask(optimizer=make_optimizer(name))
+    mine, theirs = scaler(init_scale=2.0**22), scaler(init_scale=2.0**22)
+    fit(module, plugins=[half(mine)])
+    fit(plain, plugins=[half(theirs)])
+    assert module.skipped_steps == plain.skipped_steps > 1
+    assert mine.get_scale() == theirs.get_scale() < 2.0**22
+    for mine_of, of_plain in zip(module.network.parameters(), plain.network.parameters(), strict=True):
+        assert torch.allclose(mine_of, of_plain, atol=0.02)  # half precision rounds other sums
+
+
 class Damaged(SmallTask):
     """Multiplies the loss of given steps, counted from 0, in one pass."""
 
