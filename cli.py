@@ -141,7 +141,8 @@ class CommandLine(LightningCLI):
         config = self.config[self.subcommand]
         if self.subcommand == "predict":
             self.save_config_callback = None
-            return super().instantiate_trainer(**kwargs, logger=False)
+            # Every process answers every question, for a sharded network needs them all, and the first one says it.
+            return super().instantiate_trainer(**kwargs, logger=False, use_distributed_sampler=False)
         stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{config.seed_everything}"
         folder = Path(from_first("folder", lambda: str(run_folder(Path(config.runs) / config.experiment, stem))))
         os.environ[FOLDER] = str(folder)
@@ -161,7 +162,7 @@ class CommandLine(LightningCLI):
 
     def after_predict(self) -> None:
         """Print the lines that the module's ``predict_step`` returned."""
-        for batch in self.trainer.predict_loop.predictions:
+        for batch in self.trainer.predict_loop.predictions if self.trainer.is_global_zero else ():
             for line in batch:
                 print(line)
 

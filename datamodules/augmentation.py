@@ -104,6 +104,7 @@ class ImageBatches(TensorBatches):
         batch_size: examples to a batch, of all processes together; the last short batch is kept.
         seed: of the order and the augmentation; ``None`` keeps the given order and augments nothing.
         augmentation: what to draw for.
+        shared: whether several processes share every batch; if not, each is given all of it.
 
     Raises:
         ValueError: as for :class:`datamodules.batches.TensorBatches`, or an augmentation without a seed.
@@ -116,8 +117,9 @@ class ImageBatches(TensorBatches):
         batch_size: int,
         seed: int | None,
         augmentation: Augmentation | None = None,
+        shared: bool = True,
     ) -> None:
-        super().__init__((images, labels), batch_size, seed)
+        super().__init__((images, labels), batch_size, seed, shared=shared)
         if augmentation is not None and seed is None:
             raise ValueError("an augmentation needs a seed")
         self.augmentation = augmentation

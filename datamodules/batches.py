@@ -39,27 +39,38 @@ class TensorBatches:
     it trained on. Without Lightning every iteration is the next epoch.
 
     Where several processes train together, each is given its part of every batch: one after the other, sizes differing
-    by at most one. A last short batch with fewer examples than processes joins the batch before it.
+    by at most one. No part of a shuffled batch is empty: a last short one with fewer examples than processes joins the
+    batch before it. In the given order, which is for evaluation, the last processes' parts may be empty, so that every
+    example is evaluated once and every process is given equally many batches.
 
     Args:
         tensors: each of shape (examples, ...), on one device.
         batch_size: examples to a batch, of all processes together.
         seed: of the order; ``None`` keeps the given order in every epoch.
         drop_last: whether a last short batch is left out; of a shuffled epoch it holds other examples each time.
+        shared: whether several processes share every batch; if not, each is given all of it.
 
     Raises:
-        ValueError: no examples, none left, ``batch_size`` below 1, or a batch that is too small for the number of
-            processes.
+        ValueError: no examples, none left, ``batch_size`` below 1, or a shuffled batch that is too small for the number
+            of processes.
     """
 
-    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int, seed: int | None, drop_last: bool = False) -> None:
+    def __init__(
+        self,
+        tensors: tuple[Tensor, ...],
+        batch_size: int,
+        seed: int | None,
+        drop_last: bool = False,
+        shared: bool = True,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if len(tensors[0]) == 0:
             raise ValueError("there are no examples to make batches of")
         if drop_last and len(tensors[0]) < batch_size:
             raise ValueError(f"there are {len(tensors[0])} examples, too few for one batch of {batch_size}")
-        self.tensors, self.batch_size, self.seed, self.drop_last = tensors, batch_size, seed, drop_last
+        self.tensors, self.batch_size, self.seed = tensors, batch_size, seed
+        self.drop_last, self.shared = drop_last, shared
         # Lightning looks for set_epoch here; a loader with an attribute called sampler it takes for a DataLoader.
         self.batch_sampler = SimpleNamespace(sampler=self)
         self.epoch, self.done = -1, 0
@@ -71,7 +82,7 @@ class TensorBatches:
 
     def _bounds(self) -> list[int]:
         """Return where each batch of an epoch's order begins, and the end of the last one."""
-        examples, ranks = len(self.tensors[0]), world()[1]
+        examples, ranks = len(self.tensors[0]), 1 if self.seed is None or not self.shared else world()[1]
         if min(self.batch_size, examples) < ranks:
             raise ValueError(
                 f"a batch of {min(self.batch_size, examples)} cannot be shared among {ranks} processes:"
@@ -95,7 +106,7 @@ class TensorBatches:
         while self.done < len(bounds) - 1:
             self.done += 1
             batch = order[bounds[self.done - 1] : bounds[self.done]]
-            yield self._batch(batch, share(len(batch)))
+            yield self._batch(batch, share(len(batch)) if self.shared else slice(None))
 
     def _batch(self, examples: Tensor, mine: slice) -> tuple[Tensor, ...]:
         """Return this process' part of the ``done``-th batch of the epoch, whose numbers are ``examples``."""

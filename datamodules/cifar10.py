@@ -180,7 +180,7 @@ class CIFAR10Data(L.LightningDataModule):
         images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return images, torch.tensor(source.targets)
 
-    def _batches(self, images: Tensor, labels: Tensor, training: bool = False) -> ImageBatches:
+    def _batches(self, images: Tensor, labels: Tensor, training: bool = False, shared: bool = True) -> ImageBatches:
         device = device_of(self, self.on_device)
         return ImageBatches(
             images.to(device),
@@ -188,6 +188,7 @@ class CIFAR10Data(L.LightningDataModule):
             self.batch_size if training else self.val_batch_size,
             self.seed if training else None,
             self.augmentation if training else None,
+            shared,
         )
 
     def train_dataloader(self) -> ImageBatches:
@@ -203,12 +204,15 @@ class CIFAR10Data(L.LightningDataModule):
         return self._batches(*self.test_set)
 
     def predict_dataloader(self) -> ImageBatches:
-        """The image files, in the order given, with label -1; or the first ten test images with theirs."""
+        """The image files, in the order given, with label -1; or the first ten test images with theirs.
+
+        Every process is given all of them.
+        """
         if self.images is None:
             images, labels = self.test_set
-            return self._batches(images[:10], labels[:10])
+            return self._batches(images[:10], labels[:10], shared=False)
         pixels = torch.stack([self._open(path) for path in self.images])
-        return self._batches(pixels, torch.full((len(pixels),), -1))
+        return self._batches(pixels, torch.full((len(pixels),), -1), shared=False)
 
     def _open(self, path: str) -> Tensor:
         """Return an image file as (3, 32, 32) uint8; of one that is not square, the middle."""

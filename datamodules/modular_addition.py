@@ -69,5 +69,5 @@ class ModularAdditionData(L.LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> TensorBatches:
-        """The questions, in the order asked."""
-        return TensorBatches(self._examples(self.asked), self.val_batch_size, None)
+        """The questions, in the order asked; every process is given all of them."""
+        return TensorBatches(self._examples(self.asked), self.val_batch_size, None, shared=False)

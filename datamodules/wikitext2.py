@@ -183,7 +183,8 @@ class _WholeText:
 
     def __init__(self, rows: Tensor, rest: Tensor, batch_size: int) -> None:
         self.rows: TensorBatches | list[Any] = TensorBatches((rows,), batch_size, None) if len(rows) else []
-        self.rest = [(rest.unsqueeze(0),)] if len(rest) > 1 else []
+        # A batch too: of several processes one is given the row, and the others none of it.
+        self.rest: TensorBatches | list[Any] = TensorBatches((rest.unsqueeze(0),), 1, None) if len(rest) > 1 else []
 
     def __len__(self) -> int:
         return len(self.rows) + len(self.rest)

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -46,8 +47,14 @@ class MeasuredModule(L.LightningModule):
         self._log_metrics("test", self.test_metrics)
 
     def _evaluate(self, batch: Any, metrics: Metrics) -> None:
-        loss = self.compute_loss(batch, metrics)
-        metrics["loss"].update(loss, self.batch_size(batch))
+        if examples := self.batch_size(batch):
+            metrics["loss"].update(self.compute_loss(batch, metrics), examples)
+            return
+        # Other processes have all of this batch. A sharded network is gathered from all, so this one runs it too: on
+        # an example of zeros, since few networks take none.
+        if self.device_mesh is not None:
+            self.compute_loss(apply_to_collection(batch, Tensor, lambda t: t.new_zeros(1, *t.shape[1:])), None)
+        metrics["loss"].update(torch.zeros((), device=self.device), 0)
 
     def _log_metrics(self, stage: str, metrics: Metrics, **more: float) -> None:
         """Log what ``metrics`` have gathered and ``more``, and begin anew; nothing where there was no batch.

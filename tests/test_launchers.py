@@ -54,6 +54,13 @@ def test_lightning_starts_them_and_one_folder_has_it_all(whole: Path) -> None:
         assert (whole / name).is_file(), name
 
 
+def test_questions_are_answered_once_in_the_order_asked(whole: Path, tmp_path: Path) -> None:
+    options = (*OVERLAY, "--trainer.devices", 2, "--data.questions", "[1+1, 2+3, 0+4]")
+    result = train_py("predict", *TASK, *options, "--ckpt_path", whole / "checkpoints/last.ckpt", home=tmp_path)
+    assert result.code == 0, result.err
+    assert re.findall(r"^(\d \+ \d) =", result.out, re.M) == ["1 + 1", "2 + 3", "0 + 4"]
+
+
 def torchrun(home: Path, *options: object, stop: str = "") -> list[tuple[int, str]]:
     """Run the README's line on two machines, of one process each, that are this one; returns what each has said."""
     (line,) = re.findall(r"^torchrun (?:.*\\\n)*.*$", README, re.M)

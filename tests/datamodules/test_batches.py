@@ -131,7 +131,27 @@ def test_processes_share_every_batch_and_leave_no_example_out(
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datamodules.batches.world", lambda: (0, 4))
     with pytest.raises(ValueError, match="a batch of 3 cannot be shared among 4 processes"):
-        len(TensorBatches((torch.arange(10),), 3, seed=None))
+        len(TensorBatches((torch.arange(10),), 3, seed=0))
+
+
+@pytest.mark.parametrize(("examples", "batch_size"), [(10, 3), (9, 4), (2, 5)])
+def test_in_the_given_order_a_part_may_be_empty_and_every_example_comes_once(
+    examples: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = (torch.arange(examples),)
+    shares = []
+    for rank in range(4):
+        monkeypatch.setattr("datamodules.batches.world", lambda rank=rank: (rank, 4))
+        shares.append([batch.tolist() for (batch,) in TensorBatches(data, batch_size, seed=None)])
+    together = [[*itertools.chain(*parts)] for parts in zip(*shares, strict=True)]
+    assert together == [batch.tolist() for batch in data[0].split(batch_size)]
+    assert [] in shares[3]
+
+
+def test_a_loader_that_is_not_shared_gives_every_process_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datamodules.batches.world", lambda: (3, 4))
+    loader = TensorBatches((torch.arange(5),), 3, seed=None, shared=False)
+    assert [batch.tolist() for (batch,) in loader] == [[0, 1, 2], [3, 4]]
 
 
 def test_tensors_of_a_device_are_indexed_there_in_the_order_of_the_host() -> None:

@@ -10,6 +10,7 @@ from datamodules.batches import world
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
 from tests.launching import become
+from tests.modules import evaluations
 from tests.modules.small_task import make_optimizer, state_of
 
 STEPS = 50
@@ -56,10 +57,14 @@ def fit(name: str, ranks: int = 1, **options: Any) -> dict[str, Any]:
     return {"state": state_of(module), "evaluations": looks.evaluations, "batches": looks.batches, "metrics": metrics}
 
 
-def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, tuple[str, dict[str, Any]]]) -> None:
+def together(
+    rank: int, ranks: int, port: int, folder: Path, runs: dict[str, tuple[str, dict[str, Any]]], text: Path | None
+) -> None:
     """Be one of ``ranks`` processes, started as torchrun starts them; writes ``<rank>.pt``."""
     become(rank, ranks, port)
     results = {label: fit(name, ranks, **options) for label, (name, options) in runs.items()}
+    if text is not None:
+        results["evaluated"] = evaluations.evaluate(text, ranks=ranks, strategy=lambda ranks: "ddp")
     assert world() == (rank, ranks)
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.barrier()

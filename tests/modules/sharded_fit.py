@@ -22,13 +22,15 @@ from modules.modular_addition import ModularAddition
 from modules.two_pass import TwoPassModule
 from tests.ars2.sharded_training import whole
 from tests.launching import become
-from tests.modules import language
+from tests.modules import evaluations, language
 from tests.modules.ddp_fit import BATCH, OPTIONS, Looks
 from tests.modules.small_task import SmallTask, batches, make_optimizer
 
 STEPS, HALF = 24, 10  # the half is in the middle of an epoch of 4 batches
 # The time, and what only the first process' products are counted for.
 MEASURED = ("cost/training_seconds", "cost/flops")
+# A network with BatchNorm cannot be sharded; text in whole batches is no other case than sums are.
+NOT_EVALUATED = ("images", "packed")
 Run = tuple[str, dict[str, Any]]
 
 
@@ -171,6 +173,7 @@ def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, Run
     results = {label: fit(name, ranks, folder=folder / label, **options) for label, (name, options) in runs.items()}
     if text is not None:
         results["text"] = read(ranks, text)
+        results["evaluated"] = evaluations.evaluate(text, NOT_EVALUATED, ranks, strategy)
         results["refused"] = refusals(ranks)
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.barrier()

@@ -1,5 +1,6 @@
 """Several processes under Lightning's DDP do what one process does with the same batches, and never part ways."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from tests.launching import launch
-from tests.modules import ddp_fit
+from tests.modules import ddp_fit, evaluations
 from tests.modules.ddp_fit import OPTIONS, STEPS, fit
 
 Results = dict[str, dict[str, Any]]
@@ -23,13 +24,19 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
-    return launch(ddp_fit.together, 2, tmp_path_factory.mktemp("two"), {**EVERY_MODE, **VARIANTS})
+def two(alone: Results, text: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
+    return launch(ddp_fit.together, 2, tmp_path_factory.mktemp("two"), {**EVERY_MODE, **VARIANTS}, text)
 
 
 @pytest.fixture(scope="module")
-def alone() -> Results:
-    return {label: fit(name, **options) for label, (name, options) in {**EVERY_MODE, **VARIANTS}.items()}
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("text")
+
+
+@pytest.fixture(scope="module")
+def alone(text: Path) -> Results:
+    results = {label: fit(name, **options) for label, (name, options) in {**EVERY_MODE, **VARIANTS}.items()}
+    return {**results, "evaluated": evaluations.evaluate(text)}
 
 
 def worst(mine: Results, other: Results, label: str) -> float:
@@ -63,10 +70,22 @@ def test_two_processes_train_to_what_one_does(label: str, two: list[Results], al
 
 @pytest.mark.slow
 def test_four_processes_train_to_what_one_does(alone: Results, tmp_path: Path) -> None:
-    four = launch(ddp_fit.together, 4, tmp_path, EVERY_MODE)
+    four = launch(ddp_fit.together, 4, tmp_path, EVERY_MODE, None)
     for label in EVERY_MODE:
         assert_one(four, label)
         assert_same_as_alone(four, alone, label)
+
+
+def test_two_processes_evaluate_and_answer_what_one_does(two: list[Results], alone: Results) -> None:
+    """Every example is counted once, whether or not there are enough of them for all processes."""
+    for results in two:
+        for label, expected in alone["evaluated"].items():
+            found = results["evaluated"][label]
+            assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-6), label
+            assert found["lines"] == expected["lines"], label
+    language = alone["evaluated"]["language"]["metrics"]
+    assert {"val/loss", "val/perplexity", "val/word_perplexity", "test/bits_per_byte"} <= language.keys()
+    assert all(math.isfinite(value) for value in language.values())
 
 
 def test_aga_looks_at_some_steps_and_not_at_others(alone: Results) -> None:

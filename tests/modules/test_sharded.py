@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.launching import launch
-from tests.modules import sharded_fit
+from tests.modules import evaluations, sharded_fit
 from tests.modules.ddp_fit import OPTIONS
 from tests.modules.sharded_fit import HALF, STEPS, Run, fit, read, strategy
 
@@ -41,7 +41,11 @@ def saved(folder: Path, name: str, kind: str) -> Path:
 def alone(folder: Path) -> Results:
     runs = {**MODES, **VARIANTS, **HALF_PRECISION}
     results = {label: fit(name, folder=folder / label, **options) for label, (name, options) in runs.items()}
-    return {**results, "text": read(0, folder)}
+    return {
+        **results,
+        "text": read(0, folder),
+        "evaluated": evaluations.evaluate(folder, without=sharded_fit.NOT_EVALUATED),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +131,14 @@ def test_a_language_model_is_sharded_block_by_block(two: list[Results], alone: R
     for name, expected in alone["text"]["tensors"].items():
         if name in alone["text"]["held"]:
             assert (two[0]["text"]["tensors"][name] - expected).norm() <= 1e-5 * expected.norm(), name
+
+
+def test_two_processes_evaluate_and_answer_what_one_does(two: list[Results], alone: Results) -> None:
+    for results in two:
+        for label, expected in alone["evaluated"].items():
+            found = results["evaluated"][label]
+            assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-6), label
+            assert found["lines"] == expected["lines"], label
 
 
 @pytest.fixture(scope="module")
