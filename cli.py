@@ -21,10 +21,10 @@ with without_heavy_packages():
     import lightning.pytorch as L
     import yaml
     from lightning.fabric.plugins import CheckpointIO
-    from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    from callbacks.best_checkpoint import BestCheckpoint
     from callbacks.cost_counters import CostCounters
     from callbacks.last_checkpoint import LastCheckpoint
     from callbacks.log_position import LogPosition
@@ -46,6 +46,7 @@ with without_heavy_packages():
 NOISE = (
     ".*isinstance\\(treespec, LeafSpec\\).*",
     ".*in manual optimization.*",
+    "Using ModelCheckpoint with manual optimization",
     ".*does not have many workers.*",
     "LightningCLI's args parameter.*",
     ".*number of training batches .* is smaller than the logging interval.*",
@@ -89,7 +90,7 @@ class CommandLine(LightningCLI):
             help="Log to Weights & Biases: true, false, or null for only where a key is configured.",
         )
         parser.add_argument("--sweep", type=Sweep | None, default=None, help="The search that the run is part of.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         # The best holds weights alone: it is for looking at, and an epoch can be too short to write more each time.
         best = {"filename": "best", "save_weights_only": True, "save_on_train_epoch_end": True}
         parser.set_defaults({f"checkpoint.{key}": value for key, value in best.items()})
@@ -159,6 +160,16 @@ class CommandLine(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs, default_root_dir=str(folder))
+
+    def before_fit(self) -> None:
+        """Refuse a checkpoint that Lightning would never write."""
+        for callback in self.trainer.checkpoint_callbacks:
+            timed = getattr(callback, "_train_time_interval", None) is not None
+            if timed and not isinstance(callback, BestCheckpoint) and not self.model.automatic_optimization:
+                raise ValueError(
+                    f"{type(callback).__name__} ignores train_time_interval, for {type(self.model).__name__} makes its"
+                    " own optimizer steps: say --checkpoint.train_time_interval"
+                )
 
     def after_predict(self) -> None:
         """Print the lines that the module's ``predict_step`` returned."""

@@ -1,12 +1,16 @@
 """What the command line leaves behind and hands out: run folders, checkpoints, the same run again, answers."""
 
+import ast
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
+import torchmetrics
 import yaml
 
 import cli
@@ -149,3 +153,27 @@ def test_predict_asks_by_itself_and_leaves_nothing(learned: Path, tmp_path: Path
     assert len(result.out.splitlines()) == 10
     assert not (tmp_path / "runs").exists()
     assert sorted(path.name for path in ROOT.iterdir()) == before
+
+
+def messages() -> Iterator[str]:
+    """Every text in the sources of the libraries whose messages are left out, ``{}`` for what is filled in."""
+    sources = [
+        *Path(str(lightning.__file__)).parent.rglob("*.py"),
+        Path(torchmetrics.__file__).parent / "aggregation.py",
+    ]
+    torch_folder = Path(torch.__file__).parent
+    sources += [torch_folder / "utils/_cxx_pytree.py", torch_folder / "_weights_only_unpickler.py"]
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_every_message_that_is_left_out_is_one_that_the_installed_libraries_have() -> None:
+    texts = list(messages())
+    for pattern in cli.NOISE:
+        assert any(re.match(pattern, text, re.IGNORECASE) for text in texts), pattern
+    for beginning in cli.CHATTER:
+        assert any(text.startswith(beginning) for text in texts), beginning

@@ -1,0 +1,107 @@
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks.best_checkpoint import BestCheckpoint
+from modules.modular_addition import ModularAddition
+from tests.callbacks.fits import data, fit, module
+from tests.commands import AGA, TINY, call
+from tests.commands import fit as run
+
+EVERY = {"save_top_k": -1, "filename": "{step}", "auto_insert_metric_name": False}
+
+
+def steps(folder: Path) -> list[int]:
+    """The optimizer steps after which the checkpoints in ``folder`` were written, which is what they are named."""
+    found = {int(path.stem): torch.load(path, weights_only=True)["global_step"] for path in folder.glob("*.ckpt")}
+    assert all(name == step for name, step in found.items())
+    return sorted(found)
+
+
+def saved(folder: Path, model: Any = None, epochs: int = 2, **options: Any) -> list[int]:
+    checkpoint = BestCheckpoint(str(folder / "saved"), **{**EVERY, **options})
+    fit(model or module(), data(), [checkpoint], None, epochs, enable_checkpointing=True)
+    return steps(folder / "saved")
+
+
+def test_every_n_steps_saves_and_says_nothing(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert saved(tmp_path, every_n_train_steps=3) == [3, 6]
+    assert not [warning for warning in said if "ModelCheckpoint" in str(warning.message)]
+
+
+def test_a_time_interval_saves(tmp_path: Path) -> None:
+    assert saved(tmp_path, train_time_interval=timedelta(0)) == list(range(1, 9))
+    assert saved(tmp_path / "never", train_time_interval=timedelta(days=1)) == []
+
+
+@pytest.mark.parametrize("when", [True, False, None])
+def test_epochs_are_saved_at_either_end(when: bool | None, tmp_path: Path) -> None:
+    assert saved(tmp_path, epochs=4, every_n_epochs=2, save_on_train_epoch_end=when) == [8, 16]
+
+
+@pytest.mark.parametrize("when", [True, False])
+def test_a_save_before_the_first_validation_is_made_after_it(when: bool, tmp_path: Path) -> None:
+    options = {"monitor": "val/loss", "every_n_train_steps": 3, "save_on_train_epoch_end": when}
+    assert saved(tmp_path, epochs=1, **options) == [4]
+
+
+@pytest.mark.parametrize("options", [{"every_n_train_steps": 1}, {"train_time_interval": timedelta(0)}])
+def test_nothing_is_saved_in_the_middle_of_an_accumulated_step(options: dict[str, Any], tmp_path: Path) -> None:
+    class Watching(ModularAddition):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            assert self.between_steps
+            super().on_save_checkpoint(checkpoint)
+
+    assert saved(tmp_path, module(kind=Watching, accumulate_grad_batches=3), **options) == [1, 2, 3, 4]
+
+
+def test_an_exception_is_saved_beside_the_best(tmp_path: Path) -> None:
+    class Fails(ModularAddition):
+        def training_step(self, batch: Any, batch_index: int) -> torch.Tensor:
+            if self.current_epoch == 1 and batch_index == 1:
+                raise RuntimeError("no step")
+            return super().training_step(batch, batch_index)
+
+    checkpoint = BestCheckpoint(str(tmp_path), "best", "val/loss", save_on_exception=True, enable_version_counter=False)
+    with pytest.raises(RuntimeError, match="no step"):
+        fit(module(kind=Fails), data(), [checkpoint], None, 2, enable_checkpointing=True)
+    at = {path.name: torch.load(path, weights_only=True)["global_step"] for path in tmp_path.iterdir()}
+    assert at == {"best.ckpt": 4, "exception.ckpt": 5}
+
+
+def test_goes_on_from_a_checkpoint_of_lightnings_own(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"filename": "best", "monitor": "val/loss"}
+    old = ModelCheckpoint(str(tmp_path), **options)
+    assert BestCheckpoint(str(tmp_path), **options).state_key == old.state_key
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--checkpoint.save_top_k", "2"], "checkpoint.filename best-{epoch}"),
+        (["--checkpoint.save_last", "true"], "checkpoint.save_last"),
+        (
+            ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.train_time_interval=00:01:00"],
+            "--checkpoint.train_time_interval",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm_are_refused(options: list[str], named: str, tmp_path: Path) -> None:
+    assert named in call("fit", *AGA, *TINY, *options, "--runs", tmp_path).error
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_the_command_line_has_it(tmp_path: Path) -> None:
+    options = ("--checkpoint.train_time_interval", "00:00:00", "--checkpoint.monitor", "null")
+    names = ("--checkpoint.filename", "{step}", "--checkpoint.save_top_k", "-1")
+    folder = run(tmp_path, *AGA, *TINY, *options, *names)
+    assert [path.stem for path in sorted((folder / "checkpoints").glob("step*"))] == [
+        f"step={step}" for step in range(1, 5)
+    ]
