@@ -6,7 +6,7 @@ BatchNorm statistics and the reported loss come from the first one alone. What i
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -40,7 +40,8 @@ class TwoPassModule(MeasuredModule):
         gradient_clip_val: limit on the gradient that updates; ``None`` does not clip.
         gradient_clip_algorithm: ``"norm"`` (global) or ``"value"`` (elementwise).
         accumulate_grad_batches: batches to an update, in both passes; the last window of an epoch may be shorter, its
-            losses are divided by the same number (as Lightning does it).
+            losses are divided by the same number (as Lightning does it). Several processes exchange gradients once a
+            window and pass; until then each has a whole gradient, also of a sharded network.
         clip_first_pass: whether the first gradient of a step that looks twice is clipped too, to the same limit.
         nonfinite: what comes of a step whose loss or gradient is not finite, in either pass. It is never made; with
             ``"stop"`` the run ends with a sentence that names step, pass and parameter, with ``"skip"`` it goes on with
@@ -99,6 +100,7 @@ class TwoPassModule(MeasuredModule):
         self._resumed_optimizer: str | None = None
         self._window: list[tuple[Any, Callable[[], None]]] = []
         self._record = StepRecord()
+        self._has_exchanged = False
 
     def configure_model(self) -> None:
         """Shard the network over the processes where that is the strategy's (ModelParallelStrategy).
@@ -142,13 +144,14 @@ class TwoPassModule(MeasuredModule):
             optimizer.zero_grad()
             self._record.begin(self.network)
         self._window.append((batch, random_state(self.device) if two_pass else lambda: None))
+        is_last = len(self._window) == self.accumulate_grad_batches or self.trainer.is_last_batch
         loss = self.compute_loss(batch, self.train_metrics)
         # A loss that is not finite is that of a step that is not made.
         self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch), only_finite=True)
         self._record.losses[0].append(loss.detach())
-        with self._first_pass(optimizer):
-            self.manual_backward(loss * self._weight(batch) / self.accumulate_grad_batches)
-        if len(self._window) < self.accumulate_grad_batches and not self.trainer.is_last_batch:
+        local = self.local_first_pass and getattr(optimizer, "always_looks_twice", False)
+        self._backward(loss * self._weight(batch), sync=is_last and not local)
+        if not is_last:
             return loss.detach()
         passes = 1
         scale = 1.0 if self._scaler is None or not two_pass else self._scaler.get_scale()
@@ -174,25 +177,27 @@ class TwoPassModule(MeasuredModule):
         optimizer.perturb()
         try:
             with frozen_statistics(self.network):
-                for batch, replay in self._window:
+                for number, (batch, replay) in enumerate(self._window, start=1):
                     replay()
                     loss = self.compute_loss(batch, None)
                     self._record.losses[1].append(loss.detach())
-                    self.manual_backward(loss * self._weight(batch) / self.accumulate_grad_batches)
+                    self._backward(loss * self._weight(batch), sync=number == len(self._window))
         finally:
             optimizer.restore()
             after()
 
-    def _first_pass(self, optimizer: Any) -> AbstractContextManager[None]:
-        """Keep the gradient of a first pass on its process, if it may stay there."""
-        strategy = self.trainer.strategy
-        if (
-            self.local_first_pass
-            and getattr(optimizer, "always_looks_twice", False)
-            and isinstance(strategy, DDPStrategy)
-        ):
-            return strategy.block_backward_sync()
-        return nullcontext()
+    def _backward(self, loss: Tensor, sync: bool) -> None:
+        """Add the gradient of one batch of a window; only if ``sync``, exchange that of the window so far."""
+        strategy: Any = self.trainer.strategy
+        if self.device_mesh is not None:
+            module: Any = self  # an FSDPModule by now
+            module.set_requires_gradient_sync(sync)
+        blocked = not sync and isinstance(strategy, DDPStrategy)
+        # DDP learns a static graph in its first backward pass, which fails without the exchange.
+        blocked = blocked and (self._has_exchanged or not strategy.model.static_graph)
+        self._has_exchanged = True
+        with strategy.block_backward_sync() if blocked else nullcontext():
+            self.manual_backward(loss / self.accumulate_grad_batches)
 
     def _weight(self, batch: Any) -> Tensor | float:
         """Return what makes the mean over processes of their mean losses the mean over the whole batch.
@@ -260,6 +265,7 @@ class TwoPassModule(MeasuredModule):
         """
         optimizer: Any = build_optimizer(self.network, self.make_optimizer, self.policy, self.matrix, self.vector)
         self._record = StepRecord()  # the old one is of the device that the network was on before
+        self._has_exchanged = False
         sharded = self.device_mesh is not None
         if (sharded or isinstance(self.trainer.strategy, DDPStrategy)) and hasattr(optimizer, "distribute"):
             optimizer.distribute(None if sharded else torch.distributed.group.WORLD, self.gather)

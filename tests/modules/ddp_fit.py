@@ -10,7 +10,7 @@ from datamodules.batches import world
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
 from tests.launching import become
-from tests.modules import evaluations
+from tests.modules import evaluations, exchanges
 from tests.modules.small_task import make_optimizer, state_of
 
 STEPS = 50
@@ -64,6 +64,7 @@ def together(
     become(rank, ranks, port)
     results = {label: fit(name, ranks, **options) for label, (name, options) in runs.items()}
     if text is not None:
+        results["exchanged"] = exchanges.count(folder, ranks, lambda ranks: "ddp")
         results["evaluated"] = evaluations.evaluate(text, ranks=ranks, strategy=lambda ranks: "ddp")
     assert world() == (rank, ranks)
     torch.save(results, folder / f"{rank}.pt")

@@ -22,7 +22,7 @@ from modules.modular_addition import ModularAddition
 from modules.two_pass import TwoPassModule
 from tests.ars2.sharded_training import whole
 from tests.launching import become
-from tests.modules import evaluations, language
+from tests.modules import evaluations, exchanges, language
 from tests.modules.ddp_fit import BATCH, OPTIONS, Looks
 from tests.modules.small_task import SmallTask, batches, make_optimizer
 
@@ -173,6 +173,7 @@ def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, Run
     results = {label: fit(name, ranks, folder=folder / label, **options) for label, (name, options) in runs.items()}
     if text is not None:
         results["text"] = read(ranks, text)
+        results["exchanged"] = exchanges.count(folder, ranks, strategy)
         results["evaluated"] = evaluations.evaluate(text, NOT_EVALUATED, ranks, strategy)
         results["refused"] = refusals(ranks)
     torch.save(results, folder / f"{rank}.pt")

@@ -88,6 +88,14 @@ def test_two_processes_evaluate_and_answer_what_one_does(two: list[Results], alo
     assert all(math.isfinite(value) for value in language.values())
 
 
+def test_accumulated_gradients_are_exchanged_once_a_window_and_pass(two: list[Results]) -> None:
+    """The first two batches of a window send nothing of their gradients, in either pass."""
+    for results in two:
+        first, second, third, short = (step.get("all_reduce", 0) for step in results["exchanged"]["accumulated"])
+        # Sizes of batches and votes are all that is left.
+        assert first == second <= 1 and third <= short + 4
+
+
 def test_aga_looks_at_some_steps_and_not_at_others(alone: Results) -> None:
     """Otherwise the processes' agreement on it would say nothing."""
     assert len(alone["aga"]["evaluations"]) == STEPS < alone["aga"]["evaluations"][-1] < 2 * STEPS

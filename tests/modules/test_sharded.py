@@ -141,6 +141,14 @@ def test_two_processes_evaluate_and_answer_what_one_does(two: list[Results], alo
             assert found["lines"] == expected["lines"], label
 
 
+def test_accumulated_gradients_are_exchanged_once_a_window_and_pass(two: list[Results]) -> None:
+    for results in two:
+        steps = results["exchanged"]["accumulated"]
+        assert [step.get("reduce_scatter", 0) for step in steps] == [0, 0, 2, 2]
+        # Parameters come together for every batch, in both passes.
+        assert [step["all_gather of parameters"] for step in steps] == [1, 1, 4, 2]
+
+
 @pytest.fixture(scope="module")
 def one(folder: Path, two: list[Results]) -> Results:
     """One process under the strategy, which goes on from both kinds of checkpoint of two processes."""

@@ -1,0 +1,86 @@
+"""What processes send each other in every step of a short fit, and how often they read the device."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+
+from callbacks.last_checkpoint import LastCheckpoint
+from callbacks.stop_signals import StopSignals
+from datamodules.modular_addition import ModularAdditionData
+from modules.modular_addition import ModularAddition
+from tests.dispatched import Dispatched
+from tests.modules.small_task import make_optimizer
+
+# Labels and options of the fits. Of four batches the last is a window of its own where three accumulate.
+FITS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("adamw", {}),
+    "base": ("base", {}),
+    "periodic": ("periodic", {}),
+    "aga": ("aga", {}),
+    "accumulated": ("sync", {"accumulate_grad_batches": 3}),
+}
+NAMES = {
+    "c10d.allreduce_.default": "all_reduce",
+    "c10d._reduce_scatter_base_.default": "reduce_scatter",
+    "c10d._allgather_base_.default": "all_gather of parameters",
+    "c10d.allgather_.default": "all_gather",
+    "c10d.alltoall_base_.default": "all_to_all",
+    "c10d.broadcast_.default": "broadcast",
+    "c10d.barrier.default": "barrier",
+    "aten._local_scalar_dense.default": "read",
+}
+
+
+class Exchanges(L.Callback):
+    """Counts them from each batch's start to the next one's, in the second epoch, when all buffers are laid out."""
+
+    def __init__(self) -> None:
+        self.operations: Dispatched | None = None
+        self.steps: list[dict[str, int]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._close()
+        if trainer.current_epoch == 1:
+            self.operations = Dispatched()
+            self.operations.__enter__()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.is_last_batch:  # an epoch's end is no part of its last step
+            self._close()
+
+    def _close(self) -> None:
+        if self.operations is not None:
+            self.operations.__exit__(None, None, None)
+            self.steps.append(dict(Counter(NAMES[name] for name in self.operations.names if name in NAMES)))
+            self.operations = None
+
+
+def count(folder: Path, ranks: int, strategy: Any) -> dict[str, list[dict[str, int]]]:
+    """Return for each of :data:`FITS` the collectives and readings of its second epoch's batches.
+
+    Args:
+        folder: where checkpoints go to.
+        ranks: the processes.
+        strategy: returns a strategy for them.
+    """
+    found = {}
+    for label, (name, options) in FITS.items():
+        exchanges = Exchanges()
+        trainer = L.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            devices=ranks,
+            strategy=strategy(ranks),
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=[StopSignals(), LastCheckpoint(dirpath=str(folder / label), every_n_epochs=9), exchanges],
+        )
+        module = ModularAddition(p=11, width=16, heads=2, mlp_width=16, optimizer=make_optimizer(name), **options)
+        # 40 training pairs in batches of 12, 12, 12 and 4.
+        trainer.fit(module, ModularAdditionData(p=11, train_fraction=40.5 / 121, batch_size=12))
+        found[label] = exchanges.steps
+    return found
