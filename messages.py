@@ -129,7 +129,23 @@ def _nearest(message: str, parser: Any) -> str | None:
         candidates |= {f"init_args.{name}" for name in candidates if "." in wrong}
     else:
         return None
+    candidates = {name for name in candidates if name.rpartition(".")[2] != "help"}
+    if "." in wrong and (corrected := _corrected(wrong, candidates)):
+        return corrected
     return next(iter(difflib.get_close_matches(wrong, candidates - {wrong}, n=1)), None)
+
+
+def _corrected(wrong: str, candidates: set[str]) -> str | None:
+    """Return a dotted name with its first unknown part replaced by the nearest that is known there."""
+    before = ""
+    parts = wrong.split(".")
+    for index, part in enumerate(parts):
+        known = {name.removeprefix(before).partition(".")[0] for name in candidates if name.startswith(before)}
+        if part not in known:
+            nearest = difflib.get_close_matches(part, known, n=1)
+            return ".".join([*parts[:index], *nearest, *parts[index + 1 :]]) if nearest else None
+        before += f"{part}."
+    return None
 
 
 def option_names(class_path: str) -> set[str]:

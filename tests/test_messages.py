@@ -28,6 +28,18 @@ def refused(*arguments: str) -> str:
             "policy: expected one of 'all', 'hidden'; got hiden; did you mean hidden?",
         ),
         (["--model.widht", "8"], "Option 'widht' is not accepted; did you mean width?"),
+        (
+            ["--model.optimiser.lr", "1"],
+            "unrecognized arguments: --optimiser.lr=1; did you mean optimizer.lr?",
+        ),
+        (
+            ["--model.init_args.optimiser.init_args.lr", "1"],
+            "unrecognized arguments: --optimiser.init_args.lr=1; did you mean optimizer.init_args.lr?",
+        ),
+        (
+            ["--modle.optimizer.lr", "1"],
+            "unrecognized arguments: --modle.optimizer.lr 1; did you mean model.optimizer.lr?",
+        ),
         (["--foo", "3"], "unrecognized arguments: --foo 3"),
         (
             ["--trainer.max_epoch", "3"],
