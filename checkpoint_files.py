@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-LAST, PREVIOUS = "last.ckpt", "last-previous.ckpt"
+LAST, PREVIOUS, BEST = "last.ckpt", "last-previous.ckpt", "best.ckpt"
 PARTIAL = ".partial"
 
 
@@ -71,6 +71,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next((path for path in paths if path.exists()), None)
 
 
+def best_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint of the best epoch of a run in ``folder``, if it has one."""
+    path = folder / "checkpoints" / BEST
+    return path if path.exists() else None
+
+
 def check_checkpoint(path: Path, resume: bool, sharded: bool = False) -> None:
     """Check that ``path`` is a checkpoint that can be loaded, a file without running any code in it.
 
@@ -88,6 +94,8 @@ def check_checkpoint(path: Path, resume: bool, sharded: bool = False) -> None:
             another strategy. Where the checkpoint before it is whole, the message offers that one.
     """
     if not path.exists():
+        if resume and str(path) == "best":
+            raise ValueError("best.ckpt holds weights alone, no state to resume from: say --ckpt_path last")
         raise FileNotFoundError(f"there is no checkpoint {path}{_offer(path, resume, sharded)}")
     parts = path.is_dir()
     if parts and not sharded:

@@ -35,11 +35,11 @@ with without_heavy_packages():
     from callbacks.save_config import SaveConfig
     from callbacks.stop_signals import Stopped, StopSignals
     from callbacks.wandb_run import WandbRun
-    from checkpoint_files import AtomicCheckpointIO, check_checkpoint, last_checkpoint
+    from checkpoint_files import AtomicCheckpointIO, best_checkpoint, check_checkpoint, last_checkpoint
     from messages import explain, one_line
     from overlays import check_overlays
     from processes import from_first, is_first
-    from run_folders import FOLDER, hold, let_go, run_folder, unfinished_run
+    from run_folders import FOLDER, hold, let_go, run_folder, runs_of, unfinished_run
     from run_identity import Sweep
     from run_loggers import make_loggers
 
@@ -100,18 +100,36 @@ class CommandLine(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would take hyperparameters out of the file here; ours come from configs, and the file is checked.
-        # Of its words for a path "best" can mean nothing where every run has a folder of its own.
         subcommand = self.config.subcommand
         config = self.config[subcommand]
         if config.get("ckpt_path") == "last" and subcommand == "fit":
             config.ckpt_path = self._go_on(config)
+        elif config.get("ckpt_path") in ("last", "best") and subcommand != "fit":
+            config.ckpt_path = from_first("checkpoint", lambda: self._newest(config))
         path = config.get("ckpt_path")
         if path is not None:
             strategy = getattr(config.trainer.strategy, "class_path", "")
             check_checkpoint(Path(path), resume=subcommand == "fit", sharded="ModelParallel" in strategy)
         elif subcommand != "fit":
-            raise ValueError(f"{subcommand} needs a trained network: add --ckpt_path <run>/checkpoints/last.ckpt")
+            raise ValueError(
+                f"{subcommand} needs a trained network: add --ckpt_path last, or best, or <run>/checkpoints/last.ckpt"
+            )
         config.weights_only = True
+
+    def _newest(self, config: Any) -> str:
+        """Return the last or best checkpoint, as it is asked for, of the newest run of this config that has one."""
+        find = last_checkpoint if config.ckpt_path == "last" else best_checkpoint
+        parent = Path(config.runs) / config.experiment
+        saved = yaml.safe_load(self._parser(self.config.subcommand).dump(config, skip_none=False))
+        for path in map(find, runs_of(parent, saved)):
+            if path is not None:
+                # What predict prints is answers alone.
+                print(f"checkpoint: {path}", file=sys.stderr if self.config.subcommand == "predict" else sys.stdout)
+                return str(path)
+        raise ValueError(
+            f"{parent} has no run with a {config.ckpt_path} checkpoint and the model, optimizer and seed of this"
+            " command: name its file, or give the options that it was trained with"
+        )
 
     def _go_on(self, config: Any) -> str | None:
         """Find the run that this command began, and take its folder; returns its last checkpoint, if it has one."""

@@ -75,6 +75,21 @@ def unfinished_run(parent: Path, config: dict[str, Any]) -> Path | None:
     return None
 
 
+def runs_of(parent: Path, config: dict[str, Any]) -> list[Path]:
+    """Return the run folders in ``parent`` of the same model, optimizer and seed as ``config``, the newest first.
+
+    Options that one of the two does not know do not count: it is of another version.
+    """
+    named = sorted(parent.glob(f"*-seed{config.get('seed_everything')}*"), key=_age, reverse=True)
+    return [folder for folder in named if _agree((_options(folder) or {}).get("model"), config.get("model"))]
+
+
+def _agree(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return all(_agree(one[key], other[key]) for key in one.keys() & other.keys())
+    return bool(one == other)
+
+
 def _age(folder: Path) -> tuple[str, int]:
     """Order folders by the time in their names, and those of one second by their numbers."""
     match = re.fullmatch(r"(.*-seed-?\w+?)(?:-(\d+))?", folder.name)

@@ -129,6 +129,22 @@ def test_the_best_checkpoint_can_be_evaluated_too(learned: Path, tmp_path: Path)
     assert float(metrics(folders(tmp_path)[-1])[0]["test/accuracy"]) == best
 
 
+def test_last_and_best_are_those_of_the_newest_run_of_the_config(learned: Path) -> None:
+    runs = learned.parent.parent
+    other = fit(runs, *ADAMW, *TINY, "--model.optimizer.lr", 0.5)
+    options = (*ADAMW, *TINY, *LEARN, "--data.train_fraction", 0.5, "--runs", runs)
+    for word in ("last", "best"):
+        path = learned / f"checkpoints/{word}.ckpt"
+        result = call("test", *options, "--ckpt_path", word)
+        assert (result.code, result.err) == (0, "")
+        assert f"checkpoint: {path}" in result.out
+        answered = call("predict", *options, "--ckpt_path", word)
+        assert answered.err == f"checkpoint: {path}\n"
+        assert answered.out == call("predict", *options, "--ckpt_path", path).out
+    result = call("validate", *ADAMW, *TINY, "--model.optimizer.lr", 0.5, "--runs", runs, "--ckpt_path", "last")
+    assert f"checkpoint: {other / LAST}" in result.out
+
+
 def test_predict_answers_as_the_network_does(learned: Path) -> None:
     network = GrokkingTransformer(NETWORK["p"] + 1, width=8, heads=2, mlp_width=16)
     network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in weights(learned).items()})

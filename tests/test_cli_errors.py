@@ -48,7 +48,7 @@ def refused(runs: Path, subcommand: str, *arguments: object, config: tuple[str, 
         (["--config", "configs/nope.yaml"], ["configs/nope.yaml", "not exist"]),
         (["--trainer.accelerator", "gpuu"], ["gpuu", "cpu"]),
         (["--trainer.gradient_clip_val", "1"], ["gradient_clip_val"]),
-        (["--ckpt_path", "best"], ["there is no checkpoint best"]),
+        (["--ckpt_path", "best"], ["best.ckpt holds weights alone", "--ckpt_path last"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
@@ -76,6 +76,12 @@ def test_a_subcommand_is_asked_for() -> None:
 @pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
 def test_an_untrained_network_is_not_evaluated(subcommand: str, tmp_path: Path) -> None:
     assert f"{subcommand} needs a trained network: add --ckpt_path" in refused(tmp_path / "runs", subcommand)
+
+
+@pytest.mark.parametrize("word", ["last", "best"])
+def test_where_no_run_was_found_is_named(word: str, tmp_path: Path) -> None:
+    line = refused(tmp_path / "runs", "test", "--ckpt_path", word)
+    assert f"{tmp_path / 'runs' / 'grok_aga'} has no run with a {word} checkpoint" in line
 
 
 @pytest.mark.parametrize("question", ["9+1", "1-1", "one+two", ""])
