@@ -177,6 +177,14 @@ class CommandLine(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        unwanted: tuple[type, ...] = ()
+        if config.trainer.enable_progress_bar is False:
+            unwanted += (ProgressBar,)
+        if config.trainer.enable_checkpointing is False:
+            unwanted += (StopSignals,)  # which waits for a checkpoint
+            self._parser(self.subcommand).callback_keys = ["internals"]
+        callbacks = self.trainer_defaults["callbacks"]
+        self.trainer_defaults["callbacks"] = [one for one in callbacks if not isinstance(one, unwanted)]
         return super().instantiate_trainer(**kwargs, default_root_dir=str(folder))
 
     def before_fit(self) -> None:

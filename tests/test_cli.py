@@ -34,6 +34,15 @@ def test_fit_writes_everything_into_one_folder(tmp_path: Path) -> None:
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["width"] == 8
 
 
+def test_the_progress_bar_and_checkpoints_can_be_turned_off(tmp_path: Path) -> None:
+    options = ("--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false")
+    folder = fit(tmp_path, *AGA, *TINY, *options)
+    assert not (folder / "checkpoints").exists()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], "last_checkpoint" in summary) == ("finished", False)
+    assert len(metrics(folder)) == 4
+
+
 def test_the_folder_has_the_names_given(tmp_path: Path) -> None:
     folder = fit(tmp_path, *AGA, *TINY, "--experiment", "mine", "--seed_everything", 7)
     assert folder.parent == tmp_path / "mine"
