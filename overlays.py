@@ -1,7 +1,8 @@
 """A guard over several configs: an overlay that switches the optimizer must state the new one whole.
 
 Where a later config names another optimizer class, the parser keeps every option of the former one that the new class
-has too. In a comparison of optimizers that is a wrong learning rate or weight decay that nobody wrote down.
+has too. In a comparison of optimizers that is a wrong learning rate or weight decay that nobody wrote down. Callbacks
+are the other way round: a later list replaces the former one, milestones included.
 """
 
 import os
@@ -18,7 +19,7 @@ from messages import option_names
 
 _TRACKS = ("matrix", "vector")
 _CONFIG = re.compile(r"(?:--config=|-c=?)(.+)", re.S)
-_SETTING = re.compile(r"--((?:model|\w+\.model)[\w.]*)(?:=(.*))?", re.S)
+_SETTING = re.compile(r"--((?:\w+\.)?(?:model[\w.]*|trainer\.callbacks\+?))(?:=(.*))?", re.S)
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
 # Where a value may also be the path of a file that holds it.
 _NESTED = ("model", "model.optimizer")
@@ -81,15 +82,28 @@ def _read(text: str) -> Any:
         raise ValueError(f"{text} is not valid YAML: {getattr(error, 'problem', None) or 'not text'}{where}") from error
 
 
-def _sources(arguments: Sequence[str]) -> Iterator[_Source]:
+def _sources(arguments: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
+    """Yield for each config or option its name, what it holds, and the key at which that is."""
     for argument, following in pairwise([*arguments, ""]):
         if argument in ("--config", "-c"):
-            yield _Source(following, dict(_settings(_read(following))))
+            yield following, _read(following), ""
         elif match := _CONFIG.fullmatch(argument):
-            yield _Source(match[1], dict(_settings(_read(match[1]))))
+            yield match[1], _read(match[1]), ""
         elif match := _SETTING.fullmatch(argument):
-            value = following if match[2] is None else match[2]
-            yield _Source("the command line", dict(_settings(_read(value), match[1])))
+            yield "the command line", _read(following if match[2] is None else match[2]), match[1]
+
+
+def _callbacks(value: Any, key: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Walk through nested mappings and dotted keys; yield every list of callbacks with its key, as class names."""
+    parts = [part for part in key.split(".") if part]
+    name = ".".join(parts[1:] if parts[:1] and parts[0] in _SUBCOMMANDS else parts)
+    if isinstance(value, dict) and name in ("", "trainer"):
+        for inner, item in value.items():
+            yield from _callbacks(item, f"{name}.{inner}")
+    elif name in ("trainer.callbacks", "trainer.callbacks+"):
+        items = value if isinstance(value, list) else [value]
+        paths = [item.get("class_path") if isinstance(item, dict) else item for item in items]
+        yield name, [str(path).rpartition(".")[2] for path in paths if path is not None]
 
 
 def _options_kept(class_path: str, stated: set[str]) -> set[str]:
@@ -110,18 +124,44 @@ def _subclasses(kind: type) -> Iterator[type]:
 
 
 def check_overlays(arguments: Sequence[str]) -> None:
-    """Check that the last source that switches the optimizer's class leaves no option of the former one in force.
+    """Check that no source mixes two optimizers or drops the callbacks of another one.
+
+    The last source that switches the optimizer's class may leave no option of the former one in force. A list of
+    callbacks may replace an earlier one if it has one of its classes again, so that it is clear that all are meant, or
+    is empty. A search's own config is not checked for that.
 
     Args:
         arguments: of the command line, in their order.
 
     Raises:
-        ValueError: it does; the message names both classes, the options, and the source that must state them. Or a
-            config is not valid YAML.
+        ValueError: one does; the message names both classes, the options, and the source that must state them, or
+            the callbacks. Or a config is not valid YAML.
     """
+    sources = list(_sources(arguments))
+    if not any(argument.startswith("--sweep.name") for argument in arguments):
+        _check_callbacks(sources)
+    _check_optimizer([_Source(name, dict(_settings(value, key))) for name, value, key in sources])
+
+
+def _check_callbacks(sources: list[tuple[str, Any, str]]) -> None:
+    kept: list[str] = []
+    for source, value, key in sources:
+        for name, given in _callbacks(value, key):
+            if name.endswith("+"):
+                kept = [*kept, *given]
+                continue
+            if kept and given and not set(kept) & set(given):
+                raise ValueError(
+                    f"{source} replaces trainer.callbacks by {', '.join(given)}, and {', '.join(kept)} would be gone:"
+                    " write callbacks+ to add to the list, or name in it what is to stay (null for none)"
+                )
+            kept = given
+
+
+def _check_optimizer(sources: list[_Source]) -> None:
     class_path, switch = None, ("", "", "")
     stated, inherited = set[str](), set[str]()
-    for source in _sources(arguments):
+    for source in sources:
         if source.class_path is not None and source.class_path != class_path:
             if class_path is not None:
                 switch = (source.name, class_path, source.class_path)

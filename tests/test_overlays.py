@@ -142,6 +142,39 @@ def test_a_config_that_is_no_yaml_is_named(content: bytes, tmp_path: Path) -> No
     assert str(path) in call("fit", "--config", path, *TINY).error
 
 
+PROBE = "callbacks.flatness_probe.FlatnessProbe"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"trainer": {"callbacks": [{"class_path": PROBE}]}},
+        {"fit": {"trainer": {"callbacks": PROBE}}},
+        {"trainer.callbacks": [PROBE]},
+    ],
+)
+def test_a_list_of_callbacks_does_not_drop_the_milestones(written: object, tmp_path: Path) -> None:
+    path = tmp_path / "overlay.yaml"
+    path.write_text(yaml.safe_dump(written))
+    line = call("fit", *AGA, "--config", path, *TINY).error
+    for word in (str(path), "FlatnessProbe", "GrokkingMilestones would be gone", "callbacks+"):
+        assert word in line
+    check_overlays(["fit", *AGA, "--config", str(path), "--sweep.name", "search"])
+
+
+def test_callbacks_can_be_added_named_anew_and_cleared(tmp_path: Path) -> None:
+    path = tmp_path / "overlay.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks+": [{"class_path": PROBE}]}}))
+    folder = fit(tmp_path / "runs", *AGA, "--config", path, *TINY, "--trainer.limit_val_batches", 0)
+    saved = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["callbacks"]
+    assert [one["class_path"].rpartition(".")[2] for one in saved] == ["GrokkingMilestones", "FlatnessProbe"]
+    with pytest.raises(ValueError, match="GrokkingMilestones, FlatnessProbe would be gone"):
+        check_overlays(["fit", *AGA, "--config", str(path), "--trainer.callbacks=TextSamples"])
+    both = f"[{{class_path: callbacks.milestones.GrokkingMilestones}}, {PROBE}]"
+    for option in ("null", "[]", both):
+        check_overlays(["fit", *AGA, "--trainer.callbacks", option])
+
+
 SHORT = ("--trainer.max_epochs", "1", "--wandb", "false")
 
 

@@ -31,7 +31,7 @@ def test_or_with_the_step_in_which_it_is_spent_and_validates_there(row: str, ste
         "4",
         "--trainer.max_epochs",
         "9",
-        "--trainer.callbacks",
+        "--trainer.callbacks+",
         json.dumps([callback]),
     ]
     folder = fit(tmp_path, "--config", f"configs/grok_{row}.yaml", *options)
