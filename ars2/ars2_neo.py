@@ -151,7 +151,7 @@ class ARS2Neo(TwoPassOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters once.
+        """Update the parameters once; without any gradient nothing changes and nothing is counted.
 
         Args:
             closure: zeroes the gradients, evaluates the loss, calls backward and returns the loss; it is evaluated once
@@ -162,7 +162,7 @@ class ARS2Neo(TwoPassOptimizer):
             What the closure's first evaluation returned; ``None`` without a closure.
 
         Raises:
-            RuntimeError: there is no gradient, the second one is missing, or the parameters are still moved.
+            RuntimeError: the parts were not called, the second gradient is missing, or the parameters are still moved.
         """
         self._refuse_while_moved("step()")
         now, result = self._pass, None
@@ -171,16 +171,21 @@ class ARS2Neo(TwoPassOptimizer):
                 return self._step_by_closure(closure)
             with torch.enable_grad():
                 result = closure()
-        elif now.stage == "idle" and self.param_groups[0]["mode"] != "base":
+        elif now.stage == "idle" and self.param_groups[0]["mode"] != "base" and self._check_gradients():
             raise RuntimeError(
                 f"step() without a closure in mode {self.param_groups[0]['mode']!r}: pass step(closure), or call"
                 " wants_second_pass(), and if it says so perturb() and restore(), before it"
             )
         if now.stage == "decided" and now.wanted:
             raise RuntimeError("step(): a second pass was wanted and not made: call perturb(), backward and restore()")
-        if not self._check_gradients():
-            raise RuntimeError("step(): no parameter has a gradient: call it after backward()")
-        self._update()
+        if self._check_gradients():
+            self._update()
+        elif now.stage == "restored":
+            raise RuntimeError(
+                "step(): the second pass left no gradient: call backward() between perturb() and restore()"
+            )
+        else:
+            self._pass = Pass()
         return result
 
     def _update(self) -> None:

@@ -74,12 +74,16 @@ class Muon(TrackedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters once, after ``closure`` if there is one; returns what the closure returned."""
+        """Update the parameters once, after ``closure`` if there is one; returns what the closure returned.
+
+        Without any gradient nothing changes and nothing is counted.
+        """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        self._check_gradients()
+        if not self._check_gradients():
+            return result
         with self._without_autocast():
             for group in self.param_groups:
                 batch = self._batch(group)

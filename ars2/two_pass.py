@@ -79,17 +79,19 @@ class TwoPassOptimizer(TrackedOptimizer):
     def wants_second_pass(self, grad_scale: float = 1.0) -> bool:
         """Say, after the first backward, whether this step evaluates the gradient a second time.
 
-        A second call begins the step anew, as after a step that a gradient scaler skipped.
+        A second call begins the step anew, as after a step that a gradient scaler skipped. Without any gradient there
+        is nothing to decide: the answer is no, and a backward pass after it needs another call.
 
         Args:
             grad_scale: what the loss was multiplied by, if the gradients are still scaled (a gradient scaler's scale).
 
         Raises:
-            RuntimeError: no parameter has a gradient, or the parameters are at the adversarial point.
+            RuntimeError: the parameters are at the adversarial point.
         """
         self._refuse_while_moved("wants_second_pass()")
         if not self._check_gradients():
-            raise RuntimeError("wants_second_pass(): no parameter has a gradient: call it after backward()")
+            self._pass = Pass()
+            return False
         main = self.param_groups[0]
         t = main["step"] + 1
         now = Pass(stage="decided", grad_scale=grad_scale)
@@ -195,6 +197,8 @@ class TwoPassOptimizer(TrackedOptimizer):
                 "step(closure): the closure computed no gradient; it must zero the gradients, evaluate the loss and"
                 " call backward() (in a loop that makes the passes itself, call wants_second_pass() before step())"
             )
+        if not self._check_gradients():
+            return result
         if self.wants_second_pass():
             try:
                 self.perturb()

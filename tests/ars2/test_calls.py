@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from ars2 import ARS2Neo
-from tests.ars2.problems import SmallProblem
+from ars2 import ARS2Neo, Muon
+from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.training import (
     MODES,
     TWO_PASS_MODES,
@@ -70,7 +72,10 @@ def test_any_order_of_calls_is_an_error_or_trains(mode: str, has_gradient: bool)
                 assert optimizer.diagnostics()["steps"] == counted
                 errors += 1
                 break
-            if name.startswith("step"):
+            if name.startswith("step") and optimizer.diagnostics()["steps"] == counted:
+                # torch's rule: without any gradient a step does nothing.
+                assert all(p.grad is None for p in model.parameters()) and same(before, model.parameters()), order
+            elif name.startswith("step"):
                 # A step that returns has moved every parameter and has counted itself.
                 assert optimizer.diagnostics()["steps"] == counted + 1, order
                 after = copies(model.parameters())
@@ -93,13 +98,49 @@ def test_a_no_op_closure_is_an_error(mode: str) -> None:
     assert_identical(before, snapshot(optimizer))
 
 
-@pytest.mark.parametrize("mode", TWO_PASS_MODES)
-def test_a_no_op_closure_without_any_gradient_is_an_error(mode: str) -> None:
-    _, optimizer = setup(mode)
+def optimizers(model: SmallProblem) -> dict[str, Callable[[], Optimizer]]:
+    return {
+        "muon": lambda: Muon(problem_groups(model)),
+        **{mode: partial(ARS2Neo, problem_groups(model), **options) for mode, options in MODES.items()},
+    }
+
+
+@pytest.mark.parametrize("how", ["step", "closure", "parts"])
+@pytest.mark.parametrize("name", ["muon", *MODES])
+def test_a_step_without_any_gradient_changes_and_counts_nothing(name: str, how: str) -> None:
+    model = SmallProblem()
+    optimizer = optimizers(model)[name]()
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    train(model, optimizer, range(2))
+    optimizer.zero_grad()
     before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
-        optimizer.step(lambda: None)
+    calls: list[int] = []
+    if how == "parts" and isinstance(optimizer, ARS2Neo):
+        assert not optimizer.wants_second_pass()
+    if how == "closure":
+        assert optimizer.step(lambda: calls.append(1) or "the loss") == "the loss"
+        assert calls == [1]
+    else:
+        assert optimizer.step() is None
     assert_identical(before, snapshot(optimizer))
+    scheduler.step()
+    train(model, optimizer, range(2, 4))
+    other = SmallProblem()
+    undisturbed = optimizers(other)[name]()
+    scheduler = torch.optim.lr_scheduler.ConstantLR(undisturbed)
+    train(other, undisturbed, range(2))
+    scheduler.step()
+    train(other, undisturbed, range(2, 4))
+    assert_identical(snapshot(undisturbed), snapshot(optimizer))
+
+
+def test_asking_before_the_first_gradient_does_not_count_as_calling_the_parts() -> None:
+    model, optimizer = setup("sync")
+    assert not optimizer.wants_second_pass()
+    model.loss(0).backward()
+    for call in (optimizer.step, optimizer.perturb):
+        with pytest.raises(RuntimeError, match=r"wants_second_pass\(\)"):
+            call()
 
 
 @pytest.mark.parametrize("mode", TWO_PASS_MODES)
@@ -178,7 +219,7 @@ def test_no_second_gradient_is_an_error() -> None:
     optimizer.wants_second_pass()
     optimizer.perturb()
     optimizer.restore()
-    with pytest.raises(RuntimeError, match="no parameter has a gradient"):
+    with pytest.raises(RuntimeError, match="the second pass left no gradient"):
         optimizer.step()
     assert optimizer.diagnostics()["steps"] == 3
 
