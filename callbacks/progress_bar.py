@@ -51,6 +51,13 @@ class ProgressBar(RichProgressBar):
         left = self._seconds_left(trainer, done)
         return metrics if left is None else {**metrics, "at most left": clock(left)}
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Count epochs from 1, as summary, milestones and plain lines do."""
+        last = self.trainer.max_epochs
+        description = f"Epoch {current_epoch + 1}" + (f"/{last}" if last and last > 0 else "")
+        # Padded as Lightning does it, so that lines do not flicker.
+        return description.ljust(len(self.validation_description))
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         now = time.monotonic()

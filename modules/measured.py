@@ -69,7 +69,7 @@ class MeasuredModule(L.LightningModule):
             metric.reset()
         if stage == "train" and not torch.isfinite(values["train/loss"]):
             raise FloatingPointError(
-                f"the training loss is {values['train/loss'].item()} in epoch {self.current_epoch}: lower the"
+                f"the training loss is {values['train/loss'].item()} in epoch {self.current_epoch + 1}: lower the"
                 " learning rate, clip the gradient (gradient_clip_val), or look at the data"
             )
         values |= {f"{stage}/{name}": torch.tensor(value) for name, value in more.items()}

@@ -218,7 +218,7 @@ class TwoPassModule(MeasuredModule):
         # Under a scaler the scale may be what is wrong.
         hopeless = self._scaler is None or lower_scale(self._scaler, optimizer)
         if hopeless and self.nonfinite == "stop":
-            where = f"step {self.trainer.global_step + 1} in epoch {self.current_epoch}"
+            where = f"step {self.trainer.global_step + 1} in epoch {self.current_epoch + 1}"
             self.damage = self._record.describe(self.network, optimizer, where)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -173,7 +173,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it(tmp_path: Path) ->
     # The first step overflows the weights' squares; its loss was finite, the second one's is not.
     options = (*OPTIONS, "--model.optimizer.lr", 1e30)
     result = call("fit", *options, "--runs", tmp_path)
-    assert "step 2 in epoch 0, first pass: the loss is nan" in result.error
+    assert "step 2 in epoch 1, first pass: the loss is nan" in result.error
     folder = only_folder(tmp_path)
     assert f"details in {folder / 'error.txt'}" in result.error
     assert "Traceback" in (folder / "error.txt").read_text()
@@ -186,7 +186,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it(tmp_path: Path) ->
 
 def test_by_option_a_run_goes_on_over_a_step_that_is_not_finite(tmp_path: Path) -> None:
     options = (*OPTIONS, "--model", "tests.resuming.BrokenStep", "--model.p=7", "--model.width=8", "--model.heads=2")
-    assert "step 3 in epoch 0, first pass: the loss is nan" in call("fit", *options, "--runs", tmp_path / "stop").error
+    assert "step 3 in epoch 1, first pass: the loss is nan" in call("fit", *options, "--runs", tmp_path / "stop").error
     result = call("fit", *options, "--model.nonfinite", "skip", "--runs", tmp_path / "skip")
     assert result.code == 0, result.err
     assert checkpoint(only_folder(tmp_path / "skip"))["skipped_steps"] == 1

@@ -2,9 +2,13 @@ import re
 from pathlib import Path
 
 import pytest
+import rich
+from rich.console import Console
 
 from callbacks import progress_bar
 from callbacks.progress_bar import clock
+from tests.callbacks.fits import data, module
+from tests.callbacks.fits import fit as trained
 from tests.commands import AGA, TINY, call, fit
 
 
@@ -36,6 +40,17 @@ def test_a_line_has_metrics_rate_and_time_left(tmp_path: Path, monkeypatch: pyte
     metrics = "".join(rf".*{name} {number}" for name in ("val/loss", "val/accuracy", "train/loss", "train/accuracy"))
     for line in shown[:-1]:
         assert re.search(rf"{metrics}, .*{number} epochs/s, at most \d+:\d\d left$", line), line
+
+
+@pytest.mark.parametrize(("epochs", "steps", "total"), [(2, -1, "/2"), (-1, 8, "")])
+def test_the_bar_counts_epochs_from_1(
+    epochs: int, steps: int, total: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(rich, "_console", Console())
+    trained(module(), data(), [progress_bar.ProgressBar()], None, epochs, enable_progress_bar=True, max_steps=steps)
+    written = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", capsys.readouterr().out)
+    assert set(re.findall(r"Epoch (\S+)", written)) == {f"1{total}", f"2{total}"}
 
 
 def test_time_left_counts_from_where_the_run_was_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from tests.modules.test_precision import Damaged
 @pytest.mark.parametrize(
     ("in_pass", "factor", "sentence"),
     [
-        (1, torch.nan, "step 4 in epoch 0, first pass: the loss is nan and the gradient of convolution.weight is not"),
-        (2, torch.inf, "step 4 in epoch 0, second pass: the loss is inf and the gradient of convolution.weight is not"),
+        (1, torch.nan, "step 4 in epoch 1, first pass: the loss is nan and the gradient of convolution.weight is not"),
+        (2, torch.inf, "step 4 in epoch 1, second pass: the loss is inf and the gradient of convolution.weight is not"),
     ],
 )
 def test_by_default_the_run_stops_with_step_pass_and_parameter(in_pass: int, factor: float, sentence: str) -> None:
@@ -37,7 +37,7 @@ def test_a_gradient_alone_is_named_by_its_parameter() -> None:
 
     for name in ("adamw", "muon", "aga"):
         module = Breaks(optimizer=make_optimizer(name))
-        with pytest.raises(FloatingPointError, match=r"step 3 in epoch 0, first pass: the gradient of head.bias is no"):
+        with pytest.raises(FloatingPointError, match=r"step 3 in epoch 1, first pass: the gradient of head.bias is no"):
             fit(module)
         assert_equal_states(state_of(module), Loop(name, limit=2, epochs=1).train())
 
@@ -98,7 +98,7 @@ def test_skipped_steps_are_remembered_by_a_resumed_run(tmp_path: Path) -> None:
 
 def test_a_run_without_any_good_step_stops_at_the_epochs_end() -> None:
     module = Damaged(tuple(range(12)), 1, optimizer=make_optimizer("sync"), nonfinite="skip")
-    with pytest.raises(FloatingPointError, match="training loss is nan in epoch 0"):
+    with pytest.raises(FloatingPointError, match="training loss is nan in epoch 1"):
         fit(module)
     assert module.skipped_steps == 6
 
@@ -123,7 +123,7 @@ def test_the_values_of_a_sparse_gradient_are_looked_at_too() -> None:
             return vectors.square().sum()
 
     module = Sparse(optimizer=lambda params: torch.optim.SGD(params, lr=1e-2))
-    with pytest.raises(FloatingPointError, match=r"^step 3 in epoch 0, first pass: the gradient of weight is not"):
+    with pytest.raises(FloatingPointError, match=r"^step 3 in epoch 1, first pass: the gradient of weight is not"):
         fit(module)
     assert all(param.isfinite().all() for param in module.network.parameters())
 
