@@ -197,6 +197,13 @@ class CommandLine(LightningCLI):
                     " own optimizer steps: say --checkpoint.train_time_interval"
                 )
 
+    def after_validate(self) -> None:
+        """Say where the numbers are."""
+        if is_first():
+            print(f"run folder: {os.environ[FOLDER]}")
+
+    after_test = after_validate
+
     def after_predict(self) -> None:
         """Print the lines that the module's ``predict_step`` returned."""
         for batch in self.trainer.predict_loop.predictions if self.trainer.is_global_zero else ():

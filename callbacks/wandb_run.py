@@ -1,10 +1,11 @@
-"""What Weights & Biases has of a run beside its rows: best values, axes, pictures, and the run folder's files."""
+"""The pictures of a run, and what Weights & Biases has beside its rows: best values, axes, pictures, and files."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
+import yaml
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from callbacks.lookup import folder_of
@@ -18,12 +19,13 @@ STEP_AXES = {"train/*": "epoch", "milestone/*": "epoch", "optimizer/*": AXES[1],
 
 
 class WandbRun(L.Callback):
-    """Tells W&B which values are best and what to draw them over; sends pictures and files at the end of fitting.
+    """Draws the run when fitting ends; tells W&B which values are best and what to draw them over, and sends it all.
 
     Validation metrics are drawn over the epoch, their summary is the lowest value of a loss or perplexity and the
     highest of any other, beside the last one (``val/loss.min``, ``val/loss.last``). The pictures are the run's curves,
     AGA's looks if it made any, and every ``.png`` in the run folder's ``pictures``, under ``pictures/<name>``; the
-    files become an artifact of type ``run``. Does nothing, and imports nothing, where W&B is not among the loggers.
+    files become an artifact of type ``run``. Trials of a search are not drawn. wandb is imported only where it is among
+    the loggers.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -35,19 +37,31 @@ class WandbRun(L.Callback):
                 print(f"W&B draws this run over its steps ({type(error).__name__}: {error})")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loggers, folder = _wandb_loggers(trainer), folder_of(trainer)
-        if not loggers or folder is None:
+        folder = folder_of(trainer)
+        if folder is None or not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 logger.save()  # the last rows; Lightning writes them after this
+        # The training is done and its results are on disk: that must not be lost for want of a picture.
         try:
-            draw(folder)
-            for logger in loggers:
+            if _is_to_be_drawn(folder):
+                draw(folder)
+        except Exception as error:
+            print(f"there are no pictures of this run ({type(error).__name__}: {error})")
+        try:
+            for logger in _wandb_loggers(trainer):
                 _send(logger.experiment, folder)
         except Exception as error:
-            # The training is done and its results are on disk: that must not be lost for want of a picture.
             print(f"W&B has no pictures and files of this run ({type(error).__name__}: {error})")
+
+
+def _is_to_be_drawn(folder: Path) -> bool:
+    """Say whether there is a log, of a run that is no trial: drawing would take longer than some of those."""
+    if not (folder / "metrics.csv").is_file() or not (folder / "config.yaml").is_file():
+        return False
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    return (config.get("sweep") or {}).get("trial") is None
 
 
 def _wandb_loggers(trainer: L.Trainer) -> list[WandbLogger]:
@@ -74,7 +88,7 @@ def draw(folder: Path) -> None:
 
     (compared,) = group([Run(folder)])
     if not compared.rows:
-        return  # a trial of a search
+        return
     figures = {
         "curves": plots.curves(compared, compared.metric, "epoch", legend=True),
         "looks": plots.looks(compared.rows[0]),

@@ -107,6 +107,7 @@ class ImageClassifier(TwoPassModule):
             for logger in self.loggers:
                 if hasattr(logger, "log_image"):
                     logger.log_image("test/confusion_matrix", [str(picture)])
+            print(f"confusion matrix: {picture}")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> list[str]:
         """Return one line an image: its number or file, the class and its probability, and whether it is right."""

@@ -126,7 +126,8 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_its_run(learned: Path, tmp
         (row,) = metrics(folders(tmp_path)[-1])
         for name in ("loss", "accuracy"):
             assert row[f"{stage}/{name}"] == last[f"val/{name}"]
-            # Printed too, in a table.
+            # Printed too, in a table, and where it is.
+            assert f"run folder: {folders(tmp_path)[-1]}" in result.out
             assert f"{stage}/{name}" in result.out
             assert last[f"val/{name}"][:6] in result.out
 

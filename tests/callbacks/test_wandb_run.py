@@ -11,6 +11,7 @@ import pytest
 from callbacks.wandb_run import WandbRun, draw
 from tests.callbacks.fits import ars2, data, fit, module
 from tests.commands import AGA, ROOT, TINY, folders, train_py
+from tests.commands import fit as run
 
 # Prints every record that is looked at as one line of JSON.
 READ = """
@@ -104,9 +105,16 @@ def test_an_axis_is_in_every_row_that_is_drawn_over_it(recorded: tuple[Path, lis
     assert drawn >= 6
 
 
-def test_without_w_and_b_nothing_is_drawn(tmp_path: Path) -> None:
-    fit(module(ars2("aga")), data(), [WandbRun()], tmp_path, epochs=1)
-    assert not (tmp_path / "pictures").exists()
+def test_without_w_and_b_the_run_is_drawn_too(tmp_path: Path) -> None:
+    folder = run(tmp_path, *AGA, *TINY, "--internals.every_n_steps", "1")
+    assert {path.name for path in (folder / "pictures").iterdir()} == {"curves.png", "looks.png"}
+
+
+def test_a_trial_and_a_run_without_a_config_are_not_drawn(tmp_path: Path) -> None:
+    sweep = ("--sweep.name", "search", "--sweep.optimizer", "aga", "--sweep.trial", "0")
+    assert not (run(tmp_path / "trial", *AGA, *TINY, *sweep) / "pictures").exists()
+    fit(module(ars2("aga")), data(), [WandbRun()], tmp_path / "alone", epochs=1)
+    assert not (tmp_path / "alone" / "pictures").exists()
 
 
 def test_a_folder_without_a_config_cannot_be_drawn(tmp_path: Path) -> None:

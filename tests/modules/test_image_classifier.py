@@ -213,6 +213,7 @@ def test_test_logs_every_class_and_draws_the_confusion_matrix(tmp_path: Path) ->
     assert float(row["test/accuracy"]) == pytest.approx(sum(per_class) / 10, abs=1e-6)  # four images of each
     assert {round(4 * value, 4) for value in per_class} <= {0, 1, 2, 3, 4}
     assert float(row["test/top5_accuracy"]) >= float(row["test/accuracy"])
+    assert f"confusion matrix: {folder / 'confusion_matrix.png'}" in result.out
     with Image.open(folder / "confusion_matrix.png") as picture:
         assert min(picture.size) > 400
         assert len(picture.convert("L").getcolors(256) or []) > 10
