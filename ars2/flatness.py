@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ars2.batch import cut
 from ars2.compiled import Run, directly
 from ars2.sharded import Shards, local
+from ars2.sharing import Ranks
 from ars2.updates import TINY, Number, Tensors
 
 
@@ -145,7 +147,10 @@ def products_and_lengths(pairs: list[tuple[Tensors, Tensors]]) -> Tensor:
 
 
 def global_cosine(
-    pairs: Sequence[tuple[Tensors, Tensors]], grad_scale: float, run: Run = directly, shards: Shards | None = None
+    pairs: Sequence[tuple[Tensors, Tensors]],
+    grad_scale: float,
+    run: Run = directly,
+    ranks: Ranks | Shards | None = None,
 ) -> float:
     """Return phi, the cosine of all gradients with all cached shear forces, each side taken as one long vector.
 
@@ -155,15 +160,19 @@ def global_cosine(
         pairs: lists of gradients (multiplied by ``grad_scale``) and of their shear forces, in any number of pieces.
         grad_scale: what the loss was multiplied by.
         run: how the part that works on tensors is called.
-        shards: the processes that hold the other rows of the tensors, where they are sharded.
+        ranks: the processes that hold the other rows of the tensors, where they are sharded, or all of the same
+            tensors; every one returns the same number, to the bit.
     """
     pairs = [(grads, shears) for grads, shears in pairs if grads]
     if not pairs:
         return 0.0
     numbers: Tensor = run(products_and_lengths)(pairs)
-    if shards is not None:
-        products_of_whole, lengths_of_whole = shards.whole([numbers[:1]], [numbers[1:]])
+    if isinstance(ranks, Shards):
+        products_of_whole, lengths_of_whole = ranks.whole([numbers[:1]], [numbers[1:]])
         numbers = torch.cat([*products_of_whole, *lengths_of_whole])
+    elif ranks is not None:
+        # Kernels may round differently from process to process, and one that decides otherwise waits forever.
+        dist.broadcast(numbers, group=ranks.group, group_src=0)
     inner, grad_lengths, shear_lengths = numbers.tolist()
     known = [index for index, length in enumerate(shear_lengths) if length != 0]
     grad_length: float = math.sqrt(math.fsum(grad_lengths[index] ** 2 for index in known)) / grad_scale

@@ -71,6 +71,15 @@ class TwoPassOptimizer(TrackedOptimizer):
         return bool(self.param_groups[0]["mode"] == "sync")
 
     @property
+    def decides_alike(self) -> bool:
+        """Whether processes with the same gradients come to the same decision without asking each other.
+
+        AGA's depends on how phi is rounded, which they share after :meth:`distribute`, and always where the parameters
+        are sharded.
+        """
+        return bool(self.param_groups[0]["mode"] != "aga" or self._ranks is not None)
+
+    @property
     def first_gradients(self) -> dict[Tensor, Tensor]:
         """The gradients of the first pass by parameter, from :meth:`perturb` until :meth:`step`; otherwise empty."""
         return self._pass.first_gradients
@@ -101,7 +110,7 @@ class TwoPassOptimizer(TrackedOptimizer):
                 pairs: list[tuple[updates.Tensors, updates.Tensors]] = [
                     (part.grads, part.state("shear")) for part in parts
                 ]
-                now.phi = flatness.global_cosine(pairs, grad_scale, self._run(main), self._shards)
+                now.phi = flatness.global_cosine(pairs, grad_scale, self._run(main), self._ranks)
             now.variance = flatness.next_variance(main, now.phi, t)
         now.wanted = flatness.looks_again(main, t, now.phi, now.variance)
         self._pass = now

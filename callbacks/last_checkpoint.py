@@ -62,7 +62,7 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         if not getattr(pl_module, "between_steps", True):
             return
-        stopping = asked_to_stop(trainer)
+        stopping = asked_to_stop(trainer, getattr(pl_module, "stop_agreed", None))
         if getattr(pl_module, "damage", None) is not None:
             self._save(trainer)
         # After an epoch's last batch come its validation and its row in the log: the epoch's end saves them too.

@@ -39,6 +39,10 @@ class StopSignals(L.Callback):
             self._before = {number: signal.getsignal(number) for number in SIGNALS}
             for number in SIGNALS:
                 signal.signal(number, self._take)
+            # With every batch Lightning's loop asks the first process for a SIGTERM, which is taken here.
+            loop: Any = trainer.fit_loop.epoch_loop
+            if hasattr(loop, "_broadcast_sigterm_tensor"):
+                loop._broadcast_sigterm_tensor = lambda: None
 
     def _take(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number)
@@ -50,8 +54,9 @@ class StopSignals(L.Callback):
             signal.signal(number, handler)
         self._before = {}
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self._leave()
+        pl_module.stop_asked = self.received is not None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._leave()
@@ -67,11 +72,16 @@ class StopSignals(L.Callback):
         self._put_back()
 
 
-def asked_to_stop(trainer: L.Trainer) -> list[StopSignals]:
-    """Return the callbacks that were told to stop, in this process or another; call it in all of them at once."""
+def asked_to_stop(trainer: L.Trainer, agreed: bool | None = None) -> list[StopSignals]:
+    """Return the callbacks that were told to stop, in this process or another; call it in all of them at once.
+
+    Args:
+        trainer: whose callbacks they are.
+        agreed: whether any process was, as all of them know already; ``None`` asks them.
+    """
     callbacks = callbacks_of(trainer, StopSignals)
     asked = any(callback.received is not None for callback in callbacks)
-    if callbacks and trainer.strategy.reduce_boolean_decision(asked, all=False):
+    if callbacks and (trainer.strategy.reduce_boolean_decision(asked, all=False) if agreed is None else agreed):
         for callback in callbacks:
             callback.received = callback.received or signal.SIGTERM
         return callbacks

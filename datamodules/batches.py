@@ -50,6 +50,9 @@ class TensorBatches:
         drop_last: whether a last short batch is left out; of a shuffled epoch it holds other examples each time.
         shared: whether several processes share every batch; if not, each is given all of it.
 
+    Attributes:
+        share_weight: the examples that this process was given of the last batch, relative to an even share of it.
+
     Raises:
         ValueError: no examples, none left, ``batch_size`` below 1, or a shuffled batch that is too small for the number
             of processes.
@@ -71,6 +74,7 @@ class TensorBatches:
             raise ValueError(f"there are {len(tensors[0])} examples, too few for one batch of {batch_size}")
         self.tensors, self.batch_size, self.seed = tensors, batch_size, seed
         self.drop_last, self.shared = drop_last, shared
+        self.share_weight = 1.0
         # Lightning looks for set_epoch here; a loader with an attribute called sampler it takes for a DataLoader.
         self.batch_sampler = SimpleNamespace(sampler=self)
         self.epoch, self.done = -1, 0
@@ -106,7 +110,9 @@ class TensorBatches:
         while self.done < len(bounds) - 1:
             self.done += 1
             batch = order[bounds[self.done - 1] : bounds[self.done]]
-            yield self._batch(batch, share(len(batch)) if self.shared else slice(None))
+            mine = share(len(batch)) if self.shared else slice(0, len(batch))
+            self.share_weight = (mine.stop - mine.start) * (world()[1] if self.shared else 1) / len(batch)
+            yield self._batch(batch, mine)
 
     def _batch(self, examples: Tensor, mine: slice) -> tuple[Tensor, ...]:
         """Return this process' part of the ``done``-th batch of the epoch, whose numbers are ``examples``."""

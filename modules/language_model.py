@@ -45,6 +45,7 @@ class LanguageModel(TwoPassModule):
 
     uses_parameters = ("predict_step", "continue_text")
     unit = "tokens"
+    same_units = True
     network: Qwen3ForCausalLM
 
     def __init__(

@@ -14,7 +14,12 @@ from modules.stage_metrics import MeanLoss, Metrics, load_metric_state, metric_s
 
 
 class MeasuredModule(L.LightningModule):
-    """Evaluates and logs; how it is trained is left to a subclass, which updates ``train_metrics`` with every batch."""
+    """Evaluates and logs; how it is trained is left to a subclass, which updates ``train_metrics`` with every batch.
+
+    A subclass that counts other units than examples says with ``same_units`` whether every example has as many.
+    """
+
+    same_units = False
 
     def compute_loss(self, batch: Any, metrics: Metrics | None) -> Tensor:
         """Return the mean loss of ``batch``, a scalar; update ``metrics`` with what was seen, if there are any."""

@@ -27,8 +27,8 @@ def gradients_of(optimizer: Optimizer) -> dict[Tensor, Tensor]:
     return {param: gradient for param, gradient in found.items() if gradient.numel()}
 
 
-def all_finite(losses: Sequence[Tensor], gradients: list[Tensor]) -> bool:
-    """Say whether every loss and every gradient is finite; the device is read once.
+def all_finite(losses: Sequence[Tensor], gradients: list[Tensor]) -> Tensor:
+    """Return whether every loss and every gradient is finite, a tensor on their device, which is not read.
 
     The gradients are looked at through their norms, which costs a small part of the update and needs one fused kernel.
     A gradient whose square overflows counts as not finite: it would make a second moment infinite for good.
@@ -41,7 +41,7 @@ def all_finite(losses: Sequence[Tensor], gradients: list[Tensor]) -> bool:
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
     lengths = torch._foreach_norm(gradients, 2, dtype=dtype) if gradients else ()
     seen = torch.stack([*(loss.to(dtype) for loss in losses), *lengths])
-    return bool(seen.isfinite().all())
+    return seen.isfinite().all()
 
 
 def describe(
@@ -133,8 +133,12 @@ class StepRecord:
         if self._statistics is not None:
             self._statistics.go_back()
 
-    def is_finite(self, optimizer: Any) -> bool:
-        """Look, once a step and before anything is updated, at the losses and gradients of both passes."""
+    def is_finite(self, optimizer: Any) -> Tensor:
+        """Look, once a step and before anything is updated, at the losses and gradients of both passes.
+
+        Returns:
+            A boolean scalar on the device.
+        """
         gradients = [*self._first_gradients(optimizer).values(), *gradients_of(optimizer).values()]
         return all_finite([*self.losses[0], *self.losses[1]], gradients)
 

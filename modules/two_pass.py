@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DistributedSampler
 
 from ars2.param_groups import Policy
 from modules.measured import MeasuredModule
@@ -97,8 +98,11 @@ class TwoPassModule(MeasuredModule):
         self.gradient_evaluations = self.skipped_steps = 0
         # Why training cannot go on, from the step that found it until the batch's end, when it is raised.
         self.damage: str | None = None
+        # Whether this process is to stop, and whether any was at the last update; None where there is no other.
+        self.stop_asked = False
+        self.stop_agreed: bool | None = None
         self._resumed_optimizer: str | None = None
-        self._window: list[tuple[Any, Callable[[], None]]] = []
+        self._window: list[tuple[Any, Tensor | float, Callable[[], None]]] = []
         self._record = StepRecord()
         self._has_exchanged = False
 
@@ -143,28 +147,27 @@ class TwoPassModule(MeasuredModule):
         if not self._window:
             optimizer.zero_grad()
             self._record.begin(self.network)
-        self._window.append((batch, random_state(self.device) if two_pass else lambda: None))
+        weight = self._weight(batch)
+        self._window.append((batch, weight, random_state(self.device) if two_pass else lambda: None))
         is_last = len(self._window) == self.accumulate_grad_batches or self.trainer.is_last_batch
         loss = self.compute_loss(batch, self.train_metrics)
         # A loss that is not finite is that of a step that is not made.
         self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch), only_finite=True)
         self._record.losses[0].append(loss.detach())
         local = self.local_first_pass and getattr(optimizer, "always_looks_twice", False)
-        self._backward(loss * self._weight(batch), sync=is_last and not local)
+        self._backward(loss * weight, sync=is_last and not local)
         if not is_last:
             return loss.detach()
         passes = 1
         scale = 1.0 if self._scaler is None or not two_pass else self._scaler.get_scale()
         if two_pass and self.clip_first_pass and self.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.gradient_clip_val * scale, self.gradient_clip_algorithm)
-        # One rank's wish is everybody's: ranks that disagree would wait for each other forever.
-        if two_pass and self.trainer.strategy.reduce_boolean_decision(optimizer.wants_second_pass(scale), all=False):
+        if two_pass and self._wants_second_pass(optimizer, scale):
             self._second_pass(optimizer)
             passes = 2
         self._window.clear()
         self.gradient_evaluations += passes
-        # A process whose part is finite leaves the step out with the others.
-        if not self.trainer.strategy.reduce_boolean_decision(not self._record.is_finite(optimizer), all=False):
+        if self._agree(self._record.is_finite(optimizer)):
             wrapped.step()
             if self.scheduler_interval == "step":
                 self._step_scheduler()
@@ -177,11 +180,11 @@ class TwoPassModule(MeasuredModule):
         optimizer.perturb()
         try:
             with frozen_statistics(self.network):
-                for number, (batch, replay) in enumerate(self._window, start=1):
+                for number, (batch, weight, replay) in enumerate(self._window, start=1):
                     replay()
                     loss = self.compute_loss(batch, None)
                     self._record.losses[1].append(loss.detach())
-                    self._backward(loss * self._weight(batch), sync=number == len(self._window))
+                    self._backward(loss * weight, sync=number == len(self._window))
         finally:
             optimizer.restore()
             after()
@@ -199,14 +202,43 @@ class TwoPassModule(MeasuredModule):
         with strategy.block_backward_sync() if blocked else nullcontext():
             self.manual_backward(loss / self.accumulate_grad_batches)
 
+    def _wants_second_pass(self, optimizer: Any, scale: float) -> bool:
+        wanted: bool = optimizer.wants_second_pass(scale)
+        if getattr(optimizer, "decides_alike", False):
+            return wanted
+        # One rank's wish is everybody's: ranks that disagree would wait for each other forever.
+        return self.trainer.strategy.reduce_boolean_decision(wanted, all=False)
+
+    def _agree(self, finite: Tensor) -> bool:
+        """Return whether the step is finite on all processes; they also learn whether any was asked to stop.
+
+        One reduction, and one reading of the device.
+        """
+        if self.trainer.world_size == 1:
+            return bool(finite)
+        # Filled on the device: a tensor made from a Python number is sent there, and waited for.
+        flags = torch.full((2,), float(self.stop_asked), device=finite.device)
+        flags[0] = ~finite
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        spoiled, stop = flags.tolist()
+        self.stop_agreed = bool(stop)
+        return not spoiled
+
     def _weight(self, batch: Any) -> Tensor | float:
         """Return what makes the mean over processes of their mean losses the mean over the whole batch.
 
-        That is 1 where all have equally many examples, and always for one process.
+        That is 1 where all have equally many examples, and always for one process. The processes ask each other only
+        where their loader does not say it.
         """
         if self.trainer.world_size == 1:
             return 1.0
-        mine = torch.tensor(float(self.batch_size(batch)), device=self.device)
+        loader: Any = self.trainer.train_dataloader
+        if self.same_units or type(self).batch_size is MeasuredModule.batch_size:
+            if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+                return 1.0  # it fills up the last share
+            if hasattr(loader, "share_weight"):
+                return float(loader.share_weight)
+        mine = torch.full((), float(self.batch_size(batch)), device=self.device)
         mean = mine.clone()
         torch.distributed.all_reduce(mean)
         return mine * self.trainer.world_size / mean

@@ -30,6 +30,20 @@ def gathered(tensors: list[Tensor]) -> list[Tensor]:
     return parts
 
 
+def phis_of_different_gradients(rank: int) -> list[float]:
+    """AGA's phi step by step, where each rank has gradients of its own, as if it rounded otherwise."""
+    model = SmallProblem()
+    optimizer = ARS2Neo(problem_groups(model), ns_dtype="float32", **MODES["aga"])
+    assert not optimizer.decides_alike
+    optimizer.distribute(dist.group.WORLD)
+    assert optimizer.decides_alike
+    phis = []
+    for step in range(3):
+        step_by_parts(model, optimizer, RANKS * step + rank)
+        phis.append(optimizer.diagnostics()["phi"])
+    return phis
+
+
 def train_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
     become(rank, ranks, port)
     dist.init_process_group("gloo")
@@ -55,15 +69,31 @@ def train_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
         left, right = gathered([*model.parameters(), *(t for s in optimizer.state.values() for t in s.values())])
         assert torch.equal(left, right), f"{mode}: parameters or moments differ"
         trained[mode] = [p.detach() for p in model.parameters()]
-    torch.save(trained, folder / f"{rank}.pt")
+    torch.save({**trained, "phi": phis_of_different_gradients(rank)}, folder / f"{rank}.pt")
     dist.barrier()  # neither leaves while the other still talks
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Tensor]]:
-    first, _ = launch(train_rank, RANKS, tmp_path_factory.mktemp("ranks"))
-    return first
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
+    return launch(train_rank, RANKS, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def trained(both: list[dict[str, list[Tensor]]]) -> dict[str, list[Tensor]]:
+    return both[0]
+
+
+def test_ranks_that_share_their_work_decide_by_the_same_phi_however_they_round(
+    both: list[dict[str, list[Tensor]]],
+) -> None:
+    first, second = (results["phi"] for results in both)
+    assert first == second and first[-1] != 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_but_aga_decides_by_its_options_and_the_step_alone(mode: str) -> None:
+    assert ARS2Neo(problem_groups(SmallProblem()), **MODES[mode]).decides_alike == (MODES[mode]["mode"] != "aga")
 
 
 class BothBatches(SmallProblem):

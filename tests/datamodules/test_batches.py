@@ -113,11 +113,12 @@ def test_processes_share_every_batch_and_leave_no_example_out(
 ) -> None:
     data = (torch.arange(examples),)
     alone = [batch.tolist() for (batch,) in TensorBatches(data, 5, seed=3)]
-    shares = []
+    shares, weights = [], []
     for rank in range(ranks):
         monkeypatch.setattr("datamodules.batches.world", lambda rank=rank: (rank, ranks))
         loader = TensorBatches(data, 5, seed=3)
         shares.append([batch.tolist() for (batch,) in loader])
+        weights.append([loader.share_weight for _ in loader])
         assert len(shares[-1]) == len(loader)
     together = [[*itertools.chain(*parts)] for parts in zip(*shares, strict=True)]
     if len(alone[-1]) < ranks:
@@ -126,6 +127,9 @@ def test_processes_share_every_batch_and_leave_no_example_out(
     for parts in zip(*shares, strict=True):
         lengths = [len(part) for part in parts]
         assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 1
+    for part, weight in zip(itertools.chain(*shares), itertools.chain(*weights), strict=True):
+        (whole,) = (batch for batch in together if set(part) <= set(batch))
+        assert weight == pytest.approx(len(part) * ranks / len(whole))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,11 +33,23 @@ class Looks(L.Callback):
         self.batches.append((batch[0][:, 0] * 11 + batch[0][:, 1]).tolist())
 
 
-def fit(name: str, ranks: int = 1, **options: Any) -> dict[str, Any]:
+class Units(ModularAddition):
+    """Counts several units an example, of which the loader of its batches knows nothing."""
+
+    units = 1
+
+    def batch_size(self, batch: Any) -> int:
+        return self.units * len(batch[0])
+
+
+def fit(name: str, ranks: int = 1, units: int = 0, **options: Any) -> dict[str, Any]:
     """Train 50 steps; returns the state, the evaluations after each step and the logged metrics."""
     torch.manual_seed(0)
     small = {"p": 11, "width": 16, "heads": 2, "mlp_width": 16}
-    module = ModularAddition(**small, optimizer=make_optimizer(name, **OPTIONS[name]), **options)
+    kind = Units if units else ModularAddition
+    module = kind(**small, optimizer=make_optimizer(name, **OPTIONS[name]), **options)
+    if isinstance(module, Units):
+        module.units = units
     looks = Looks()
     trainer = L.Trainer(
         max_epochs=EPOCHS,
@@ -65,6 +77,7 @@ def together(
     results = {label: fit(name, ranks, **options) for label, (name, options) in runs.items()}
     if text is not None:
         results["exchanged"] = exchanges.count(folder, ranks, lambda ranks: "ddp")
+        results["stopped"] = exchanges.stop(folder, ranks, lambda ranks: "ddp")
         results["evaluated"] = evaluations.evaluate(text, ranks=ranks, strategy=lambda ranks: "ddp")
     assert world() == (rank, ranks)
     torch.save(results, folder / f"{rank}.pt")

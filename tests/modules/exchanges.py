@@ -1,5 +1,7 @@
 """What processes send each other in every step of a short fit, and how often they read the device."""
 
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from callbacks.last_checkpoint import LastCheckpoint
-from callbacks.stop_signals import StopSignals
+from callbacks.stop_signals import Stopped, StopSignals
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
 from tests.dispatched import Dispatched
@@ -15,7 +17,7 @@ from tests.modules.small_task import make_optimizer
 
 # Labels and options of the fits. Of four batches the last is a window of its own where three accumulate.
 FITS: dict[str, tuple[str, dict[str, Any]]] = {
-    "adamw": ("adamw", {}),
+    "muon": ("muon", {}),
     "base": ("base", {}),
     "periodic": ("periodic", {}),
     "aga": ("aga", {}),
@@ -57,6 +59,46 @@ class Exchanges(L.Callback):
             self.operations = None
 
 
+class StopsTheLast(L.Callback):
+    """Sends the last process alone a signal in its third step."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop(folder: Path, ranks: int, strategy: Any) -> dict[str, Any]:
+    """Return after how many steps this process was stopped, and the signal that it left with."""
+    trainer = trainer_with(
+        [StopsTheLast(), StopSignals(), LastCheckpoint(dirpath=str(folder / "stop"))], ranks, strategy
+    )
+    try:
+        trainer.fit(*task("sync"))
+    except Stopped as leaving:
+        return {"steps": trainer.global_step, "signal": int(leaving.received)}
+    return {}
+
+
+def trainer_with(callbacks: list[L.Callback], ranks: int, strategy: Any) -> L.Trainer:
+    return L.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy(ranks),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        callbacks=callbacks,
+    )
+
+
+def task(name: str, **options: Any) -> tuple[ModularAddition, ModularAdditionData]:
+    """Return a network and 40 training pairs in batches of 12, 12, 12 and 4."""
+    module = ModularAddition(p=11, width=16, heads=2, mlp_width=16, optimizer=make_optimizer(name), **options)
+    return module, ModularAdditionData(p=11, train_fraction=40.5 / 121, batch_size=12)
+
+
 def count(folder: Path, ranks: int, strategy: Any) -> dict[str, list[dict[str, int]]]:
     """Return for each of :data:`FITS` the collectives and readings of its second epoch's batches.
 
@@ -68,19 +110,7 @@ def count(folder: Path, ranks: int, strategy: Any) -> dict[str, list[dict[str, i
     found = {}
     for label, (name, options) in FITS.items():
         exchanges = Exchanges()
-        trainer = L.Trainer(
-            max_epochs=2,
-            accelerator="cpu",
-            devices=ranks,
-            strategy=strategy(ranks),
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            callbacks=[StopSignals(), LastCheckpoint(dirpath=str(folder / label), every_n_epochs=9), exchanges],
-        )
-        module = ModularAddition(p=11, width=16, heads=2, mlp_width=16, optimizer=make_optimizer(name), **options)
-        # 40 training pairs in batches of 12, 12, 12 and 4.
-        trainer.fit(module, ModularAdditionData(p=11, train_fraction=40.5 / 121, batch_size=12))
+        last = LastCheckpoint(dirpath=str(folder / label), every_n_epochs=9)
+        trainer_with([StopSignals(), last, exchanges], ranks, strategy).fit(*task(name, **options))
         found[label] = exchanges.steps
     return found

@@ -174,6 +174,7 @@ def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, Run
     if text is not None:
         results["text"] = read(ranks, text)
         results["exchanged"] = exchanges.count(folder, ranks, strategy)
+        results["stopped"] = exchanges.stop(folder, ranks, strategy)
         results["evaluated"] = evaluations.evaluate(text, NOT_EVALUATED, ranks, strategy)
         results["refused"] = refusals(ranks)
     torch.save(results, folder / f"{rank}.pt")

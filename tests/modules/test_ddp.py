@@ -1,6 +1,7 @@
 """Several processes under Lightning's DDP do what one process does with the same batches, and never part ways."""
 
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ EVERY_MODE = {name: (name, {}) for name in OPTIONS}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "accumulated": ("aga", {"accumulate_grad_batches": 3}),
     "clipped": ("sync", {"gradient_clip_val": 0.1}),
+    "asked for sizes": ("sync", {"units": 3}),
     "local": ("sync", {"local_first_pass": True}),
     "rounded": ("base", {"gather": "bfloat16"}),
 }
@@ -62,7 +64,7 @@ def assert_one(ranks: list[Results], label: str) -> None:
             assert torch.equal(value, ranks[0][label]["state"][name]), name
 
 
-@pytest.mark.parametrize("label", [*EVERY_MODE, "accumulated", "clipped"])
+@pytest.mark.parametrize("label", [*EVERY_MODE, "accumulated", "clipped", "asked for sizes"])
 def test_two_processes_train_to_what_one_does(label: str, two: list[Results], alone: Results) -> None:
     assert_one(two, label)
     assert_same_as_alone(two, alone, label)
@@ -88,12 +90,35 @@ def test_two_processes_evaluate_and_answer_what_one_does(two: list[Results], alo
     assert all(math.isfinite(value) for value in language.values())
 
 
-def test_accumulated_gradients_are_exchanged_once_a_window_and_pass(two: list[Results]) -> None:
-    """The first two batches of a window send nothing of their gradients, in either pass."""
+# Gradients, all in one bucket, and one reduction that says whether the step is finite and whether to stop.
+ONE_PASS, TWO_PASSES = {"all_reduce": 2}, {"all_reduce": 3}
+DIRECTIONS = {"all_gather": 1}
+PHI = {"broadcast": 1}
+
+
+def test_a_step_exchanges_its_gradients_and_one_number_more(two: list[Results]) -> None:
     for results in two:
-        first, second, third, short = (step.get("all_reduce", 0) for step in results["exchanged"]["accumulated"])
-        # Sizes of batches and votes are all that is left.
-        assert first == second <= 1 and third <= short + 4
+        steps = {label: [without_buffers(step) for step in steps] for label, steps in results["exchanged"].items()}
+        assert steps["muon"] == steps["base"] == [ONE_PASS | DIRECTIONS] * 4
+        # Steps 5 to 8, of which the seventh is a third one.
+        assert steps["periodic"] == [(TWO_PASSES if t == 7 else ONE_PASS) | DIRECTIONS for t in range(5, 9)]
+        assert all(step in (ONE_PASS | DIRECTIONS | PHI, TWO_PASSES | DIRECTIONS | PHI) for step in steps["aga"])
+
+
+def without_buffers(step: dict[str, int]) -> dict[str, int]:
+    """Leave out the two broadcasts by which DDP lays its buckets out anew, in one of a fit's first steps."""
+    left = step | {"broadcast": step.get("broadcast", 0) - 2 * (step.get("broadcast", 0) >= 2)}
+    return {name: count for name, count in left.items() if count}
+
+
+def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(two: list[Results]) -> None:
+    assert [results["stopped"] for results in two] == [{"steps": 3, "signal": signal.SIGTERM}] * 2
+
+
+def test_accumulated_gradients_are_exchanged_once_a_window_and_pass(two: list[Results]) -> None:
+    for results in two:
+        steps = [without_buffers(step) for step in results["exchanged"]["accumulated"]]
+        assert steps == [{}, {}, TWO_PASSES | DIRECTIONS, TWO_PASSES | DIRECTIONS]
 
 
 def test_aga_looks_at_some_steps_and_not_at_others(alone: Results) -> None:

@@ -1,5 +1,6 @@
 """Several processes under Lightning's ModelParallelStrategy (FSDP2), on CPUs with gloo, do what one process does."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,27 @@ def test_two_processes_evaluate_and_answer_what_one_does(two: list[Results], alo
             found = results["evaluated"][label]
             assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-6), label
             assert found["lines"] == expected["lines"], label
+
+
+# Whether the step is finite and whether to stop; the norms of the matrices' directions.
+FLAGS, NORMS = 1, 1
+# Parameters there, gradients back, and matrices to their owners and back.
+BASE = {"all_gather of parameters": 1, "reduce_scatter": 1, "all_to_all": 2, "all_reduce": FLAGS + NORMS}
+
+
+def test_a_step_votes_on_nothing_but_one_number(two: list[Results]) -> None:
+    for results in two:
+        exchanged = results["exchanged"]
+        assert exchanged["muon"] == [BASE | {"all_reduce": FLAGS}] * 4
+        assert exchanged["base"] == [BASE] * 4
+        # phi, and the lengths that a shear force is scaled by; another two where a step looks twice.
+        for step in exchanged["aga"]:
+            looks = step["reduce_scatter"] == 2
+            assert step["all_reduce"] in ((FLAGS + NORMS + 3,) if looks else (FLAGS + NORMS + 2,)), step
+
+
+def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(two: list[Results]) -> None:
+    assert [results["stopped"] for results in two] == [{"steps": 3, "signal": signal.SIGTERM}] * 2
 
 
 def test_accumulated_gradients_are_exchanged_once_a_window_and_pass(two: list[Results]) -> None:
