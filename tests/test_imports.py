@@ -52,10 +52,11 @@ def packages_after(code: str, home: Path, *arguments: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def of_a_run(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The packages of a grokking run of one step, from start to summary."""
+    """The packages of a grokking run of one step, from start to summary; a trial, for that is not drawn at its end."""
     home = tmp_path_factory.mktemp("home")
     # Without --wandb: where no key is configured, the default must not import it either.
     tiny = [*TINY[: TINY.index("--wandb")], "--trainer.max_steps", "1"]
+    tiny += ["--sweep.name", "search", "--sweep.optimizer", "aga", "--sweep.trial", "0"]
     return packages_after(RUN, home, "fit", *AGA, *tiny, "--runs", str(home / "runs"))
 
 
