@@ -69,10 +69,18 @@ class MeasuredModule(L.LightningModule):
         """
         if not metrics["loss"].update_called:
             return
-        values = {f"{stage}/{name}": metric.compute() for name, metric in metrics.items()}
+        # A metric without updates has no value. Processes leave out the same steps, but not all of them may have had a
+        # part of the batches that were evaluated, and the others wait for all.
+        alike = stage == "train" or self.trainer.world_size == 1
+        none = torch.full((), torch.nan, device=self.device)
+        values = {
+            f"{stage}/{name}": none.clone() if alike and not metric.update_called else metric.compute()
+            for name, metric in metrics.items()
+        }
+        trained = stage == "train" and bool(metrics["loss"].examples)
         for metric in metrics.values():
             metric.reset()
-        if stage == "train" and not torch.isfinite(values["train/loss"]):
+        if trained and not torch.isfinite(values["train/loss"]):
             raise FloatingPointError(
                 f"the training loss is {values['train/loss'].item()} in epoch {self.current_epoch + 1}: lower the"
                 " learning rate, clip the gradient (gradient_clip_val), or look at the data"

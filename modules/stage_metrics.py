@@ -1,5 +1,6 @@
 """Metrics of a stage (training, validation, test): the mean loss, and how to take out and put back what they hold."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -21,17 +22,35 @@ class MeanLoss(Metric):
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("examples", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, loss: Tensor, examples: int, only_finite: bool = False) -> None:
-        """Take in the mean ``loss`` of a number of ``examples``; ``only_finite`` leaves out one that is not."""
-        count: int | Tensor = examples
-        if only_finite:
-            count, loss = examples * loss.isfinite(), loss.nan_to_num(0.0, 0.0, 0.0)
+    def update(self, loss: Tensor, examples: int) -> None:
+        """Take in the mean ``loss`` of a number of ``examples``."""
         self.total += loss * examples
-        self.examples += count
+        self.examples += examples
 
     def compute(self) -> Tensor:
-        """Return the mean over all examples so far."""
+        """Return the mean over all examples so far, NaN where there are none."""
         return self.total / self.examples
+
+
+def remember(metrics: Iterable[Metric]) -> Callable[[], None]:
+    """Keep what ``metrics`` have gathered; calling the result, once, makes them forget what came after."""
+    kept = [
+        (metric, metric.update_count, {name: _copy(value) for name, value in metric.metric_state.items()})
+        for metric in metrics
+    ]
+
+    def forget() -> None:
+        for metric, updates, state in kept:
+            for name, value in state.items():
+                setattr(metric, name, value)
+            metric._update_count, metric._computed = updates, None
+
+    return forget
+
+
+def _copy(state: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
+    # The tensors of a list are added to it, and never changed.
+    return list(state) if isinstance(state, list) else state.clone()
 
 
 def metric_state(metric: Metric, shared: bool) -> dict[str, Any]:

@@ -23,6 +23,10 @@ from modules.nonfinite import StepRecord, lower_scale
 from modules.optimizer_setup import build_optimizer, build_scheduler
 from modules.replay import frozen_statistics, random_state
 from modules.sharding import shard
+from modules.stage_metrics import remember
+
+# An epoch that ends with so many steps left out in a row ends the run: nothing is learnt any more.
+MOST_SKIPPED = 100
 
 
 class TwoPassModule(MeasuredModule):
@@ -48,7 +52,9 @@ class TwoPassModule(MeasuredModule):
             ``"stop"`` the run ends with a sentence that names step, pass and parameter, with ``"skip"`` it goes on with
             the next batch. Under a gradient scaler such steps are part of finding the scale: they are skipped and the
             scale lowered, and ``"stop"`` ends the run only when the scale has become useless. Skipped steps are counted
-            in ``train/skipped_steps``; they are no optimizer steps, and no scheduler counts them.
+            in ``train/skipped_steps``; they are no optimizer steps, no scheduler counts them, and no metric of the
+            epoch has their batches. An epoch of nothing else is logged as NaN; one that ends with 100 of them in a row
+            ends the run.
         local_first_pass: over several processes, whether each takes its adversarial point from its own part of the
             batch where every step looks twice (m-sharpness, Foret et al. 2021): one all-reduce of the gradient fewer.
         gather: over several processes, whether orthogonal directions are exchanged ``"exact"`` or in ``"bfloat16"``,
@@ -95,7 +101,7 @@ class TwoPassModule(MeasuredModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.clip_first_pass, self.nonfinite = clip_first_pass, nonfinite
         self.local_first_pass, self.gather = local_first_pass, gather
-        self.gradient_evaluations = self.skipped_steps = 0
+        self.gradient_evaluations = self.skipped_steps = self._skipped_in_a_row = 0
         # Why training cannot go on, from the step that found it until the batch's end, when it is raised.
         self.damage: str | None = None
         # Whether this process is to stop, and whether any was at the last update; None where there is no other.
@@ -104,6 +110,7 @@ class TwoPassModule(MeasuredModule):
         self._resumed_optimizer: str | None = None
         self._window: list[tuple[Any, Tensor | float, Callable[[], None]]] = []
         self._record = StepRecord()
+        self._forget: Callable[[], None] = lambda: None
         self._has_exchanged = False
 
     def configure_model(self) -> None:
@@ -147,12 +154,12 @@ class TwoPassModule(MeasuredModule):
         if not self._window:
             optimizer.zero_grad()
             self._record.begin(self.network)
+            self._forget = remember(metric for _, metric in self._train_metrics())
         weight = self._weight(batch)
         self._window.append((batch, weight, random_state(self.device) if two_pass else lambda: None))
         is_last = len(self._window) == self.accumulate_grad_batches or self.trainer.is_last_batch
         loss = self.compute_loss(batch, self.train_metrics)
-        # A loss that is not finite is that of a step that is not made.
-        self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch), only_finite=True)
+        self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch))
         self._record.losses[0].append(loss.detach())
         local = self.local_first_pass and getattr(optimizer, "always_looks_twice", False)
         self._backward(loss * weight, sync=is_last and not local)
@@ -169,6 +176,7 @@ class TwoPassModule(MeasuredModule):
         self.gradient_evaluations += passes
         if self._agree(self._record.is_finite(optimizer)):
             wrapped.step()
+            self._skipped_in_a_row = 0
             if self.scheduler_interval == "step":
                 self._step_scheduler()
         else:
@@ -246,7 +254,11 @@ class TwoPassModule(MeasuredModule):
     def _leave_out(self, optimizer: Any) -> None:
         """Go on as if the step's batches had not been, and say so where the run is to stop for it."""
         self.skipped_steps += 1
+        self._skipped_in_a_row += 1
         self._record.take_back()
+        self._forget()
+        # An epoch that had nothing else has a mean all the same, over no examples.
+        self.train_metrics["loss"].update(torch.zeros((), device=self.device), 0)
         # Under a scaler the scale may be what is wrong.
         hopeless = self._scaler is None or lower_scale(self._scaler, optimizer)
         if hopeless and self.nonfinite == "stop":
@@ -279,7 +291,9 @@ class TwoPassModule(MeasuredModule):
             self._log_epoch()
 
     def on_train_epoch_end(self) -> None:
-        self._window.clear()
+        if self._window:  # training ended before it was full
+            self._window.clear()
+            self._forget()
         self._log_epoch()
         if self.scheduler_interval == "epoch":
             self._step_scheduler()
@@ -287,6 +301,12 @@ class TwoPassModule(MeasuredModule):
     def _log_epoch(self) -> None:
         skipped = {"skipped_steps": float(self.skipped_steps)} if self.skipped_steps else {}
         self._log_metrics("train", self.train_metrics, **skipped)
+        if self._skipped_in_a_row >= MOST_SKIPPED:
+            raise FloatingPointError(
+                f"none of the last {self._skipped_in_a_row} steps was made, up to the end of epoch"
+                f" {self.current_epoch + 1}, since every loss or gradient was not finite: lower the learning rate, clip"
+                " the gradient (gradient_clip_val), or look at the data"
+            )
 
     def configure_optimizers(self) -> Any:
         """Build the groups, the optimizer and the scheduler.

@@ -1,15 +1,26 @@
 """Steps whose loss or gradient is not finite: found before anything is updated, named, and left without a trace."""
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
 from modules.nonfinite import all_finite
 from tests.modules.by_hand import Loop
-from tests.modules.small_task import OPTIMIZERS, TWO_PASS, SmallTask, assert_equal_states, fit, make_optimizer, state_of
+from tests.modules.small_task import (
+    OPTIMIZERS,
+    TWO_PASS,
+    SmallTask,
+    assert_equal_states,
+    batches,
+    fit,
+    make_optimizer,
+    state_of,
+)
 from tests.modules.test_precision import Damaged
 
 
@@ -96,11 +107,76 @@ def test_skipped_steps_are_remembered_by_a_resumed_run(tmp_path: Path) -> None:
     assert fit(again, ckpt_path=tmp_path / "run.ckpt").callback_metrics["train/skipped_steps"] == 1
 
 
-def test_a_run_without_any_good_step_stops_at_the_epochs_end() -> None:
-    module = Damaged(tuple(range(12)), 1, optimizer=make_optimizer("sync"), nonfinite="skip")
-    with pytest.raises(FloatingPointError, match="training loss is nan in epoch 1"):
-        fit(module)
-    assert module.skipped_steps == 6
+def test_an_epoch_without_any_good_step_is_logged_as_nan_and_the_run_goes_on() -> None:
+    """One batch an epoch, whose first and third have no finite loss; validation has none either then."""
+
+    class Watched(Accurate):
+        def on_train_epoch_end(self) -> None:
+            super().on_train_epoch_end()
+            seen.append({name: self.trainer.callback_metrics[f"train/{name}"].item() for name in ("loss", "accuracy")})
+
+    seen: list[dict[str, float]] = []
+    module = Watched((0, 2), 1, torch.nan, optimizer=make_optimizer("sync"), nonfinite="skip")
+    trainer = fit(module, epochs=4, limit_train_batches=1)
+    assert (trainer.global_step, module.skipped_steps) == (2, 2)
+    for number, values in enumerate(seen):
+        assert all(math.isnan(value) == (number in (0, 2)) for value in values.values()), number
+
+
+def test_a_validation_loss_that_is_nan_is_logged_as_such_and_the_run_goes_on() -> None:
+    class Validates(Accurate):
+        def compute_loss(self, batch: Any, metrics: Any) -> torch.Tensor:
+            return super().compute_loss(batch, metrics) * (1.0 if self.training else torch.nan)
+
+    module = Validates((0,), 1, torch.nan, optimizer=make_optimizer("sync"), nonfinite="skip")
+    module.val_dataloader = batches  # type: ignore[method-assign]
+    trainer = fit(module, epochs=3, limit_train_batches=1, num_sanity_val_steps=0)
+    assert trainer.global_step == 2 and trainer.callback_metrics["val/loss"].isnan()
+    assert trainer.callback_metrics["train/loss"].isfinite()
+
+
+def test_a_run_that_learns_nothing_any_more_stops_at_an_epochs_end() -> None:
+    module = Damaged(tuple(range(5, 999)), 1, optimizer=make_optimizer("sync"), nonfinite="skip")
+    with pytest.raises(FloatingPointError, match="none of the last 103 steps was made, up to the end of epoch 18"):
+        fit(module, epochs=99)
+    assert module.skipped_steps == 103
+
+
+class Accurate(Damaged):
+    """Logs the accuracy too."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.set_metrics({"accuracy": MulticlassAccuracy(3, average="micro")})
+
+    def compute_loss(self, batch: Any, metrics: Any) -> torch.Tensor:
+        if metrics is not None:
+            metrics["accuracy"].update(self.network(batch[0]).detach(), batch[1])
+        return super().compute_loss(batch, metrics)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("in_pass", [1, 2])
+def test_no_metric_has_the_batches_of_a_step_that_was_left_out(in_pass: int, window: int) -> None:
+    """Also of its window's batches before, and where only the second pass was not finite."""
+
+    class Counts(Accurate):
+        examples: ClassVar[dict[str, int]] = {}
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            if self.trainer.is_last_batch:
+                accuracy, loss = self.train_metrics["accuracy"], self.train_metrics["loss"]
+                self.examples["accuracy"] = int((accuracy.tp + accuracy.fn).sum())
+                self.examples["loss"] = int(loss.examples)
+            super().on_train_batch_end(*arguments)
+
+    # Six batches of four images, the last of two; the damaged one is the fourth, with its window's others.
+    module = Counts((3,), in_pass, torch.nan, optimizer=make_optimizer("sync"), nonfinite="skip")
+    module.accumulate_grad_batches = window
+    trainer = fit(module, epochs=1)
+    assert module.skipped_steps == 1
+    assert module.examples == {"accuracy": 22 - 4 * window, "loss": 22 - 4 * window}
+    assert trainer.callback_metrics["train/loss"].isfinite()
 
 
 def test_one_bad_batch_spoils_its_whole_window_of_accumulation() -> None:
