@@ -43,12 +43,13 @@ def main() -> int:
             return 2
     # Here, because these imports take seconds, and a wrong option should not.
     from comparison.archive import unpacked
-    from comparison.report import summary, write
+    from comparison.report import check_folder, summary, write
     from comparison.rows import group
     from comparison.runs import Target, read
 
     targets = [Target(m[0], m[1], float(m[3]), lower=m[2] == "<") for m in matches if m is not None]
     try:
+        check_folder(options.output)
         with unpacked(options.folders) as (folders, shown):
             runs, problems = read(folders, shown, options.unfinished)
         groups = group(runs, problems, targets)

@@ -2,7 +2,6 @@
 
 import html
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ PROBED = ("flatness/hessian_top", "flatness/rise_gradient")
 # Notes that also stand at the top.
 _WARNINGS = ("UNEQUAL", "The rows were")
 _ON_WHITE = ("#ffffff", "#1c1e21")
+FILES = ("report.html", "report.md", "report.tex", "runs.csv")
 
 
 @dataclass
@@ -55,25 +55,51 @@ def write(
     """Write the report, over a former one.
 
     Args:
-        folder: made if it does not exist; its ``pictures`` are replaced.
+        folder: made if it does not exist; of what is in it only a former report's own files are replaced.
         groups: as :func:`comparison.rows.group` returns them.
         problems: folders that are in no table.
         title: of the report.
         wanted: label or optimizer of the row that others are compared with.
+
+    Raises:
+        ValueError: the folder holds something and no report.
     """
+    check_folder(folder)
     sections = [_section(group, wanted, index) for index, group in enumerate(groups)]
     left_out = _left_out(problems)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "pictures", ignore_errors=True)
-    (folder / "pictures").mkdir()
+    for picture in pictures(folder):
+        picture.unlink(missing_ok=True)
+    (folder / "pictures").mkdir(exist_ok=True)
     for section in sections:
-        for name, picture in section.standalone.items():
-            (folder / "pictures" / name).write_text(picture, encoding="utf-8")
+        for name, content in section.standalone.items():
+            (folder / "pictures" / name).write_text(content, encoding="utf-8")
     (folder / "report.html").write_text(_html(title, sections, left_out), encoding="utf-8")
     (folder / "report.md").write_text(_markdown(title, sections, left_out), encoding="utf-8")
     tables = [table.latex() for section in sections for table in section.tables]
     (folder / "report.tex").write_text("% Needs \\usepackage{booktabs}.\n" + "\n".join(tables), encoding="utf-8")
     _numbers(groups).to_csv(folder / "runs.csv", index=False)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a report may be written to ``folder``: it is new, empty, or holds a report.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: name another one to write the report to")
+    if any(folder.iterdir()) and not all((folder / name).is_file() for name in FILES):
+        raise ValueError(f"{folder} is not empty and holds no report: name another folder to write the report to")
+
+
+def pictures(folder: Path) -> list[Path]:
+    """Return the pictures of the report in ``folder``, which its Markdown names; there may be others beside them."""
+    text = (folder / "report.md").read_text(encoding="utf-8") if (folder / "report.md").exists() else ""
+    names = re.findall(r"^!\[(.+)\]\(pictures/\1\)$", text, flags=re.M)
+    return [folder / "pictures" / name for name in dict.fromkeys(names) if "/" not in name]
 
 
 def _section(group: Group, wanted: str | None, index: int) -> Section:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from comparison.report import FILES, pictures
 from run_loggers import has_key
 from wandb_logger import quiet_wandb
 
@@ -25,9 +26,8 @@ def upload(folder: Path, project: str, title: str) -> str:
     run = wandb.init(project=project, name=title, job_type="report", dir=str(folder), mode=mode, settings=settings)
     run.log({"report": wandb.Html((folder / "report.html").read_text(encoding="utf-8"), inject=False)})
     artifact = wandb.Artifact("report", type="report", metadata={"title": title})
-    for name in ("report.html", "report.md", "report.tex", "runs.csv"):
-        artifact.add_file(str(folder / name))
-    artifact.add_dir(str(folder / "pictures"), name="pictures")
+    for file in [*(folder / name for name in FILES), *pictures(folder)]:
+        artifact.add_file(str(file), name=file.relative_to(folder).as_posix())
     run.log_artifact(artifact)
     place, url = Path(run.dir).parent, run.url
     run.finish()

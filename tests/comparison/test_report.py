@@ -1,6 +1,7 @@
 """The report of real runs: its numbers by hand, what stands together, and pages that need no network."""
 
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ from scipy import stats
 
 from comparison import plots
 from comparison.ledger import best_of, ledgers, sensitivities
-from comparison.report import write
+from comparison.report import pictures, write
 from comparison.results import (
     baseline,
     is_share,
@@ -351,14 +352,36 @@ def test_the_other_files_say_the_same(page: Path, groups: list[Group]) -> None:
         assert line.best == Run(Path(line.folder)).best("val/accuracy", False)
 
 
-def test_a_report_is_written_over_a_former_one(groups: list[Group], tmp_path: Path) -> None:
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "old.svg").write_text("old")
-    (tmp_path / "mine.txt").write_text("kept")
-    write(tmp_path, groups[1:], [], "A & B")
-    assert not (tmp_path / "pictures" / "old.svg").exists()
-    assert (tmp_path / "mine.txt").exists()
-    assert "In no table" not in (tmp_path / "report.html").read_text()
+def test_a_report_replaces_its_own_pictures_and_keeps_a_users(groups: list[Group], page: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    shutil.copytree(page, folder)
+    (folder / "pictures" / "mine.svg").write_text("kept")
+    (folder / "mine.txt").write_text("kept")
+    before = {picture.name for picture in pictures(folder)}
+    write(folder, groups[1:], [], "A & B")
+    after = {picture.name for picture in pictures(folder)}
+    assert after and before - after
+    assert {picture.name for picture in (folder / "pictures").iterdir()} == after | {"mine.svg"}
+    assert (folder / "mine.txt").read_text() == "kept"
+    assert "In no table" not in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["pictures/mine.png", "runs.csv", "report.md", "thesis.tex"])
+def test_a_users_folder_is_refused_and_left_as_it_was(name: str, groups: list[Group], tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no report: name another folder"):
+        write(tmp_path, groups[1:], [], "A & B")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+    assert file.read_text() == "mine"
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(groups: list[Group], tmp_path: Path) -> None:
+    (tmp_path / "report").write_text("mine")
+    with pytest.raises(ValueError, match="is no folder"):
+        write(tmp_path / "report", groups[1:], [], "A & B")
+    assert (tmp_path / "report").read_text() == "mine"
 
 
 def test_costs_that_were_not_logged_leave_their_axis_out(runs: Path, tmp_path: Path) -> None:
