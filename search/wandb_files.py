@@ -20,11 +20,14 @@ def write(sweep: Sweep, folder: Path) -> None:
     """Write ``<optimizer>.yaml`` for ``wandb sweep``, and the configs that its runs read, to ``folder``.
 
     W&B draws its own points, at random and not the quasi-random ones; the number of trials (``run_cap``) is the same.
+
+    Raises:
+        ValueError: a file of such a name holds something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, contender in sweep.optimizers.items():
         base = folder / f"{name}-base.yaml"
-        base.write_text(yaml.safe_dump(merged(contender.options, sweep.common), sort_keys=False), encoding="utf-8")
+        _write(base, merged(contender.options, sweep.common))
         objective = sweep.objective
         # W&B's own summary keeps the last value of what was logged.
         metric = f"milestone/{objective.milestone}" if objective.milestone else objective.metric
@@ -39,4 +42,11 @@ def write(sweep: Sweep, folder: Path) -> None:
             "parameters": {key: _parameter(dimension) for key, dimension in contender.space.items()},
             "command": ["${interpreter}", "${program}", "fit", *configs, *seeds, "--wandb", "true", "${args}"],
         }
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        _write(folder / f"{name}.yaml", content)
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    text = yaml.safe_dump(content, sort_keys=False)
+    if file.exists() and file.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{file} exists and would be another file: delete it, or name another folder")
+    file.write_text(text, encoding="utf-8")
