@@ -71,6 +71,11 @@ class TwoPassOptimizer(TrackedOptimizer):
         return bool(self.param_groups[0]["mode"] == "sync")
 
     @property
+    def never_looks_twice(self) -> bool:
+        """Whether no step wants a second pass, so that nothing need be kept for one."""
+        return bool(self.param_groups[0]["mode"] == "base")
+
+    @property
     def decides_alike(self) -> bool:
         """Whether processes with the same gradients come to the same decision without asking each other.
 

@@ -108,6 +108,8 @@ class TwoPassModule(MeasuredModule):
         self.stop_asked = False
         self.stop_agreed: bool | None = None
         self._resumed_optimizer: str | None = None
+        # Of the window so far, and what a second pass needs of them.
+        self._batches_so_far = 0
         self._window: list[tuple[Any, Tensor | float, Callable[[], None]]] = []
         self._record = StepRecord()
         self._forget: Callable[[], None] = lambda: None
@@ -138,7 +140,11 @@ class TwoPassModule(MeasuredModule):
     @property
     def between_steps(self) -> bool:
         """Whether no window of batches is open: only then does a checkpoint hold everything that training needs."""
-        return not self._window
+        return self._batches_so_far == 0
+
+    def _close_window(self) -> None:
+        self._window.clear()
+        self._batches_so_far = 0
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
@@ -151,13 +157,15 @@ class TwoPassModule(MeasuredModule):
         # The wrapper's class inherits from the optimizer's: only step() may be called on it.
         optimizer = wrapped.optimizer
         two_pass = hasattr(optimizer, "wants_second_pass")
-        if not self._window:
+        if self.between_steps:
             optimizer.zero_grad()
             self._record.begin(self.network)
             self._forget = remember(metric for _, metric in self._train_metrics())
         weight = self._weight(batch)
-        self._window.append((batch, weight, random_state(self.device) if two_pass else lambda: None))
-        is_last = len(self._window) == self.accumulate_grad_batches or self.trainer.is_last_batch
+        self._batches_so_far += 1
+        if two_pass and not getattr(optimizer, "never_looks_twice", False):
+            self._window.append((batch, weight, random_state(self.device)))
+        is_last = self._batches_so_far == self.accumulate_grad_batches or self.trainer.is_last_batch
         loss = self.compute_loss(batch, self.train_metrics)
         self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch))
         self._record.losses[0].append(loss.detach())
@@ -172,7 +180,7 @@ class TwoPassModule(MeasuredModule):
         if two_pass and self._wants_second_pass(optimizer, scale):
             self._second_pass(optimizer)
             passes = 2
-        self._window.clear()
+        self._close_window()
         self.gradient_evaluations += passes
         if self._agree(self._record.is_finite(optimizer)):
             wrapped.step()
@@ -291,8 +299,8 @@ class TwoPassModule(MeasuredModule):
             self._log_epoch()
 
     def on_train_epoch_end(self) -> None:
-        if self._window:  # training ended before it was full
-            self._window.clear()
+        if not self.between_steps:  # training ended before the window was full
+            self._close_window()
             self._forget()
         self._log_epoch()
         if self.scheduler_interval == "epoch":

@@ -1,6 +1,7 @@
 """The two-pass step under Lightning against loops written by hand."""
 
 import inspect
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,20 @@ def test_accumulation_holds_for_both_passes_and_steps_on_the_last_short_window(n
     trainer = fit(module, epochs=3)
     assert_equal_states(state_of(module), Loop(name, epochs=3, window=4).train())
     assert trainer.global_step == 6
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_batches_of_a_window_are_kept_for_a_second_pass_alone(name: str) -> None:
+    class Weak(SmallTask):
+        def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+            there.append(sum(reference() is not None for reference in references))
+            references.append(weakref.ref(batch[0]))
+
+    references: list[weakref.ref[torch.Tensor]] = []
+    there: list[int] = []
+    fit(Weak(optimizer=make_optimizer(name), accumulate_grad_batches=3), epochs=1)
+    # Six batches in two windows of three: before the last of a window its other two are there, or none.
+    assert max(there) == (2 if name in TWO_PASS else 0)
 
 
 @pytest.mark.parametrize("name", ["muon", "sync", "aga"])
