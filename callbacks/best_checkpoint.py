@@ -5,14 +5,16 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 
 class BestCheckpoint(ModelCheckpoint):
     """``ModelCheckpoint`` for manual optimization.
 
     Lightning's own ignores ``train_time_interval`` there, advises at length against ``every_n_train_steps``, drops a
-    save that is due before the first validation unless it saves after validations, and saves in the middle of a window
-    of accumulated batches. A checkpoint of an exception is ``exception.ckpt``, so that the best one stays.
+    save that is due before the first validation unless it saves after validations, saves in the middle of a window of
+    accumulated batches, and warns where an epoch ends before the first validation. A checkpoint of an exception is
+    ``exception.ckpt``, so that the best one stays.
 
     Raises:
         ValueError: several checkpoints are to be kept under one name, or one under that of the last checkpoint.
@@ -49,6 +51,16 @@ class BestCheckpoint(ModelCheckpoint):
             self._save_on_train_epoch_end = False
         super().on_validation_end(trainer, pl_module)
         self._save_on_train_epoch_end = kept
+
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        # Before the first validation there is no best epoch of it. After that, a metric that is missing is an error.
+        if self.monitor in (None, *monitor_candidates) or trainer.fit_loop.epoch_loop.val_loop._has_run:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.monitor not in (None, *trainer.callback_metrics) and trainer.is_global_zero:
+            print(f"no best checkpoint: {self.monitor} was not logged")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         kept, self.filename = self.filename, "exception"

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks.model_checkpoint import warning_cache
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.best_checkpoint import BestCheckpoint
 from modules.modular_addition import ModularAddition
@@ -34,6 +36,27 @@ def test_every_n_steps_saves_and_says_nothing(tmp_path: Path) -> None:
         warnings.simplefilter("always")
         assert saved(tmp_path, every_n_train_steps=3) == [3, 6]
     assert not [warning for warning in said if "ModelCheckpoint" in str(warning.message)]
+
+
+@pytest.mark.parametrize(("options", "kept"), [({"check_val_every_n_epoch": 2}, 8), ({"max_steps": 2}, None)])
+def test_an_epoch_without_validation_has_no_best_and_no_warning(
+    options: dict[str, Any], kept: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warning_cache.clear()  # of what another test was told
+    checkpoint = BestCheckpoint(str(tmp_path), monitor="val/accuracy", filename="{step}", auto_insert_metric_name=False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(module(), data(), [checkpoint], None, 3, enable_checkpointing=True, **options)
+    assert not [warning for warning in said if "val/accuracy" in str(warning.message)]
+    assert steps(tmp_path) == ([] if kept is None else [kept])
+    said_at_the_end = "no best checkpoint: val/accuracy was not logged" in capsys.readouterr().out
+    assert said_at_the_end == (kept is None)
+
+
+def test_a_metric_that_no_validation_logs_is_an_error(tmp_path: Path) -> None:
+    checkpoint = BestCheckpoint(str(tmp_path), monitor="val/accurasy")
+    with pytest.raises(MisconfigurationException, match="could not find the monitored key"):
+        fit(module(), data(), [checkpoint], None, 3, enable_checkpointing=True, check_val_every_n_epoch=2)
 
 
 def test_a_time_interval_saves(tmp_path: Path) -> None:
