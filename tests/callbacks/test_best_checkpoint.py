@@ -43,7 +43,8 @@ def test_an_epoch_without_validation_has_no_best_and_no_warning(
     options: dict[str, Any], kept: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     warning_cache.clear()  # of what another test was told
-    checkpoint = BestCheckpoint(str(tmp_path), monitor="val/accuracy", filename="{step}", auto_insert_metric_name=False)
+    named = {"filename": "{step}", "auto_insert_metric_name": False, "save_on_train_epoch_end": True}
+    checkpoint = BestCheckpoint(str(tmp_path), monitor="val/accuracy", **named)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         fit(module(), data(), [checkpoint], None, 3, enable_checkpointing=True, **options)
