@@ -37,7 +37,7 @@ with without_heavy_packages():
     from callbacks.wandb_run import WandbRun
     from checkpoint_files import AtomicCheckpointIO, best_checkpoint, check_checkpoint, last_checkpoint
     from messages import explain, one_line
-    from overlays import check_overlays
+    from overlays import check_overlays, check_values
     from processes import from_first, is_first
     from run_folders import FOLDER, hold, let_go, run_folder, runs_of, unfinished_run
     from run_identity import Sweep
@@ -98,6 +98,10 @@ class CommandLine(LightningCLI):
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.add_lightning_class_args(OptimizerInternals, "internals")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        check_values(self.config[self.config.subcommand].as_dict())
+
     def _parse_ckpt_path(self) -> None:
         # Lightning would take hyperparameters out of the file here; ours come from configs, and the file is checked.
         subcommand = self.config.subcommand
@@ -120,7 +124,7 @@ class CommandLine(LightningCLI):
         """Return the last or best checkpoint, as it is asked for, of the newest run of this config that has one."""
         find = last_checkpoint if config.ckpt_path == "last" else best_checkpoint
         parent = Path(config.runs) / config.experiment
-        saved = yaml.safe_load(self._parser(self.config.subcommand).dump(config, skip_none=False))
+        saved = yaml.safe_load(self._parser(self.config.subcommand).dump(config, skip_unset=False))
         for path in map(find, runs_of(parent, saved)):
             if path is not None:
                 # What predict prints is answers alone.
@@ -138,7 +142,7 @@ class CommandLine(LightningCLI):
             if FOLDER in os.environ:  # a process that Lightning has started is told the folder by the first
                 folder: Path | None = Path(os.environ[FOLDER])
             else:
-                saved = yaml.safe_load(self._parser(self.config.subcommand).dump(config, skip_none=False))
+                saved = yaml.safe_load(self._parser(self.config.subcommand).dump(config, skip_unset=False))
                 folder = unfinished_run(Path(config.runs) / config.experiment, saved)
             checkpoint = None if folder is None else last_checkpoint(folder)
             return {

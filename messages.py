@@ -1,11 +1,13 @@
 """Errors for people: the parser's long messages and any exception as one line, with the nearest valid name."""
 
+import contextlib
 import difflib
 import importlib
 import inspect
 import re
+import typing
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 _NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value type:|Problem with given"
@@ -150,16 +152,30 @@ def _corrected(wrong: str, candidates: set[str]) -> str | None:
 
 def option_names(class_path: str) -> set[str]:
     """Return the names of a class's options, its base classes' included; none if there is no such class."""
+    return {parameter.name for parameter in _options(class_path)} - {"self", "args", "kwargs", "options"}
+
+
+def needed_options(class_path: str) -> set[str]:
+    """Return the names of a class's options that cannot be ``None``, as far as their types say so."""
+    found: dict[str, inspect.Parameter] = {}
+    for parameter in _options(class_path):
+        found.setdefault(parameter.name, parameter)
+    simple = (int, float, bool, str)
+    return {
+        name
+        for name, parameter in found.items()
+        if parameter.default is not None
+        and (parameter.annotation in simple or typing.get_origin(parameter.annotation) in (Literal, dict, list, tuple))
+    }
+
+
+def _options(class_path: str) -> Iterator[inspect.Parameter]:
+    """Yield the parameters of a class and of its base classes, its own first."""
     module, _, name = class_path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError):
-        return set()
-    classes = inspect.getmro(found) if inspect.isclass(found) else (found,)
-    names: set[str] = set()
-    for item in classes:
-        try:
-            names |= set(inspect.signature(item).parameters)
-        except (TypeError, ValueError):
-            continue
-    return names - {"self", "args", "kwargs", "options"}
+        return
+    for item in inspect.getmro(found) if inspect.isclass(found) else (found,):
+        with contextlib.suppress(TypeError, ValueError):
+            yield from inspect.signature(item).parameters.values()

@@ -7,7 +7,7 @@ are the other way round: a later list replaces the former one, milestones includ
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,18 @@ from typing import Any
 import torch
 import yaml
 
-from messages import option_names
+from messages import needed_options, option_names
 
 _TRACKS = ("matrix", "vector")
 _CONFIG = re.compile(r"(?:--config=|-c=?)(.+)", re.S)
 _SETTING = re.compile(r"--((?:\w+\.)?(?:model[\w.]*|trainer\.callbacks\+?))(?:=(.*))?", re.S)
 _SUBCOMMANDS = ("fit", "validate", "test", "predict")
+_SECTIONS = {
+    "trainer": "lightning.pytorch.Trainer",
+    "checkpoint": "callbacks.best_checkpoint.BestCheckpoint",
+    "last_checkpoint": "callbacks.last_checkpoint.LastCheckpoint",
+    "internals": "callbacks.optimizer_internals.OptimizerInternals",
+}
 # Where a value may also be the path of a file that holds it.
 _NESTED = ("model", "model.optimizer")
 
@@ -175,3 +181,42 @@ def _check_optimizer(sources: list[_Source]) -> None:
             f"{name} switches the optimizer from {former} to {new}, which would inherit {', '.join(sorted(inherited))}:"
             f" state every one of them anew, or name one config that states the optimizer whole"
         )
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Check what the parser lets through: sections that are no mappings, and options left empty that need a value.
+
+    Args:
+        config: of a subcommand, resolved, as nested mappings.
+
+    Raises:
+        ValueError: there is such a section or option; the message names it.
+    """
+    for name, class_path in _SECTIONS.items():
+        if not isinstance(config.get(name), Mapping):
+            raise ValueError(f"{name} must be a mapping from options to values, got {_shown(config.get(name))}")
+        _check_nulls({"class_path": class_path, "init_args": config[name]}, f"{name}.")
+    for name in ("experiment", "runs"):
+        if not config.get(name):
+            raise ValueError(f"{name} must be a text, got {_shown(config.get(name))}")
+    _check_nulls({name: config[name] for name in ("model", "data") if name in config}, "")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _check_nulls(value: Any, place: str) -> None:
+    if isinstance(value, list):
+        for item in value:
+            _check_nulls(item, place)
+    if not isinstance(value, Mapping):
+        return
+    class_path, options = value.get("class_path"), value.get("init_args")
+    if isinstance(class_path, str) and isinstance(options, Mapping):
+        for name in needed_options(class_path) & {name for name, option in options.items() if option is None}:
+            raise ValueError(f"{place}{name} needs a value, and is left empty (null)")
+        _check_nulls(options, place)
+        return
+    for name, item in value.items():
+        _check_nulls(item, f"{place}{name}.")

@@ -1,8 +1,11 @@
 """What a sweep is: one YAML file, checked whole before anything is run."""
 
+import math
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from scipy.stats import qmc
@@ -149,7 +152,8 @@ class Sweep:
             same. ``None`` (default): only ``common`` ends a trial.
 
     Raises:
-        ValueError: ``give_up_at`` is below 1, or the objective is no milestone at a cost in gradient evaluations.
+        ValueError: a name is none of a folder, ``trials`` is below 1, a seed below 0, a final one that of the trials,
+            ``give_up_at`` is below 1, or the objective is no milestone at a cost in gradient evaluations.
     """
 
     name: str
@@ -165,6 +169,15 @@ class Sweep:
     give_up_at: float | None = None
 
     def __post_init__(self) -> None:
+        for name in (self.name, *self.optimizers):
+            if not re.fullmatch(r"[^\s/\\][^/\\]*", name) or name in (".", ".."):
+                raise ValueError(f"a sweep's name and its optimizers' are names of folders, which {name!r} is not")
+        if self.trials < 1:
+            raise ValueError(f"trials must be an integer of at least 1, got {self.trials}")
+        if min(self.sequence_seed, self.trial_seed, *self.final_seeds) < 0:
+            raise ValueError("sequence_seed, trial_seed and final_seeds must be at least 0")
+        if self.trial_seed in self.final_seeds:
+            raise ValueError(f"final_seeds must be fresh, but {self.trial_seed} is the seed of the trials")
         if self.give_up_at is not None:
             if self.objective.milestone is None or self.objective.cost != "gradient_evaluations":
                 raise ValueError("give_up_at needs an objective of gradient_evaluations to a milestone")
@@ -183,15 +196,62 @@ class Sweep:
         return [{name: d.at(u) for (name, d), u in zip(space.items(), unit, strict=False)} for unit in units]
 
 
+_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", dict: "a mapping"}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Say whether a value is of the type that a field of the dataclasses above has."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is UnionType:
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _named(kind: Any) -> str:
+    """Return what a value of this type is called in an error."""
+    if get_origin(kind) is UnionType:
+        return " or ".join(_named(one) for one in get_args(kind) if one is not type(None))
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        return "a list" if item is Any else f"a list, each {_named(item)}"
+    return _NAMES.get(get_origin(kind) or kind, "another value")
+
+
+def _converted(value: Any, kind: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, str) and float in get_args(kind) and re.fullmatch(r"[-+.\d]+[eE][-+]?\d+", value):
+        return float(value)  # YAML takes 1e-4 for a text, and only 1.0e-4 for a number
+    return value
+
+
 def _build(kind: type, content: Any, where: str) -> Any:
     """Make a dataclass from a mapping; errors name the place, the key and the keys that are allowed."""
-    allowed = [field.name for field in fields(kind)]
+    types = {field.name: field.type for field in fields(kind)}
+    allowed = list(types)
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be a mapping with the keys {', '.join(allowed)}, got {content!r}")
     if unknown := set(content) - set(allowed):
-        raise ValueError(f"{where}: unknown key {sorted(unknown)[0]!r}; it knows {', '.join(allowed)}")
+        raise ValueError(f"{where}: unknown key {min(unknown, key=str)!r}; it knows {', '.join(allowed)}")
+    values = {key: _converted(value, types[key]) for key, value in content.items()}
+    for key, value in values.items():
+        if not _fits(value, types[key]):
+            shown = "null" if value is None else repr(content[key])
+            raise ValueError(f"{where}: {key} must be {_named(types[key])}, got {shown}")
     try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+        return kind(**values)
     except (TypeError, ValueError) as error:
         text = str(error).partition("__init__() ")[2] or str(error)
         raise ValueError(f"{where}: {text}") from error
@@ -225,8 +285,4 @@ def read(path: Path) -> Sweep:
     defaults["seeded"] = ["seed_everything"]
     whole = {**defaults, **content, "optimizers": contenders, "objective": objective}
     sweep: Sweep = _build(Sweep, whole, str(path))
-    if not isinstance(sweep.trials, int) or sweep.trials < 1:
-        raise ValueError(f"{path}: trials must be an integer of at least 1, got {sweep.trials!r}")
-    if sweep.trial_seed in sweep.final_seeds:
-        raise ValueError(f"{path}: final_seeds must be fresh, but {sweep.trial_seed} is the seed of the trials")
     return sweep

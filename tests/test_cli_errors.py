@@ -68,6 +68,28 @@ def test_a_wrong_key_in_a_config_is_named(tmp_path: Path) -> None:
     assert str(overlay) in refused(tmp_path / "runs", "fit", "--config", overlay)
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{experiment: }", "experiment must be a text, got null"),
+        ("{runs: }", "runs must be a text, got null"),
+        ("{sweep: {name: , optimizer: x}}", "name"),
+        ("{checkpoint: 2}", "checkpoint must be a mapping from options to values, got 2"),
+        ("{last_checkpoint: [1]}", "last_checkpoint must be a mapping from options to values, got [1]"),
+        ("{internals: }", "internals must be a mapping from options to values, got null"),
+        ("{checkpoint: {save_top_k: }}", "checkpoint.save_top_k needs a value"),
+        ("{trainer: {num_nodes: }}", "trainer.num_nodes needs a value"),
+        ("{model: {init_args: {width: }}}", "model.width needs a value, and is left empty (null)"),
+        ("{model: {init_args: {policy: }}}", "model.policy needs a value, and is left empty (null)"),
+        ("{data: {init_args: {batch_size: }}}", "data.batch_size needs a value, and is left empty (null)"),
+    ],
+)
+def test_an_empty_or_wrong_entry_of_a_config_is_named(config: str, said: str, tmp_path: Path) -> None:
+    result = call("fit", *AGA, *TINY[:2], "--runs", tmp_path, "--wandb", "false", "--config", config)
+    assert said in result.error
+    assert "TypeError" not in result.error
+
+
 def test_a_subcommand_is_asked_for() -> None:
     assert "{fit,validate,test,predict}" in call().error
     assert "fit.model" in call("fit").error

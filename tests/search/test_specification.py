@@ -1,3 +1,5 @@
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,37 @@ def test_every_shipped_sweep_can_be_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"name": None}, "name must be a text, got null"),
+        ({"name": ""}, "names of folders, which '' is not"),
+        ({"name": "../x"}, "names of folders, which '../x' is not"),
+        ({"name": 3}, "name must be a text, got 3"),
+        ({"trials": "8"}, "trials must be an integer, got '8'"),
+        ({"trials": True}, "trials must be an integer, got True"),
+        ({"final_seeds": 2}, "final_seeds must be a list, each an integer, got 2"),
+        ({"final_seeds": [0, "1"]}, "final_seeds must be a list, each an integer, got [0, '1']"),
+        ({"seeded": "data.seed"}, "seeded must be a list, each a text, got 'data.seed'"),
+        ({"common": None}, "common must be a mapping, got null"),
+        ({"give_up_at": "often"}, "give_up_at must be a finite number, got 'often'"),
+        ({"objective": None}, "objective must be a mapping with the keys milestone"),
+        ({"objective": {"metric": ["val/loss"]}}, "objective: metric must be a text, got ['val/loss']"),
+        (
+            {"optimizers": {"a": {"configs": "x.yaml", "space": {"x": {"low": 0, "high": 1}}}}},
+            "a: configs must be a li",
+        ),
+        ({"optimizers": {1: {"configs": [], "space": {"x": {"low": 0, "high": 1}}}}}, "optimizers must be a mapping"),
+        (
+            {"optimizers": {"a": {"configs": [], "space": {"x": {"low": "a", "high": 1}}}}},
+            "low must be a finite number",
+        ),
+        (
+            {"optimizers": {"a": {"configs": [], "space": {"x": {"low": 0, "high": float("inf")}}}}},
+            "high must be a fin",
+        ),
+        ({"optimizers": {"a": {"configs": [], "space": {"x": {"choices": "ab"}}}}}, "choices must be a list, got 'ab'"),
+        (
+            {"optimizers": {"a": {"space": {"x": {"low": 0, "high": 1}}}}},
+            "missing 1 required positional argument: 'con",
+        ),
         ({"trials": 0}, "trials must be an integer of at least 1, got 0"),
         ({"trails": 3}, "unknown key 'trails'; it knows name, trials"),
         ({"trial_seed": 1}, "final_seeds must be fresh, but 1 is the seed of the trials"),
@@ -122,3 +155,37 @@ def test_a_wrong_sweep_is_refused_in_one_sentence(changes: dict[str, Any], said:
     with pytest.raises(ValueError, match="sweep") as caught:
         read(write(tmp_path, **changes))
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+VALUES: list[Any] = [None, "", "text", 2, -1, 1.5, float("nan"), True, [], [1], [None], {}, {"a": 1}, {1: 2}, [[]]]
+
+
+def places(content: Any) -> Iterator[list[Any]]:
+    """The path of every value in nested mappings and lists."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield [key]
+        if isinstance(value, (dict, list)):
+            yield from ([key, *path] for path in places(value))
+
+
+def test_whatever_a_sweep_says_it_is_read_or_refused_in_one_sentence(tmp_path: Path) -> None:
+    full = {**SMALL, "sequence_seed": 0, "trial_seed": 9, "seeded": ["seed_everything"], "common": {}, "final": {}}
+    for path in places(full):
+        for value in VALUES:
+            content = copy.deepcopy(full)
+            inner: Any = content
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = value
+            try:
+                sweep = read(write(tmp_path, **content))
+            except ValueError as error:
+                assert "\n" not in str(error) and str(tmp_path) in str(error)
+            else:
+                assert all(sweep.points(name) for name in sweep.optimizers)
+
+
+def test_a_number_without_a_point_is_a_number(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("0.0001", "1e-4"))
+    assert read(path).optimizers["adamw"].space["model.optimizer.lr"].low == 1e-4
