@@ -1,6 +1,8 @@
 """The command line: Lightning's, with a folder for every run, overlays that cannot mix optimizers, and short errors."""
 
 import contextlib
+import importlib
+import inspect
 import logging
 import os
 import shlex
@@ -37,6 +39,7 @@ with without_heavy_packages():
     from callbacks.wandb_run import WandbRun
     from checkpoint_files import AtomicCheckpointIO, best_checkpoint, check_checkpoint, last_checkpoint
     from messages import explain, one_line
+    from modules.two_pass import TwoPassModule
     from overlays import check_overlays, check_values
     from processes import from_first, is_first
     from run_folders import FOLDER, hold, let_go, run_folder, runs_of, unfinished_run
@@ -101,6 +104,7 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
         check_values(self.config[self.config.subcommand].as_dict())
+        take_over(self.config[self.config.subcommand])
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would take hyperparameters out of the file here; ours come from configs, and the file is checked.
@@ -213,6 +217,42 @@ class CommandLine(LightningCLI):
         for batch in self.trainer.predict_loop.predictions if self.trainer.is_global_zero else ():
             for line in batch:
                 print(line)
+
+
+def take_over(config: Any) -> None:
+    """Give Lightning's options of the update to the module, if it is one that makes its updates itself.
+
+    Lightning would only advise against them; a run is then the same by either name.
+
+    Args:
+        config: of a subcommand, parsed; changed in place.
+
+    Raises:
+        ValueError: the trainer and the module are given different values, or the trainer an unknown algorithm.
+    """
+    model, trainer = config.model, config.trainer
+    module, _, name = model.class_path.rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    if not (inspect.isclass(kind) and issubclass(kind, TwoPassModule)):
+        return
+    for option, unsaid in (
+        ("gradient_clip_val", None),
+        ("gradient_clip_algorithm", None),
+        ("accumulate_grad_batches", 1),
+    ):
+        given, own = trainer[option], model.init_args.get(option)
+        if (
+            option not in model.init_args or given == unsaid or (option == "gradient_clip_val" and given <= 0)
+        ):  # which clips nothing
+            continue
+        if option == "gradient_clip_algorithm" and given not in ("norm", "value"):
+            raise ValueError(f"trainer.{option} must be 'norm' or 'value', got {given!r}")
+        given = float(given) if option == "gradient_clip_val" else given
+        if own not in (given, inspect.signature(TwoPassModule).parameters[option].default):
+            raise ValueError(
+                f"trainer.{option} is {given} and model.{option} is {own}, which are two names of one option: give one"
+            )
+        model.init_args[option], trainer[option] = given, unsaid
 
 
 def main(arguments: Sequence[str]) -> int:

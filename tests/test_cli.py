@@ -15,6 +15,7 @@ import yaml
 
 import cli
 from modules.grokking_transformer import GrokkingTransformer
+from run_identity import RunIdentity
 from tests.commands import ADAMW, AGA, NETWORK, ROOT, TINY, call, fit, folders, metrics
 
 LAST = "checkpoints/last.ckpt"
@@ -41,6 +42,19 @@ def test_the_progress_bar_and_checkpoints_can_be_turned_off(tmp_path: Path) -> N
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], "last_checkpoint" in summary) == ("finished", False)
     assert len(metrics(folder)) == 4
+
+
+def test_the_trainers_options_of_an_update_are_the_models(tmp_path: Path) -> None:
+    options = {"gradient_clip_val": 1, "gradient_clip_algorithm": "value", "accumulate_grad_batches": 2}
+    told, asked = (
+        fit(tmp_path, *AGA, *TINY, *(part for key, value in options.items() for part in (f"--{whose}.{key}", value)))
+        for whose in ("model", "trainer")
+    )
+    assert metrics(told) == metrics(asked)
+    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (told, asked)]
+    assert configs[0]["model"] == configs[1]["model"] and configs[0]["trainer"] == configs[1]["trainer"]
+    assert options.items() <= configs[1]["model"]["init_args"].items()
+    assert RunIdentity(configs[0]).setting_digest == RunIdentity(configs[1]).setting_digest
 
 
 def test_the_folder_has_the_names_given(tmp_path: Path) -> None:
