@@ -58,11 +58,17 @@ NOISE = (
     "Checkpoint directory .* exists and is not empty",
     "Encountered `nan` values in tensor",
     "Detected pickle protocol .* in the checkpoint",
+    "You passed `Trainer\\(accelerator='cpu', precision='16-mixed'\\)`",  # which is refused
 )
 CHATTER = (
     *("💡", "TPU available", "GPU available", "`Trainer.fit` stopped", "Seed set to"),
     *("Restoring states", "Restored all states", "Loaded model weights"),
 )
+# What Lightning's short names for them mean.
+PRECISIONS = {
+    **{"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"},
+    **{name: name for name in ("16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true")},
+}
 RESULTS = ("summary.json", "metrics.csv", "checkpoints", "wandb")
 
 
@@ -194,6 +200,17 @@ class CommandLine(LightningCLI):
         callbacks = self.trainer_defaults["callbacks"]
         self.trainer_defaults["callbacks"] = [one for one in callbacks if not isinstance(one, unwanted)]
         return super().instantiate_trainer(**kwargs, default_root_dir=str(folder))
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a precision that Lightning has changed for the accelerator."""
+        asked = str(self.config[self.subcommand].trainer.precision)
+        asked = PRECISIONS.get(asked, asked)
+        if asked in PRECISIONS.values() and self.trainer.precision != asked:
+            device = type(self.trainer.accelerator).__name__.removesuffix("Accelerator")
+            raise ValueError(
+                f"trainer.precision {asked} is not to be had on a {device}, where Lightning would take"
+                f" {self.trainer.precision}: say --trainer.precision {self.trainer.precision}, or 32-true"
+            )
 
     def before_fit(self) -> None:
         """Refuse a checkpoint that Lightning would never write."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from tests.commands import ADAMW, AGA, TINY, call, fit, folders
 
@@ -64,6 +65,25 @@ def test_a_wrong_option_is_named(arguments: list[str], named: list[str], tmp_pat
     line = refused(tmp_path / "runs", "fit", *arguments)
     for word in named:
         assert word in line
+
+
+@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
+@pytest.mark.parametrize("precision", ["16-mixed", "16"])
+def test_a_precision_that_would_be_another_one_is_refused(accelerator: str, precision: str, tmp_path: Path) -> None:
+    if accelerator == "auto" and torch.cuda.is_available():
+        pytest.skip("there is a GPU, which has it")
+    options = ("--trainer.accelerator", accelerator, "--trainer.precision", precision)
+    assert refused(tmp_path / "runs", "fit", *options) == (
+        "error: trainer.precision 16-mixed is not to be had on a CPU, where Lightning would take bf16-mixed:"
+        " say --trainer.precision bf16-mixed, or 32-true"
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-true", "16-true", "64", "32"])
+def test_a_precision_that_is_there_is_the_one_recorded(precision: str, tmp_path: Path) -> None:
+    options = ("--trainer.accelerator", "cpu", "--trainer.precision", precision, "--trainer.max_epochs", "1")
+    folder = fit(tmp_path, "--config", "configs/grok_base.yaml", *TINY, *options)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["precision"] == yaml.safe_load(precision)
 
 
 def test_a_wrong_key_in_a_config_is_named(tmp_path: Path) -> None:

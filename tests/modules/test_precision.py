@@ -11,7 +11,7 @@ from modules.nonfinite import SMALLEST_SCALE
 from tests.modules.by_hand import Loop
 from tests.modules.small_task import OPTIMIZERS, TWO_PASS, SmallTask, assert_equal_states, fit, make_optimizer, state_of
 
-# Lightning refuses 16-mixed on a CPU by name; its plugin and torch's scaler work there.
+# By name it is bf16-mixed on a CPU, which the command line refuses; Lightning's plugin and torch's scaler work there.
 scaler = functools.partial(torch.amp.GradScaler, "cpu", growth_interval=3)
 
 
