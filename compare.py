@@ -10,6 +10,7 @@ Folders that are no finished run are listed in the report with the reason.
 """
 
 import argparse
+import functools
 import re
 import sys
 from pathlib import Path
@@ -42,21 +43,38 @@ def main() -> int:
             print(f"error: a target is {example}; got {text!r}", file=sys.stderr)
             return 2
     # Here, because these imports take seconds, and a wrong option should not.
+    from rich.console import Console
+    from rich.progress import track
+
     from comparison.archive import unpacked
     from comparison.report import check_folder, summary, write
     from comparison.rows import group
     from comparison.runs import Target, read
 
+    # On a terminal a bar with the time left; elsewhere one line when it is done.
+    progress = functools.partial(track, console=Console(stderr=True))
     targets = [Target(m[0], m[1], float(m[3]), lower=m[2] == "<") for m in matches if m is not None]
     try:
         check_folder(options.output)
         with unpacked(options.folders) as (folders, shown):
-            runs, problems = read(folders, shown, options.unfinished)
+            runs, problems = read(
+                folders,
+                shown,
+                options.unfinished,
+                progress=functools.partial(progress, description="reading runs"),
+            )
         groups = group(runs, problems, targets)
         if not groups:
             reasons = f", such as {problems[0].folder}: {problems[0].reason}" if problems else ""
             raise ValueError(f"there is no finished run in {', '.join(map(str, options.folders))}{reasons}")
-        write(options.output, groups, problems, options.title, options.baseline)
+        write(
+            options.output,
+            groups,
+            problems,
+            options.title,
+            options.baseline,
+            progress=functools.partial(progress, description="writing tables and pictures"),
+        )
         print(summary(groups, problems))
         print(f"report: {options.output / 'report.html'}")
         if options.wandb:

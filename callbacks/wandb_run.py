@@ -90,9 +90,11 @@ def draw(folder: Path) -> None:
     if not compared.rows:
         return
     figures = {
-        "curves": plots.curves(compared, compared.metric, "epoch", legend=True),
+        "curves": plots.curves(compared, compared.metric, "epoch"),
         "looks": plots.looks(compared.rows[0]),
     }
+    if figures["curves"] is not None:
+        plots.add_legend(figures["curves"])
     (folder / "pictures").mkdir(exist_ok=True)
     for name, figure in figures.items():
         if figure is not None:

@@ -40,19 +40,17 @@ def style(index: int) -> dict[str, Any]:
     }
 
 
-def svg(figure: Figure, background: str | None = None, ink: str = "currentColor") -> str:
-    """Return a figure as SVG that takes the width it is given.
+def svg(figure: Figure) -> str:
+    """Return a figure as SVG that takes the width it is given; :func:`on_page` or :func:`on_white` colours its text.
 
     Args:
         figure: made within :data:`_STYLE`.
-        background: of a picture that stands alone; ``None`` leaves it to the page.
-        ink: colour of text and axes; the page's own by default.
     """
     with matplotlib.rc_context(_STYLE):
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, ink)
+    text = text[text.index("<svg") :]
     # The same words in the page's own font, and as wide as the page has room for.
     text = re.sub(r"font(-family)?: ([\d.]+px )?[^;\"]*", lambda m: f"font: {m[2] or ''}sans-serif", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
@@ -60,10 +58,17 @@ def svg(figure: Figure, background: str | None = None, ink: str = "currentColor"
     head, rest = text.split(">", 1)
     head = re.sub(r' (width|height)="[\d.]+pt"', "", head).replace("<svg", '<svg role="img"', 1)
     head = re.sub(r' xmlns:xlink="[^"]*"', "", head)
-    rest = rest.replace("xlink:href", "href")
-    if background:
-        head = head.replace("<svg", f'<svg style="background: {background}"', 1)
-    return f"{head}>{rest}"
+    return f"{head}>{rest.replace('xlink:href', 'href')}"
+
+
+def on_page(picture: str) -> str:
+    """Return what :func:`svg` gave for a page, whose own colour its text and axes take."""
+    return picture.replace(_INK, "currentColor")
+
+
+def on_white(picture: str) -> str:
+    """Return what :func:`svg` gave as a picture that stands alone."""
+    return picture.replace(_INK, "#1c1e21").replace("<svg", '<svg style="background: #ffffff"', 1)
 
 
 def band(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
@@ -105,13 +110,14 @@ def _axes(title: str, x: str, y: str, height: float = 3.3) -> tuple[Figure, Axes
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
-    """Put a legend below, and make the figure as much higher."""
-    handles, labels = axes.get_legend_handles_labels()
+def add_legend(figure: Figure) -> None:
+    """Put a legend of the first axes below, and make the figure as much higher."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     columns = 2 if max(map(len, labels), default=0) < 30 else 1
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.19 * -(-len(labels) // columns))
-    figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=1.8, columnspacing=1.2)
+    with matplotlib.rc_context(_STYLE):
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=1.8, columnspacing=1.2)
 
 
 def _log_if_wide(axes: Axes, low: float, high: float) -> None:
@@ -121,7 +127,7 @@ def _log_if_wide(axes: Axes, low: float, high: float) -> None:
         axes.set_ylim(low / 1.3, 1.3 * high)
 
 
-def curves(group: Group, metric: str, axis: str, legend: bool = False) -> Figure | None:
+def curves(group: Group, metric: str, axis: str) -> Figure | None:
     """Draw a metric of every row over an axis: thin lines are seeds, thick ones their mean.
 
     From three seeds on the mean has its 95 % band; that of two is wider than everything else. Of losses it is the
@@ -133,7 +139,6 @@ def curves(group: Group, metric: str, axis: str, legend: bool = False) -> Figure
         group: its rows are drawn in their order, see :func:`style`.
         metric: column of the log, of a validation or training metric.
         axis: key of :data:`comparison.runs.AXES`.
-        legend: whether to name the rows in the picture.
 
     Returns ``None`` where no row has both.
     """
@@ -173,8 +178,6 @@ def curves(group: Group, metric: str, axis: str, legend: bool = False) -> Figure
                 axes.set_ylim(lowest - margin, highest + margin)
             else:
                 _log_if_wide(axes, lowest, highest)
-        if legend:
-            _legend(figure, axes)
     return figure if drawn else None
 
 
@@ -259,5 +262,5 @@ def _trials(
         axes.set_xscale("log" if positive else "symlog", **({} if positive else {"linthresh": 1e-3}))
         if scale == 1:
             _log_if_wide(axes, min(y for _, y in drawn), max(y for _, y in drawn))
-        _legend(figure, axes)
+        add_legend(figure)
     return figure

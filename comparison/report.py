@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,6 @@ _MARKDOWN_AXES = ("epoch", "cost/gradient_evaluations")
 PROBED = ("flatness/hessian_top", "flatness/rise_gradient")
 # Notes that also stand at the top.
 _WARNINGS = ("UNEQUAL", "The rows were")
-_ON_WHITE = ("#ffffff", "#1c1e21")
 FILES = ("report.html", "report.md", "report.tex", "runs.csv")
 
 
@@ -50,7 +49,12 @@ class Section:
 
 
 def write(
-    folder: Path, groups: Sequence[Group], problems: Sequence[Problem], title: str, wanted: str | None = None
+    folder: Path,
+    groups: Sequence[Group],
+    problems: Sequence[Problem],
+    title: str,
+    wanted: str | None = None,
+    progress: Callable[[Sequence[Group]], Iterable[Group]] = iter,
 ) -> None:
     """Write the report, over a former one.
 
@@ -60,12 +64,13 @@ def write(
         problems: folders that are in no table.
         title: of the report.
         wanted: label or optimizer of the row that others are compared with.
+        progress: yields the groups that it is given, and shows how many have been written about.
 
     Raises:
         ValueError: the folder holds something and no report.
     """
     check_folder(folder)
-    sections = [_section(group, wanted, index) for index, group in enumerate(groups)]
+    sections = [_section(group, wanted, index) for index, group in enumerate(progress(groups))]
     left_out = _left_out(problems)
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures(folder):
@@ -117,18 +122,18 @@ def _section(group: Group, wanted: str | None, index: int) -> Section:
             figure = plots.curves(group, metric, axis)
             if figure is None:
                 continue
-            section.curves.setdefault(axis, []).append(plots.svg(figure))
+            section.curves.setdefault(axis, []).append(plots.on_page(plots.svg(figure)))
             if axis in _MARKDOWN_AXES and metric == group.metric:
                 name = f"{prefix}-{axis.rpartition('/')[2]}.svg"
-                named = plots.curves(group, metric, axis, legend=True)
-                assert named is not None
-                section.standalone[name] = plots.svg(named, *_ON_WHITE)
+                plots.add_legend(figure)
+                section.standalone[name] = plots.on_white(plots.svg(figure))
     others = [plots.looks(row) for row in group.rows]
     for name in dict.fromkeys(name for name, _ in group.sweeps):
         others += plots.sensitivity(group, name)
     for number_, figure in enumerate(figure for figure in others if figure is not None):
-        section.pictures.append(plots.svg(figure))
-        section.standalone[f"{prefix}-{number_ + 1}.svg"] = plots.svg(figure, *_ON_WHITE)
+        picture = plots.svg(figure)
+        section.pictures.append(plots.on_page(picture))
+        section.standalone[f"{prefix}-{number_ + 1}.svg"] = plots.on_white(picture)
     return section
 
 

@@ -1,8 +1,9 @@
 """One finished run, read from the ``config.yaml`` and ``metrics.csv`` in its folder; nothing else is needed."""
 
 import io
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ AXES = {
     "cost/flops": "FLOPs",
     "cost/training_seconds": "training seconds",
 }
+
+# Ten times as fast where PyYAML was built with libyaml.
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 # How the training step says that the loss is not finite; the log may end before that.
 _DIVERGED = "FloatingPointError: "
@@ -59,6 +63,7 @@ class Run:
 
     def __init__(self, folder: Path, shown: Path | None = None) -> None:
         self.folder, self.shown = folder, shown or folder
+        self._curves: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         config = _mapping(folder / "config.yaml")
         self.identity = RunIdentity(config)
         self._check_protocol()
@@ -158,8 +163,12 @@ class Run:
         """Return positions on ``axis``, a key of :data:`AXES`, and values; nothing where either was not logged."""
         if column not in self.log or axis not in self.log:
             return np.empty(0), np.empty(0)
-        rows = self.log[[axis, column]].dropna() if axis != column else self.log[[axis]].dropna()
-        return rows[axis].to_numpy(float), rows[column].to_numpy(float)
+        # Every table and picture asks for the same few.
+        if (column, axis) not in self._curves:
+            x, y = self.log[axis].to_numpy(float), self.log[column].to_numpy(float)
+            both = ~(np.isnan(x) | np.isnan(y))
+            self._curves[column, axis] = x[both], y[both]
+        return self._curves[column, axis]
 
     def best(self, metric: str, lower: bool) -> float:
         """Return the best value of ``metric``, NaN if it has none that is finite."""
@@ -211,7 +220,10 @@ def find(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def read(
-    paths: Iterable[Path], shown: Callable[[Path], Path] = lambda path: path, unfinished: bool = False
+    paths: Iterable[Path],
+    shown: Callable[[Path], Path] = lambda path: path,
+    unfinished: bool = False,
+    progress: Callable[[Sequence[Path]], Iterable[Path]] = iter,
 ) -> tuple[list[Run], list[Problem]]:
     """Read every run at or below ``paths``.
 
@@ -219,6 +231,7 @@ def read(
         paths: run folders, or folders that hold some.
         shown: returns what to call a folder, see :func:`comparison.archive.unpacked`.
         unfinished: whether runs that completed an epoch and did not come to their end count too.
+        progress: yields the folders that it is given, and shows how many have been read.
 
     Returns:
         The runs that count, and the folders of all others with the reason why they are not among them. Of several runs
@@ -227,7 +240,7 @@ def read(
     """
     runs: list[Run] = []
     problems: list[Problem] = []
-    for folder in dict.fromkeys(find(paths)):
+    for folder in progress(list(dict.fromkeys(find(paths)))):
         try:
             if not folder.is_dir():
                 raise ValueError("there is no such folder")
@@ -262,7 +275,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"it has no {path.name}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _YAML_LOADER)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} is not valid YAML") from error
     if not isinstance(content, dict):
@@ -275,9 +288,9 @@ def _text(path: Path) -> str:
 
 
 def _summary(path: Path) -> dict[str, Any]:
-    # YAML reads JSON, and a damaged summary is no loss: all that it says is in the log too.
+    # A damaged summary is no loss: all that it says is in the log too.
     try:
-        content = yaml.safe_load(_text(path))
-    except yaml.YAMLError:
+        content = json.loads(_text(path))
+    except json.JSONDecodeError:
         return {}
     return content if isinstance(content, dict) else {}
