@@ -88,7 +88,12 @@ class Table:
 
 def _cells(row: Sequence[str]) -> list[str]:
     first, *others = (html.escape(cell) for cell in row)
-    return [f'<th scope="row">{first}</th>', *(f"<td>{cell}</td>" for cell in others)]
+    # Where there is little room a name goes on below after a word, and an interval stands below its value.
+    name = first if "/" in first else first.replace("_", "_<wbr>")  # a path stays in one piece, to be copied
+    values = (
+        re.sub(r" %|\[[^\]]*\]", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), cell) for cell in others
+    )
+    return [f'<th scope="row">{name}</th>', *(f"<td>{value}</td>" for value in values)]
 
 
 def _markdown_text(text: str) -> str:

@@ -22,7 +22,8 @@ class Cells(HTMLParser):
         self.tags: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.tags.append(tag)
+        if tag != "wbr":
+            self.tags.append(tag)
         if tag in ("td", "th"):
             self.cells.append("")
 
