@@ -48,8 +48,9 @@ def main() -> int:
 
     from comparison.archive import unpacked
     from comparison.report import check_folder, summary, write
-    from comparison.rows import group
+    from comparison.rows import check_names, group
     from comparison.runs import Target, read
+    from messages import one_line
 
     # On a terminal a bar with the time left; elsewhere one line when it is done.
     progress = functools.partial(track, console=Console(stderr=True))
@@ -67,6 +68,7 @@ def main() -> int:
         if not groups:
             reasons = f", such as {problems[0].folder}: {problems[0].reason}" if problems else ""
             raise ValueError(f"there is no finished run in {', '.join(map(str, options.folders))}{reasons}")
+        check_names(groups, options.baseline, targets)
         write(
             options.output,
             groups,
@@ -81,8 +83,8 @@ def main() -> int:
             from comparison.upload import upload
 
             print(upload(options.output, options.wandb, options.title))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -19,6 +19,7 @@ from comparison.statistics import mean_interval
 # Distinct on white and on black, and in their lightness; further rows take the next line style.
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#a855f7", "#d4a106", "#06a5c4", "#8a8f98")
 STYLES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D")
 # Stands for the page's own text colour until the picture is put on one.
 _INK = "#010203"
 _POINTS = 160
@@ -38,6 +39,11 @@ def style(index: int) -> dict[str, Any]:
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": STYLES[index // len(COLOURS) % len(STYLES)],
     }
+
+
+def mark(index: int) -> dict[str, Any]:
+    """Return colour and marker of the row with this index, for pictures of points."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index // len(COLOURS) % len(MARKERS)]}
 
 
 def svg(figure: Figure) -> str:
@@ -227,7 +233,7 @@ def sensitivity(group: Group, name: str) -> list[Figure]:
     """Draw the trials of a search over each option that it varied, see :func:`comparison.ledger.sensitivities`.
 
     A picture of the best metric, and where a trial reached the goal one of the gradient evaluations to it, in which a
-    cross is a trial that spent so many without reaching it.
+    hollow mark is a trial that spent so many without reaching it.
     """
     unit = ", %" if is_share(group.metric) else ""
     best = sensitivities(group, name, best_of(group))
@@ -241,7 +247,7 @@ def sensitivity(group: Group, name: str) -> list[Figure]:
 
 
 def _trials(
-    group: Group, name: str, key: str, what: str, points: dict[str, Points], crosses: dict[str, Points]
+    group: Group, name: str, key: str, what: str, points: dict[str, Points], missed: dict[str, Points]
 ) -> Figure | None:
     """Draw points by optimizer; ``None`` where there are none."""
     if not any(points.values()):
@@ -251,13 +257,20 @@ def _trials(
     with matplotlib.rc_context(_STYLE):
         option = key.removeprefix("model.")
         figure, axes = _axes(f"{name}: trials over {option}", option, what)
-        for marker, by_optimizer in (("o", points), ("x", crosses)):
+        for hollow, by_optimizer in ((False, points), (True, missed)):
             for optimizer, pairs in by_optimizer.items():
-                look = style(optimizers.index(optimizer))["color"]
                 x, y = np.asarray(pairs).reshape(-1, 2).T
-                label = optimizer if marker == "o" else None
-                axes.plot(x, scale * y, marker, markersize=4, alpha=0.75, color=look, label=label)
-        drawn = [pair for by in (points, crosses) for pairs in by.values() for pair in pairs]
+                axes.plot(
+                    x,
+                    scale * y,
+                    linestyle="none",
+                    markersize=4,
+                    alpha=0.75,
+                    markerfacecolor="none" if hollow else None,
+                    label=None if hollow else optimizer,
+                    **mark(optimizers.index(optimizer)),
+                )
+        drawn = [pair for by in (points, missed) for pairs in by.values() for pair in pairs]
         positive = all(x > 0 for x, _ in drawn)
         axes.set_xscale("log" if positive else "symlog", **({} if positive else {"linthresh": 1e-3}))
         if scale == 1:

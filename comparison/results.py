@@ -6,7 +6,7 @@ import numpy as np
 
 from comparison.rows import Group, Row, matches
 from comparison.runs import AXES, Target
-from comparison.statistics import Mean, holm, mean_interval, paired, race
+from comparison.statistics import Mean, geometric_interval, holm, mean_interval, paired, race
 from comparison.tables import Table, mean_text, median_text, number
 
 
@@ -26,8 +26,9 @@ def metric_text(metric: str, mean: Mean, digits: int = 4) -> str:
     return f"{shown[0]} %" if shown[1] is None else f"{shown[0]} % [{shown[1]}, {shown[2]}]"
 
 
-def _mean(values: dict[str, float]) -> Mean:
-    return mean_interval(list(values.values()))
+def _mean(metric: str, values: dict[str, float]) -> Mean:
+    mean = mean_interval(list(values.values()))
+    return mean.within(0.0, 1.0) if is_share(metric) else mean
 
 
 def _row_name(row: Row) -> str:
@@ -70,7 +71,7 @@ def _measured(group: Group, row: Row, name: str, targets: dict[str, Target]) -> 
         median = row.median(targets[name], "epoch")
         return "-" if median is None else median_text(median)
     values = row.best(group.metric, group.lower) if name == "best" else row.last(group.metric)
-    return metric_text(group.metric, _mean(values))
+    return metric_text(group.metric, _mean(group.metric, values))
 
 
 def _epochs(row: Row) -> str:
@@ -88,11 +89,15 @@ def results(group: Group) -> Table:
         cells = []
         for metric in metrics:
             lower = group.lower if metric == group.metric else True
-            cells += [metric_text(metric, _mean(row.best(metric, lower))), metric_text(metric, _mean(row.last(metric)))]
+            values = row.best(metric, lower), row.last(metric)
+            cells += [metric_text(metric, _mean(metric, found)) for found in values]
         trials = "none" if row.trials is None else str(row.trials)
         diverged = f", {row.diverged} diverged" if row.diverged else ""
         lines.append([_row_name(row), f"{len(row.runs)}{diverged}", trials, _epochs(row), *cells])
-    notes = ["Mean and 95 % t-interval over seeds. Runs that diverged have no last value and miss every target."]
+    notes = [
+        "Mean and 95 % t-interval over seeds, no share beyond 0 or 100 %. Runs that diverged have no last value and "
+        "miss every target."
+    ]
     counts = {row.trials for row in group.rows}
     if len(counts) > 1:
         notes.append("The rows were not tuned with equal budgets: the numbers of trials differ.")
@@ -160,11 +165,15 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
     Nothing where no row has two seeds in common with it.
     """
     others = [row for row in group.rows if row is not reference]
+    stopped = group.stopped_on(reference, group.metric)
     if max((len(row.runs.keys() & reference.runs.keys()) for row in others), default=0) < 2:
         return
     scale, unit = (100, " (points)") if is_share(group.metric) else (1, "")
     mine = reference.best(group.metric, group.lower)
-    compared = [paired(row.best(group.metric, group.lower), mine) for row in others]
+    compared = [
+        None if stopped or group.stopped_on(row, group.metric) else paired(row.best(group.metric, group.lower), mine)
+        for row in others
+    ]
     adjusted = holm([np.nan if pair is None else pair.p for pair in compared])
     lines = []
     for row, pair, p in zip(others, compared, adjusted, strict=True):
@@ -180,9 +189,11 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
         f"Best {group.metric} minus that of {reference.label}, seed by seed: mean, 95 % interval, paired t-test; "
         "p (Holm) is adjusted for the number of rows. The last column is the true difference that so many seeds would "
         "have shown (5 % level) in 80 % of experiments: smaller ones are not excluded. A dash: fewer than two common "
-        "seeds, or no scatter among them."
+        f"seeds, no scatter among them, or a row with runs that were stopped when {group.metric} had reached a level, "
+        "which says nothing of what it would have reached."
     ]
-    yield Table(f"Paired seeds against {reference.label}: best {group.metric}", heads, lines, notes)
+    if any(pair is not None for pair in compared):
+        yield Table(f"Paired seeds against {reference.label}: best {group.metric}", heads, lines, notes)
     axis = "cost/gradient_evaluations"
     target = group.goal
     if target is None or axis not in group.axes:
@@ -216,7 +227,7 @@ def step_cost(group: Group, reference: Row | None) -> Table | None:
     def ratio(row: Row, above: str, below: str, factor: float = 1.0) -> Mean:
         runs = row.runs.values()
         ends = [(run.at_end(above), run.at_end(below)) for run in runs]
-        return mean_interval([factor * a / b for a, b in ends if a is not None and b])
+        return geometric_interval([factor * a / b for a, b in ends if a and b])
 
     lines = []
     for row in group.rows:
@@ -235,7 +246,10 @@ def step_cost(group: Group, reference: Row | None) -> Table | None:
         )
     against = reference.label if reference else "itself"
     heads = ["row", "ms a step", f"over {against}", "evaluations a step", "ms an evaluation", "FLOPs a step", "machine"]
-    notes = ["Training alone, without evaluation; times compare only within one machine that did nothing else."]
+    notes = [
+        "Geometric mean over seeds, with its 95 % interval. Training alone, without evaluation; times compare only "
+        "within one machine that did nothing else."
+    ]
     return Table("Step cost", heads, lines, notes)
 
 

@@ -1,5 +1,6 @@
 """Rows and tables: runs grouped by task and protocol, within these by setting, each setting's runs by seed."""
 
+import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ class Group:
         published: entry of ``published.yaml`` whose protocol this is, or empty.
         sweeps: trials of searches, by (name of the search, optimizer).
         failed: how many trials more left nothing to read, by the same.
+        milestones: the metric of each milestone that the task has, by its name.
     """
 
     task: str
@@ -95,6 +97,7 @@ class Group:
     borrowed: bool = False
     sweeps: dict[tuple[str, str], list[Run]] = field(default_factory=dict)
     failed: Counter[tuple[str, str]] = field(default_factory=Counter)
+    milestones: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -124,6 +127,14 @@ class Group:
         """The last of :attr:`aims`."""
         return self.aims[-1] if self.aims else None
 
+    def stopped_on(self, row: Row, metric: str) -> bool:
+        """Return whether a run of ``row`` was stopped because ``metric`` had reached a level.
+
+        Its best and last value are then those of that level, whatever the optimizer.
+        """
+        names = {run.stopped_at for run in row.runs.values()} - {None}
+        return any(self.milestones.get(str(name), metric) == metric for name in names)
+
     def order(self, row: Row) -> tuple[float, ...]:
         """Sort key of a row: gradient evaluations to the last target, then the best value."""
         axis = "cost/gradient_evaluations" if "cost/gradient_evaluations" in self.axes else "epoch"
@@ -132,6 +143,29 @@ class Group:
         best = mean_interval(list(row.best(self.metric, self.lower).values())).mean
         time = np.inf if median is None or median.median is None else median.median
         return time, np.nan_to_num(best if self.lower else -best, nan=np.inf)
+
+
+def check_names(groups: Sequence[Group], baseline: str | None, targets: Sequence[Target]) -> None:
+    """Refuse a baseline that is no row, and a target whose metric no run has logged.
+
+    Raises:
+        ValueError: such a name, with the nearest valid one.
+    """
+    rows = [row for entry in groups for row in entry.rows]
+    names = {name for row in rows for name in (row.label, row.optimizer)}
+    if baseline is not None and baseline not in names:
+        raise ValueError(f"no row or optimizer is named {baseline}, the --baseline{_nearest(baseline, names)}")
+    metrics = {str(column) for row in rows for run in row.runs.values() for column in run.log}
+    for target in targets:
+        if target.metric not in metrics:
+            raise ValueError(
+                f"no run logged {target.metric}, the metric of a --target{_nearest(target.metric, metrics)}"
+            )
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.0)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def matches(options: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
@@ -167,6 +201,7 @@ def group(runs: Iterable[Run], problems: Iterable[Problem] = (), targets: Sequen
             targets=list(targets) or [Target(**target) for target in levels],
             published=entry,
             borrowed=not targets and not entry,
+            milestones={target["name"]: target["metric"] for target in levels},
         )
         for identity in lost:
             if identity.sweep and (identity.task, identity.protocol_digest) == (task, digest):

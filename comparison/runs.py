@@ -139,8 +139,14 @@ class Run:
         done = self.at_end("cost/optimizer_steps")
         if (epochs and 0 < epochs <= self.epochs) or (steps and 0 < steps <= (done or 0)):
             return True
-        stops = [callback.get("init_args", {}).get("stop_at") for callback in options.get("trainer.callbacks") or []]
-        return any(self.has(f"milestone/{stop}") for stop in stops if stop)
+        return self.stopped_at is not None
+
+    @property
+    def stopped_at(self) -> str | None:
+        """The milestone that ended it, if one did."""
+        callbacks = self.identity.options.get("trainer.callbacks") or []
+        stops = (callback.get("init_args", {}).get("stop_at") for callback in callbacks)
+        return next((str(stop) for stop in stops if stop and self.has(f"milestone/{stop}")), None)
 
     @property
     def so_far(self) -> str:

@@ -21,6 +21,12 @@ class Mean:
     low: float | None
     high: float | None
 
+    def within(self, least: float, most: float) -> "Mean":
+        """Return it with the interval cut to the values that are possible; what it covers stays the same."""
+        if self.low is None or self.high is None:
+            return self
+        return Mean(self.n, self.mean, max(least, self.low), min(most, self.high))
+
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Mean:
     """Return mean and t-interval of ``values``; those that are not finite are left out. NaN where none is left."""
@@ -30,6 +36,16 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Me
         return Mean(n, float(finite[0]) if n else np.nan, None, None)
     half = stats.t.ppf((1 + confidence) / 2, n - 1) * finite.std(ddof=1) / np.sqrt(n)
     return Mean(n, float(finite.mean()), float(finite.mean() - half), float(finite.mean() + half))
+
+
+def geometric_interval(values: Sequence[float]) -> Mean:
+    """Return geometric mean and interval of positive ``values``: the t-interval of their logarithms.
+
+    It never reaches zero, as that of a few scattered times would.
+    """
+    log = mean_interval(np.log(values).tolist())
+    low, high = (None if limit is None else float(np.exp(limit)) for limit in (log.low, log.high))
+    return Mean(log.n, float(np.exp(log.mean)), low, high)
 
 
 @dataclass(frozen=True)
@@ -171,11 +187,7 @@ def race(times: Mapping[str, Time], reference: Mapping[str, Time]) -> Race:
     ]
     decided = first + second
     p = float(stats.binomtest(first, decided).pvalue) if decided else np.nan
-    ratio = None
-    if len(ratios) == len(seeds) >= 1:
-        log = mean_interval(np.log(ratios).tolist())
-        limits = [None if limit is None else float(np.exp(limit)) for limit in (log.low, log.high)]
-        ratio = Mean(log.n, float(np.exp(log.mean)), *limits)
+    ratio = geometric_interval(ratios) if len(ratios) == len(seeds) >= 1 else None
     return Race(first, second, len(seeds) - decided, p, ratio)
 
 

@@ -20,7 +20,15 @@ def test_runs_become_a_report(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     folders = (tmp_path / "runs", missing, "--output", tmp_path / "out")
     result = compare(*folders, *target, "--wandb", "mine", home=tmp_path)
-    assert (result.code, result.err) == (0, "")
+    assert result.code == 0
+    assert "reading runs" in result.err and "writing tables and pictures" in result.err
+    for option, wrong, right in (("--baseline", "ars_aga", "ars2_aga"), ("--target", "val/acc < 1", "val/accuracy")):
+        refused = compare(tmp_path / "runs", option, wrong, "--output", tmp_path / "refused", home=tmp_path)
+        assert refused.code == 1
+        assert refused.err.splitlines()[-1].endswith(f"{option}; did you mean {right}?")
+    unwritable = compare(tmp_path / "runs", "--output", "/proc/report", home=tmp_path)
+    assert (unwritable.code, unwritable.err.splitlines()[-1]) == (1, "error: /proc/report: No such file or directory")
+    assert not (tmp_path / "refused").exists()
     assert "2 runs in 1 rows" in result.out
     assert "At most 2 seeds a row: nothing here is settled." in result.out
     assert re.search(

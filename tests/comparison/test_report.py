@@ -2,13 +2,16 @@
 
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from comparison import plots
@@ -27,7 +30,8 @@ from comparison.results import (
 )
 from comparison.rows import Group, group
 from comparison.runs import AXES, Problem, Run, Target, read
-from comparison.statistics import mean_interval
+from comparison.statistics import geometric_interval, mean_interval
+from comparison.tables import Table
 from tests.comparison.runs import SEEDS, copy, cut
 
 
@@ -77,7 +81,8 @@ def test_means_and_intervals_are_those_of_the_logs(groups: list[Group], runs: Pa
     low, high = stats.t.interval(0.95, len(best) - 1, np.mean(best), stats.sem(best))
     cells = in_results(groups[0], "grok_aga")
     assert cells[1:4] == ["3", "none", "6"]
-    assert cells[4] == f"{100 * np.mean(best):.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
+    assert low < 0  # no share is
+    assert cells[4] == f"{100 * np.mean(best):.2f} % [0.00, {100 * high:.2f}]"
 
 
 def test_milestones_are_medians_over_seeds(groups: list[Group], runs: Path) -> None:
@@ -214,11 +219,11 @@ def test_sensitivity_has_a_point_a_trial(groups: list[Group]) -> None:
     # A picture of the best metric, and one of the evaluations to the goal: every trial is in it, reached or not.
     _, cost = plots.sensitivity(groups[0], "search")
     assert groups[0].goal is not None
-    drawn = [(line.get_marker(), len(line.get_xdata())) for line in cost.axes[0].lines]
+    drawn = [(line.get_markerfacecolor() == "none", len(line.get_xdata())) for line in cost.axes[0].lines]
     reached = [
         sum(run.reached(groups[0].goal) is not None for run in groups[0].sweeps["search", name]) for name in rates
     ]
-    assert drawn == [("o", reached[0]), ("o", reached[1]), ("x", 3 - reached[0]), ("x", 2 - reached[1])]
+    assert drawn == [(False, reached[0]), (False, reached[1]), (True, 3 - reached[0]), (True, 2 - reached[1])]
     assert sum(reached) > 0
 
 
@@ -252,6 +257,81 @@ def test_percent_is_for_shares_alone() -> None:
     assert is_share("val/accuracy") and not is_share("val/perplexity")
     assert metric_text("val/accuracy", mean_interval([0.5])) == "50.00 %"
     assert metric_text("val/perplexity", mean_interval([90.69])) == "90.69"
+
+
+def test_an_interval_of_a_share_stays_between_nothing_and_everything(groups: list[Group]) -> None:
+    (row, *_), metric = groups[0].rows, "val/accuracy"
+    scattered = {"0": 0.5, "1": 0.99, "2": 0.98}
+    low, high = stats.t.interval(0.95, 2, np.mean(list(scattered.values())), stats.sem(list(scattered.values())))
+    assert low < 1 < high
+    row = replace(row)
+    row.best = lambda metric, lower: scattered  # type: ignore[method-assign]
+    entry = Group(**{**vars(groups[0]), "rows": [row], "metric": metric})
+    assert results(entry).rows[0][4] == f"{100 * np.mean(list(scattered.values())):.2f} % [{100 * low:.2f}, 100.00]"
+
+
+def test_a_time_has_no_interval_below_zero() -> None:
+    scattered = [200.0, 210.0, 1800.0]
+    assert mean_interval(scattered).low < 0  # type: ignore[operator]
+    logs = np.log(scattered)
+    expected = np.exp(stats.t.interval(0.95, 2, logs.mean(), stats.sem(logs)))
+    found = geometric_interval(scattered)
+    assert found.mean == pytest.approx(stats.gmean(scattered))
+    assert (found.low, found.high) == pytest.approx(tuple(expected))
+
+
+def test_a_metric_that_runs_were_stopped_on_is_not_tested(groups: list[Group]) -> None:
+    by_label = {row.label: row for row in groups[0].rows}
+    adamw, aga = by_label["grok_adamw"], by_label["grok_aga"]
+    assert not groups[0].stopped_on(adamw, "val/accuracy")
+    # "full" is 99 % of val/accuracy: whoever gets there has it as the best value.
+    stopped = [Run(run.folder) for run in aga.runs.values()]
+    for run in stopped:
+        assert run.stopped_at is None
+        run.log["milestone/full"] = float(run.epochs)
+        assert run.stopped_at == "full"
+    aga = replace(aga, runs={run.identity.seed: run for run in stopped})
+    entry = Group(**{**vars(groups[0]), "rows": [adamw, aga]})
+    assert entry.stopped_on(aga, "val/accuracy") and not entry.stopped_on(aga, "val/loss")
+    titles = [table.title for table in pairs(entry, adamw)]
+    assert titles == [f"Paired seeds against grok_adamw: {entry.goal}"]
+    by_loss = Group(**{**vars(entry), "metric": "val/loss", "lower": True})
+    assert "Paired seeds against grok_adamw: best val/loss" in [table.title for table in pairs(by_loss, adamw)]
+
+
+def test_no_two_rows_look_the_same() -> None:
+    rows = range(len(plots.COLOURS) * len(plots.STYLES))
+    assert len(rows) >= 14
+    for look in (plots.style, plots.mark):
+        assert len({tuple(look(index).values()) for index in rows}) == len(rows)
+
+
+def test_trials_are_told_apart_by_colour_and_marker(groups: list[Group]) -> None:
+    figures = plots.sensitivity(groups[0], "search")
+    for figure in figures:
+        lines = [line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")]
+        assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 2
+
+
+def test_each_figure_is_laid_out_once(groups: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def count(figure: Figure, *arguments: Any, **options: Any) -> None:
+        saved.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", count)
+    write(tmp_path, groups, [], "A & B")
+    with_legend = len(list((tmp_path / "pictures").glob("*-epoch.svg"))) * 2
+    # Only the two that stand alone with a legend are saved again, and nothing is measured before it is saved.
+    assert len(saved) == (tmp_path / "report.html").read_text().count("<svg") + with_legend
+
+
+def test_names_break_between_words_and_intervals_keep_together() -> None:
+    text = Table("A", ["row", "value"], [["periodic_hidden", "99.38 % [99.22, 99.54]"]]).html()
+    assert "periodic_<wbr>hidden" in text
+    assert "99.38\xa0% [99.22,\xa099.54]" in text
 
 
 def test_bands_end_where_the_shortest_run_does() -> None:
