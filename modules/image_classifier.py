@@ -96,14 +96,14 @@ class ImageClassifier(TwoPassModule):
     def on_test_epoch_end(self) -> None:
         """Log the accuracy of every class beside the other metrics, and draw the confusion matrix."""
         super().on_test_epoch_end()
-        counts = self.confusion.compute().cpu()
+        counts = self.confusion.compute()
         self.confusion.reset()
         per_class = counts.diag() / counts.sum(1).clamp(min=1)
-        self.log_dict({f"test/accuracy_{name}": value for name, value in zip(self._names(), per_class, strict=True)})
+        self._log_alike({f"test/accuracy_{name}": value for name, value in zip(self._names(), per_class, strict=True)})
         folder = self.trainer.log_dir  # here, because it waits for all processes to ask
         if self.trainer.is_global_zero and folder is not None:
             picture = Path(folder) / "confusion_matrix.png"
-            draw_confusion_matrix(counts, self._names(), picture)
+            draw_confusion_matrix(counts.cpu(), self._names(), picture)
             for logger in self.loggers:
                 if hasattr(logger, "log_image"):
                     logger.log_image("test/confusion_matrix", [str(picture)])

@@ -85,8 +85,22 @@ class MeasuredModule(L.LightningModule):
                 f"the training loss is {values['train/loss'].item()} in epoch {self.current_epoch + 1}: lower the"
                 " learning rate, clip the gradient (gradient_clip_val), or look at the data"
             )
-        values |= {f"{stage}/{name}": torch.tensor(value) for name, value in more.items()}
-        self.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, batch_size=1)
+        values |= {f"{stage}/{name}": torch.full((), value, device=self.device) for name, value in more.items()}
+        self._log_alike(values, prog_bar=True)
+
+    def _log_alike(self, values: Mapping[str, Tensor], prog_bar: bool = False) -> None:
+        """Log once in an epoch what every process has come to alike, on its device."""
+        # Lightning warns of values that it does not reduce. The greatest of equal ones is each; a mean may round.
+        shared = self.trainer.world_size > 1
+        self.log_dict(
+            values,
+            prog_bar=prog_bar,
+            on_step=False,
+            on_epoch=True,
+            batch_size=1,
+            sync_dist=shared,
+            reduce_fx="max" if shared else "mean",
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # What the epoch has shown so far: a run that goes on in the middle of it reports the whole of it.

@@ -1,5 +1,6 @@
 """One of several processes that fit together under Lightning's DDP, and one process alone with the same batches."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,14 @@ def together(
 ) -> None:
     """Be one of ``ranks`` processes, started as torchrun starts them; writes ``<rank>.pt``."""
     become(rank, ranks, port)
-    results = {label: fit(name, ranks, **options) for label, (name, options) in runs.items()}
-    if text is not None:
-        results["exchanged"] = exchanges.count(folder, ranks, lambda ranks: "ddp")
-        results["stopped"] = exchanges.stop(folder, ranks, lambda ranks: "ddp")
-        results["evaluated"] = evaluations.evaluate(text, ranks=ranks, strategy=lambda ranks: "ddp")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        results = {label: fit(name, ranks, **options) for label, (name, options) in runs.items()}
+        if text is not None:
+            results["exchanged"] = exchanges.count(folder, ranks, lambda ranks: "ddp")
+            results["stopped"] = exchanges.stop(folder, ranks, lambda ranks: "ddp")
+            results["evaluated"] = evaluations.evaluate(text, ranks=ranks, strategy=lambda ranks: "ddp")
+    results["advised"] = [str(warning.message) for warning in said if "sync_dist" in str(warning.message)]
     assert world() == (rank, ranks)
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.barrier()

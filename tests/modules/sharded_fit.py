@@ -2,6 +2,7 @@
 
 import csv
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +171,16 @@ def refusals(ranks: int) -> dict[str, str]:
 def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, Run], text: Path | None) -> None:
     """Be one of ``ranks`` processes, started as torchrun starts them; writes ``<rank>.pt``."""
     become(rank, ranks, port)
-    results = {label: fit(name, ranks, folder=folder / label, **options) for label, (name, options) in runs.items()}
-    if text is not None:
-        results["text"] = read(ranks, text)
-        results["exchanged"] = exchanges.count(folder, ranks, strategy)
-        results["stopped"] = exchanges.stop(folder, ranks, strategy)
-        results["evaluated"] = evaluations.evaluate(text, NOT_EVALUATED, ranks, strategy)
-        results["refused"] = refusals(ranks)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        results = {label: fit(name, ranks, folder=folder / label, **options) for label, (name, options) in runs.items()}
+        if text is not None:
+            results["text"] = read(ranks, text)
+            results["exchanged"] = exchanges.count(folder, ranks, strategy)
+            results["stopped"] = exchanges.stop(folder, ranks, strategy)
+            results["evaluated"] = evaluations.evaluate(text, NOT_EVALUATED, ranks, strategy)
+            results["refused"] = refusals(ranks)
+    results["advised"] = [str(warning.message) for warning in said if "sync_dist" in str(warning.message)]
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

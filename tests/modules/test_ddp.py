@@ -111,6 +111,10 @@ def without_buffers(step: dict[str, int]) -> dict[str, int]:
     return {name: count for name, count in left.items() if count}
 
 
+def test_nothing_is_logged_that_lightning_advises_to_reduce(two: list[Results]) -> None:
+    assert [results["advised"] for results in two] == [[], []]
+
+
 def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(two: list[Results]) -> None:
     assert [results["stopped"] for results in two] == [{"steps": 3, "signal": signal.SIGTERM}] * 2
 

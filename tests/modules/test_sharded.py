@@ -159,6 +159,10 @@ def test_a_step_votes_on_nothing_but_one_number(two: list[Results]) -> None:
             assert step["all_reduce"] in ((FLAGS + NORMS + 3,) if looks else (FLAGS + NORMS + 2,)), step
 
 
+def test_nothing_is_logged_that_lightning_advises_to_reduce(two: list[Results]) -> None:
+    assert [results["advised"] for results in two] == [[], []]
+
+
 def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(two: list[Results]) -> None:
     assert [results["stopped"] for results in two] == [{"steps": 3, "signal": signal.SIGTERM}] * 2
 
