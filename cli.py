@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -356,8 +355,12 @@ def _report(error: Exception) -> int:
         shutil.rmtree(folder, ignore_errors=True)
         folder = None
     if folder is not None or not isinstance(error, (ValueError, OSError)):
-        details = (folder or Path(tempfile.mkdtemp(prefix="ars2-"))) / "error.txt"
+        from datamodules.token_cache import default_cache
+
+        # Without a run folder, one place for the last such error: nobody would clear away one for each.
+        details = (folder or default_cache()) / "error.txt"
         with contextlib.suppress(OSError):
+            details.parent.mkdir(parents=True, exist_ok=True)
             details.write_text("".join(traceback.format_exception(error)))
             where = f" (details in {details})"
     print(f"error: {said}{where}", file=sys.stderr)

@@ -41,6 +41,8 @@ class Search:
     def __init__(self, sweep: Sweep, folder: Path, context: Any, told: Callable[[str], None]) -> None:
         self.sweep, self.folder, self.context, self.told = sweep, folder, context, told
         folder.mkdir(parents=True, exist_ok=True)
+        for left_by_a_killed_sweep in folder.glob("*.tmp"):
+            left_by_a_killed_sweep.unlink(missing_ok=True)
         journal = str(folder / "trials.journal")
         self.storage = JournalStorage(JournalFileBackend(journal, lock_obj=JournalFileOpenLock(journal)))
         self.lock = threading.Lock()  # one process, several threads: a study is asked and told by one at a time

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,18 @@ def test_a_checkpoint_of_another_network_is_refused(subcommand: str, checkpoint:
     line = refused(tmp_path / "runs", subcommand, "--ckpt_path", checkpoint, "--model.width", 16)
     assert "another network" in line
     assert "[2, 4, 8] there and [2, 8, 16] here" in line
+
+
+def test_details_of_early_errors_are_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("XDG_CACHE_HOME", "TMPDIR"):
+        (tmp_path / variable).mkdir()
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    for number in ("-1", "-2"):
+        line = refused(tmp_path / "runs", "fit", "--trainer.fast_dev_run", number)
+        assert line.endswith(f"(details in {tmp_path}/XDG_CACHE_HOME/ars2/error.txt)")
+    assert "Traceback" in (tmp_path / "XDG_CACHE_HOME/ars2/error.txt").read_text()
+    assert not list((tmp_path / "TMPDIR").iterdir())
 
 
 def test_weights_alone_are_nothing_to_resume_from(checkpoint: Path, tmp_path: Path) -> None:
