@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import pickle
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,8 @@ class RunWandbLogger(WandbLogger):
         self.resume = "allow" if self.run_id else None
         self.mode = os.environ.get("WANDB_MODE", "online" if online else "offline")
         self.died = False
-        self._rows: list[tuple[dict[str, float], int | None]] = []
+        # Every row so far, on disk: a long run has many. It has no name there, and so goes with the process.
+        self._rows = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         super().__init__(experiment=self._begin(), save_dir=str(folder))
 
     def _begin(self) -> Any:
@@ -106,7 +109,8 @@ class RunWandbLogger(WandbLogger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Take in a row."""
         self.attempt(lambda: super(RunWandbLogger, self).log_metrics(metrics, step))
-        self._rows.append((dict(metrics), step))
+        with contextlib.suppress(OSError):  # of a full disk, the log itself will tell
+            pickle.dump((dict(metrics), step), self._rows)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
@@ -136,8 +140,10 @@ class RunWandbLogger(WandbLogger):
             quiet_wandb().teardown()
         try:
             self._experiment = self._begin()
-            for row, step in self._rows:
-                super().log_metrics(row, step)
+            self._rows.seek(0)
+            with contextlib.suppress(EOFError):
+                while True:
+                    super().log_metrics(*pickle.load(self._rows))
         except Exception as another:
             self.mode = "gone"
             print(f"W&B cannot record offline either ({type(another).__name__}: {another})")

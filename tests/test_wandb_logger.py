@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.commands import AGA, ROOT, TINY, clean_environment, folders, metrics,
 from tests.resuming import STOP_AT
 from tests.test_run_loggers import nothing_configured, run  # noqa: F401
 from tests.wandb_server import KEY, WandbServer
+from wandb_logger import RunWandbLogger
 
 ONLINE = {"WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "2"}
 
@@ -101,6 +103,38 @@ def test_a_run_that_goes_on_keeps_its_id(online: bool, tmp_path: Path) -> None:
         (name,) = {path.name.rpartition("-")[2] for path in records}
         rows = server.rows(name) if online else upload(result.out, tmp_path)
     assert_all_rows([row for row in rows if "epoch" in row], folder)
+
+
+class FailsAfter:
+    """In place of a run of W&B: takes in so many rows, and fails from then on."""
+
+    id = "same"
+
+    def __init__(self, rows: int) -> None:
+        self.rows: list[float] = []
+        self.limit = rows
+
+    def log(self, row: dict[str, float]) -> None:
+        if len(self.rows) == self.limit:
+            raise BrokenPipeError("its process died")
+        self.rows.append(row["epoch"])
+
+
+def test_rows_for_another_record_are_kept_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = FailsAfter(1000), FailsAfter(2000)
+    runs = iter([first, second])
+    monkeypatch.setattr(RunWandbLogger, "_begin", lambda self: next(runs))
+    logger = RunWandbLogger(tmp_path, {}, online=False, resumes=False)
+    logger.log_metrics({"epoch": 0.0}, 0)  # which imports wandb
+    tracemalloc.start()
+    for epoch in range(1, 1000):
+        logger.log_metrics({"epoch": float(epoch), **{f"train/{i}": i / 7 for i in range(20)}}, epoch)
+    kept = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept < 200_000  # bytes, and the rows are 20,000 numbers
+    logger.log_metrics({"epoch": 1000.0}, 1000)
+    assert second.rows == list(range(1001))
+    assert list(tmp_path.iterdir()) == []
 
 
 FLOOD = """
