@@ -12,15 +12,50 @@ from typing import Any
 
 import optuna
 import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from search import trial
-from search.specification import Contender, Sweep
+from search.specification import Contender, Dimension, Sweep
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 Job = Callable[[], None]
+
+
+class StatedOptions(optuna.samplers.BaseSampler):
+    """Gives a trial's parameters the values that it was enqueued with, so that Optuna's own tools see them."""
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        value = json.loads(trial.user_attrs["options"][param_name])
+        return _text(value) if isinstance(param_distribution, CategoricalDistribution) else value
+
+
+def suggest(asked: optuna.Trial, space: dict[str, Dimension]) -> None:
+    """Make the options that a trial was enqueued with its parameters, each with its range or choices."""
+    for name, dimension in space.items():
+        if dimension.choices is not None:
+            asked.suggest_categorical(name, list(dict.fromkeys(map(_text, dimension.choices))))
+        elif dimension.low is not None and dimension.high is not None:
+            # A value is rounded, and so may be a little outside of its range.
+            low, high = min(dimension.low, dimension.at(0.0)), max(dimension.high, dimension.at(1.0))
+            asked.suggest_float(name, low, high, log=dimension.log)
+
+
+def _text(value: Any) -> str:
+    """Return an option's value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 class Search:
@@ -57,7 +92,7 @@ class Search:
             study_name=name,
             direction=self.sweep.objective.direction,
             load_if_exists=True,
-            sampler=optuna.samplers.RandomSampler(seed=0),  # never asked: every trial is enqueued with its options
+            sampler=StatedOptions(),
         )
         for old in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             study.tell(old.number, state=TrialState.FAIL)  # the sweep was killed while it ran
@@ -132,6 +167,7 @@ class Search:
     ) -> None:
         with self.lock:
             asked = study.ask()
+            suggest(asked, self.sweep.optimizers[name].space)
             budget = self._budget(name) if experiment == name else None
         index = asked.user_attrs["index"]
         options = {key: json.loads(value) for key, value in asked.user_attrs["options"].items()}
@@ -185,7 +221,7 @@ class Search:
         for option in self.sweep.seeded:
             arguments += [f"--{option}", str(seed)]
         for option, value in options.items():
-            arguments += [f"--{option}", value if isinstance(value, str) else json.dumps(value)]
+            arguments += [f"--{option}", _text(value)]
         return arguments
 
     def _write(self, name: str, content: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from search.specification import read
+from search.specification import Dimension, read
+from search.study import Search, StatedOptions, suggest
 from tests.commands import NETWORK, ROOT, clean_environment, fit
 
 COMMON = {
@@ -44,10 +45,14 @@ SWEEP = {
 }
 
 
-def command(folder: Path, sweep: dict[str, Any], *arguments: str) -> list[str]:
+def sweep_file(folder: Path, sweep: dict[str, Any]) -> Path:
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump(sweep, sort_keys=False))
-    return [sys.executable, "sweep.py", str(path), "--folder", str(folder / "runs"), *arguments]
+    return path
+
+
+def command(folder: Path, sweep: dict[str, Any], *arguments: str) -> list[str]:
+    return [sys.executable, "sweep.py", str(sweep_file(folder, sweep)), "--folder", str(folder / "runs"), *arguments]
 
 
 def run(folder: Path, sweep: dict[str, Any], *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -103,6 +108,59 @@ def test_every_optimizer_gets_its_trials_and_the_winner_fresh_seeds(done: tuple[
         assert config["seed_everything"] == config["data"]["init_args"]["seed"] == seed
         assert config["model"] == saved(best)["model"]
     assert "sweep folder:" in process.stdout and "best val/accuracy" in process.stdout
+
+
+def test_optunas_own_tools_see_every_trials_options(done: tuple[Path, Any]) -> None:
+    folder, _ = done
+    found = trials(folder)
+    points = read(folder / "sweep.yaml").points("sync")
+    assert [trial.params for trial in found["sync"]] == points
+    best = max(found["sync"], key=lambda trial: trial.value or 0.0)
+    assert [trial.params for trial in found["sync-final"]] == [best.params] * 2
+    storage = JournalStorage(JournalFileBackend(str(folder / "runs/trials.journal")))
+    study = optuna.load_study(study_name="sync", storage=storage)
+    assert set(study.trials[0].distributions) == {"model.optimizer.lr", "model.vector.lr"}
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    assert set(optuna.importance.get_param_importances(study, evaluator=evaluator)) == set(points[0])
+
+
+def test_a_trial_that_was_enqueued_before_parameters_were_kept_runs_with_its_options(tmp_path: Path) -> None:
+    sweep = read(sweep_file(tmp_path, {**SWEEP, "final_seeds": []}))
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    storage = JournalStorage(JournalFileBackend(str(folder / "trials.journal")))
+    old = optuna.create_study(storage=storage, study_name="adamw", direction="maximize")
+    points = sweep.points("adamw")
+    for index, point in enumerate(points):
+        options = {key: json.dumps(value) for key, value in point.items()}
+        old.enqueue_trial({}, user_attrs={"index": index, "options": options})
+    ended = old.ask()
+    ended.set_user_attr("folder", str(tmp_path))
+    old.tell(ended.number, 0.5)
+    study = Search(sweep, folder, None, print).studies["adamw"]
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE, *[TrialState.WAITING] * 3]
+    for point in points[1:]:
+        asked = study.ask()
+        suggest(asked, sweep.optimizers["adamw"].space)
+        assert asked.params == point
+
+
+def test_every_kind_of_option_is_a_parameter_of_the_trial() -> None:
+    space = {
+        "betas": Dimension(choices=((0.9, 0.95), (0.9, 0.98))),
+        "mode": Dimension(choices=("sync", "aga")),
+        "k": Dimension(choices=(1, 10)),
+        "lr": Dimension(low=1.23456e-3, high=9.87654e-1, log=True),
+        "rho": Dimension(low=0.0, high=0.123456),
+    }
+    study = optuna.create_study(sampler=StatedOptions())
+    for unit in (0.0, 0.5, 0.999999):
+        point = {name: dimension.at(unit) for name, dimension in space.items()}
+        study.enqueue_trial({}, user_attrs={"options": {name: json.dumps(value) for name, value in point.items()}})
+        asked = study.ask()
+        suggest(asked, space)
+        assert {name: point[name] for name in ("mode", "lr", "rho")}.items() <= asked.params.items()
+        assert (json.loads(asked.params["betas"]), asked.params["k"]) == (list(point["betas"]), str(point["k"]))
 
 
 def test_a_winner_is_a_config_to_lay_over_the_others(done: tuple[Path, Any], tmp_path: Path) -> None:
