@@ -133,4 +133,4 @@ def test_a_terminal_shows_rate_and_time_left(tmp_path: Path) -> None:
     assert process.returncode == 0, text
     bars = [line for line in text.splitlines() if line.lstrip().startswith("Epoch")]
     assert any(re.search(r"\d+\.\d\dit/s.*train/loss: \d.*at most left: \d+:\d\d", line) for line in bars), text
-    assert any("Epoch 4/4" in line for line in bars)
+    assert any("Epoch 5/5" in line for line in bars)
