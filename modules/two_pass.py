@@ -34,7 +34,8 @@ class TwoPassModule(MeasuredModule):
 
     A task module sets ``self.network``, calls :meth:`set_metrics`, and implements :meth:`compute_loss`. An optimizer
     that has the parts of a two-pass step (``wants_second_pass``, ``perturb``, ``restore``) is driven through them; any
-    other gets one pass.
+    other gets one pass. Where it also has ``never_looks_twice``, ``always_looks_twice`` or ``decides_alike``, see
+    :class:`ars2.two_pass.TwoPassOptimizer`, batches are not kept, and processes need not vote on second passes.
 
     Args:
         optimizer: takes parameter groups, returns the optimizer.
