@@ -9,6 +9,8 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from library_internals import actions_of
+
 _NOISE = re.compile(
     r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value type:|Problem with given"
 )
@@ -110,10 +112,10 @@ def explain(message: str, parser: Any) -> str:
 
 def _keys(parser: Any, subcommand: str = "") -> set[str]:
     """Return the keys that a parser, or one of its subcommands, knows; none without a parser."""
-    for action in [] if parser is None else parser._actions:
+    for action in [] if parser is None else actions_of(parser):
         if isinstance(action.choices, dict) and subcommand in action.choices:
             return _keys(action.choices[subcommand])
-    return set() if parser is None else {action.dest for action in parser._actions if action.dest}
+    return set() if parser is None else {action.dest for action in actions_of(parser) if action.dest}
 
 
 def _nearest(message: str, parser: Any) -> str | None:

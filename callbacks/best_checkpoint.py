@@ -7,6 +7,8 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from library_internals import has_validated
+
 
 class BestCheckpoint(ModelCheckpoint):
     """``ModelCheckpoint`` for manual optimization.
@@ -54,7 +56,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         # Before the first validation there is no best epoch of it. After that, a metric that is missing is an error.
-        if self.monitor in (None, *monitor_candidates) or trainer.fit_loop.epoch_loop.val_loop._has_run:
+        if self.monitor in (None, *monitor_candidates) or has_validated(trainer):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -3,9 +3,9 @@
 from typing import Any
 
 import lightning.pytorch as L
-from torch import Tensor
 
 from csv_rows import RunCSVLogger
+from library_internals import row_to_come
 
 
 class LogPosition(L.Callback):
@@ -16,23 +16,11 @@ class LogPosition(L.Callback):
     """
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        row = self._row_to_come(trainer)
+        row = row_to_come(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger):
                 logger.save()
                 checkpoint["log"] = {"rows": logger.count, "row": row, "step": trainer.fit_loop.total_batch_idx}
-
-    @staticmethod
-    def _row_to_come(trainer: L.Trainer) -> dict[str, float]:
-        """Return the row of an epoch that has ended and is not in the log yet; empty in the middle of one."""
-        connector = trainer._logger_connector
-        if connector._first_loop_iter is not None:
-            return {}
-        values = {
-            name: value.item() if isinstance(value, Tensor) else value
-            for name, value in connector.metrics["log"].items()
-        }
-        return {**values, "epoch": trainer.current_epoch} if values else {}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != "fit" or "log" not in checkpoint:

@@ -22,11 +22,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from callbacks.lookup import folder_of
 from callbacks.loss_plane import Plane, label, parameters_in, plane_around, plane_through
 from callbacks.probed_loss import ProbedLoss, unchanged
+from library_internals import NormBase
 from modules.two_pass import TwoPassModule
 
 
@@ -146,7 +146,7 @@ class LossSurface(L.Callback):
 @contextmanager
 def batch_statistics(network: nn.Module) -> Iterator[None]:
     """A block in which BatchNorm layers normalise by the batch, whatever mode the network is in."""
-    norms = [(module, module.training) for module in network.modules() if isinstance(module, _NormBase)]
+    norms = [(module, module.training) for module in network.modules() if isinstance(module, NormBase)]
     for norm, _ in norms:
         norm.training = True
     try:

@@ -7,6 +7,7 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 
+from library_internals import is_within_epoch
 from modules.shares import of_all, own
 
 
@@ -47,7 +48,7 @@ class RandomStates(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         states = of_all(trainer, random_states())
-        middle = not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        middle = is_within_epoch(trainer)
         checkpoint["random_states"] = {"processes": states, "middle": middle}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

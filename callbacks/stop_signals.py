@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from callbacks.lookup import callbacks_of
+from library_internals import ask_for_no_sigterm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = b"\nstopping: the step under way (or a validation) is finished and saved; once more to leave at once\n"
@@ -40,9 +41,7 @@ class StopSignals(L.Callback):
             for number in SIGNALS:
                 signal.signal(number, self._take)
             # With every batch Lightning's loop asks the first process for a SIGTERM, which is taken here.
-            loop: Any = trainer.fit_loop.epoch_loop
-            if hasattr(loop, "_broadcast_sigterm_tensor"):
-                loop._broadcast_sigterm_tensor = lambda: None
+            ask_for_no_sigterm(trainer)
 
     def _take(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number)

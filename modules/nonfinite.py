@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from ars2.sharded import local
+from library_internals import NormBase, sparse_values
 
 # Fifteen skipped steps below a scale of one: no scale makes these gradients finite.
 SMALLEST_SCALE = 2.0**-15
@@ -22,8 +22,7 @@ def gradients_of(optimizer: Optimizer) -> dict[Tensor, Tensor]:
     Of sharded ones it is what this process holds, of sparse ones their values; an empty one is left out.
     """
     params = (param for group in optimizer.param_groups for param in group["params"])
-    # Not values(), which refuses a gradient that has an index twice.
-    found = {p: p.grad._values() if p.grad.is_sparse else local(p.grad) for p in params if p.grad is not None}
+    found = {p: sparse_values(p.grad) if p.grad.is_sparse else local(p.grad) for p in params if p.grad is not None}
     return {param: gradient for param, gradient in found.items() if gradient.numel()}
 
 
@@ -93,7 +92,7 @@ class RunningStatistics:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        norms = [module for module in network.modules() if isinstance(module, _NormBase)]
+        norms = [module for module in network.modules() if isinstance(module, NormBase)]
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for buffer in (buffer for norm in norms for buffer in norm.buffers(recurse=False)):
             by_dtype.setdefault(buffer.dtype, []).append(buffer)

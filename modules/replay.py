@@ -5,13 +5,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+
+from library_internals import NormBase
 
 
 @contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """Normalise with batch statistics, as in training, and leave running statistics and their counters alone."""
-    tracking = [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+    tracking = [m for m in module.modules() if isinstance(m, NormBase) and m.track_running_stats]
     for norm in tracking:
         norm.track_running_stats = False
     try:

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+
+from library_internals import NormBase
 
 
 def blocks(network: nn.Module) -> Iterator[nn.Module]:
@@ -39,7 +40,7 @@ def shard(module: nn.Module, methods: Sequence[str], mesh: Any) -> None:
             "tensor parallelism is not supported: set the strategy's data_parallel_size to the number of processes and"
             " its tensor_parallel_size to 1"
         )
-    if any(isinstance(part, _NormBase) and part.track_running_stats for part in module.modules()):
+    if any(isinstance(part, NormBase) and part.track_running_stats for part in module.modules()):
         raise ValueError(
             "a network with BatchNorm cannot be sharded: every process would normalise by its own part of the batch;"
             " use strategy ddp with sync_batchnorm"

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from library_internals import set_updates
+
 # A stage's torchmetrics by log name: an nn.ModuleDict, whose values type checkers take for tensors.
 Metrics: TypeAlias = Any
 
@@ -43,7 +45,7 @@ def remember(metrics: Iterable[Metric]) -> Callable[[], None]:
         for metric, updates, state in kept:
             for name, value in state.items():
                 setattr(metric, name, value)
-            metric._update_count, metric._computed = updates, None
+            set_updates(metric, updates)
 
     return forget
 
@@ -68,4 +70,4 @@ def load_metric_state(metric: Metric, state: dict[str, Any]) -> None:
     for name, value in state["values"].items():
         moved = [v.to(metric.device) for v in value] if isinstance(value, list) else value.to(metric.device)
         setattr(metric, name, moved)
-    metric._update_count, metric._computed = state["updates"], None
+    set_updates(metric, state["updates"])

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DistributedSampler
 
 from ars2.param_groups import Policy
+from library_internals import is_compiled
 from modules.measured import MeasuredModule
 from modules.nonfinite import StepRecord, lower_scale
 from modules.optimizer_setup import build_optimizer, build_scheduler
@@ -135,7 +136,7 @@ class TwoPassModule(MeasuredModule):
     @staticmethod
     def compile_once(network: nn.Module) -> None:
         """Compile ``network`` in place, unless it is; a wrapper would change the names of the parameters."""
-        if network._compiled_call_impl is None:
+        if not is_compiled(network):
             network.compile()
 
     @property
