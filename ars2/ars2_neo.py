@@ -196,10 +196,9 @@ class ARS2Neo(TwoPassOptimizer):
         alpha = main["alpha"] * (1 + max(0.0, now.phi)) ** main["phi_gamma"] if main["mode"] == "aga" else main["alpha"]
         keeps = "shear" in self._state_keys(main)
         injected_alpha = alpha if keeps and not synced else 0.0
+        self._count_gradients()
         with self._without_autocast():
-            batches = self._batches(now, keeps and synced, injected_alpha)
-            for group, batch in zip(self.param_groups, batches, strict=True):
-                group["step"] += 1
+            for group, batch in self._batches(now, keeps and synced, injected_alpha):
                 if batch.params:
                     self._move(group, batch, injected_alpha if self._shards is None else 0.0)
         if synced:
@@ -208,20 +207,26 @@ class ARS2Neo(TwoPassOptimizer):
         main["phi"], main["phi_variance"] = now.phi, now.variance
         main["injected_alpha"] = injected_alpha
 
-    def _batches(self, now: Pass, keeps: bool, alpha: float) -> Iterator[Batch]:
-        """Yield each group's batch, its shear forces kept if this step looked twice; sharded gradients have the shear
-        forces injected already if ``alpha`` > 0."""
+    def _batches(self, now: Pass, keeps: bool, alpha: float) -> Iterator[tuple[dict[str, Any], Batch]]:
+        """Yield each group with its batches, shear forces kept if this step was a two-pass step.
+
+        Sharded gradients have the shear forces injected already if ``alpha`` > 0.
+        """
         if self._shards is not None:
-            batches = [self._batch(group) for group in self.param_groups]
+            pairs = [(group, batch) for group in self.param_groups for batch in self._batches_by_count(group)]
+            batches = [batch for _, batch in pairs]
             if keeps:
                 sharded_flatness.keep_shears_(batches, now.first_gradients, now.grad_scale, self._shards)
-            yield from sharded_flatness.injected(batches, alpha, self._shards) if alpha > 0 else batches
+            injected = sharded_flatness.injected(batches, alpha, self._shards) if alpha > 0 else batches
+            for (group, _), batch in zip(pairs, injected, strict=True):
+                yield group, batch
             return
         for group in self.param_groups:
-            batch, run = self._batch(group), self._run(group)
-            for part in self._parts(batch) if keeps else ():
-                flatness.keep_shear_(part.params, part.grads, part.states, now.first_gradients, now.grad_scale, run)
-            yield batch
+            run = self._run(group)
+            for batch in self._batches_by_count(group):
+                for part in self._parts(batch) if keeps else ():
+                    flatness.keep_shear_(part.params, part.grads, part.states, now.first_gradients, now.grad_scale, run)
+                yield group, batch
 
     def _move(self, group: dict[str, Any], batch: Batch, alpha: float) -> None:
         """Move the parameters of one group, shear forces injected into their gradients first if ``alpha`` > 0."""
@@ -250,7 +255,7 @@ class ARS2Neo(TwoPassOptimizer):
         if group["energy"]:
             directions: Tensors = run(updates.adam_directions)(
                 *(batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq")),
-                *(group["betas"], group["step"], group["eps"]),
+                *(group["betas"], batch.step, group["eps"]),
             )
         else:
             numels = [shape.numel() for shape in batch.shapes]

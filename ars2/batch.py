@@ -1,16 +1,14 @@
 """The tensors of one step: parameters that have a gradient, with gradient and state, as lists of the same order."""
 
 import math
-import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ars2.orthogonalize import MAX_NUMEL_ON_CPU
-from ars2.sharded import local
-from ars2.updates import Tensors, stack_shape
+from ars2.updates import Number, Tensors, stack_shape
 
 # Elements of a part of a batch: with seven float32 tensors each, as on the way to the adversarial point, 7 MB.
 _PART_NUMEL = 1 << 18
@@ -26,12 +24,19 @@ class Batch(NamedTuple):
     """The parameters of one group that have a gradient, with what belongs to them, as lists of the same order.
 
     Of sharded parameters it is the rows that this process holds; ``sources`` are the parameters themselves.
+    ``gradient_count`` is the number of gradients that each has had; ``None`` if that is on the device, one a parameter.
     """
 
     params: list[Tensor]
     grads: Tensors
     states: list[dict[str, Tensor]]
     sources: list[Tensor]
+    gradient_count: int | None = 0
+
+    @property
+    def step(self) -> Number:
+        """How many gradients the second moments hold: a number, or a tensor (parameters,) on the device."""
+        return torch.stack(self.state("step")) if self.gradient_count is None else self.gradient_count
 
     @property
     def shapes(self) -> list[torch.Size]:
@@ -56,10 +61,11 @@ class Batch(NamedTuple):
         if len(self.params) != 1:
             yield self
             return
-        keys = list(self.states[0])
+        keys = [key for key in self.states[0] if key != "step"]
         for params, grads, *states in cut(self.params, self.grads, *map(self.state, keys)):
             (state,) = zip(*states, strict=True)
-            yield Batch(params, grads, [dict(zip(keys, state, strict=True))], self.sources)
+            piece = {**self.states[0], **dict(zip(keys, state, strict=True))}
+            yield Batch(params, grads, [piece], self.sources, self.gradient_count)
 
     def matrix_parts(self, flatten: bool) -> "Iterator[Batch]":
         """Yield parts of it on the CPU whose matrices, read with ``flatten``, are of nearly one shape or small.
@@ -75,13 +81,17 @@ class Batch(NamedTuple):
             return min(rows, columns), max(rows, columns)
 
         order = sorted(range(len(self.params)), key=sides, reverse=True)
-        by_shape = Batch(
-            [self.params[i] for i in order],
-            [self.grads[i] for i in order],
-            [self.states[i] for i in order],
-            [self.sources[i] for i in order],
+        return self.of(order, self.gradient_count)._runs(_MATRIX_PART_NUMEL)
+
+    def of(self, indices: Sequence[int], count: int | None) -> "Batch":
+        """Return the batch of the parameters with these indices, all of which have had ``count`` gradients."""
+        return Batch(
+            [self.params[i] for i in indices],
+            [self.grads[i] for i in indices],
+            [self.states[i] for i in indices],
+            [self.sources[i] for i in indices],
+            count,
         )
-        return by_shape._runs(_MATRIX_PART_NUMEL)
 
     def _runs(self, most: int, most_elsewhere: float = math.inf) -> "Iterator[Batch]":
         start = held = 0
@@ -94,7 +104,7 @@ class Batch(NamedTuple):
             yield self._run_of(slice(start, None))
 
     def _run_of(self, part: slice) -> "Batch":
-        return Batch(self.params[part], self.grads[part], self.states[part], self.sources[part])
+        return Batch(self.params[part], self.grads[part], self.states[part], self.sources[part], self.gradient_count)
 
 
 def cut(*lists: Tensors) -> Iterator[list[list[Tensor]]]:
@@ -106,28 +116,3 @@ def cut(*lists: Tensors) -> Iterator[list[list[Tensor]]]:
         return
     for views in zip(*(t.view(-1).split(most) for t in singles), strict=True):
         yield [[view] for view in views]
-
-
-class Plan(NamedTuple):
-    """What is the same in every batch of a group, as long as the same parameters have gradients."""
-
-    everything: list[Tensor]
-    present: list[bool]
-    sources: list[Tensor]
-    states: list[dict[str, Tensor]]
-    layouts: list[tuple[torch.dtype, tuple[int, ...]]]
-
-    def holds(self, params: list[Tensor], present: list[bool]) -> bool:
-        return (
-            present == self.present
-            and len(params) == len(self.everything)
-            and all(map(operator.is_, params, self.everything))
-        )
-
-    @classmethod
-    def of(cls, params: list[Tensor], present: list[bool], state: Mapping[Tensor, dict[str, Tensor]]) -> "Plan":
-        """Find it out for the parameters of a group, of which those ``present`` have a gradient."""
-        sources = [p for p, there in zip(params, present, strict=True) if there and p.numel()]
-        states = [{key: local(tensor) for key, tensor in state[param].items()} for param in sources]
-        likes = [next(iter(of_param.values())) for of_param in states]
-        return cls(list(params), present, sources, states, [(like.dtype, like.stride()) for like in likes])

@@ -85,16 +85,14 @@ class Muon(TrackedOptimizer):
         if not self._check_gradients():
             return result
         with self._without_autocast():
+            self._count_gradients()
             for group in self.param_groups:
-                batch = self._batch(group)
-                group["step"] += 1
-                if not batch.params:
-                    continue
-                if group["track"] == "vector":
-                    self._move_vectors(group, batch)
-                else:
-                    for part in self._matrix_parts(group, batch):
-                        self._move_matrices(group, part)
+                for batch in self._batches_by_count(group):
+                    if group["track"] == "vector" and batch.params:
+                        self._move_vectors(group, batch)
+                    elif batch.params:
+                        for part in self._matrix_parts(group, batch):
+                            self._move_matrices(group, part)
         return result
 
     def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:

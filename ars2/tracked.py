@@ -1,7 +1,9 @@
 """What ARS2-Neo and Muon share: groups on two tracks, options checked, state made up front, exact loading.
 
 State is made of tensors only, in float32 (float64 for float64 parameters) whatever the parameter's dtype, and exists
-from construction on: distributed checkpoints need no first step. Counters are plain numbers in the groups.
+from construction on: distributed checkpoints need no first step. Each parameter that has a second moment counts the
+gradients in it (``state[param]["step"]``, a scalar on the host as torch.optim.AdamW's). Counters of the optimizer are
+plain numbers in the groups.
 """
 
 from collections.abc import Iterable
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ars2 import capturable, updates, validation
-from ars2.batch import Batch, Plan
+from ars2.batch import Batch
 from ars2.compiled import Compiler, Run, directly
 from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
 from ars2.sharded import Shards, find_shards, like, local, same_layout
@@ -39,7 +41,6 @@ class TrackedOptimizer(Optimizer):
         # These say how a step runs, not what it does: they are no part of the saved state.
         self._compile, self._capturable = compile, capturable
         self._compilers: dict[int, Compiler] = {}
-        self._plans: dict[int, Plan] = {}
         self._ranks: Ranks | Shards | None = None
         self._check_options({"track": "matrix", "flatten": False, **defaults})
         super().__init__(params, {"track": "matrix", "flatten": False, "step": 0, **defaults})
@@ -91,8 +92,19 @@ class TrackedOptimizer(Optimizer):
         if self._capturable:
             capturable.to_device_(self.param_groups[-1])
         for param in group["params"]:
-            dtype = torch.promote_types(param.dtype, torch.float32)
-            self.state[param] = {key: torch.zeros_like(param, dtype=dtype) for key in self._state_keys(group)}
+            self._make_state(param, group)
+
+    def _make_state(self, param: Tensor, group: dict[str, Any]) -> None:
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        keys = self._state_keys(group)
+        self.state[param] = {key: torch.zeros_like(param, dtype=dtype) for key in keys}
+        if "exp_avg_sq" in keys:
+            self.state[param]["step"] = self._count_of(0.0, param)
+
+    def _count_of(self, count: float | Tensor, param: Tensor) -> Tensor:
+        """Return how many gradients ``param`` has had as a tensor of its own, where a step wants it."""
+        device = param.device if self._capturable else torch.device("cpu")
+        return torch.tensor(float(count), dtype=torch.float32, device=device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the groups' options, all numbers plain ones, whether the step is capturable or not."""
@@ -126,11 +138,15 @@ class TrackedOptimizer(Optimizer):
                 raise ValueError(f"saved optimizer state, group {index}: {error}") from error
             names = mine.get("param_names", range(len(mine["params"])))
             for name, param, key in zip(names, mine["params"], theirs["params"], strict=True):
-                tensors = saved.get(key, {})
+                tensors = dict(saved.get(key, {}))
+                # Older states count for the whole group.
+                count = tensors.pop("step", theirs["step"])
                 validation.check_state(tensors, str(name), param, self._state_keys(theirs))
                 dtype = torch.promote_types(param.dtype, torch.float32)
                 # In the parameter's own memory layout, whatever the saved one.
                 mine_of = {k: torch.zeros_like(param, dtype=dtype).copy_(like(param, v)) for k, v in tensors.items()}
+                if "exp_avg_sq" in mine_of:
+                    mine_of["step"] = self._count_of(count, param)
                 loaded.append((param, mine_of))
         validation.check_same_options(groups, self.shared_options)
         super().load_state_dict(state_dict)
@@ -144,7 +160,7 @@ class TrackedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans, self._compilers = {}, {}
+        self._compilers = {}
         # A copy starts alone, unless it has a part of the parameters; loading a state leaves the ranks as they are.
         if "_ranks" not in self.__dict__:
             self._ranks = self._find_shards(self.param_groups)
@@ -206,18 +222,43 @@ class TrackedOptimizer(Optimizer):
 
     def _batch(self, group: dict[str, Any]) -> Batch:
         """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype and strides."""
-        found = [param.grad for param in group["params"]]
-        present = [grad is not None for grad in found]
-        plan = self._plans.get(id(group))
-        if plan is None or not plan.holds(group["params"], present):
-            plan = self._plans[id(group)] = Plan.of(group["params"], present, self.state)
+        sources = [param for param in group["params"] if param.grad is not None and param.numel()]
+        states: list[dict[str, Tensor]] = [self.state[param] for param in sources]
+        if self._shards is not None:
+            states = [{key: local(tensor) for key, tensor in state.items()} for state in states]
         grads = []
-        for grad, (dtype, strides) in zip((g for g in found if g is not None and g.numel()), plan.layouts, strict=True):
-            grad = local(grad)
-            if grad.dtype != dtype or grad.stride() != strides:
-                grad = torch.empty_strided(grad.shape, strides, dtype=dtype, device=grad.device).copy_(grad)
-            grads.append(grad)
-        return Batch([local(p) for p in plan.sources], grads, plan.states, plan.sources)
+        for param, state in zip(sources, states, strict=True):
+            first, *others = state
+            like = state[first]
+            grads.append(_laid_out_as(like, local(param.grad)))
+            for key in others:  # an owner may have replaced one of them
+                if key != "step":
+                    state[key] = _laid_out_as(like, state[key])
+        return Batch([local(p) for p in sources], grads, states, sources, None if self._capturable else 0)
+
+    def _batches_by_count(self, group: dict[str, Any]) -> list[Batch]:
+        """Return the batch of ``group``, in parts whose parameters have had the same number of gradients.
+
+        These are more than one where layers were unfrozen later, or get no gradient in every step.
+        """
+        batch = self._batch(group)
+        if not batch.params or self._capturable or "step" not in batch.states[0]:
+            return [batch]
+        by_count: dict[int, list[int]] = {}
+        for index, step in enumerate(batch.state("step")):
+            by_count.setdefault(int(step), []).append(index)
+        if len(by_count) == 1:
+            return [batch._replace(gradient_count=count) for count in by_count]
+        return [batch.of(indices, count) for count, indices in sorted(by_count.items())]
+
+    def _count_gradients(self) -> None:
+        """Count the gradients that are there, for each parameter and each group."""
+        present = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        steps = [state["step"] for state in map(self.state.__getitem__, present) if "step" in state]
+        if steps:
+            torch._foreach_add_(steps, 1.0)
+        for group in self.param_groups:
+            group["step"] += 1
 
     def _move_vectors(self, group: dict[str, Any], batch: Batch) -> None:
         """AdamW for the parameters of one vector group."""
@@ -227,7 +268,7 @@ class TrackedOptimizer(Optimizer):
             batch.state("exp_avg"),
             batch.state("exp_avg_sq"),
             group["betas"],
-            group["step"],
+            batch.step,
             group["eps"],
         )
         if all(p.dtype == g.dtype and p.stride() == g.stride() for p, g in zip(batch.params, batch.grads, strict=True)):
@@ -266,3 +307,10 @@ class TrackedOptimizer(Optimizer):
         """A block in which autocast, if it is on, does not run the matrix products in its own dtype."""
         device = next((param.device.type for group in self.param_groups for param in group["params"]), "cpu")
         return torch.autocast(device, enabled=False)
+
+
+def _laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in the dtype and strides of ``like``, which the fused kernels do not compare."""
+    if tensor.dtype == like.dtype and tensor.stride() == like.stride():
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device).copy_(tensor)

@@ -135,7 +135,7 @@ class TwoPassOptimizer(TrackedOptimizer):
         try:
             moves: list[sharded_flatness.Move] = []
             for group in self.param_groups:
-                for part in self._parts(self._batch(group)):
+                for part in [part for batch in self._batches_by_count(group) for part in self._parts(batch)]:
                     if self._shards is None:
                         self._move_to_adversarial_point(group, part)
                         continue
@@ -178,7 +178,7 @@ class TwoPassOptimizer(TrackedOptimizer):
         if "exp_avg_sq" not in self._state_keys(group):
             return None
         root = self._run(group)(updates.second_moment_root)
-        roots: updates.Tensors = root(part.state("exp_avg_sq"), group["betas"][1], group["step"], group["eps"])
+        roots: updates.Tensors = root(part.state("exp_avg_sq"), group["betas"][1], part.step, group["eps"])
         return roots
 
     def _offsets(self, group: dict[str, Any], part: Batch) -> updates.Tensors:

@@ -27,17 +27,25 @@ def _take_in_(means: Tensors, values: Tensors, beta: Number) -> None:
         torch._foreach_lerp_(means, values, 1 - beta)
 
 
-def _seen(beta: Number, step: Number) -> Number:
-    """Return ``1 - beta^step``, the part of a decaying mean that comes from ``step`` values."""
+def _seen(beta: Number, step: Number) -> Any:
+    """Return ``1 - beta^step``, the part of a decaying mean that comes from ``step`` values.
+
+    For a ``step`` (tensors,) it is a list, of one scalar tensor each.
+    """
+    if not isinstance(step, Tensor):
+        return 1 - beta**step
     # In float32 a beta near 1 would leave few digits of it.
-    return 1 - beta ** (step.double() if isinstance(step, Tensor) else step)
+    seen = 1 - beta ** step.double()
+    return list(seen.unbind()) if step.ndim else seen
 
 
 def second_moment_root(exp_avg_sqs: Tensors, beta: Number, step: Number, eps: Number) -> Tensors:
     """Return ``sqrt(v / (1 - beta^step)) + eps``; at step 0 nothing was seen, and the root is zero."""
     root = torch._foreach_sqrt(exp_avg_sqs)
     seen = _seen(beta, step)
-    if isinstance(seen, Tensor):
+    if isinstance(seen, list):
+        torch._foreach_div_(root, [part.sqrt().clamp_min(1e-30) for part in seen])
+    elif isinstance(seen, Tensor):
         torch._foreach_div_(root, seen.sqrt().clamp_min(1e-30))
     elif step > 0:
         torch._foreach_div_(root, math.sqrt(seen))
@@ -106,14 +114,19 @@ def adamw_(
         if len(kinds) > 1:
             p, g, m, v = ([tensors[index] for index in indices] for tensors in lists)
             lists = p, g, m, v
-        count = step if isinstance(step, Tensor) else torch.full((), float(step), device=device)
+        if isinstance(step, Tensor) and step.ndim:
+            of_all = step.unbind()
+            counts = [of_all[index] for index in indices]
+        else:
+            count = step if isinstance(step, Tensor) else torch.full((), float(step), device=device)
+            counts = [count] * len(indices)
         torch._fused_adamw_(
             lists[0],
             lists[1],
             lists[2],
             lists[3],
             [],
-            [count] * len(indices),
+            counts,
             lr=lr,
             beta1=betas[0],
             beta2=betas[1],

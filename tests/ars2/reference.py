@@ -99,6 +99,7 @@ class ReferenceARS2:
         self.exp_avg = [torch.zeros_like(p, requires_grad=False) for p in self.params]
         self.exp_avg_sq = [torch.zeros_like(p, requires_grad=False) for p in self.params]
         self.shear = [torch.zeros_like(p, requires_grad=False) for p in self.params]
+        self.counts = [0] * len(self.params)  # gradients in each parameter's moments
         self.t = self.last_sync = 0
         self.variance = 0.0
         self.history: list[dict[str, Any]] = []
@@ -162,11 +163,11 @@ class ReferenceARS2:
 
     def evaluate_at_adversarial_point(self, first: Gradients, gradient_function: Callable[[], Gradients]) -> Gradients:
         originals = [p.clone() for p in self.params]
-        for p, g, v, options in zip(self.params, first, self.exp_avg_sq, self.options, strict=True):
+        for p, g, v, count, options in zip(self.params, first, self.exp_avg_sq, self.counts, self.options, strict=True):
             if g is None:
                 continue
             beta2 = options["betas"][1]
-            v_hat_previous = v / (1 - beta2 ** (self.t - 1)) if self.t > 1 else torch.zeros_like(v)
+            v_hat_previous = v / (1 - beta2**count) if count > 0 else torch.zeros_like(v)
             metric = v_hat_previous.sqrt() + options["eps"] if self.energy or options["track"] == "vector" else 1.0
             n = g / metric * p.abs()
             p.copy_(p + options["rho"] * n / (n.norm() + 1e-12))
@@ -197,8 +198,9 @@ class ReferenceARS2:
             lr, (beta1, beta2) = options["lr"], options["betas"]
             self.exp_avg[i] = beta1 * self.exp_avg[i] + (1 - beta1) * g
             self.exp_avg_sq[i] = beta2 * self.exp_avg_sq[i] + (1 - beta2) * g * g
-            m_hat = self.exp_avg[i] / (1 - beta1**self.t)
-            v_hat = self.exp_avg_sq[i] / (1 - beta2**self.t)
+            self.counts[i] += 1
+            m_hat = self.exp_avg[i] / (1 - beta1 ** self.counts[i])
+            v_hat = self.exp_avg_sq[i] / (1 - beta2 ** self.counts[i])
             u = m_hat / (v_hat.sqrt() + options["eps"])
             if options["track"] == "matrix" and not self.energy:
                 m = self.exp_avg[i]

@@ -101,7 +101,7 @@ def test_matrices_of_one_shape_or_its_transpose_are_neighbours_and_fit_or_are_al
         *([(5, 5)], [(4, 5)], [(2, 3), (3, 2)], [(2, 1, 3), (2, 3)]),
     ]
     for part in parts:
-        for param, grad, state, source in zip(*part, strict=True):
+        for param, grad, state, source in zip(*part[:4], strict=True):
             index = next(i for i, p in enumerate(params) if p is param)
             assert grad is whole.grads[index] and state is whole.states[index] and source is whole.sources[index]
 

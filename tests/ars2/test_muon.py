@@ -86,8 +86,8 @@ def test_state_is_a_momentum_for_matrices_and_two_moments_for_vectors() -> None:
     model = SmallProblem(torch.bfloat16)
     optimizer = Muon(groups_of(model))
     for p, state in optimizer.state.items():
-        assert set(state) == ({"momentum_buffer"} if p.ndim > 1 else {"exp_avg", "exp_avg_sq"})
-        assert all(t.dtype == torch.float32 and t.shape == p.shape for t in state.values())
+        assert set(state) == ({"momentum_buffer"} if p.ndim > 1 else {"exp_avg", "exp_avg_sq", "step"})
+        assert all(t.dtype == torch.float32 and t.shape in (p.shape, ()) for t in state.values())
 
 
 def test_a_step_has_the_size_that_lr_and_shape_say() -> None:

@@ -38,9 +38,11 @@ def test_state_is_made_up_front_of_tensors_like_the_parameters(mode: str) -> Non
     model, optimizer = setup(mode)
     keys = {"exp_avg", "exp_avg_sq", "shear"} if mode.split(",")[0] in SHEAR_MODES else {"exp_avg", "exp_avg_sq"}
     keys -= {"shear"} if mode == "periodic, k=1" else set()
-    for moment in ("new", "trained"):
+    for moment, steps in (("new", 0), ("trained", 7)):
         assert set(optimizer.state) == set(model.parameters())
         for param, state in optimizer.state.items():
+            state = dict(state)
+            assert state.pop("step") == steps
             assert set(state) == keys, moment
             assert all(isinstance(t, Tensor) and t.shape == param.shape for t in state.values())
             assert len({t.data_ptr() for t in state.values()} | {param.data_ptr()}) == len(keys) + 1
@@ -54,7 +56,7 @@ def test_state_is_float32_or_wider_whatever_the_parameters(mode: str, dtype: tor
     optimizer = ARS2Neo([param], **MODES[mode])
     optimizer.step(lambda: param.square().sum().backward())
     expected = torch.float64 if dtype == torch.float64 else torch.float32
-    assert {t.dtype for t in optimizer.state[param].values()} == {expected}
+    assert {t.dtype for key, t in optimizer.state[param].items() if key != "step"} == {expected}
     assert param.dtype == dtype
 
 

@@ -186,7 +186,7 @@ def test_without_energy_no_second_moment_is_kept_of_matrices(mode: str, geometry
     train(model, optimizer, range(3))
     shear = {"shear"} if mode == "aga" else set()
     for param, state in optimizer.state.items():
-        assert set(state) == {"exp_avg"} | shear | ({"exp_avg_sq"} if param.ndim < 2 else set())
+        assert set(state) == {"exp_avg"} | shear | ({"exp_avg_sq", "step"} if param.ndim < 2 else set())
 
 
 @pytest.mark.parametrize("geometry", [True, False])
