@@ -1,0 +1,55 @@
+"""The state belongs to its owner: what is put into it, or hooked into its loading, is what the next step finds."""
+
+import pytest
+import torch
+from torch import nn
+
+from ars2 import ARS2Neo, Muon
+from tests.ars2.training import assert_identical, setup, snapshot, train, worst_difference
+
+MODES = ["base", "sync", "aga"]
+
+
+@pytest.mark.parametrize("replaced", ["tensor", "other layout", "whole state"])
+@pytest.mark.parametrize("mode", MODES)
+def test_state_that_its_owner_replaces_is_what_the_next_step_finds(mode: str, replaced: str) -> None:
+    snapshots = []
+    for in_place in (True, False):
+        model, optimizer = setup(mode, ns_dtype="float32")
+        train(model, optimizer, range(4))
+        for param, state in list(optimizer.state.items()):
+            if in_place:
+                state["exp_avg"].fill_(0.01)
+                continue
+            tensor = torch.full_like(state["exp_avg"], 0.01)
+            if replaced == "other layout" and tensor.ndim == 2:
+                tensor = torch.full_like(tensor.T.contiguous(), 0.01).T
+            optimizer.state[param] = {**state, "exp_avg": tensor} if replaced == "whole state" else state
+            optimizer.state[param]["exp_avg"] = tensor
+        train(model, optimizer, range(4, 6))
+        snapshots.append(snapshot(optimizer))
+    if replaced == "other layout":  # sums in another order
+        assert worst_difference(*(found["params"] for found in snapshots)) < 1e-5
+    else:
+        assert_identical(*snapshots)
+
+
+def test_a_momentum_that_its_owner_replaces_is_what_the_next_step_finds() -> None:
+    param = nn.Parameter(torch.ones(3, 4))
+    optimizer = Muon([param], momentum=0.5)
+    for _ in range(2):
+        optimizer.state[param]["momentum_buffer"] = torch.zeros(3, 4)
+        param.grad = torch.ones(3, 4)
+        optimizer.step()
+        assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.full((3, 4), 0.5))
+
+
+def test_a_count_that_its_owner_replaces_is_what_the_next_step_finds() -> None:
+    param = nn.Parameter(torch.zeros(4))
+    optimizer = ARS2Neo([{"params": [param], "track": "vector"}], mode="base", lr=1.0, weight_decay=0.0)
+    optimizer.state[param]["step"] = torch.tensor(10_000.0)
+    param.grad = torch.ones(4)
+    optimizer.step()
+    # Without a bias to correct, (1 - 0.9) / sqrt(1 - 0.999).
+    assert torch.allclose(param, torch.full((4,), -0.1 / 0.001**0.5), rtol=1e-3)
+    assert optimizer.state[param]["step"] == 10_001
