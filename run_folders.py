@@ -80,8 +80,10 @@ def runs_of(parent: Path, config: dict[str, Any]) -> list[Path]:
 
     Options that one of the two does not know do not count: it is of another version.
     """
-    named = sorted(parent.glob(f"*-seed{config.get('seed_everything')}*"), key=_age, reverse=True)
-    return [folder for folder in named if _agree((_options(folder) or {}).get("model"), config.get("model"))]
+    newest_first = sorted((path for path in parent.glob("*-seed*") if path.is_dir()), key=_age, reverse=True)
+    found = ((folder, _options(folder) or {}) for folder in newest_first)
+    compared = ("model", "seed_everything")
+    return [folder for folder, saved in found if all(_agree(saved.get(key), config.get(key)) for key in compared)]
 
 
 def _agree(one: Any, other: Any) -> bool:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from run_folders import _age, hold, let_go, unfinished_run
-from tests.commands import AGA, TINY, call, folders
+from run_folders import _age, hold, let_go, runs_of, unfinished_run
+from tests.commands import AGA, TINY, folders
 from tests.killing import begin, context
 from tests.resuming import fit, only_folder
 
@@ -118,5 +118,13 @@ def test_a_run_without_a_checkpoint_begins_again_in_its_folder(tmp_path: Path) -
     assert len(rows) == 1 + 4
 
 
-def test_last_is_for_fit_alone(tmp_path: Path) -> None:
-    assert "there is no checkpoint last" in call("test", *AGA, *TINY, "--ckpt_path", "last").error
+def test_the_runs_of_a_config_are_of_its_model_and_seed(tmp_path: Path) -> None:
+    first = run(tmp_path, "2026-01-01_00-00-00-seed1", "finished")
+    # Of a version that knew another option, and of other data.
+    second = run(tmp_path, "2026-01-02_00-00-00-seed1", config="seed_everything: 1\nmodel: {lr: 0.1, old: 1}\ndata: {}")
+    run(tmp_path, "2026-01-03_00-00-00-seed1", config="seed_everything: 1\nmodel: {lr: 0.2}")
+    run(tmp_path, "2026-01-04_00-00-00-seed10", config="seed_everything: 10\nmodel: {lr: 0.1}")
+    run(tmp_path, "2026-01-05_00-00-00-seed1", config="- 1")
+    (tmp_path / "2026-01-06_00-00-00-seed1").write_text("a file")
+    assert runs_of(tmp_path, CONFIG) == [second, first]
+    assert runs_of(tmp_path / "nowhere", CONFIG) == []
