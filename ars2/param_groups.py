@@ -1,7 +1,10 @@
 """Which parameters are matrices, told by their role in the model and never by their name.
 
 Two policies. ``"all"``: every trainable parameter of two dimensions or more whose largest dimension is below 10,000.
-``"hidden"``, as Muon's authors recommend: the same without embeddings, output heads and normalisation gains.
+``"hidden"``, as Muon's authors recommend: the same without embeddings, output heads, normalisation gains, and bare
+parameters that are broadcast: those with a leading dimension of 1, as a vision transformer's position embeddings
+(1, N, D) and class token (1, 1, D), and those with at most one dimension above 1, as a layer scale (C, 1, 1). Weights
+of linear layers and convolutions are matrices whatever their shape.
 """
 
 from collections import Counter
@@ -19,6 +22,7 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS_1D = (nn.Conv1d, nn.ConvTranspose1d)
+_NOT_HIDDEN = ("embedding", "tied embedding", "output head", "norm", "token or position", "bias or gain")
 
 
 class Assignment(NamedTuple):
@@ -81,6 +85,11 @@ def _role(param: nn.Parameter, owners: list[nn.Module], head: nn.Module | None) 
         return "norm"
     if isinstance(owners[0], _CONVOLUTIONS):
         return "convolution"
+    if not isinstance(owners[0], nn.Linear):
+        if param.shape[0] == 1:
+            return "token or position"
+        if param.numel() == max(param.shape):
+            return "bias or gain"
     return "stack" if param.ndim == 3 else "hidden"
 
 
@@ -92,7 +101,7 @@ def _assign_one(
         track, reason = "vector", "fewer than two dimensions"
     elif max(param.shape) >= LARGEST_MATRIX_DIMENSION:
         track, reason = "vector", f"a dimension of {LARGEST_MATRIX_DIMENSION} or more"
-    elif policy == "hidden" and role in ("embedding", "tied embedding", "output head", "norm"):
+    elif policy == "hidden" and role in _NOT_HIDDEN:
         track, reason = "vector", f"policy hidden leaves out every {role}"
     else:
         track, reason = "matrix", "two dimensions or more"

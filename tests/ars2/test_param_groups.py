@@ -89,6 +89,26 @@ def test_a_model_may_say_that_it_has_no_head() -> None:
     assert roles(HeadlessNetwork(), "hidden")["word_embeddings.weight"] == ("hidden", "matrix")
 
 
+class VisionTransformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 5, 8))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.register_tokens = nn.Parameter(torch.zeros(1, 8))
+        self.layer_scale = nn.Parameter(torch.ones(8, 1, 1))
+        self.attention = nn.Parameter(torch.zeros(2, 4, 8))
+        self.gate = nn.Linear(8, 1, bias=False)
+        self.mask = nn.Conv2d(8, 1, 3, bias=False)
+        self.head = nn.Linear(8, 3, bias=False)
+
+
+def test_hidden_leaves_out_parameters_that_are_broadcast() -> None:
+    tracks = {name: track for name, (_, track) in roles(VisionTransformer(), "hidden").items()}
+    vectors = {"pos_embed", "cls_token", "register_tokens", "layer_scale", "head.weight"}
+    assert {name for name, track in tracks.items() if track == "vector"} == vectors
+    assert {track for _, track in roles(VisionTransformer(), "all").values()} == {"matrix"}
+
+
 def test_without_a_word_the_last_linear_layer_is_the_head() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.BatchNorm1d(5))
     assert {name: role for name, (role, _) in roles(model).items()} == {
