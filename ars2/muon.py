@@ -29,7 +29,7 @@ class Muon(TrackedOptimizer):
         nesterov: whether matrices look ahead by one decay of the momentum.
         weight_decay: decoupled weight decay, multiplied by ``lr``.
         ns_steps, ns_coefficients, ns_dtype, ns_algorithm: as for :class:`ars2.ARS2Neo`.
-        betas, eps: of the vector track.
+        betas, eps: of the vector track. OneCycleLR and CyclicLR cycle the momentum, not the betas.
         compile: as for :class:`ars2.ARS2Neo`.
 
     Raises:
@@ -53,6 +53,7 @@ class Muon(TrackedOptimizer):
         eps: float = 1e-8,
         compile: bool = False,
     ) -> None:
+        self._betas = betas
         super().__init__(
             params,
             {
@@ -63,6 +64,14 @@ class Muon(TrackedOptimizer):
             },
             compile,
         )
+        # Schedulers that cycle the momentum would cycle the betas if these were among the defaults.
+        del self.defaults["betas"]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group({"betas": self._betas, **param_group})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_betas": self._betas}
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from ars2 import Muon
 from tests.ars2.problems import SmallProblem, gradients, problem_groups, split_by_track
@@ -88,6 +89,30 @@ def test_state_is_a_momentum_for_matrices_and_two_moments_for_vectors() -> None:
     for p, state in optimizer.state.items():
         assert set(state) == ({"momentum_buffer"} if p.ndim > 1 else {"exp_avg", "exp_avg_sq", "step"})
         assert all(t.dtype == torch.float32 and t.shape in (p.shape, ()) for t in state.values())
+
+
+@pytest.mark.parametrize("scheduler", [OneCycleLR, CyclicLR])
+def test_schedulers_cycle_the_momentum_of_matrices(scheduler: type) -> None:
+    params = [torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(4))]
+    optimizer = Muon([{"params": params[:1]}, {"params": params[1:], "track": "vector"}], momentum=0.9)
+    theirs = torch.optim.Muon([torch.nn.Parameter(torch.ones(3, 4))], momentum=0.9)
+    options = {"max_lr": 0.1, "base_momentum": 0.8, "max_momentum": 0.95}
+    options |= {"total_steps": 8} if scheduler is OneCycleLR else {"base_lr": 0.01, "step_size_up": 3}
+    schedules = [scheduler(each, **options) for each in (optimizer, theirs)]
+    seen = []
+    for _ in range(5):
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+        seen.append(optimizer.param_groups[0]["momentum"])
+        assert optimizer.param_groups[0]["momentum"] == theirs.param_groups[0]["momentum"]
+        assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+    assert len(set(seen)) > 2
+    other = Muon([torch.nn.Parameter(torch.ones(3, 4))])
+    other.add_param_group({"params": [torch.nn.Parameter(torch.ones(4))], "track": "vector"})
+    assert other.param_groups[1]["betas"] == (0.9, 0.95)
 
 
 def test_a_step_has_the_size_that_lr_and_shape_say() -> None:
