@@ -58,7 +58,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 def _without_numbers(argument: Any) -> Any:
     if isinstance(argument, (int, float)):
         # On the CPU, from where a kernel of any device takes it as an argument; float64 loses nothing.
-        return torch.tensor(float(argument), dtype=torch.float64)
+        return torch.tensor(float(argument), dtype=torch.float64, device="cpu")
     if isinstance(argument, tuple) and argument and not isinstance(argument[0], Tensor):
         return tuple(map(_without_numbers, argument))
     return argument

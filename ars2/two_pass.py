@@ -203,6 +203,11 @@ class TwoPassOptimizer(TrackedOptimizer):
         torch.clear_autocast_cache()
 
     def _step_by_closure(self, closure: Callable[[], Any]) -> Any:
+        if torch.compiler.is_compiling():  # torch then runs the step as it is, unless it was to be one graph
+            raise RuntimeError(
+                "torch.compile of step(closure) cannot hold two passes: call step() as it is, and make the optimizer"
+                " with compile=True"
+            )
         before = [(p, p.grad, p.grad._version) for g in self.param_groups for p in g["params"] if p.grad is not None]
         with torch.enable_grad():
             result = closure()

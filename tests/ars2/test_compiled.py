@@ -51,6 +51,27 @@ def train(mode: str, compile: bool, **options: Any) -> tuple[list[Tensor], list[
     return copies(parameters_of(optimizer)), compilations
 
 
+def test_a_step_of_two_passes_that_is_compiled_from_outside_runs_as_it_is() -> None:
+    results = []
+    for compiled in (False, True):
+        model, optimizer = make("sync", compile=False)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for number in range(2):
+            step(closure_of(model, optimizer, number))  # type: ignore[arg-type]
+        results.append(copies(parameters_of(optimizer)))
+    assert worst_difference(*results) == 0
+
+
+@pytest.mark.parametrize("mode", ["base", "muon"])
+def test_a_compiled_step_does_not_depend_on_the_default_device(mode: str, backend: CompileCounterWithBackend) -> None:
+    model, optimizer = make(mode, compile=True)
+    closure = closure_of(model, optimizer, 0)  # type: ignore[arg-type]
+    closure()
+    with torch.device("meta"):
+        optimizer.step()
+    assert backend.frame_count > 0 and all(p.device.type == "cpu" for p in parameters_of(optimizer))
+
+
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     """Tracing and guards, which decide what is compiled anew, without the kernels, which take a minute."""
