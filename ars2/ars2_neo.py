@@ -75,6 +75,7 @@ class ARS2Neo(TwoPassOptimizer):
         *("ns_steps", "ns_coefficients", "ns_dtype", "ns_algorithm", "probability", "seed"),
     )
     fixed_options = ("mode", "energy", "geometry")
+    main_counters = ("sync_steps", "last_sync", "phi", "phi_variance", "injected_alpha")
 
     def __init__(
         self,
@@ -112,8 +113,7 @@ class ARS2Neo(TwoPassOptimizer):
             },
             *(compile, capturable),
         )
-        counters = {"sync_steps": 0, "last_sync": 0, "phi": 0.0, "phi_variance": 0.0, "injected_alpha": 0.0}
-        self.param_groups[0].update(counters)
+        self.param_groups[0].update(zip(self.main_counters, (0, 0, 0.0, 0.0, 0.0), strict=True))
         if capturable:
             to_device_(self.param_groups[0])
 

@@ -23,7 +23,9 @@ def to_device_(group: dict[str, Any]) -> None:
         raise ValueError(f'capturable needs mode "base" or "sync", got {group["mode"]!r}, which decides each step anew')
     device = group["params"][0].device if group["params"] else None
     for name in NUMBERS:
-        if name in group and not isinstance(group[name], Tensor):
+        if isinstance(group.get(name), Tensor):
+            group[name] = group[name].to(device, torch.float32)
+        elif name in group:
             group[name] = torch.tensor(float(group[name]), device=device)
 
 

@@ -6,7 +6,8 @@ gradients in it (``state[param]["step"]``, a scalar on the host as torch.optim.A
 plain numbers in the groups.
 """
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,6 +35,7 @@ class TrackedOptimizer(Optimizer):
 
     shared_options: ClassVar[tuple[str, ...]] = ()  # one value for the whole optimizer
     fixed_options: ClassVar[tuple[str, ...]] = ()  # a saved state with another value is refused
+    main_counters: ClassVar[tuple[str, ...]] = ()  # which the first group has for the whole optimizer
 
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], compile: bool = False, capturable: bool = False
@@ -42,8 +44,10 @@ class TrackedOptimizer(Optimizer):
         self._compile, self._capturable = compile, capturable
         self._compilers: dict[int, Compiler] = {}
         self._ranks: Ranks | Shards | None = None
-        self._check_options({"track": "matrix", "flatten": False, **defaults})
-        super().__init__(params, {"track": "matrix", "flatten": False, "step": 0, **defaults})
+        self._loaded: dict[Tensor, dict[str, Tensor]] | None = None
+        defaults = validation.plain_numbers({"track": "matrix", "flatten": False, **defaults})
+        self._check_host_options(defaults)
+        super().__init__(params, {"step": 0, **defaults})
 
     def _check_options(self, group: dict[str, Any]) -> None:
         """Check a whole group's options; subclasses add their own."""
@@ -57,6 +61,13 @@ class TrackedOptimizer(Optimizer):
         validation.check_choice(group, "ns_coefficients", COEFFICIENTS)
         validation.check_choice(group, "ns_dtype", validation.DTYPES)
         validation.check_choice(group, "ns_algorithm", ALGORITHMS)
+
+    def _check_host_options(self, group: dict[str, Any]) -> None:
+        """Check the options of a group whose learning rate may be a tensor, as a capturable step takes it."""
+        on_host = dict(group)
+        if self._capturable:
+            capturable.to_host_(on_host)
+        self._check_options(on_host)
 
     def _check_counters(self, group: dict[str, Any], first: bool) -> None:
         """Check the counters of a saved group, ``first`` being whether it is the first; subclasses add their own."""
@@ -74,18 +85,18 @@ class TrackedOptimizer(Optimizer):
         """
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
-        group = {**self.defaults, "step": 0, **param_group, "params": params}
-        self._check_options(group)
-        validation.check_same_options([*self.param_groups, group], self.shared_options)
+        group = validation.plain_numbers({**self.defaults, **param_group, "step": 0, "params": params})
+        for name in self.main_counters:  # of the group that this one is a copy of
+            group.pop(name, None)
+        self._check_host_options(group)
+        # The first one stands for all: whoever makes thousands of groups does not wait for their squares.
+        validation.check_same_options([*self.param_groups[:1], group], self.shared_options)
         for index, item in enumerate(params):
             name, param = item if isinstance(item, tuple) else (str(index), item)
             validation.check_parameter(param, name, group["track"])
-        shards = self._find_shards([*self.param_groups, group])
-        if shards is not None and (self._compile or self._capturable):
-            raise ValueError(
-                "compile and capturable are for parameters that are whole on every process, and these are sharded:"
-                " leave both out"
-            )
+        shards = self._shards_of([*self.param_groups[:1], group])
+        if isinstance(group["lr"], Tensor) and any(group["lr"] is other["lr"] for other in self.param_groups):
+            group["lr"] = group["lr"].clone()  # a scheduler changes each group's in place
         super().add_param_group(group)
         if shards is not None:
             self._ranks = self._shards or shards
@@ -108,25 +119,46 @@ class TrackedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state and the groups' options, all numbers plain ones, whether the step is capturable or not."""
+        self._adopt_parameters()
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
             capturable.to_host_(group)
+            group.update(validation.plain_numbers(group))
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by the same class with the same shared options; dtypes and values come back exactly.
 
+        Options that the saved state is too old to have get their defaults. Hooks see and change the state as with any
+        other optimizer.
+
         Raises:
             ValueError: options out of range, or state that does not fit the parameters; nothing is then changed.
         """
-        groups, saved = state_dict["param_groups"], state_dict["state"]
+
+        def check(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
+            defaults = _defaults_of(type(self))
+            groups = [{**defaults, **group} for group in found["param_groups"]]
+            self._loaded = self._fitting(groups, found["state"])
+            return {**found, "param_groups": groups}
+
+        self._adopt_parameters()
+        handle = self.register_load_state_dict_pre_hook(check)  # the last one: others may mend what it would refuse
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loaded = None
+
+    def _fitting(self, groups: list[dict[str, Any]], saved: Mapping[Any, Any]) -> dict[Tensor, dict[str, Tensor]]:
+        """Check saved groups and state, and return the state by parameter, as the parameters here need it."""
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError(
                 "the saved optimizer state has other parameter groups: "
                 f"{[len(group['params']) for group in groups]} parameters against "
                 f"{[len(group['params']) for group in self.param_groups]} here"
             )
-        loaded: list[tuple[Tensor, dict[str, Tensor]]] = []
+        loaded: dict[Tensor, dict[str, Tensor]] = {}
         for index, (mine, theirs) in enumerate(zip(self.param_groups, groups, strict=True)):
             try:
                 self._check_options(theirs)
@@ -147,13 +179,9 @@ class TrackedOptimizer(Optimizer):
                 mine_of = {k: torch.zeros_like(param, dtype=dtype).copy_(like(param, v)) for k, v in tensors.items()}
                 if "exp_avg_sq" in mine_of:
                     mine_of["step"] = self._count_of(count, param)
-                loaded.append((param, mine_of))
+                loaded[param] = mine_of
         validation.check_same_options(groups, self.shared_options)
-        super().load_state_dict(state_dict)
-        for param, tensors in loaded:
-            self.state[param] = tensors
-        for group in self.param_groups if self._capturable else ():
-            capturable.to_device_(group)
+        return loaded
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_compile": self._compile, "_capturable": self._capturable}
@@ -161,9 +189,33 @@ class TrackedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._compilers = {}
+        loaded, defaults = self.__dict__.setdefault("_loaded", None), _defaults_of(type(self))
+        for group in self.param_groups:
+            for name, value in defaults.items():  # options that came later
+                group.setdefault(name, value)
+            for param in group["params"]:
+                if loaded is not None:  # torch gave the moments the dtype of the parameters
+                    self.state[param] = loaded[param]
+                elif "exp_avg_sq" in self.state[param] and "step" not in self.state[param]:
+                    self.state[param]["step"] = self._count_of(group["step"], param)
+            if self._capturable:
+                capturable.to_device_(group)
         # A copy starts alone, unless it has a part of the parameters; loading a state leaves the ranks as they are.
         if "_ranks" not in self.__dict__:
             self._ranks = self._find_shards(self.param_groups)
+
+    def _adopt_parameters(self) -> None:
+        """Make state for parameters that somebody has put into a group in the place of others, whose state goes."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if all(param in self.state for param in params):
+            return
+        for param in self.state.keys() - set(params):
+            del self.state[param]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param not in self.state:
+                    self._make_state(param, group)
+        self._ranks = self._shards_of(self.param_groups) or self._ranks
 
     def distribute(self, group: dist.ProcessGroup | None, gather: Literal["exact", "bfloat16"] = "exact") -> None:
         """Share the Newton-Schulz iterations out among processes that hold the same parameters and gradients (DDP).
@@ -190,6 +242,15 @@ class TrackedOptimizer(Optimizer):
             raise ValueError("distribute() needs the group of the processes, for the parameters are not sharded")
         else:
             self._ranks = Ranks(group, dtype)
+
+    def _shards_of(self, groups: list[dict[str, Any]]) -> Shards | None:
+        shards = self._find_shards(groups)
+        if shards is not None and (self._compile or self._capturable):
+            raise ValueError(
+                "compile and capturable are for parameters that are whole on every process, and these are sharded:"
+                " leave both out"
+            )
+        return shards
 
     @property
     def _shards(self) -> Shards | None:
@@ -283,6 +344,7 @@ class TrackedOptimizer(Optimizer):
         Raises:
             RuntimeError: a sparse gradient, or one that is not sharded as its parameter is.
         """
+        self._adopt_parameters()
         found = False
         for group in self.param_groups:
             for index, param in enumerate(group["params"]):
@@ -314,3 +376,13 @@ def _laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
     if tensor.dtype == like.dtype and tensor.stride() == like.stride():
         return tensor
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device).copy_(tensor)
+
+
+def _defaults_of(cls: type) -> dict[str, Any]:
+    """Return the defaults of a class's options that its groups have."""
+    parameters = inspect.signature(cls).parameters.values()
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.default is not parameter.empty and parameter.name not in ("compile", "capturable")
+    }

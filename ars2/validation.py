@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -33,6 +34,19 @@ def check_number(
         or (not closed_maximum and value == maximum)
     ):
         raise ValueError(f"{name} must be a number in {left}{minimum:g}, {maximum:g}{right}, got {value!r}")
+
+
+def plain_numbers(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``options`` with Python's own numbers in the place of NumPy's and others, which no file should hold."""
+
+    def plain(value: Any) -> Any:
+        if type(value) in (bool, int, float) or not isinstance(value, Real):  # NumPy's float64 is a float too
+            return value
+        return int(value) if isinstance(value, Integral) else float(value)
+
+    return {
+        name: tuple(map(plain, value)) if isinstance(value, tuple) else plain(value) for name, value in options.items()
+    }
 
 
 def check_integer(options: Mapping[str, Any], name: str, minimum: int) -> None:

@@ -1,14 +1,17 @@
 """A saved state that does not fit is refused by name, with nothing changed."""
 
+import inspect
 from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ars2 import ARS2Neo, Muon
 from tests.ars2.problems import SmallProblem, problem_groups
-from tests.ars2.training import MODES, assert_identical, setup, snapshot, train
+from tests.ars2.saved_states import FOLDER, KINDS, make, steps
+from tests.ars2.training import MODES, assert_identical, setup, snapshot, train, worst_difference
 
 
 def damaged(kind: str, saved: dict[str, Any]) -> dict[str, Any]:
@@ -35,8 +38,6 @@ def damaged(kind: str, saved: dict[str, Any]) -> dict[str, Any]:
         del groups[0]["phi_variance"]
     elif kind == "no step":
         del groups[1]["step"]
-    elif kind == "no option":
-        del groups[0]["rho"]
     elif kind == "groups that differ":
         groups[1]["alpha"] = 0.7
     return saved
@@ -56,7 +57,6 @@ def damaged(kind: str, saved: dict[str, Any]) -> dict[str, Any]:
         ("no counter", "group 0: sync_steps must be an integer of at least 0, got 'nothing'"),
         ("no variance", "group 0: phi_variance must be a number, got 'nothing'"),
         ("no step", "group 1: step must be an integer of at least 0, got 'nothing'"),
-        ("no option", "group 0: rho must be a number"),
         ("groups that differ", "alpha is one for the whole optimizer"),
     ],
 )
@@ -82,6 +82,86 @@ def test_a_saved_state_of_another_mode_is_refused(source: str, into: str) -> Non
     with pytest.raises(ValueError, match=f"mode must be one of '{MODES[into]['mode']}', got '{MODES[source]['mode']}'"):
         other.load_state_dict(optimizer.state_dict())
     assert_identical(before, snapshot(other))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_from_before_parameters_counted_for_themselves_goes_on_as_it_did(kind: str) -> None:
+    saved = torch.load(FOLDER / f"{kind}.pt", weights_only=True)
+    params, optimizer = make(kind)
+    for param, value in zip(params, saved["params"], strict=True):
+        param.data.copy_(value)
+    optimizer.load_state_dict(saved["optimizer"])
+    steps(params, optimizer, range(5, 10))
+    assert worst_difference(params, saved["later"]) < 1e-5
+
+
+@pytest.mark.parametrize("option", ["ns_algorithm", "energy", "rho", "seed", "ns_coefficients"])
+def test_an_option_that_a_saved_state_is_too_old_to_have_is_at_its_default(option: str) -> None:
+    model, optimizer = setup("aga")
+    train(model, optimizer, range(4))
+    saved, default = deepcopy(optimizer.state_dict()), inspect.signature(ARS2Neo).parameters[option].default
+    for group in saved["param_groups"]:
+        del group[option]
+    other, other_optimizer = setup("aga")
+    other_optimizer.load_state_dict(saved)
+    assert all(group[option] == default for group in other_optimizer.param_groups)
+    train(other, other_optimizer, range(4, 6))
+
+
+@pytest.mark.parametrize("option", ["ns_algorithm", "energy"])
+def test_a_pickled_optimizer_that_is_too_old_for_an_option_has_its_default(option: str) -> None:
+    _, optimizer = setup("aga")
+    pickled = optimizer.__getstate__()
+    for group in pickled["param_groups"]:
+        del group[option]
+    restored = ARS2Neo.__new__(ARS2Neo)
+    restored.__setstate__(pickled)
+    assert {group[option] for group in restored.param_groups} == {True if option == "energy" else "auto"}
+
+
+def test_hooks_see_and_change_the_state_that_is_loaded() -> None:
+    model, optimizer = setup("aga")
+    train(model, optimizer, range(4))
+    saved = deepcopy(optimizer.state_dict())
+    _, other = setup("aga")
+
+    def forget(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        state = {key: {**of, "exp_avg": torch.zeros_like(of["exp_avg"])} for key, of in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    seen: list[float] = []
+
+    def double(loaded: torch.optim.Optimizer) -> None:
+        for state in loaded.state.values():
+            seen.append(float(state["exp_avg"].abs().sum()))
+            state["exp_avg_sq"] = 2 * state["exp_avg_sq"]
+
+    other.register_load_state_dict_pre_hook(forget)
+    other.register_load_state_dict_post_hook(double)
+    other.load_state_dict(saved)
+    assert seen == [0.0] * len(other.state)
+    for index, state in enumerate(other.state.values()):
+        assert not state["exp_avg"].any() and state["exp_avg_sq"].dtype == torch.float32
+        assert torch.equal(state["exp_avg_sq"], 2 * saved["state"][index]["exp_avg_sq"])
+
+
+def test_a_hook_that_orders_parameters_by_name_restores_each_ones_moments() -> None:
+    torch.manual_seed(0)
+    params = {"a": nn.Parameter(torch.randn(3, 4)), "b": nn.Parameter(torch.randn(3, 4))}
+    optimizer, other = (ARS2Neo(list(items), mode="base") for items in (params.items(), reversed(params.items())))
+    for param in params.values():
+        param.grad = torch.randn(3, 4)
+    optimizer.step()
+
+    def by_name(loading: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        (saved,), (here,) = state_dict["param_groups"], loading.param_groups
+        order = [saved["params"][saved["param_names"].index(name)] for name in here["param_names"]]
+        return {**state_dict, "param_groups": [{**saved, "params": order, "param_names": here["param_names"]}]}
+
+    other.register_load_state_dict_pre_hook(by_name)
+    other.load_state_dict(optimizer.state_dict())
+    for param in params.values():
+        assert torch.equal(other.state[param]["exp_avg"], optimizer.state[param]["exp_avg"])
 
 
 def test_a_saved_state_of_another_class_is_refused() -> None:

@@ -53,3 +53,23 @@ def test_a_count_that_its_owner_replaces_is_what_the_next_step_finds() -> None:
     # Without a bias to correct, (1 - 0.9) / sqrt(1 - 0.999).
     assert torch.allclose(param, torch.full((4,), -0.1 / 0.001**0.5), rtol=1e-3)
     assert optimizer.state[param]["step"] == 10_001
+
+
+@pytest.mark.parametrize("trained", [0, 3])
+def test_parameters_that_somebody_exchanged_in_a_group_start_anew(trained: int) -> None:
+    params = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
+    optimizer = ARS2Neo(params, mode="sync")
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        sum(p.square().sum() for p in optimizer.param_groups[0]["params"]).backward()  # type: ignore[union-attr]
+
+    for _ in range(trained):
+        optimizer.step(closure)
+    new = nn.Parameter(torch.ones(3, 4))
+    optimizer.param_groups[0]["params"][0] = new
+    assert set(optimizer.state_dict()["state"]) == {0, 1}
+    optimizer.step(closure)
+    assert optimizer.state.keys() == {new, params[1]}
+    assert (optimizer.state[new]["step"], optimizer.state[params[1]]["step"]) == (1, trained + 1)
+    assert not torch.equal(new, torch.ones(3, 4))
