@@ -59,7 +59,7 @@ def test_a_step_of_two_passes_that_is_compiled_from_outside_runs_as_it_is() -> N
         for number in range(2):
             step(closure_of(model, optimizer, number))  # type: ignore[arg-type]
         results.append(copies(parameters_of(optimizer)))
-    assert worst_difference(*results) == 0
+    assert worst_difference(*results) < 1e-6  # what torch compiled around it may round otherwise
 
 
 @pytest.mark.parametrize("mode", ["base", "muon"])
