@@ -7,6 +7,7 @@ parameters that are broadcast: those with a leading dimension of 1, as a vision 
 of linear layers and convolutions are matrices whatever their shape.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,8 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+
+from ars2.output_heads import Head, OutputHeads, find_heads
 
 Policy = Literal["all", "hidden"]
 LARGEST_MATRIX_DIMENSION = 10_000
@@ -36,28 +39,15 @@ class Assignment(NamedTuple):
     flatten: bool
 
 
-def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the module whose weight makes the outputs.
-
-    A model that has ``get_output_embeddings()``, as those of transformers do, says it itself; of any other the last
-    linear layer in order of registration is taken.
-    """
-    if callable(get_output_embeddings := getattr(model, "get_output_embeddings", None)):
-        head: nn.Module | None = get_output_embeddings()
-        return head
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return linears[-1] if linears else None
-
-
-def assign(model: nn.Module, policy: Policy = "all") -> list[Assignment]:
+def assign(model: nn.Module, policy: Policy = "all", head: Head | None = None) -> list[Assignment]:
     """Assign every trainable parameter of ``model`` to a track, a tied one once, in order of registration.
 
     Raises:
-        ValueError: unknown policy, no trainable parameter, or a lazy parameter that has no shape yet.
+        ValueError: unknown policy or head, no trainable parameter, or a lazy parameter that has no shape yet.
     """
     if policy not in ("all", "hidden"):
         raise ValueError(f"policy must be 'all' or 'hidden', got {policy!r}")
-    head = output_head(model)
+    heads = find_heads(model, head)
     owners: dict[nn.Parameter, list[nn.Module]] = {}
     names: dict[nn.Parameter, str] = {}
     for prefix, module in model.named_modules():
@@ -69,17 +59,16 @@ def assign(model: nn.Module, policy: Policy = "all") -> list[Assignment]:
                 names.setdefault(param, name)
     if not owners:
         raise ValueError("the model has no trainable parameter")
-    return [_assign_one(names[param], param, modules, head, policy) for param, modules in owners.items()]
+    return [_assign_one(names[param], param, modules, heads, policy) for param, modules in owners.items()]
 
 
-def _role(param: nn.Parameter, owners: list[nn.Module], head: nn.Module | None) -> str:
+def _role(param: nn.Parameter, owners: list[nn.Module], heads: OutputHeads) -> str:
     embeds = any(isinstance(owner, _EMBEDDINGS) for owner in owners)
-    heads = any(owner is head for owner in owners)
     if param.ndim < 2:
         return "norm" if isinstance(owners[0], _NORMS) else "bias or gain"
     if embeds:
         return "tied embedding" if len(owners) > 1 else "embedding"
-    if heads:
+    if any(owner in heads.modules for owner in owners):
         return "output head"
     if isinstance(owners[0], _NORMS):
         return "norm"
@@ -94,9 +83,9 @@ def _role(param: nn.Parameter, owners: list[nn.Module], head: nn.Module | None) 
 
 
 def _assign_one(
-    name: str, param: nn.Parameter, owners: list[nn.Module], head: nn.Module | None, policy: Policy
+    name: str, param: nn.Parameter, owners: list[nn.Module], heads: OutputHeads, policy: Policy
 ) -> Assignment:
-    role = _role(param, owners, head)
+    role = _role(param, owners, heads)
     if param.ndim < 2:
         track, reason = "vector", "fewer than two dimensions"
     elif max(param.shape) >= LARGEST_MATRIX_DIMENSION:
@@ -105,6 +94,8 @@ def _assign_one(
         track, reason = "vector", f"policy hidden leaves out every {role}"
     else:
         track, reason = "matrix", "two dimensions or more"
+    if role == "output head" and heads.guessed is not None:
+        reason += "; that it is the head is guessed: head= names it"
     flatten = track == "matrix" and param.ndim == 3 and isinstance(owners[0], _CONVOLUTIONS_1D)
     return Assignment(name, param, role, track, reason, flatten)
 
@@ -114,6 +105,7 @@ def param_groups(
     policy: Policy = "all",
     matrix: Mapping[str, Any] | None = None,
     vector: Mapping[str, Any] | None = None,
+    head: Head | None = None,
 ) -> list[dict[str, Any]]:
     """Build the parameter groups of ``model`` for any optimizer; those without tracks ignore what they do not know.
 
@@ -121,6 +113,8 @@ def param_groups(
         model: its trainable parameters are taken, a tied one once.
         policy: ``"all"`` or ``"hidden"``.
         matrix, vector: options for the groups of that track, such as ``{"lr": 1e-2, "weight_decay": 0.0}``.
+        head: the module that makes the outputs, or its name, or several; by default :func:`find_heads
+            <ars2.output_heads.find_heads>` finds it. Policy ``"hidden"`` warns if that was a guess.
 
     Returns:
         One group a track that has parameters, as (name, parameter) pairs; 1-D convolutions, whose 3-D kernels are
@@ -133,7 +127,13 @@ def param_groups(
         if taken := {"params", "track", "flatten"} & set(options or {}):
             raise ValueError(f"options of the {track} track may not name {sorted(taken)}: the policy decides that")
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    for item in assign(model, policy):
+    if policy == "hidden" and head is None and (guessed := find_heads(model).guessed) is not None:
+        warnings.warn(
+            f"param_groups() guesses that the output head is {guessed!r}, the last linear layer registered: if so, say"
+            f" head={guessed!r}, otherwise name the one it is",
+            stacklevel=2,
+        )
+    for item in assign(model, policy, head):
         options = matrix if item.track == "matrix" else vector
         group = groups.setdefault((item.track, item.flatten), {"params": [], "track": item.track, **(options or {})})
         if item.flatten:
@@ -142,9 +142,9 @@ def param_groups(
     return list(groups.values())
 
 
-def report(model: nn.Module, policy: Policy = "all") -> str:
+def report(model: nn.Module, policy: Policy = "all", head: Head | None = None) -> str:
     """Return a table of what went where and why, a line a parameter, totals last."""
-    items = assign(model, policy)
+    items = assign(model, policy, head)
     rows = [("track", "role", "shape", "parameter", "reason")]
     rows += [(i.track, i.role, "x".join(map(str, i.param.shape)), i.name, i.reason) for i in items]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]

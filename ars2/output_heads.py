@@ -1,0 +1,143 @@
+"""Which modules of a model make its outputs: named by the caller, said by the model, or guessed.
+
+Wrappers are seen through: DistributedDataParallel, compiled modules, peft's models, and whatever has a single child and
+no parameter of its own. A model in one of them has the same heads as outside.
+"""
+
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
+from typing import NamedTuple
+
+from torch import nn
+
+Head = str | nn.Module | Iterable[str | nn.Module]
+
+
+class OutputHeads(NamedTuple):
+    """The head modules with all that they contain, and the name of the one that was guessed, if any was."""
+
+    modules: frozenset[nn.Module]
+    guessed: str | None = None
+
+
+def find_heads(model: nn.Module, named: Head | None = None) -> OutputHeads:
+    """Return the output heads of ``model``.
+
+    Those that the caller has ``named`` are taken, or else those of which the model says so by
+    ``get_output_embeddings()``, as those of transformers do, together with the classifiers that these have outside of
+    their ``base_model``. Without such a word it is the linear layer tied to an embedding, of a plain ``nn.Sequential``
+    the last layer, of any model its only linear layer. For any other the last linear layer in order of registration is
+    guessed. The matrices of adapters (LoRA) are no heads.
+
+    Raises:
+        TypeError: ``named`` is neither a module nor the name of one.
+        ValueError: ``named`` is no module of the model.
+    """
+    chain = _unwrapped(model)
+    if named is not None:
+        items = [named] if isinstance(named, (str, nn.Module)) else named
+        return OutputHeads(_contents([_module(chain, item) for item in items]))
+    adapters = _adapters(model)
+    if speakers := [module for module in chain if callable(getattr(module, "get_output_embeddings", None))]:
+        answers = (module.get_output_embeddings() for module in speakers)  # type: ignore[operator]
+        said = [answer for answer in answers if isinstance(answer, nn.Module)][:1]
+        classifiers, unsure = _outside_of_base(speakers[-1], adapters, bool(said))
+        heads, last = said + classifiers, classifiers[-1] if unsure else None
+    elif tied := _tied_to_embeddings(model):
+        heads, last = tied, None
+    else:
+        linears = _linears(chain[-1], adapters) or _linears(model, adapters)
+        last = linears[-1] if linears and linears != [chain[-1]] and len(_linears(model, adapters)) > 1 else None
+        heads = _alternatives(model, linears[-1], linears) if linears else []
+    # A guess counts for nothing where no linear layer is trained, as beside adapters.
+    trained = any(p.requires_grad for linear in _linears(model, adapters) for p in linear.parameters())
+    guessed = [name for name, module in model.named_modules() if module is last and trained]
+    return OutputHeads(_contents(heads) - adapters, guessed[0] if guessed else None)
+
+
+def _unwrapped(model: nn.Module) -> list[nn.Module]:
+    """Return ``model`` and what it consists of, from the outside in, as far as there is only one candidate."""
+    chain = [model]
+    while (inner := _inner(chain[-1])) is not None:
+        chain.append(inner)
+    return chain
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    if callable(get_base_model := getattr(module, "get_base_model", None)):  # peft's models
+        base = get_base_model()
+        return base if isinstance(base, nn.Module) and base is not module else None
+    children = list(module.children())
+    if type(module).forward is nn.Sequential.forward:
+        children = [child for child in children if any(p.ndim >= 2 for p in child.parameters())][-1:]
+    return children[0] if len(children) == 1 and not list(module.parameters(recurse=False)) else None
+
+
+def _module(chain: list[nn.Module], item: object) -> nn.Module:
+    """Return the module that the caller means by ``item``, a name being one in the model or in what it wraps."""
+    if isinstance(item, nn.Module):
+        if not any(module is item for module in chain[0].modules()):
+            raise ValueError(f"head is a {type(item).__name__} that is no module of the model")
+        return item
+    if not isinstance(item, str):
+        raise TypeError(f"head must be a module of the model or its name, or several, got {type(item).__name__}")
+    names = {name: module for outer in reversed(chain) for name, module in outer.named_modules() if name}
+    if item not in names:
+        close = get_close_matches(item, names, 1)
+        raise ValueError(f"head: the model has no module {item!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+    return names[item]
+
+
+def _contents(modules: Iterable[nn.Module]) -> frozenset[nn.Module]:
+    return frozenset(inner for module in modules for inner in module.modules())
+
+
+def _adapters(model: nn.Module) -> frozenset[nn.Module]:
+    """Return the modules that adapters add beside a layer, which peft keeps under ``base_layer``."""
+
+    def added(module: nn.Module) -> Iterator[nn.Module]:
+        children = dict(module.named_children())
+        for name, child in children.items():
+            if name.lower().startswith("lora_") or ("base_layer" in children and name != "base_layer"):
+                yield child
+
+    return _contents(child for module in model.modules() for child in added(module))
+
+
+def _linears(module: nn.Module, adapters: frozenset[nn.Module]) -> list[nn.Module]:
+    """Return the linear layers, or those alone that peft has made for training anew, if it has."""
+    named = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear) and m not in adapters]
+    return [m for n, m in named if "modules_to_save" in n.split(".")] or [m for _, m in named]
+
+
+def _tied_to_embeddings(model: nn.Module) -> list[nn.Module]:
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [module for module in model.modules() if isinstance(module, nn.Linear) and module.weight in embeddings]
+
+
+def _outside_of_base(
+    model: nn.Module, adapters: frozenset[nn.Module], only_by_labels: bool
+) -> tuple[list[nn.Module], bool]:
+    """Return the classifiers that a model of transformers has beside its base, and whether they are guessed."""
+    base = getattr(model, "base_model", None)
+    if not isinstance(base, nn.Module) or base is model:
+        return [], False
+    inside, labels = set(base.modules()), getattr(getattr(model, "config", None), "num_labels", None)
+    outside = [module for module in model.modules() if module not in inside and module not in adapters]
+    by_labels = [
+        module
+        for module in outside
+        if labels in (getattr(module, "out_features", None), getattr(module, "out_channels", None)) and labels
+    ]
+    linears = [module for module in _linears(model, adapters) if module not in inside]
+    if by_labels or only_by_labels or not linears:
+        return by_labels, False
+    return _alternatives(model, linears[-1], linears), len(linears) > 1
+
+
+def _alternatives(model: nn.Module, head: nn.Module, linears: list[nn.Module]) -> list[nn.Module]:
+    """Return ``head`` with the linear layers beside it in a ModuleDict: one for each task or adapter; itself last."""
+    for parent in model.modules():
+        if isinstance(parent, nn.ModuleDict) and any(child is head for child in parent.values()):
+            return [child for child in parent.values() if child in linears and child is not head] + [head]
+    return [head]
