@@ -42,9 +42,9 @@ class ARS2Neo(TwoPassOptimizer):
     Its length is Adam's at the first step; that of the raw momentum would fall with the gradient, a second change.
 
     Args:
-        params: parameters, (name, parameter) pairs, or groups of either. A group may say ``track`` (``"matrix"``, the
-            default, or ``"vector"``), ``flatten``, ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``rho`` for itself.
-            :func:`ars2.param_groups` builds the groups of a model.
+        params: parameters, (name, parameter) pairs, or groups of either. A group may say ``track`` (``"matrix"`` or
+            ``"vector"``; unsaid, the shapes decide), ``flatten``, ``lr``, ``betas``, ``eps``, ``weight_decay`` and
+            ``rho`` for itself. :func:`ars2.param_groups` builds the groups of a model.
         lr: learning rate. On matrices the step is about sqrt(min(rows, cols)) times Adam's at the same value.
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.

@@ -9,7 +9,7 @@ of linear layers and convolutions are matrices whatever their shape.
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -26,6 +26,11 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS_1D = (nn.Conv1d, nn.ConvTranspose1d)
 _NOT_HIDDEN = ("embedding", "tied embedding", "output head", "norm", "token or position", "bias or gain")
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether policy ``"all"`` takes a tensor of this shape for a matrix."""
+    return len(shape) >= 2 and max(shape) < LARGEST_MATRIX_DIMENSION
 
 
 class Assignment(NamedTuple):
@@ -88,7 +93,7 @@ def _assign_one(
     role = _role(param, owners, heads)
     if param.ndim < 2:
         track, reason = "vector", "fewer than two dimensions"
-    elif max(param.shape) >= LARGEST_MATRIX_DIMENSION:
+    elif not is_matrix(param.shape):
         track, reason = "vector", f"a dimension of {LARGEST_MATRIX_DIMENSION} or more"
     elif policy == "hidden" and role in _NOT_HIDDEN:
         track, reason = "vector", f"policy hidden leaves out every {role}"

@@ -7,6 +7,7 @@ plain numbers in the groups.
 """
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +20,7 @@ from ars2 import capturable, updates, validation
 from ars2.batch import Batch
 from ars2.compiled import Compiler, Run, directly
 from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
+from ars2.param_groups import LARGEST_MATRIX_DIMENSION, is_matrix
 from ars2.sharded import Shards, find_shards, like, local, same_layout
 from ars2.sharing import Ranks
 
@@ -26,7 +28,7 @@ TRACKS = ("matrix", "vector")
 
 
 class TrackedOptimizer(Optimizer):
-    """Base of optimizers whose groups say ``track: "matrix"`` or ``track: "vector"`` (matrix if unsaid).
+    """Base of optimizers whose groups say ``track: "matrix"`` or ``track: "vector"``; the shapes decide if they do not.
 
     A matrix group may say ``flatten: True``, which reads a 3-D tensor (out, in, k) as the matrix (out, in*k), as a 1-D
     convolution's kernel; otherwise a 3-D tensor is a stack of matrices. Tensors of 4 and 5 dimensions are always read
@@ -35,6 +37,7 @@ class TrackedOptimizer(Optimizer):
 
     shared_options: ClassVar[tuple[str, ...]] = ()  # one value for the whole optimizer
     fixed_options: ClassVar[tuple[str, ...]] = ()  # a saved state with another value is refused
+    _warned_of_tracks = False
     main_counters: ClassVar[tuple[str, ...]] = ()  # which the first group has for the whole optimizer
 
     def __init__(
@@ -80,11 +83,37 @@ class TrackedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, check its options and make its state.
 
+        A group that says no track is on the one that policy ``"all"`` of :func:`ars2.param_groups` gives to tensors of
+        such shapes; one with parameters for both becomes two, the matrices first.
+
         Raises:
             ValueError: an option or parameter that is not allowed; the optimizer is then left as it was.
         """
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
+        group = {**param_group, "params": params}
+        parts = [group] if "track" in group or isinstance(params, set) else _by_track(group)
+        before = len(self.param_groups)
+        try:
+            for part in parts:
+                self._add_one_group(part)
+        except Exception:
+            for added in self.param_groups[before:]:
+                for param in added["params"]:
+                    del self.state[param]
+            del self.param_groups[before:]
+            raise
+        if not self._warned_of_tracks and any("track" not in group and part["track"] == "vector" for part in parts):
+            self._warned_of_tracks = True
+            warnings.warn(
+                f"{type(self).__name__} was given parameters without a track, so their shapes decide: those of two"
+                f" dimensions or more, all below {LARGEST_MATRIX_DIMENSION}, are matrices, the others vectors, and a"
+                " group with both becomes two. ars2.param_groups(model) builds groups that know the modules too",
+                stacklevel=2,
+            )
+
+    def _add_one_group(self, param_group: dict[str, Any]) -> None:
+        params = param_group["params"]
         group = validation.plain_numbers({**self.defaults, **param_group, "step": 0, "params": params})
         for name in self.main_counters:  # of the group that this one is a copy of
             group.pop(name, None)
@@ -369,6 +398,18 @@ class TrackedOptimizer(Optimizer):
         """A block in which autocast, if it is on, does not run the matrix products in its own dtype."""
         device = next((param.device.type for group in self.param_groups for param in group["params"]), "cpu")
         return torch.autocast(device, enabled=False)
+
+
+def _by_track(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return ``group`` with the track that the shapes of its parameters say, as two groups if these are on both."""
+    by_track: dict[str, list[Any]] = {}
+    for index, item in enumerate(group["params"]):
+        name, param = item if isinstance(item, tuple) else (str(index), item)
+        validation.check_parameter(param, name, "vector")
+        by_track.setdefault("matrix" if is_matrix(param.shape) else "vector", []).append(item)
+    return [{**group, "params": by_track[track], "track": track} for track in TRACKS if track in by_track] or [
+        {**group, "track": "matrix"}
+    ]
 
 
 def _laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 
 def check_number(
@@ -101,10 +102,12 @@ def check_parameter(param: Any, name: str, track: str) -> None:
 
     Raises:
         TypeError: not a tensor.
-        ValueError: complex or integer values, a sparse layout, or fewer than two dimensions on the matrix track.
+        ValueError: complex or integer values, a sparse layout, no shape yet, or fewer than two dimensions on the matrix track.
     """
     if not isinstance(param, Tensor):
         raise TypeError(f"parameter {name} must be a tensor, got {type(param).__name__}")
+    if is_lazy(param):
+        raise ValueError(f"parameter {name} has no shape yet: run one forward pass before making the optimizer")
     if param.is_complex():
         raise ValueError(
             f"parameter {name} is complex ({param.dtype}), which is not supported: optimize torch.view_as_real of it"

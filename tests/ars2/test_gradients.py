@@ -162,7 +162,6 @@ def test_views_into_a_bucket_of_gradients_do_not_lose_the_first_gradient() -> No
         (lambda: torch.ones(2, 2, dtype=torch.complex64), "parameter layer.weight is complex .*view_as_real"),
         (lambda: torch.ones(2, 2).to_sparse(), "parameter layer.weight is sparse"),
         (lambda: torch.ones(2, 2, dtype=torch.int64), "parameter layer.weight must be of a floating-point dtype"),
-        (lambda: torch.ones(3), r"parameter layer.weight of shape \(3,\) is on the matrix track.*track=\"vector\""),
     ],
 )
 def test_an_unsupported_parameter_is_named(cls: type, make: Callable[[], Tensor], message: str) -> None:
@@ -174,6 +173,18 @@ def test_an_unsupported_parameter_is_named(cls: type, make: Callable[[], Tensor]
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [("layer.weight", bad)]})
     assert len(optimizer.param_groups) == 1 and list(optimizer.state) == [good]
+
+
+@pytest.mark.parametrize("cls", [ARS2Neo, Muon])
+def test_a_vector_that_is_said_to_be_a_matrix_is_named(cls: type) -> None:
+    optimizer = cls([nn.Parameter(torch.ones(2, 2))])
+    bad = {"params": [("layer.weight", nn.Parameter(torch.ones(3)))], "track": "matrix"}
+    message = r"parameter layer.weight of shape \(3,\) is on the matrix track.*track=\"vector\""
+    with pytest.raises(ValueError, match=message):
+        cls([bad])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(bad)
+    assert len(optimizer.param_groups) == len(optimizer.state) == 1
 
 
 @pytest.mark.parametrize("cls", [ARS2Neo, Muon])
