@@ -102,7 +102,8 @@ def check_parameter(param: Any, name: str, track: str) -> None:
 
     Raises:
         TypeError: not a tensor.
-        ValueError: complex or integer values, a sparse layout, no shape yet, or fewer than two dimensions on the matrix track.
+        ValueError: complex or integer values, a sparse layout, no shape yet, or fewer than two dimensions on the
+            matrix track.
     """
     if not isinstance(param, Tensor):
         raise TypeError(f"parameter {name} must be a tensor, got {type(param).__name__}")
