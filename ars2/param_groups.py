@@ -111,6 +111,7 @@ def param_groups(
     matrix: Mapping[str, Any] | None = None,
     vector: Mapping[str, Any] | None = None,
     head: Head | None = None,
+    named: bool = True,
 ) -> list[dict[str, Any]]:
     """Build the parameter groups of ``model`` for any optimizer; those without tracks ignore what they do not know.
 
@@ -120,9 +121,11 @@ def param_groups(
         matrix, vector: options for the groups of that track, such as ``{"lr": 1e-2, "weight_decay": 0.0}``.
         head: the module that makes the outputs, or its name, or several; by default :func:`find_heads
             <ars2.output_heads.find_heads>` finds it. Policy ``"hidden"`` warns if that was a guess.
+        named: whether the groups hold (name, parameter) pairs, by which errors and checkpoints name a parameter.
+            ``False`` gives parameters alone, for what takes no pairs, such as ``ZeroRedundancyOptimizer``.
 
     Returns:
-        One group a track that has parameters, as (name, parameter) pairs; 1-D convolutions, whose 3-D kernels are
+        One group a track that has parameters; 1-D convolutions, whose 3-D kernels are
         flattened, have a group of their own.
 
     Raises:
@@ -143,7 +146,7 @@ def param_groups(
         group = groups.setdefault((item.track, item.flatten), {"params": [], "track": item.track, **(options or {})})
         if item.flatten:
             group["flatten"] = True
-        group["params"].append((item.name, item.param))
+        group["params"].append((item.name, item.param) if named else item.param)
     return list(groups.values())
 
 

@@ -1,11 +1,14 @@
 """Which parameter goes on which track, and why: by role, never by name."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from ars2 import ARS2Neo, Muon, param_groups, report
 from ars2.param_groups import assign
@@ -192,6 +195,18 @@ def test_any_optimizer_takes_the_groups(cls: Any) -> None:
     optimizer = cls(param_groups(model, "hidden"), lr=0.01)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     assert {group["track"] for group in optimizer.param_groups} == {"matrix", "vector"}
+
+
+def test_groups_without_names_suit_an_optimizer_that_takes_no_pairs(tmp_path: Path) -> None:
+    model = Network()
+    with_names, without = (param_groups(model, "hidden", named=named, vector={"lr": 0.5}) for named in (True, False))
+    assert [{**group, "params": [p for _, p in group["params"]]} for group in with_names] == without
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        optimizer = ZeroRedundancyOptimizer(without, ARS2Neo, mode="base")
+        assert [group["track"] for group in optimizer.optim.param_groups] == [group["track"] for group in without]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_lazy_parameter_is_named() -> None:
