@@ -30,9 +30,14 @@ def find_heads(model: nn.Module, named: Head | None = None) -> OutputHeads:
     guessed. The matrices of adapters (LoRA) are no heads.
 
     Raises:
-        TypeError: ``named`` is neither a module nor the name of one.
+        TypeError: ``model`` is no module, or ``named`` neither a module nor the name of one.
         ValueError: ``named`` is no module of the model.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"parameter groups are built from the model, whose modules say what each parameter is, got"
+            f" {type(model).__name__}: pass model, not model.parameters() or the like"
+        )
     chain = _unwrapped(model)
     if named is not None:
         items = [named] if isinstance(named, (str, nn.Module)) else named

@@ -48,6 +48,7 @@ def assign(model: nn.Module, policy: Policy = "all", head: Head | None = None) -
     """Assign every trainable parameter of ``model`` to a track, a tied one once, in order of registration.
 
     Raises:
+        TypeError: not a model.
         ValueError: unknown policy or head, no trainable parameter, or a lazy parameter that has no shape yet.
     """
     if policy not in ("all", "hidden"):
@@ -129,6 +130,7 @@ def param_groups(
         flattened, have a group of their own.
 
     Raises:
+        TypeError: not a model, such as ``model.parameters()``.
         ValueError: as :func:`assign`, or an option that the groups set themselves.
     """
     for track, options in (("matrix", matrix), ("vector", vector)):

@@ -224,6 +224,14 @@ def test_misuse_is_named() -> None:
 
 
 @pytest.mark.parametrize("policy", ["all", "hidden"])
+@pytest.mark.parametrize("function", [param_groups, report, assign])
+def test_parameters_in_the_place_of_the_model_are_an_error(function: Any, policy: str) -> None:
+    for wrong in (Network().parameters(), Network().named_parameters(), list(Network().parameters()), Network):
+        with pytest.raises(TypeError, match=r"got (generator|list|type): pass model, not model.parameters\(\)"):
+            function(wrong, policy)
+
+
+@pytest.mark.parametrize("policy", ["all", "hidden"])
 def test_the_report_has_a_line_a_parameter_and_right_totals(policy: Any) -> None:
     model = Network()
     header, *lines, totals = report(model, policy).splitlines()
