@@ -25,6 +25,11 @@ from ars2.sharded import Shards, find_shards, like, local, same_layout
 from ars2.sharing import Ranks
 
 TRACKS = ("matrix", "vector")
+# No options, but no mistakes in a group either: what schedulers, weight averaging and layer-wise decay keep there, a
+# label, and the one option by which groups for ARS2-Neo differ from those for Muon.
+FOREIGN_KEYS = frozenset(
+    {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale", "name", "rho"}
+)
 
 
 class TrackedOptimizer(Optimizer):
@@ -51,6 +56,11 @@ class TrackedOptimizer(Optimizer):
         defaults = validation.plain_numbers({"track": "matrix", "flatten": False, **defaults})
         self._check_host_options(defaults)
         super().__init__(params, {"step": 0, **defaults})
+
+    @property
+    def group_options(self) -> set[str]:
+        """The options that a group may have for itself."""
+        return {*self.defaults, "betas"} - {"step"}  # Muon keeps its betas out of the defaults
 
     def _check_options(self, group: dict[str, Any]) -> None:
         """Check a whole group's options; subclasses add their own."""
@@ -100,7 +110,7 @@ class TrackedOptimizer(Optimizer):
         except Exception:
             for added in self.param_groups[before:]:
                 for param in added["params"]:
-                    del self.state[param]
+                    self.state.pop(param, None)
             del self.param_groups[before:]
             raise
         if not self._warned_of_tracks and any("track" not in group and part["track"] == "vector" for part in parts):
@@ -118,6 +128,8 @@ class TrackedOptimizer(Optimizer):
         for name in self.main_counters:  # of the group that this one is a copy of
             group.pop(name, None)
         self._check_host_options(group)
+        names = group.keys() - FOREIGN_KEYS - {"params", "param_names", "step"}
+        validation.check_known(names, self.group_options, f"{type(self).__name__} ({group['track']} group)")
         # The first one stands for all: whoever makes thousands of groups does not wait for their squares.
         validation.check_same_options([*self.param_groups[:1], group], self.shared_options)
         for index, item in enumerate(params):

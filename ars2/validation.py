@@ -1,13 +1,16 @@
 """Checks of optimizer options: every error names the option, its value and what is allowed."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+
+_SYNONYMS = {"learning_rate": "lr", "wd": "weight_decay", "l2": "weight_decay", "epsilon": "eps", "beta": "betas"}
 
 
 def check_number(
@@ -83,6 +86,20 @@ def check_choice(options: Mapping[str, Any], name: str, allowed: Collection[Any]
     value = options.get(name, "nothing")
     if not any(isinstance(value, type(item)) and value == item for item in allowed):
         raise ValueError(f"{name} must be one of {', '.join(repr(item) for item in allowed)}, got {value!r}")
+
+
+def check_known(names: Iterable[str], known: Collection[str], of: str) -> None:
+    """Check that every name is one of the ``known`` options.
+
+    Raises:
+        ValueError: one is not; the message has the nearest that is.
+    """
+    for name in sorted(set(names) - set(known)):
+        # Other libraries' names for the same are not close by their letters.
+        near = _SYNONYMS.get(name.lower(), name)
+        close = [near] if near in known else get_close_matches(name, sorted(known), 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(sorted(known))}"
+        raise ValueError(f"{of} has no option {name!r}: {hint}")
 
 
 def check_same_options(groups: list[dict[str, Any]], names: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ars2.param_groups import Policy, param_groups
+from ars2.validation import check_known
 
 
 def build_optimizer(
@@ -26,11 +27,8 @@ def build_optimizer(
     groups: Iterable[Any] = param_groups(network, policy, matrix, vector)
     optimizer = make_optimizer(groups)
     for track, options in (("matrix", matrix), ("vector", vector)):
-        if unknown := set(options or {}) - set(optimizer.defaults):
-            raise ValueError(
-                f"{track} names {sorted(unknown)}, which {type(optimizer).__name__} does not have: "
-                f"it knows {', '.join(sorted(optimizer.defaults))}"
-            )
+        known = getattr(optimizer, "group_options", optimizer.defaults)
+        check_known(options or {}, known, f"{type(optimizer).__name__} ({track} group)")
     return optimizer
 
 

@@ -174,3 +174,35 @@ def test_a_number_says_its_range_as_it_is() -> None:
     with pytest.raises(ValueError, match=re.escape("x must be a number in (0, 1], got 0")):
         validation.check_number({"x": 0}, "x", 0.0, 1.0, open_minimum=True, closed_maximum=True)
     validation.check_number({"x": 1}, "x", 0.0, 1.0, open_minimum=True, closed_maximum=True)
+
+
+# --- options that a group names and the optimizer does not know ---
+
+
+@pytest.mark.parametrize("cls", [ARS2Neo, Muon])
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("learning_rate", "lr"), ("wd", "weight_decay"), ("weigth_decay", "weight_decay"), ("trak", "track")],
+)
+def test_an_unknown_option_of_a_group_is_an_error_with_the_nearest_name(cls: Any, name: str, nearest: str) -> None:
+    message = rf"{cls.__name__} \(matrix group\) has no option '{name}': did you mean '{nearest}'\?"
+    with pytest.raises(ValueError, match=message):
+        cls([{"params": [nn.Parameter(torch.ones(2, 2))], name: 1}])
+    optimizer = cls([nn.Parameter(torch.ones(2, 2))])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))], name: 1})
+    assert len(optimizer.param_groups) == len(optimizer.state) == 1
+
+
+def test_an_unknown_option_that_resembles_none_is_answered_by_all() -> None:
+    with pytest.raises(ValueError, match=r"has no option 'zzz': it knows alpha, betas, .*, weight_decay$"):
+        ARS2Neo([{"params": [nn.Parameter(torch.ones(2, 2))], "zzz": 1}])
+
+
+@pytest.mark.parametrize("cls", [ARS2Neo, Muon])
+def test_a_group_may_have_what_schedulers_keep_in_it(cls: Any) -> None:
+    optimizer = cls([nn.Parameter(torch.ones(2, 2))])
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5)
+    copy = {**optimizer.param_groups[0], "params": [nn.Parameter(torch.ones(2, 2))], "name": "new", "lr_scale": 0.5}
+    optimizer.add_param_group(copy)
+    assert [group.get("name") for group in optimizer.param_groups] == [None, "new"]

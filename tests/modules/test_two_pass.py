@@ -2,13 +2,16 @@
 
 import inspect
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from ars2 import ARS2Neo
+from ars2 import ARS2Neo, Muon
+from modules.optimizer_setup import build_optimizer
 from modules.replay import frozen_statistics
 from modules.two_pass import TwoPassModule
 from tests.modules.by_hand import Loop
@@ -167,7 +170,10 @@ def test_gradient_evaluations_are_counted_and_saved(name: str, tmp_path: Any) ->
     [
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be at least 1, got 0"),
         ({"gradient_clip_val": 0.0}, "gradient_clip_val must be above 0"),
-        ({"vector": {"weight_dacay": 1.0}}, "vector names .'weight_dacay'.*weight_decay"),
+        (
+            {"vector": {"weight_dacay": 1.0}},
+            r"\(vector group\) has no option 'weight_dacay': did you mean 'weight_decay'",
+        ),
         ({"policy": "most"}, "policy must be 'all' or 'hidden', got 'most'"),
         ({"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau needs a metric"),
     ],
@@ -175,6 +181,16 @@ def test_gradient_evaluations_are_counted_and_saved(name: str, tmp_path: Any) ->
 def test_options_that_make_no_sense_are_errors_that_name_them(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         fit(SmallTask(optimizer=make_optimizer("base"), **options))
+
+
+@pytest.mark.parametrize("track", ["matrix", "vector"])
+@pytest.mark.parametrize(("name", "nearest"), [("learning_rate", "lr"), ("wieght_decay", "weight_decay")])
+def test_an_option_of_one_track_that_any_optimizer_lacks_is_an_error(track: str, name: str, nearest: str) -> None:
+    for make in (partial(torch.optim.AdamW, lr=0.1), partial(Muon, lr=0.1), partial(ARS2Neo, lr=0.1)):
+        message = rf"{make.func.__name__} \({track} group\) has no option '{name}': did you mean '{nearest}'"
+        with pytest.raises(ValueError, match=message):
+            build_optimizer(nn.Linear(2, 2), make, "all", **{"matrix": None, "vector": None, track: {name: 1.0}})
+    build_optimizer(nn.Linear(2, 2), Muon, "all", None, {"betas": (0.8, 0.9)})
 
 
 def test_the_base_module_names_no_optimizer() -> None:
