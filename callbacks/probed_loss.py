@@ -10,8 +10,8 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from ars2.replay import frozen_statistics
 from callbacks.curvature import Vector, twice_differentiable
-from modules.replay import frozen_statistics
 from modules.two_pass import TwoPassModule
 
 

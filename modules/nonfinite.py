@@ -3,14 +3,16 @@
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ars2.replay import Buffers
 from ars2.sharded import local
-from library_internals import NormBase, sparse_values
+from library_internals import sparse_values
 
 # Fifteen skipped steps below a scale of one: no scale makes these gradients finite.
 SMALLEST_SCALE = 2.0**-15
@@ -84,31 +86,6 @@ def lower_scale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
     return scaler.get_scale() < SMALLEST_SCALE
 
 
-class RunningStatistics:
-    """BatchNorm's running statistics as they were before a step: a forward pass alone can spoil them.
-
-    Args:
-        network: on the device where it is trained.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        norms = [module for module in network.modules() if isinstance(module, NormBase)]
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for buffer in (buffer for norm in norms for buffer in norm.buffers(recurse=False)):
-            by_dtype.setdefault(buffer.dtype, []).append(buffer)
-        self._pairs = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in by_dtype.values()]
-
-    def keep(self) -> None:
-        """Remember them as they are now."""
-        for buffers, copies in self._pairs:
-            torch._foreach_copy_(copies, buffers)
-
-    def go_back(self) -> None:
-        """Make them what they were when :meth:`keep` was called."""
-        for buffers, copies in self._pairs:
-            torch._foreach_copy_(buffers, copies)
-
-
 class StepRecord:
     """What tells of one optimizer step that it was not finite, and why; and what the step must give back then.
 
@@ -119,18 +96,24 @@ class StepRecord:
     losses: tuple[list[Tensor], list[Tensor]]
 
     def __init__(self) -> None:
-        self._statistics: RunningStatistics | None = None
+        self._buffers: Buffers | None = None
+        self._buffers_between: Buffers | None = None
 
     def begin(self, network: nn.Module) -> None:
         """Forget the last step; ``network`` is the same each time, on the device where it is trained."""
         self.losses = [], []
-        self._statistics = self._statistics or RunningStatistics(network)
-        self._statistics.keep()
+        self._buffers = self._buffers or Buffers(network)
+        self._buffers.keep()
+
+    def frozen_statistics(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Leave the buffers of ``network``, such as running statistics, alone in a block: that of the second pass."""
+        self._buffers_between = self._buffers_between or Buffers(network)
+        return self._buffers_between.unchanged()
 
     def take_back(self) -> None:
-        """Make the running statistics what they were when the step began."""
-        if self._statistics is not None:
-            self._statistics.go_back()
+        """Make the buffers, such as running statistics, what they were when the step began."""
+        if self._buffers is not None:
+            self._buffers.put_back()
 
     def is_finite(self, optimizer: Any) -> Tensor:
         """Look, once a step and before anything is updated, at the losses and gradients of both passes.

@@ -1,7 +1,7 @@
 """One training step for every optimizer: a gradient, a second one where the optimizer wants it, one update.
 
 Knows nothing of any task and names no optimizer. Both passes see the same batches and the same random numbers;
-BatchNorm statistics and the reported loss come from the first one alone. What is measured is in
+buffers (BatchNorm's statistics) and the reported loss come from the first one alone. What is measured is in
 :mod:`modules.measured`, what must not be taken in in :mod:`modules.nonfinite`.
 """
 
@@ -18,11 +18,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DistributedSampler
 
 from ars2.param_groups import Policy
+from ars2.replay import random_state
 from library_internals import is_compiled
 from modules.measured import MeasuredModule
 from modules.nonfinite import StepRecord, lower_scale
 from modules.optimizer_setup import build_optimizer, build_scheduler
-from modules.replay import frozen_statistics, random_state
 from modules.sharding import shard
 from modules.stage_metrics import remember
 
@@ -197,7 +197,7 @@ class TwoPassModule(MeasuredModule):
         after = random_state(self.device)
         optimizer.perturb()
         try:
-            with frozen_statistics(self.network):
+            with self._record.frozen_statistics(self.network):
                 for number, (batch, weight, replay) in enumerate(self._window, start=1):
                     replay()
                     loss = self.compute_loss(batch, None)

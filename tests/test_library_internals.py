@@ -77,6 +77,8 @@ OF_THE_OPTIMIZER: dict[str, list[Any]] = {
     "_fused_adamw_": [torch],
     "_version": [torch.Tensor],
     "_is_view": [torch.Tensor],
+    "_buffers": [torch.nn.Module()],
+    "_non_persistent_buffers_set": [torch.nn.Module()],
 }
 
 

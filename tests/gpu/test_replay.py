@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from modules.replay import random_state
+from ars2.replay import random_state
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

@@ -75,7 +75,7 @@ def test_by_option_such_steps_are_left_out_and_counted(name: str, in_pass: int) 
         assert "train/skipped_steps" not in trainer.callback_metrics
 
 
-def test_a_batch_that_is_not_finite_leaves_no_trace_in_batchnorm() -> None:
+def test_a_batch_that_is_not_finite_leaves_no_trace_in_running_statistics() -> None:
     class BrokenInput(SmallTask):
         def compute_loss(self, batch: Any, metrics: Any) -> torch.Tensor:
             broken = self.global_step == 3 and self.skipped_steps == 0
@@ -84,6 +84,11 @@ def test_a_batch_that_is_not_finite_leaves_no_trace_in_batchnorm() -> None:
     module = BrokenInput(optimizer=make_optimizer("sync"), nonfinite="skip")
     fit(module)
     assert_equal_states(state_of(module), Loop("sync", damaged={3}).train())
+    assert all(buffer.isfinite().all() for buffer in module.network.buffers())
+    module = BrokenInput(optimizer=make_optimizer("sync"), nonfinite="skip")
+    module.network.norm = nn.InstanceNorm2d(4, track_running_stats=True)  # type: ignore[assignment]
+    fit(module)
+    assert module.skipped_steps == 1
     assert all(buffer.isfinite().all() for buffer in module.network.buffers())
 
 

@@ -1,0 +1,111 @@
+"""Make the second pass of a step repeat the first: the same random numbers, and buffers left as they are."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Kept(NamedTuple):
+    """A buffer, its contents and the version that they are of."""
+
+    buffer: Tensor
+    copy: Tensor
+    version: int
+
+
+class Buffers:
+    """The buffers of a module as they were, since a forward pass may change them in place or replace them.
+
+    A buffer that no checkpoint keeps, as a rotary table, is copied again only when its version has changed. The others
+    are copied each time: BatchNorm's kernel writes the running statistics without a new version.
+
+    Args:
+        module: on the device where it is used.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = [m for m in module.modules() if m._buffers]
+        self._kept: dict[tuple[nn.Module, str], Kept] = {}
+
+    def keep(self) -> None:
+        """Remember the buffers as they are now."""
+        before, self._kept = self._kept, {}
+        stale: list[Kept] = []
+        for module in self._modules:
+            for name, buffer in module.named_buffers(recurse=False):
+                kept = before.get((module, name))
+                if kept is None or kept.buffer is not buffer:
+                    kept = Kept(buffer, torch.empty_like(buffer), -1)
+                if _may_have_changed(module, name, kept):
+                    kept = kept._replace(version=_version(buffer))
+                    stale.append(kept)
+                self._kept[module, name] = kept
+        _copy([kept.copy for kept in stale], [kept.buffer for kept in stale])
+
+    def put_back(self) -> None:
+        """Make the buffers what they were when :meth:`keep` was called; the same tensors, written in place."""
+        stale: list[Kept] = []
+        for (module, name), kept in self._kept.items():
+            if getattr(module, name) is not kept.buffer:
+                setattr(module, name, kept.buffer)
+            if _may_have_changed(module, name, kept):
+                stale.append(kept)
+        _copy([kept.buffer for kept in stale], [kept.copy for kept in stale])
+        for slot, kept in self._kept.items():
+            self._kept[slot] = kept._replace(version=_version(kept.buffer))
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Put the buffers back at the end of a block, on every way out."""
+        self.keep()
+        try:
+            yield
+        finally:
+            self.put_back()
+
+
+def _version(buffer: Tensor) -> int:
+    return 0 if buffer.is_inference() else buffer._version
+
+
+def _may_have_changed(module: nn.Module, name: str, kept: Kept) -> bool:
+    buffer = kept.buffer
+    # Nothing writes to a tensor that was made in inference mode, or whose entries share their memory.
+    if buffer.is_inference() or (
+        buffer.layout is torch.strided and 0 in buffer.stride() and not buffer.is_contiguous()
+    ):
+        return False
+    return name not in module._non_persistent_buffers_set or _version(buffer) != kept.version
+
+
+@torch.no_grad()
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for target, source in zip(targets, sources, strict=True):
+        into, out_of = alike[target.device, target.dtype]
+        into.append(target)
+        out_of.append(source)
+    for into, out_of in alike.values():
+        torch._foreach_copy_(into, out_of)
+
+
+def frozen_statistics(module: nn.Module) -> AbstractContextManager[None]:
+    """Leave running statistics, and all other buffers, alone in a block, which normalises with batch statistics."""
+    return Buffers(module).unchanged()
+
+
+def random_state(device: torch.device) -> Callable[[], None]:
+    """Remember the random state of the host and of ``device``; calling the result goes back to it."""
+    host = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def go_back() -> None:
+        torch.set_rng_state(host)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+    return go_back
