@@ -69,7 +69,8 @@ def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paire
     if n < 2:
         return None
     error = differences.std(ddof=1) / np.sqrt(n)
-    if error == 0:  # no scatter to measure the difference by
+    # Metrics are computed in single precision, whose rounding is no scatter to measure the difference by.
+    if np.ptp(differences) <= 1e-6 * max(abs(side[seed]) for side in (values, reference) for seed in seeds):
         return Paired(mean_interval(differences.tolist()), np.nan, 0.0)
     p = float(stats.ttest_1samp(differences, 0.0).pvalue)
     return Paired(mean_interval(differences.tolist()), p, float(detectable_effect(n) * error))
@@ -130,7 +131,8 @@ class Time:
 def median_time(times: Sequence[Time]) -> Median:
     """Return the Kaplan-Meier median of right-censored times (Kaplan and Meier 1958).
 
-    Its interval is that of Brookmeyer and Crowley (1982): where the log-log band of the survival curve has one half.
+    It is the first time at which at most one half is left: the 12th of 24 that were all reached. Its interval is that
+    of Brookmeyer and Crowley (1982): where the log-log band of the survival curve has one half.
     """
     n = len(times)
     reached = np.asarray([time.reached for time in times if time.reached is not None], dtype=float)
@@ -145,7 +147,8 @@ def median_time(times: Sequence[Time]) -> Median:
     steps = survival.quantiles
 
     def crossing(probabilities: np.ndarray) -> float | None:
-        below = np.flatnonzero(probabilities <= 0.5)
+        # The curve is a product of fractions: where it is one half, rounding may leave it just above.
+        below = np.flatnonzero(probabilities <= 0.5 + 1e-9)
         return float(steps[below[0]]) if len(below) else None
 
     median = crossing(survival.probabilities)

@@ -61,6 +61,11 @@ def test_without_scatter_there_is_no_p_value() -> None:
     assert compared is not None
     assert compared.difference.mean == 0.5
     assert math.isnan(compared.p)
+    # One point better on both seeds, as single precision has it: the differences are equal but for rounding.
+    single = [{str(seed): float(np.float32(value)) for seed, value in enumerate(v)} for v in ((0.9, 0.8), (0.8, 0.7))]
+    compared = paired(*single)
+    assert compared is not None
+    assert math.isnan(compared.p)
 
 
 def test_the_smallest_detectable_difference_is_detected_in_four_of_five_experiments() -> None:
@@ -94,6 +99,20 @@ def test_censored_times_count_as_longer_than_they_were_watched() -> None:
     assert (median.reached, median.median, median.horizon) == (3, 4, 10)
     # To leave the missed ones out would say 3, to take their ends for times as well.
     assert np.median([1, 3, 4]) == np.median([1, 3, 4, 2, 10]) == 3
+
+
+def test_the_median_is_where_survival_is_exactly_one_half() -> None:
+    # The one that was watched for no time tells nothing: 24 are left, and after the 12th one half of them.
+    assert median_time([*reached(*range(1, 25)), *missed(0.5)]).median == 12
+    # One that outlasts all others counts: after 12 of 25, 13 are left.
+    assert median_time([*reached(*range(1, 25)), *missed(30)]).median == 13
+    for half in range(1, 40):
+        for censored in range(4):
+            times = [*reached(*range(1, 2 * half + 1)), *missed(*[0.5] * censored)]
+            assert median_time(times).median == half, (half, censored)
+    # As many that never got there as did: one half is left after the last that did.
+    for half in range(1, 40):
+        assert median_time([*reached(*range(1, half + 1)), *missed(*[100] * half)]).median == half
 
 
 def test_a_target_that_most_runs_missed_has_no_median() -> None:
