@@ -1,5 +1,6 @@
 """Make the second pass of a step repeat the first: the same random numbers, and buffers left as they are."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -98,14 +99,30 @@ def frozen_statistics(module: nn.Module) -> AbstractContextManager[None]:
     return Buffers(module).unchanged()
 
 
-def random_state(device: torch.device) -> Callable[[], None]:
-    """Remember the random state of the host and of ``device``; calling the result goes back to it."""
+def random_state(*devices: torch.device) -> Callable[[], None]:
+    """Remember the random state of the host and of ``devices``; calling the result goes back to it.
+
+    Warns:
+        UserWarning: the random state of a device cannot be read; it is then left alone.
+    """
     host = torch.get_rng_state()
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    states: list[tuple[Callable[[Tensor, torch.device], None], Tensor, torch.device]] = []
+    for device in dict.fromkeys(device for device in devices if device.type not in ("cpu", "meta")):
+        try:
+            backend = torch.get_device_module(device)
+            get_state, set_state = backend.get_rng_state, backend.set_rng_state
+        except (RuntimeError, AttributeError):
+            warnings.warn(
+                f"the random state of devices of type {device.type!r} cannot be read: there the second pass draws"
+                " other random numbers (dropout) than the first",
+                stacklevel=2,
+            )
+        else:
+            states.append((set_state, get_state(device), device))
 
     def go_back() -> None:
         torch.set_rng_state(host)
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device, device)
+        for set_state, state, device in states:
+            set_state(state, device)
 
     return go_back

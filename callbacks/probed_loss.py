@@ -10,7 +10,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from ars2.replay import frozen_statistics
+from ars2.replay import frozen_statistics, random_state
 from callbacks.curvature import Vector, twice_differentiable
 from modules.two_pass import TwoPassModule
 
@@ -21,10 +21,12 @@ def unchanged(pl_module: TwoPassModule) -> Iterator[None]:
     tensors = [*pl_module.parameters(), *pl_module.buffers()]
     kept = [tensor.detach().clone() for tensor in tensors]
     gradients = [(param, param.grad) for param in pl_module.parameters()]
+    go_back = random_state(pl_module.device)  # isolate_rng knows of CPU and CUDA alone
     try:
         with isolate_rng(), frozen_statistics(pl_module.network), twice_differentiable():
             yield
     finally:
+        go_back()
         with torch.no_grad():
             for tensor, copy in zip(tensors, kept, strict=True):
                 tensor.copy_(copy)

@@ -19,9 +19,18 @@ def random_states() -> dict[str, Any]:
         "numpy": [algorithm, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state_all()
+    if (accelerator := _accelerator()) is not None:
+        kind, devices = accelerator
+        states[kind] = [torch.get_device_module(kind).get_rng_state(device) for device in devices]
     return states
+
+
+def _accelerator() -> tuple[str, list[torch.device]] | None:
+    """Return the kind of the machine's accelerator (cuda, mps, xpu, ...) and its devices; None without any."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or not hasattr(torch.get_device_module(accelerator.type), "get_rng_state"):
+        return None
+    return accelerator.type, [torch.device(accelerator.type, i) for i in range(torch.accelerator.device_count())]
 
 
 def set_random_states(states: dict[str, Any]) -> None:
@@ -31,8 +40,11 @@ def set_random_states(states: dict[str, Any]) -> None:
     algorithm, numbers, *rest = states["numpy"]
     np.random.set_state((algorithm, numbers.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"].cpu())
-    if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])
+    if (accelerator := _accelerator()) is not None:
+        kind, devices = accelerator
+        if len(states.get(kind, [])) == len(devices):
+            for device, state in zip(devices, states[kind], strict=True):
+                torch.get_device_module(kind).set_rng_state(state.cpu(), device)
 
 
 class RandomStates(L.Callback):

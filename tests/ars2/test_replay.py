@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ars2.replay import Buffers, frozen_statistics
+from ars2.replay import Buffers, frozen_statistics, random_state
 
 
 class Running(nn.Module):
@@ -148,3 +148,50 @@ def test_buffers_come_back_after_an_error() -> None:
         network(images())
         raise ZeroDivisionError
     assert network.num_batches_tracked == 0 and torch.equal(network.running_mean, torch.zeros(4))
+
+
+# --- random numbers ---
+
+
+class Generators:
+    """A device's module: a generator for each of its devices, as torch.cuda, torch.mps and torch.xpu have them."""
+
+    def __init__(self) -> None:
+        self.of: dict[torch.device, torch.Generator] = {}
+
+    def get_rng_state(self, device: torch.device) -> Tensor:
+        return self.of.setdefault(device, torch.Generator().manual_seed(0)).get_state()
+
+    def set_rng_state(self, state: Tensor, device: torch.device) -> None:
+        self.of[device].set_state(state)
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu", "cuda"])
+def test_the_random_state_of_every_device_comes_back(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    generators, devices = Generators(), [torch.device(kind, 0), torch.device(kind, 1)]
+    monkeypatch.setattr(torch, "get_device_module", lambda device: generators)
+
+    def draw() -> list[Tensor]:
+        return [torch.rand(3), *(torch.rand(3, generator=generators.of[device]) for device in devices)]
+
+    go_back = random_state(torch.device("cpu"), *devices)
+    first, other = draw(), draw()
+    go_back()
+    assert all(torch.equal(a, b) for a, b in zip(draw(), first, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("backend", [None, object()])
+def test_a_device_whose_random_state_cannot_be_read_is_named(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend is not None:
+        monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
+    with pytest.warns(UserWarning, match="random state of devices of type '.*' cannot be read: there the second pass"):
+        go_back = random_state(torch.device("privateuseone", 0))
+    first = torch.rand(3)
+    go_back()
+    assert torch.equal(torch.rand(3), first)  # the host's is replayed all the same
+
+
+def test_no_warning_where_nothing_is_drawn(recwarn: pytest.WarningsRecorder) -> None:
+    random_state(torch.device("cpu"), torch.device("meta"))()
+    assert not recwarn

@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from callbacks.last_checkpoint import LastCheckpoint
@@ -21,6 +22,32 @@ def test_every_generator_goes_back_exactly_also_through_a_checkpoint(tmp_path: P
     draws()
     set_random_states(torch.load(tmp_path / "states", weights_only=True))
     assert draws() == expected
+
+
+class Generators:
+    """Stands for torch.mps or torch.xpu, with two devices."""
+
+    def __init__(self) -> None:
+        self.of = [torch.Generator().manual_seed(i) for i in range(2)]
+
+    def get_rng_state(self, device: torch.device) -> torch.Tensor:
+        return self.of[device.index].get_state()
+
+    def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
+        self.of[device.index].set_state(state)
+
+
+def test_the_generators_of_any_accelerator_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Generators()
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: there)
+    states = random_states()
+    expected = [torch.rand(3, generator=generator) for generator in there.of]
+    set_random_states(states)
+    again = [torch.rand(3, generator=generator) for generator in there.of]
+    assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+    set_random_states({**states, "xpu": states["xpu"][:1]})  # of a machine with another number of devices
 
 
 class Draws(RandomStates):
