@@ -155,8 +155,9 @@ class ARS2Neo(TwoPassOptimizer):
 
         Args:
             closure: zeroes the gradients, evaluates the loss, calls backward and returns the loss; it is evaluated once
-                or twice as the mode says. If the parts were called in this step, the passes have been made: a closure
-                is then evaluated once for its other effects, and only the update is applied.
+                or twice as the mode says, with the same dropout if it is :func:`ars2.repeatable`. If the parts were
+                called in this step, the passes have been made: a closure is then evaluated once for its other effects,
+                and only the update is applied.
 
         Returns:
             What the closure's first evaluation returned; ``None`` without a closure.

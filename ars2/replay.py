@@ -1,13 +1,21 @@
-"""Make the second pass of a step repeat the first: the same random numbers, and buffers left as they are."""
+"""Make the second pass of a step repeat the first: the same random numbers, and buffers left as they are.
 
+In a plain loop :func:`repeatable` does both::
+
+    loss = optimizer.step(repeatable(closure, model))
+"""
+
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Result = TypeVar("Result")
 
 
 class Kept(NamedTuple):
@@ -126,3 +134,33 @@ def random_state(*devices: torch.device) -> Callable[[], None]:
             set_state(state, device)
 
     return go_back
+
+
+def repeatable(closure: Callable[[], Result], model: nn.Module) -> Callable[[], Result]:
+    """Return a closure that repeats its first call in every later one: same random numbers, buffers left alone.
+
+    Wrap the closure anew in every step. Random numbers are torch's, on the host and on the devices of the model; what
+    is drawn after a later call is what would have been drawn without it.
+
+    Args:
+        closure: as for ``optimizer.step``, or any function that makes one pass.
+        model: whose buffers, such as BatchNorm's running statistics, the first call alone changes.
+    """
+    devices = {param.device for param in model.parameters()}
+    replay: Callable[[], None] | None = None
+
+    @functools.wraps(closure)
+    def repeated() -> Result:
+        nonlocal replay
+        now = random_state(*devices)
+        if replay is None:
+            replay = now
+            return closure()
+        replay()
+        try:
+            with frozen_statistics(model):
+                return closure()
+        finally:
+            now()
+
+    return repeated

@@ -2,8 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,6 +25,30 @@ def test_the_plain_loops_run_one_after_the_other_and_learn(capsys: pytest.Captur
     exec(parts, names)
     moved = [not before[i].equal(param) for i, param in enumerate(model.parameters())]  # type: ignore[attr-defined]
     assert all(moved) and model(inputs).shape == targets.shape  # type: ignore[operator, attr-defined]
+
+
+class Recording(torch.nn.Dropout):
+    """Keep what was dropped by each pass."""
+
+    masks: ClassVar[list[torch.Tensor]] = []
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        output = super().forward(input)
+        self.masks.append(output == 0)
+        return output
+
+
+def test_both_passes_of_the_plain_loops_drop_the_same_and_only_the_first_moves_running_statistics() -> None:
+    loop, parts = re.findall(r"```python\n(.*?)```", README, re.S)
+    replaced = loop.replace("torch.nn.Tanh()", "torch.nn.BatchNorm1d(64), Recording(0.5)").replace("200", "1")
+    assert loop.count("torch.nn.Tanh()") == loop.count("200") == 1
+    names: dict[str, Any] = {"Recording": Recording}
+    for steps, code in enumerate((replaced, parts), start=1):
+        Recording.masks.clear()
+        exec(code, names)
+        first, second = Recording.masks
+        assert torch.equal(first, second) and first.any() and not first.all()
+        assert names["model"][1].num_batches_tracked == steps
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))

@@ -41,5 +41,5 @@ def test_there_are_files_to_look_at() -> None:
 
 
 def test_what_is_exported_is_there_and_documented() -> None:
-    assert set(ars2.__all__) == {"ARS2Neo", "Muon", "orthogonalize", "param_groups", "report"}
+    assert set(ars2.__all__) == {"ARS2Neo", "Muon", "orthogonalize", "param_groups", "repeatable", "report"}
     assert all(getattr(ars2, name).__doc__ for name in ars2.__all__)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ars2.replay import Buffers, frozen_statistics, random_state
+from ars2.replay import Buffers, frozen_statistics, random_state, repeatable
 
 
 class Running(nn.Module):
@@ -195,3 +195,36 @@ def test_a_device_whose_random_state_cannot_be_read_is_named(backend: Any, monke
 def test_no_warning_where_nothing_is_drawn(recwarn: pytest.WarningsRecorder) -> None:
     random_state(torch.device("cpu"), torch.device("meta"))()
     assert not recwarn
+
+
+# --- whole passes ---
+
+
+def test_a_repeatable_closure_repeats_its_first_call() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(4), nn.Dropout(0.5))
+    torch.manual_seed(0)
+    expected = network(images()), torch.rand(3)
+    once = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    network[0].reset_running_stats()
+    torch.manual_seed(0)
+    closure = repeatable(lambda: network(images()), network)
+    first, second, third, after = closure(), closure(), closure(), torch.rand(3)
+    assert all(torch.equal(output, expected[0]) for output in (first, second, third))
+    assert torch.equal(after, expected[1])  # as if there had been one call
+    assert all(torch.equal(buffer, once[name]) for name, buffer in network.named_buffers())
+
+
+def test_random_numbers_after_a_second_pass_that_fails_are_those_without_it() -> None:
+    def closure() -> None:
+        torch.rand(100 if fails else 1)
+        if fails:
+            raise ZeroDivisionError
+
+    fails = False
+    torch.manual_seed(0)
+    repeated = repeatable(closure, nn.Linear(1, 1))
+    repeated()
+    state, fails = torch.get_rng_state(), True
+    with pytest.raises(ZeroDivisionError):
+        repeated()
+    assert torch.equal(torch.get_rng_state(), state)
