@@ -155,15 +155,17 @@ class ARS2Neo(TwoPassOptimizer):
 
         Args:
             closure: zeroes the gradients, evaluates the loss, calls backward and returns the loss; it is evaluated once
-                or twice as the mode says, with the same dropout if it is :func:`ars2.repeatable`. If the parts were
-                called in this step, the passes have been made: a closure is then evaluated once for its other effects,
-                and only the update is applied.
+                or twice as the mode says, with the same dropout if it is :func:`ars2.repeatable`. In mode ``"base"`` it
+                may add to gradients that were there before; a second evaluation would not repeat these. If the parts
+                were called in this step, the passes have been made: a closure is then evaluated once for its other
+                effects, and only the update is applied.
 
         Returns:
             What the closure's first evaluation returned; ``None`` without a closure.
 
         Raises:
-            RuntimeError: the parts were not called, the second gradient is missing, or the parameters are still moved.
+            RuntimeError: the parts were not called, the second gradient is missing or not of the batches of the first,
+                or the parameters are still moved.
         """
         self._refuse_while_moved("step()")
         now, result = self._pass, None

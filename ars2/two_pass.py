@@ -1,5 +1,6 @@
 """A step that may evaluate the gradient twice: when it does, the way to the adversarial point and back, and misuse."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ars2 import flatness, sharded_flatness, updates
 from ars2.batch import Batch
+from ars2.sharded import local
 from ars2.tracked import TrackedOptimizer
 
 
@@ -208,29 +210,50 @@ class TwoPassOptimizer(TrackedOptimizer):
                 "torch.compile of step(closure) cannot hold two passes: call step() as it is, and make the optimizer"
                 " with compile=True"
             )
-        before = [(p, p.grad, p.grad._version) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        params = [param for group in self.param_groups for param in group["params"]]
+        before = [(p, p.grad, local(p.grad)._version) for p in params if p.grad is not None]
         with torch.enable_grad():
             result = closure()
-        if before and all(p.grad is grad and grad._version == version for p, grad, version in before):
+        if before and all(p.grad is grad and local(grad)._version == version for p, grad, version in before):
             raise RuntimeError(
                 "step(closure): the closure computed no gradient; it must zero the gradients, evaluate the loss and"
                 " call backward() (in a loop that makes the passes itself, call wants_second_pass() before step())"
             )
         if not self._check_gradients():
             return result
+        # Zeroed in place, or added to; with create_graph adding makes a new tensor.
+        kept = [p for p, grad, _ in before if p.grad is not None and (p.grad is grad or p.grad.requires_grad)]
         if self.wants_second_pass():
             try:
                 self.perturb()
+                for param in kept:
+                    # Whatever is added to NaN, and whatever is then done with it, is NaN.
+                    param.grad = torch.full_like(self.first_gradients[param], math.nan, requires_grad=False)
                 with torch.enable_grad():
                     closure()
                 self.restore()
                 if not self._check_gradients():
                     raise RuntimeError("step(closure): the closure computed no gradient at the adversarial point")
+                self._check_not_added_to(kept)
             except BaseException:
                 self._abandon()
                 raise
         self._update()
         return result
+
+    @staticmethod
+    def _check_not_added_to(params: list[Tensor]) -> None:
+        """Check that a closure did not add to the NaN gradients that it found; reads the device if there were any."""
+        grads = [local(p.grad) for p in params if p.grad is not None]
+        # While a CUDA graph is captured nothing can be read; the steps that warm up for it are checked.
+        if not grads or (grads[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if any(torch.stack([grad.isnan().all() for grad in grads if grad.numel()]).tolist()):
+            raise RuntimeError(
+                "step(closure): the closure adds to gradients of earlier backward passes, which its second evaluation"
+                " does not repeat: zero the gradients and evaluate all micro-batches in the closure, or make the passes"
+                " with wants_second_pass(), perturb() and restore() (Lightning's accumulate_grad_batches does neither)"
+            )
 
     def _abandon(self) -> None:
         """End a step that failed: the parameters where they belong, the first gradients in ``.grad`` again."""
