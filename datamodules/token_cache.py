@@ -21,7 +21,7 @@ from rich.progress import Progress
 from datamodules.text_corpus import SPLITS, Corpus
 from datamodules.token_rows import PAD, Protocol, SplitTokens, split_tokens
 
-_FORMAT = 2  # of the cache, and of everything in this folder that its contents follow from
+_FORMAT = 3  # of the cache, and of everything in this folder that its contents follow from
 _SPECIAL_TOKENS = ["<|endoftext|>", "<pad>"]
 _BYTES = 256
 _ENCODED_AT_ONCE = 4096

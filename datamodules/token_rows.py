@@ -1,6 +1,5 @@
 """Two ways from lines of text to rows of tokens, of which ``row[:-1]`` predicts ``row[1:]``."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -10,7 +9,6 @@ from numpy.typing import NDArray
 Protocol = Literal["packed", "contiguous"]
 END, PAD = 0, 1  # the tokenizer's special tokens, <|endoftext|> and <pad>
 UNKNOWN = "<unk>"  # what the tokens version of WikiText-2 has in place of rare words
-_PIECE = re.compile(r"[^.]*\.|[^.]+")
 
 # Texts in, the tokens of each out; a lazy iterable, so that not all tokens are Python numbers at once.
 Encode = Callable[[Sequence[str]], Iterable[list[int]]]
@@ -31,11 +29,15 @@ class SplitTokens(NamedTuple):
 
 
 def pieces(lines: Iterable[str]) -> Iterator[str]:
-    """Cut each line after every full stop; white space around a piece goes, and with it pieces of nothing else."""
+    """Split each line at its full stops, and end every piece with one of its own.
+
+    White space around a piece is stripped first, so "an actor ." becomes "an actor."; empty pieces are dropped, and a
+    piece that had no full stop, such as a heading, gets one too.
+    """
     for line in lines:
-        for piece in _PIECE.findall(line):
+        for piece in line.split("."):
             if piece := piece.strip():
-                yield piece
+                yield f"{piece}."
 
 
 def packed(lines: Sequence[str], encode: Encode, context: int) -> NDArray[np.int32]:
