@@ -6,7 +6,7 @@ were trained on the same data by the same rules of evaluation, with the same net
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ _LOGISTICS = {
     # What predict is asked.
     *("questions", "images", "prompts"),
 }
+# Of runs that did not record which of their data's options are places: told by how the names end.
 _PLACES = ("root", "dir", "directory", "folder", "path", "cache", "file")
 # What modules.two_pass.TwoPassModule adds to every task: how a network is trained, not what it is.
 _TRAINING = (
@@ -83,9 +84,12 @@ def _last(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _is_logistics(key: str) -> bool:
-    name = _last(key)
-    return name in _LOGISTICS or name.rpartition("_")[2] in _PLACES
+def contents_of(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a data module's ``description()`` says of the data itself, by dotted key: digests and sizes.
+
+    Sentences in it are for people, and left out.
+    """
+    return {key: value for key, value in flatten(description) if not (isinstance(value, str) and " " in value)}
 
 
 def _is_neutral(key: str, value: Any) -> bool:
@@ -104,6 +108,8 @@ class RunIdentity:
 
     Args:
         config: nested mappings, as YAML gives them.
+        contents: what was recorded of the data itself, see :func:`contents_of`; ``None`` if nothing was.
+        places: options of the data, by dotted key, that say where it is; ``None`` goes by how their names end.
 
     Attributes:
         options: the config by dotted key, see :func:`flatten`, without options that change nothing.
@@ -112,14 +118,19 @@ class RunIdentity:
         seed: of the run, as it is written after ``s``: ``7``, or ``7.42`` where the data has another seed (42).
         experiment: the name given to it.
         sweep: the search that it is part of, if any.
-        protocol: what must be equal for two runs to be comparable, by dotted key.
-        setting: everything that training depends on, its seeds left out, by dotted key.
+        contents: what is known of the data itself, by dotted key; a part of protocol and setting.
 
     Raises:
         ValueError: the config names no model, data or optimizer.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        contents: Mapping[str, Any] | None = None,
+        places: Collection[str] | None = None,
+    ) -> None:
+        self.contents, self.places = dict(contents or {}), places
         self.options = {key: value for key, value in flatten(config) if not _is_neutral(key, value)}
         if isinstance(callbacks := self.options.get("trainer.callbacks"), list):
             self.options["trainer.callbacks"] = [_without_neutral(callback) for callback in callbacks]
@@ -134,14 +145,27 @@ class RunIdentity:
         self.seed = ".".join(str(seed) for seed in seeds if seed is not None)
         self.experiment = str(self.options.get("experiment") or self.optimizer)
         self.sweep = Sweep(**config["sweep"]) if config.get("sweep") else None
-        self.protocol = dict(self._protocol())
-        self.setting = dict(self._setting())
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What must be equal for two runs to be comparable, by dotted key."""
+        return dict(self._protocol()) | {f"contents.{key}": value for key, value in self.contents.items()}
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Everything that training depends on, its seeds left out, by dotted key."""
+        return dict(self._setting())
+
+    def _is_place(self, key: str) -> bool:
+        if self.places is None:
+            return _last(key).rpartition("_")[2] in _PLACES
+        return key in self.places
 
     def _protocol(self) -> Iterator[tuple[str, Any]]:
         for key, value in self.options.items():
             section, _, rest = key.partition(".")
             if (
-                (section == "data" and _last(key) != "seed" and not _is_logistics(key))
+                (section == "data" and _last(key) not in ("seed", *_LOGISTICS) and not self._is_place(key))
                 or (section == "model" and rest.partition(".")[0] not in _TRAINING)
                 or (section == "trainer" and rest in _EVALUATION)
             ):

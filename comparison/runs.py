@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from run_identity import RunIdentity
+from run_identity import RunIdentity, contents_of, digest
 
 # Every curve can be drawn over any of these: column of the log, and how it is called.
 AXES = {
@@ -65,27 +65,32 @@ class Run:
         self.folder, self.shown = folder, shown or folder
         self._curves: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         config = _mapping(folder / "config.yaml")
-        self.identity = RunIdentity(config)
-        self._check_protocol()
+        self.summary = _summary(folder / "summary.json")
+        self.identity = self._identify(config)
         self.diverged = _DIVERGED in _text(folder / "error.txt")
         self.log = self._read()
         self.resumed_from = self._join(config.get("ckpt_path"))
         done = self.log["epoch"][self.log["train/loss"].notna()]
         self.epochs = int(done.max()) if len(done) else 0
-        self.summary = _summary(folder / "summary.json")
         ended = self._came_to_an_end()
         self.diverged = self.diverged and not ended
         self.finished = ended or self.diverged
 
-    def _check_protocol(self) -> None:
+    def _identify(self, config: dict[str, Any]) -> RunIdentity:
+        """Return what the run is, its data as it was recorded; refuse a config that was edited afterwards."""
         path = self.folder / "protocol.yaml"
-        if not path.exists():
-            return
+        stored = _mapping(path) if path.exists() else {}
+        places = stored.get("places")
+        if places is None:  # an older run: its data module's description is in the summary alone
+            contents = contents_of(self.summary.get("data") or {})
+        else:
+            contents = {key.partition(".")[2]: value for key, value in stored.items() if key.startswith("contents.")}
+        identity = RunIdentity(config, contents, places)
         # By its options, and not by its digest: what belongs to a protocol may have been another choice at that time.
-        stored = _mapping(path)
-        for key, value in self.identity.protocol.items():
-            if stored.get(key) != value:
+        for key, value in identity.protocol.items() if stored else ():
+            if stored.get(key) != value and (places is not None or not key.startswith("contents.")):
                 raise ValueError(f"config.yaml says {key} {value}, but it ran under {stored.get(key)}: it was edited")
+        return identity
 
     def _read(self) -> pd.DataFrame:
         path = self.folder / "metrics.csv"
@@ -253,6 +258,7 @@ def read(
             runs.append(Run(folder, shown(folder)))
         except (ValueError, OSError) as error:
             problems.append(Problem(shown(folder), str(error), _identity(folder)))
+    _complete_contents(runs)
     continued = {run.resumed_from.resolve(): run.shown for run in runs if run.resumed_from}
     kept: dict[tuple[Any, ...], Run] = {}
     for run in sorted(runs, key=lambda run: run.folder.name):
@@ -268,6 +274,25 @@ def read(
                 problems.append(Problem(former.shown, f"repeated with the same setting and seed in {run.shown}"))
             kept[key] = run
     return list(kept.values()), problems
+
+
+def _complete_contents(runs: Iterable[Run]) -> None:
+    """Take a run that recorded less of its data than others for one of them, if it can be only one.
+
+    Runs from before the data was recorded keep their row that way: of all that is otherwise of one protocol, they
+    join what agrees with all that they did record, unless several different data sets do.
+    """
+    by_options: dict[str, list[Run]] = {}
+    for run in runs:
+        options = {key: value for key, value in run.identity.protocol.items() if not key.startswith("contents.")}
+        by_options.setdefault(digest(options), []).append(run)
+    for members in by_options.values():
+        recorded = [dict(contents) for contents in {tuple(run.identity.contents.items()) for run in members}]
+        fullest = [c for c in recorded if not any(c.items() < other.items() for other in recorded)]
+        for run in members:
+            fitting = [contents for contents in fullest if run.identity.contents.items() <= contents.items()]
+            if len(fitting) == 1:
+                run.identity.contents = fitting[0]
 
 
 def _identity(folder: Path) -> RunIdentity | None:

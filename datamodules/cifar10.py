@@ -1,6 +1,7 @@
 """CIFAR-10: fetched and verified by torchvision, held in memory as bytes, augmented by whole batches on the device."""
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10
@@ -16,6 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from datamodules.augmentation import Augmentation, ImageBatches, TrainingImages
 from datamodules.batches import device_of
+from datamodules.token_cache import default_cache
 
 ROOT_VARIABLE = "ARS2_CIFAR10_ROOT"
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -63,6 +66,7 @@ class CIFAR10Data(L.LightningDataModule):
     """
 
     classes = CLASSES
+    places = ("root",)
 
     def __init__(
         self,
@@ -118,6 +122,14 @@ class CIFAR10Data(L.LightningDataModule):
         """
         if self._asks_about_files:
             return
+        # Two runs that start at once fetch it once.
+        cache = default_cache()
+        cache.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(str(self.root.absolute()).encode()).hexdigest()[:16]
+        with FileLock(cache / f"cifar10-{name}.lock"):
+            self._prepare()
+
+    def _prepare(self) -> None:
         folder = self.root / CIFAR10.base_folder
         files = [*CIFAR10.train_list, *CIFAR10.test_list, (CIFAR10.meta["filename"], CIFAR10.meta["md5"])]
         missing = [name for name, _ in files if not (folder / name).is_file()]

@@ -101,7 +101,7 @@ def _make(folder: Path, corpus: Corpus, vocabulary: int, protocol: Protocol, con
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.making-", dir=folder.parent))
     try:
         with _Progress(lines) as progress:
-            tokenizer = _train_tokenizer(lines["train"], vocabulary)
+            tokenizer = _train_tokenizer(lines["train"], vocabulary, every_byte=protocol == "contiguous")
             meta: dict[str, Any] = {"sizes": {}, "checksums": {}}
             tokenizer.save(str(temporary / "tokenizer.json"))
             for split in SPLITS:
@@ -126,7 +126,15 @@ def _make(folder: Path, corpus: Corpus, vocabulary: int, protocol: Protocol, con
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _train_tokenizer(lines: Sequence[str], vocabulary: int) -> Any:
+def _train_tokenizer(lines: Sequence[str], vocabulary: int, every_byte: bool) -> Any:
+    """Train the tokenizer on the training split.
+
+    Args:
+        lines: of the training split.
+        vocabulary: tokens, special ones included.
+        every_byte: whether bytes that the split does not hold have a token too, so that no text is unknown. The
+            published protocol leaves them out, and has as many more merges.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     smallest = _BYTES + len(_SPECIAL_TOKENS)
@@ -138,8 +146,7 @@ def _train_tokenizer(lines: Sequence[str], vocabulary: int) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=_SPECIAL_TOKENS,
-        # All bytes, so that no text is unknown, whatever the training split happens to hold.
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()) if every_byte else [],
         show_progress=False,
     )
     tokenizer.train_from_iterator((f"{line}\n" for line in lines), trainer, length=len(lines))

@@ -1,5 +1,6 @@
 """WikiText-2 (Merity et al. 2017) as rows of byte-level BPE tokens, under one of two protocols."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,8 @@ class WikiText2Data(L.LightningDataModule):
         ValueError: a value out of range, when made; what :func:`datamodules.token_cache.cached_tokens` says, when set
             up; and a prompt without tokens, or with more than ``context``.
     """
+
+    places = ("root", "cache")
 
     def __init__(
         self,
@@ -116,9 +119,31 @@ class WikiText2Data(L.LightningDataModule):
         unknown = sum(split.unknown_words for split in self.tokens.splits.values())
         version = f"tokens version ({unknown:,} words are {UNKNOWN})" if unknown else f"raw version (no {UNKNOWN})"
         return {
-            **{"corpus": f"WikiText-2, {version}, {self.source}", "corpus_sha256": self.digest},
+            **{"corpus": f"WikiText-2, {version}", "source": self.source, "corpus_sha256": self.digest},
+            **{"tokenizer_sha256": hashlib.sha256(self.tokens.tokenizer.to_str().encode()).hexdigest()},
             **{"protocol": self.protocol, "vocabulary": self.vocabulary, "context": self.context, "splits": sizes},
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the tokenizer, without which its tokens mean nothing, and two digests."""
+        said = self.description()
+        digests = {name: said[name] for name in ("corpus_sha256", "tokenizer_sha256")}
+        return {**digests, "tokenizer": self.tokens.tokenizer.to_str()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint was trained on the corpus that is here.
+
+        Raises:
+            ValueError: on another one, or under another tokenizer.
+        """
+        said = self.description()
+        for name, what in (("corpus_sha256", "corpus"), ("tokenizer_sha256", "tokenizer")):
+            if state_dict[name] != said[name]:
+                raise ValueError(
+                    f"the checkpoint was trained with another {what} ({state_dict[name][:8]}) than the one in"
+                    f" {self.source} here ({said[name][:8]}): its tokens mean something else; name the folder of its"
+                    f" corpus by --data.root or {ROOT}"
+                )
 
     def _rows(self, split: SplitTokens) -> tuple[Tensor, Tensor]:
         """Return a split's whole rows, as a view of the mapped memory, and the tokens of a last shorter row."""
@@ -165,6 +190,11 @@ class WikiText2Data(L.LightningDataModule):
         prompts = []
         for prompt in self.prompts:
             ids = self.tokens.tokenizer.encode(prompt, add_special_tokens=False).ids
+            if self.tokens.tokenizer.decode(ids, skip_special_tokens=False) != prompt:
+                raise ValueError(
+                    f"the prompt {prompt[:40]!r} has characters that the packed protocol's tokenizer does not know,"
+                    " for the training text does not hold them: leave them out"
+                )
             if not 1 <= len(ids) <= self.context:
                 raise ValueError(
                     f"the prompt {prompt[:40]!r} has {len(ids)} tokens, and the context holds 1 to {self.context}:"

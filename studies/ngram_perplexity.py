@@ -68,7 +68,7 @@ def main() -> int:
     data.prepare_data()
     data.setup("fit")
     train, validation = pairs(data.train_dataloader()), pairs(data.val_dataloader())
-    print(f"{data.description()['corpus']}; {options.protocol}, vocabulary {options.vocabulary:,}")
+    print(f"{data.description()['corpus']}, {data.source}; {options.protocol}, vocabulary {options.vocabulary:,}")
     print(f"{len(train[1]):,} tokens to count, {len(validation[1]):,} to predict, context {options.context}")
     print(f"padding {(validation[1] == PAD).double().mean():.1%} of the tokens to predict")
     print(f"unigram perplexity {perplexity(unigram(options.vocabulary, train[1], validation[1])):9.1f}")

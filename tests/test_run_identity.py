@@ -169,7 +169,7 @@ def test_a_run_keeps_the_digest_that_follows_from_its_config(tmp_path: Path) -> 
     config = yaml.safe_load((folder / "config.yaml").read_text())
     protocol = yaml.safe_load((folder / "protocol.yaml").read_text())
     identity = RunIdentity(config)
-    assert protocol == {"digest": identity.protocol_digest, **identity.protocol}
+    assert protocol == {"digest": identity.protocol_digest, "places": [], **identity.protocol}
     assert protocol["data.p"] == 7
     assert (config["sweep"], identity.sweep and identity.sweep.trial) == (
         {"name": "search", "optimizer": "aga", "trial": 3},

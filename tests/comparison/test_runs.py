@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from callbacks.milestones import THRESHOLDS
 from comparison.rows import PUBLISHED, group
@@ -24,6 +25,29 @@ def one(runs: Path, experiment: str) -> Path:
 def logged(folder: Path, column: str) -> list[tuple[dict[str, str], float]]:
     with (folder / "metrics.csv").open(newline="") as file:
         return [(row, float(row[column])) for row in csv.DictReader(file) if row.get(column)]
+
+
+def test_a_run_that_recorded_less_of_its_data_joins_the_only_one_that_it_can_be(runs: Path, tmp_path: Path) -> None:
+    source = min((runs / "grok_adamw").iterdir())
+
+    def recorded(name: str, **contents: object) -> None:
+        path = copy(source, tmp_path, name) / "protocol.yaml"
+        protocol = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump(protocol | {f"contents.{key}": value for key, value in contents.items()}))
+
+    def tables() -> int:
+        return len({run.identity.protocol_digest for run in read([tmp_path])[0]})
+
+    recorded("old")
+    recorded("new", corpus="a", tokenizer="b")
+    assert tables() == 1  # repeats of each other, by their seed
+    recorded("newer", corpus="a", tokenizer="c")
+    assert tables() == 3  # it may be of either
+    summary = json.loads((tmp_path / "copies" / "old" / "summary.json").read_text())
+    (tmp_path / "copies" / "old" / "protocol.yaml").unlink()
+    old = tmp_path / "copies" / "old" / "summary.json"
+    old.write_text(json.dumps(summary | {"data": {"corpus": "A corpus, in words", "tokenizer": "b"}}))
+    assert Run(tmp_path / "copies" / "old").identity.contents == {"tokenizer": "b"}
 
 
 def test_numbers_are_those_of_the_log(runs: Path) -> None:

@@ -8,6 +8,8 @@ import pickle
 import shutil
 import tarfile
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torchvision.datasets import CIFAR10
 from datamodules.augmentation import ImageBatches
 from datamodules.cifar10 import CLASSES, MEAN, ROOT_VARIABLE, STD, CIFAR10Data, stratified_order
 from tests.commands import call
-from tests.datamodules.tiny_cifar10 import TEST, TRAIN, tiny_cifar10, tiny_files  # noqa: F401
+from tests.datamodules.tiny_cifar10 import TEST, TRAIN, accept, tiny_cifar10, tiny_files  # noqa: F401
 
 FIT = ("fit", "--config", "configs/cifar_adamw.yaml", "--wandb", "false")
 FOLDER = "cifar-10-batches-py"
@@ -237,3 +239,25 @@ def test_the_real_data_set_has_the_published_sizes_and_statistics() -> None:
         assert channel.float().mean().item() / 255 == pytest.approx(mean, abs=1e-3)
     sizes = [len(labels) for _, labels in map(module.on_after_batch_transfer, data().train_dataloader(), [0] * 196)]
     assert sizes == [256] * 195 + [80]
+
+
+def test_two_runs_that_start_at_once_fetch_the_data_once(
+    tiny_files: tuple[Path, dict[str, str]],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    source, sums = tiny_files
+    accept(sums, monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fetched = []
+
+    def download(dataset: CIFAR10) -> None:
+        fetched.append(dataset.root)
+        time.sleep(0.2)
+        shutil.copytree(source, dataset.root, dirs_exist_ok=True)
+
+    monkeypatch.setattr(CIFAR10, "download", download)
+    with ThreadPoolExecutor(2) as pool:
+        modules = [CIFAR10Data(root=str(tmp_path / "new")) for _ in range(2)]
+        list(pool.map(lambda module: module.prepare_data(), modules))
+    assert len(fetched) == 1
