@@ -40,9 +40,9 @@ def main() -> None:
             notes.append(f"`{environment['command']}`, torch {environment['torch']}, {environment['processor']}.")
     lines += ["", *notes, "The published run was on the raw version: its rare words, here `<unk>`, are spelled out."]
     lines += [
-        "The measured run is of the old packing, which kept the text's own ` .` and ended no unfinished piece with a full"
-        " stop: 21,673 and 2,372 rows where the published packing gives 21,730 and 2,377. Runs of today share no table"
-        " with it."
+        "The measured run is of the old packing, which kept the text's own ` .` and ended no unfinished piece with a"
+        " full stop: 21,673 and 2,372 rows where the published packing gives 21,730 and 2,377. Runs of today share no"
+        " table with it."
     ]
     (HERE / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
