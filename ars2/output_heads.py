@@ -25,9 +25,10 @@ def find_heads(model: nn.Module, named: Head | None = None) -> OutputHeads:
 
     Those that the caller has ``named`` are taken, or else those of which the model says so by
     ``get_output_embeddings()``, as those of transformers do, together with the classifiers that these have outside of
-    their ``base_model``. Without such a word it is the linear layer tied to an embedding, of a plain ``nn.Sequential``
-    the last layer, of any model its only linear layer. For any other the last linear layer in order of registration is
-    guessed. The matrices of adapters (LoRA) are no heads.
+    their ``base_model``. Where only parts of the model say so, theirs are taken; where these have none, the last linear
+    layer outside of them. Without such a word it is the linear layer tied to an embedding, of a plain
+    ``nn.Sequential`` the last layer, of any model its only linear layer. For any other the last linear layer in order
+    of registration is guessed. The matrices of adapters (LoRA) are no heads.
 
     Raises:
         TypeError: ``model`` is no module, or ``named`` neither a module nor the name of one.
@@ -43,21 +44,45 @@ def find_heads(model: nn.Module, named: Head | None = None) -> OutputHeads:
         items = [named] if isinstance(named, (str, nn.Module)) else named
         return OutputHeads(_contents([_module(chain, item) for item in items]))
     adapters = _adapters(model)
-    if speakers := [module for module in chain if callable(getattr(module, "get_output_embeddings", None))]:
-        answers = (module.get_output_embeddings() for module in speakers)  # type: ignore[operator]
-        said = [answer for answer in answers if isinstance(answer, nn.Module)][:1]
-        classifiers, unsure = _outside_of_base(speakers[-1], adapters, bool(said))
-        heads, last = said + classifiers, classifiers[-1] if unsure else None
-    elif tied := _tied_to_embeddings(model):
-        heads, last = tied, None
-    else:
-        linears = _linears(chain[-1], adapters) or _linears(model, adapters)
-        last = linears[-1] if linears and linears != [chain[-1]] and len(_linears(model, adapters)) > 1 else None
-        heads = _alternatives(model, linears[-1], linears) if linears else []
+    heads, last = _find(model, adapters)
     # A guess counts for nothing where no linear layer is trained, as beside adapters.
     trained = any(p.requires_grad for linear in _linears(model, adapters) for p in linear.parameters())
     guessed = [name for name, module in model.named_modules() if module is last and trained]
     return OutputHeads(_contents(heads) - adapters, guessed[0] if guessed else None)
+
+
+def _find(model: nn.Module, adapters: frozenset[nn.Module]) -> tuple[list[nn.Module], nn.Module | None]:
+    """Return the heads and the one of them that is guessed, if any is."""
+    chain = _unwrapped(model)
+    if speakers := [module for module in chain if _speaks(module)]:
+        answers = (module.get_output_embeddings() for module in speakers)  # type: ignore[operator]
+        said = [answer for answer in answers if isinstance(answer, nn.Module)][:1]
+        classifiers, unsure = _outside_of_base(speakers[-1], adapters, bool(said))
+        return said + classifiers, classifiers[-1] if unsure else None
+    linears = _linears(model, adapters)
+    if parts := _speaking_parts(model):
+        found = [_find(part, adapters) for part in parts]
+        if heads := [head for heads, _ in found for head in heads]:
+            return heads, next((last for _, last in found if last is not None), None)
+        inside = _contents(parts)  # these say that they have none
+        linears = [linear for linear in linears if linear not in inside]
+    elif tied := _tied_to_embeddings(model):
+        return tied, None
+    else:
+        linears = _linears(chain[-1], adapters) or linears
+        if linears == [chain[-1]]:
+            return linears, None
+    return _alternatives(model, linears[-1], linears) if linears else [], linears[-1] if len(linears) > 1 else None
+
+
+def _speaks(module: nn.Module) -> bool:
+    return callable(getattr(module, "get_output_embeddings", None))
+
+
+def _speaking_parts(module: nn.Module) -> list[nn.Module]:
+    """Return the modules within ``module`` that say what their head is, but none within one of them."""
+    children = list(module.children())
+    return [part for child in children for part in ([child] if _speaks(child) else _speaking_parts(child))]
 
 
 def _unwrapped(model: nn.Module) -> list[nn.Module]:

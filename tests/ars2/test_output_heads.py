@@ -123,6 +123,24 @@ def test_a_classifier_of_transformers_has_its_head_outside_of_its_base(name: str
     assert heads(model) == expected and find_heads(model).guessed is None
 
 
+class WithPart(nn.Module):
+    """A head of one's own, registered first, on a model that says what its head is."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.own = nn.Linear(16, 3)
+        self.parts = nn.ModuleList([part])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("BertModel", {"own.weight"}), ("BertForSequenceClassification", {"parts.0.classifier.weight"})],
+)
+def test_parts_of_a_model_say_what_their_heads_are(name: str, expected: set[str]) -> None:
+    model = WithPart(bert(name))
+    assert heads(model) == expected and find_heads(model).guessed is None
+
+
 def test_a_classifier_of_two_layers_has_its_last_as_head() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.RobertaConfig(vocab_size=50, num_labels=3, **sizes)
