@@ -7,12 +7,15 @@ runs: here each section has those of its task alone, on every axis that costs ar
 """
 
 import argparse
-from typing import Any
-
-import wandb_workspaces.reports.v2 as wr
-from wandb_workspaces import expr
+import sys
+from typing import TYPE_CHECKING, Any
 
 from comparison.runs import AXES
+from messages import one_line
+from run_loggers import has_key
+
+if TYPE_CHECKING:
+    import wandb_workspaces.reports.v2 as wr
 
 # Validation metric by task; a task that is not here has its loss alone.
 METRICS = {"modular_addition": "val/accuracy", "cifar": "val/accuracy", "wikitext": "val/perplexity"}
@@ -20,6 +23,7 @@ METRICS = {"modular_addition": "val/accuracy", "cifar": "val/accuracy", "wikitex
 
 def panels(metric: str) -> list[Any]:
     """Return the panels of a task: its metric over every axis, losses, AGA's decisions, best values, pictures."""
+    import wandb_workspaces.reports.v2 as wr
 
     def line(title: str, x: str, *y: str, log: bool = False) -> wr.LinePlot:
         # Groups of runs that differ in their seeds: mean, and the deviation as a band.
@@ -57,7 +61,7 @@ def panels(metric: str) -> list[Any]:
     ]
 
 
-def dashboard(entity: str, project: str, tasks: list[str]) -> wr.Report:
+def dashboard(entity: str, project: str, tasks: list[str]) -> "wr.Report":
     """Return the dashboard; nothing is sent before its ``save``.
 
     Args:
@@ -65,6 +69,9 @@ def dashboard(entity: str, project: str, tasks: list[str]) -> wr.Report:
         project: that the runs are in.
         tasks: as runs name theirs, see :class:`run_identity.RunIdentity`.
     """
+    import wandb_workspaces.reports.v2 as wr
+    from wandb_workspaces import expr
+
     blocks: list[Any] = []
     for task in tasks:
         runs = wr.Runset(
@@ -85,8 +92,8 @@ def dashboard(entity: str, project: str, tasks: list[str]) -> wr.Report:
     )
 
 
-def main() -> None:
-    """Save the dashboard and print where it is."""
+def main() -> int:
+    """Save the dashboard and print where it is; returns the exit code."""
     parser = argparse.ArgumentParser(prog="comparison.dashboard", description="Save the dashboard to W&B.")
     parser.add_argument("place", metavar="ENTITY/PROJECT")
     parser.add_argument("tasks", nargs="*", default=list(METRICS))
@@ -94,10 +101,20 @@ def main() -> None:
     entity, _, project = options.place.partition("/")
     if not project:
         parser.error(f"the place is ENTITY/PROJECT, got {options.place}")
-    report = dashboard(entity, project, options.tasks)
-    report.save()
+    try:
+        if not has_key():
+            raise ValueError("there is no key of Weights & Biases: say wandb login, or set WANDB_API_KEY")
+        report = dashboard(entity, project, options.tasks)
+        report.save()
+    except ModuleNotFoundError as error:
+        print(f"error: the dashboard needs the package {error.name}: pip install wandb-workspaces", file=sys.stderr)
+        return 1
+    except Exception as error:  # wandb and its network have dozens of their own
+        print(f"error: the dashboard could not be saved in {options.place}: {one_line(error)}", file=sys.stderr)
+        return 1
     print(f"dashboard: {report.url}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

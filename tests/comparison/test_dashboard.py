@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.commands import ROOT, clean_environment
+from tests.commands import ROOT, clean_environment, python
 
 SPECIFY = """
 import sys
@@ -71,6 +71,12 @@ def test_every_section_draws_its_metric_over_every_cost(specification: dict[str,
         (media,) = [panel["config"] for panel in panels if panel["viewType"] == "Media Browser"]
         assert {"pictures/curves", "pictures/looks", "loss_surface", "test/confusion_matrix"} == set(media["mediaKeys"])
         assert best["metrics"] == [f"{metrics[task]}.{'min' if task == 'wikitext' else 'max'}"]
+
+
+def test_a_missing_key_is_said_in_one_sentence(tmp_path: Path) -> None:
+    result = python("-m", "comparison.dashboard", "me/proj", home=tmp_path)
+    said = "there is no key of Weights & Biases: say wandb login, or set WANDB_API_KEY"
+    assert (result.code, result.err) == (1, f"error: the dashboard could not be saved in me/proj: {said}\n")
 
 
 def test_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
