@@ -68,6 +68,8 @@ PRECISIONS = {
     **{"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"},
     **{name: name for name in ("16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true")},
 }
+# Packages that are no user's: what is loaded by now, and what tasks load later.
+_OWN = {name.partition(".")[0] for name in sys.modules} | {"comparison", "datamodules", "studies"}
 RESULTS = ("summary.json", "metrics.csv", "checkpoints", "wandb")
 
 
@@ -79,7 +81,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print what is wrong and leave with exit code 2."""
-        print(f"error: {explain(message, self)}", file=sys.stderr)
+        place = "" if ex is None else _in_users_file(ex)
+        print(f"error: {explain(message, self)}{place}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -168,6 +171,19 @@ class CommandLine(LightningCLI):
         if is_first():
             print(said)
         return checkpoint
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a module that trains itself, before anything is made."""
+        path = str(getattr(self.config[self.subcommand].model, "class_path", ""))
+        module, _, name = path.rpartition(".")
+        found = getattr(importlib.import_module(module), name) if module else None
+        if isinstance(found, type) and not issubclass(found, TwoPassModule):
+            raise ValueError(
+                f"{path} is a LightningModule that makes its own training step, and train.py counts and makes the steps"
+                " of modules.two_pass.TwoPassModule: derive the class from that, set self.network, call"
+                " self.set_metrics({...}) and implement compute_loss(batch, metrics) in the place of training_step()"
+                " and configure_optimizers()"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
@@ -347,14 +363,29 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(CHATTER)
 
 
+def _in_users_file(error: BaseException) -> str:
+    """Return the file and line of a user's own code that an exception came through last; empty if through none."""
+    found = ""
+    cause: BaseException | None = error
+    while cause is not None and not found:
+        for frame, line in traceback.walk_tb(cause.__traceback__):
+            package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+            file = frame.f_code.co_filename
+            if package not in _OWN and "site-packages" not in file and Path(file).is_file():
+                found = f" ({file}, line {line})"
+        cause = cause.__cause__ or cause.__context__
+    return found
+
+
 def _report(error: Exception) -> int:
-    where, said = "", one_line(error, os.environ.get(FOLDER))
+    place = _in_users_file(error)
+    where, said = "", one_line(error, os.environ.get(FOLDER)) + place
     folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else None
     if folder is not None and is_first() and not any((folder / name).exists() for name in RESULTS):
         # Nothing came of this run: an option was refused once it was put to use.
         shutil.rmtree(folder, ignore_errors=True)
         folder = None
-    if folder is not None or not isinstance(error, (ValueError, OSError)):
+    if folder is not None or place or not isinstance(error, (ValueError, OSError)):
         from datamodules.token_cache import default_cache
 
         # Without a run folder, one place for the last such error: nobody would clear away one for each.

@@ -26,8 +26,20 @@ class MeasuredModule(L.LightningModule):
         raise NotImplementedError
 
     def batch_size(self, batch: Any) -> int:
-        """Return the number of examples, or other units, in ``batch``: the length of its first tensor."""
-        return len(batch[0])
+        """Return the number of examples, or other units, in ``batch``: the length of its first tensor.
+
+        Raises:
+            TypeError: there is no telling, as of a batch that holds no tensor.
+        """
+        first = batch
+        while not isinstance(first, Tensor):
+            if not isinstance(first, (list, tuple, Mapping)) or not first:
+                raise TypeError(
+                    f"a batch that is a {type(batch).__name__} does not say how many examples it has: override"
+                    f" batch_size(batch) in {type(self).__name__}"
+                )
+            first = next(iter(first.values() if isinstance(first, Mapping) else first))
+        return len(first)
 
     def set_metrics(self, metrics: Mapping[str, Metric]) -> None:
         """Take the task's metrics, by log name; every stage gets its own copies, and the mean loss with them."""

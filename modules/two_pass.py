@@ -322,9 +322,11 @@ class TwoPassModule(MeasuredModule):
         """Build the groups, the optimizer and the scheduler.
 
         Raises:
-            ValueError: ``matrix`` or ``vector`` name an option that the optimizer does not have, the scheduler needs a
-                metric, or the checkpoint that the run goes on from was another optimizer's.
+            ValueError: something that a task module must have is missing, ``matrix`` or ``vector`` name an option that
+                the optimizer does not have, the scheduler needs a metric, or the checkpoint that the run goes on from
+                was another optimizer's.
         """
+        self._check_complete()
         optimizer: Any = build_optimizer(self.network, self.make_optimizer, self.policy, self.matrix, self.vector)
         self._record = StepRecord()  # the old one is of the device that the network was on before
         self._has_exchanged = False
@@ -343,6 +345,19 @@ class TwoPassModule(MeasuredModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval},
         }
+
+    def _check_complete(self) -> None:
+        missing = []
+        if type(self).training_step is not TwoPassModule.training_step:
+            missing.append("leave training_step() to TwoPassModule, which makes both passes")
+        if type(self).compute_loss is MeasuredModule.compute_loss:
+            missing.append("implement compute_loss(batch, metrics), which returns the mean loss of a batch")
+        if not isinstance(getattr(self, "network", None), nn.Module):
+            missing.append("set self.network in __init__()")
+        if not hasattr(self, "train_metrics"):
+            missing.append("call self.set_metrics({...}) in __init__()")
+        if missing:
+            raise ValueError(f"{type(self).__name__} cannot be trained yet: {'; '.join(missing)}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
