@@ -45,7 +45,7 @@ class Exchanges(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._close()
         if trainer.current_epoch == 1:
-            self.operations = Dispatched()
+            self.operations = Dispatched(trainer.optimizers)
             self.operations.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:

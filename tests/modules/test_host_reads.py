@@ -18,19 +18,6 @@ OPTIMIZERS = ["adamw", "muon", "base", "sync", "aga"]
 ONLY_ON_THE_CPU = 2
 
 
-class OffHost(Dispatched):
-    """Leaves out the step counts of an optimizer: they are on the host, and reading them waits for nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.on_host: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and id(args[0]) in self.on_host:
-            return function(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(function, types, args, kwargs)
-
-
 class ReadsOfAStep(L.Callback):
     """Counts the values that Python takes from tensors in the second training step.
 
@@ -38,7 +25,7 @@ class ReadsOfAStep(L.Callback):
     """
 
     def __init__(self) -> None:
-        self.operations = OffHost()
+        self.operations = Dispatched()
 
     @property
     def count(self) -> int:
@@ -46,8 +33,7 @@ class ReadsOfAStep(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == 1:
-            states = trainer.optimizers[0].state.values()
-            self.operations.on_host = {id(state["step"]) for state in states if "step" in state}
+            self.operations = Dispatched(trainer.optimizers)
             self.operations.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
