@@ -100,6 +100,12 @@ class CommandLine(LightningCLI):
             default=None,
             help="Log to Weights & Biases: true, false, or null for only where a key is configured.",
         )
+        parser.add_argument(
+            "--task",
+            type=str | None,
+            default=None,
+            help="Name of the task in reports; null for the one that the class of the data or the model gives (task).",
+        )
         parser.add_argument("--sweep", type=Sweep | None, default=None, help="The search that the run is part of.")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         # The best holds weights alone: it is for looking at, and an epoch can be too short to write more each time.
@@ -191,6 +197,10 @@ class CommandLine(LightningCLI):
             self.save_config_callback = None
             # Every process answers every question, for a sharded network needs them all, and the first one says it.
             return super().instantiate_trainer(**kwargs, logger=False, use_distributed_sampler=False)
+        if config.task is None:
+            # Of the classes: an object's task is often that of its metric.
+            names = [getattr(type(part), "task", None) for part in (self.datamodule, self.model)]
+            config.task = next((name for name in names if isinstance(name, str)), None)
         stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{config.seed_everything}"
         folder = Path(from_first("folder", lambda: str(run_folder(Path(config.runs) / config.experiment, stem))))
         os.environ[FOLDER] = str(folder)

@@ -15,8 +15,8 @@ except ImportError:  # not everywhere: there, two runs must not be told to go on
     fcntl = None  # type: ignore[assignment]
 
 FOLDER = "ARS2_RUN_FOLDER"
-# How a run is continued does not make it another run.
-_NOT_COMPARED = ("ckpt_path", "weights_only")
+# How a run is continued does not make it another run, nor does the task's name, which a run learns from its classes.
+_NOT_COMPARED = ("ckpt_path", "weights_only", "task")
 _held: list[IO[str]] = []
 
 

@@ -4,11 +4,18 @@ Two runs of one *setting* differ in nothing but their seeds and are repeats of e
 were trained on the same data by the same rules of evaluation, with the same network, and may stand in one table.
 """
 
+import ast
+import functools
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+# Classes are read here, and not imported: a report needs no torch.
+ROOT = Path(__file__).parent
 
 # How optimizers are called in names; any other goes by its class.
 _SHORT = {"ARS2Neo": "ars2"}
@@ -20,12 +27,24 @@ _LOGISTICS = {
 }
 # Of runs that did not record which of their data's options are places: told by how the names end.
 _PLACES = ("root", "dir", "directory", "folder", "path", "cache", "file")
-# What modules.two_pass.TwoPassModule adds to every task: how a network is trained, not what it is.
-_TRAINING = (
+# What its options say is how a network is trained, and not what it is.
+_TRAINING = "modules.two_pass.TwoPassModule"
+_OURS = {"ars2.ARS2Neo": "ars2.ars2_neo.ARS2Neo", "ars2.Muon": "ars2.muon.Muon"}
+# Options of these classes from the beginning: every config states them, and they count at any value. One that came
+# later does not at its default, which must be what was done before, so that runs from then are of the same setting.
+_FIRST = {
     *("optimizer", "scheduler", "scheduler_interval", "policy", "matrix", "vector"),
     *("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches"),
-    *("clip_first_pass", "nonfinite", "local_first_pass", "gather"),
-)
+    *("lr", "betas", "eps", "weight_decay", "momentum", "nesterov", "rho", "mode", "k", "alpha", "probability", "seed"),
+    *("phi_beta", "phi_lambda", "phi_gamma", "ns_steps", "ns_coefficients", "ns_dtype"),
+}
+# Callbacks of Lightning that change nothing of the training. Any other callback is taken to, unless its class says
+# ``changes_training = False``, or names there the option without which it changes nothing.
+_WATCHING = {
+    *("DeviceStatsMonitor", "LearningRateMonitor", "ThroughputMonitor", "ModelSummary", "RichModelSummary"),
+    *("ProgressBar", "RichProgressBar", "TQDMProgressBar"),
+    *("Checkpoint", "ModelCheckpoint", "OnExceptionCheckpoint", "BasePredictionWriter"),
+}
 _EVALUATION = (
     *("limit_train_batches", "limit_val_batches", "overfit_batches"),
     *("val_check_interval", "check_val_every_n_epoch"),
@@ -33,12 +52,9 @@ _EVALUATION = (
 _SWITCHES = ("model.optimizer.energy", "model.optimizer.geometry")
 # How a step is computed: what comes out differs by rounding alone.
 _HOW = ("model.optimizer.ns_algorithm", "model.compile", "model.channels_last")
-# Options that came later, at the value that changes nothing: runs from before are of the same setting.
+# Others that came later, or that say of torch's own optimizers how they compute, where they change nothing.
 _NEUTRAL = {
-    **dict.fromkeys(_SWITCHES, True),
     **{"model.optimizer.compile": False, "model.optimizer.capturable": False},
-    **{"model.clip_first_pass": False, "model.nonfinite": "stop"},
-    **{"model.local_first_pass": False, "model.gather": "exact"},
     "callbacks.evaluation_budget.EvaluationBudget.finish_epoch": True,
 }
 _LENGTH = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")
@@ -92,14 +108,81 @@ def contents_of(description: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flatten(description) if not (isinstance(value, str) and " " in value)}
 
 
-def _is_neutral(key: str, value: Any) -> bool:
-    return key in _HOW or (key in _NEUTRAL and type(value) is type(_NEUTRAL[key]) and value == _NEUTRAL[key])
+@functools.cache
+def _definition(path: str, root: Path) -> ast.ClassDef | None:
+    """Return the class of this dotted path as it is written; ``None`` where its file is not found."""
+    module, _, name = path.rpartition(".")
+    for place in (root, *map(Path, sys.path)):
+        file = place / f"{module.replace('.', '/')}.py"
+        if file.is_file():
+            try:
+                body = ast.parse(file.read_bytes()).body
+            except (SyntaxError, ValueError):
+                return None
+            return next((node for node in body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    return None
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ...  # equal to nothing that a config holds
+
+
+def _signature(path: str) -> dict[str, Any]:
+    """Return the options of a class with their defaults, ``...`` for one that has none."""
+    definition = _definition(path, ROOT)
+    for node in definition.body if definition else ():
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            names = [argument.arg for argument in node.args.args[1:]]
+            defaults = [_literal(default) for default in node.args.defaults]
+            missing = len(names) - len(defaults)
+            named = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            return {
+                **dict(zip(names, [*[...] * missing, *defaults], strict=True)),
+                **{argument.arg: _literal(default) if default else ... for argument, default in named},
+            }
+    return {}
+
+
+def _changes_training(callback: Any) -> bool:
+    if not isinstance(callback, dict):
+        return True
+    path = str(callback.get("class_path"))
+    if path.startswith(("lightning.", "pytorch_lightning.")):
+        return _last(path) not in _WATCHING
+    definition = _definition(path, ROOT)
+    for node in definition.body if definition else ():
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == "changes_training" for target in targets):
+                said = _literal(node.value)
+                option = (callback.get("init_args") or {}).get(said, ...) if isinstance(said, str) else said
+                return option is not None and option is not False
+    return True
+
+
+def _is_neutral(key: str, value: Any, neutral: Mapping[str, Any]) -> bool:
+    return key in _HOW or (key in neutral and type(value) is type(neutral[key]) and value == neutral[key])
+
+
+def _later_options(optimizer: Any) -> dict[str, Any]:
+    """Return the options that came later, of the training step and of one of this project's optimizers."""
+    classes = {"model": _TRAINING, "model.optimizer": _OURS.get(optimizer, "")}
+    return {
+        f"{section}.{name}": default
+        for section, path in classes.items()
+        for name, default in _signature(path).items()
+        if name not in _FIRST
+    }
 
 
 def _without_neutral(callback: Any) -> Any:
     if not isinstance(callback, dict) or not isinstance(options := callback.get("init_args"), dict):
         return callback
-    kept = {key: value for key, value in options.items() if not _is_neutral(f"{callback['class_path']}.{key}", value)}
+    path = callback["class_path"]
+    kept = {key: value for key, value in options.items() if not _is_neutral(f"{path}.{key}", value, _NEUTRAL)}
     return {**callback, "init_args": kept}
 
 
@@ -113,7 +196,8 @@ class RunIdentity:
 
     Attributes:
         options: the config by dotted key, see :func:`flatten`, without options that change nothing.
-        task: name of the data's module without a trailing number, such as ``modular_addition`` or ``cifar``.
+        task: its name, such as ``modular_addition`` or ``cifar``; where none is given, that of the file of the data
+            module's class, without a trailing number.
         optimizer: short name, such as ``adamw``, ``muon``, ``ars2_sync`` or ``ars2_sync_no_geometry``.
         seed: of the run, as it is written after ``s``: ``7``, or ``7.42`` where the data has another seed (42).
         experiment: the name given to it.
@@ -131,13 +215,18 @@ class RunIdentity:
         places: Collection[str] | None = None,
     ) -> None:
         self.contents, self.places = dict(contents or {}), places
-        self.options = {key: value for key, value in flatten(config) if not _is_neutral(key, value)}
+        trainer = config.get("trainer") or {}
+        if isinstance(single := trainer.get("callbacks"), Mapping):
+            config = {**config, "trainer": {**trainer, "callbacks": [single]}}
+        options = dict(flatten(config))
+        neutral = _NEUTRAL | _later_options(options.get("model.optimizer"))
+        self.options = {key: value for key, value in options.items() if not _is_neutral(key, value, neutral)}
         if isinstance(callbacks := self.options.get("trainer.callbacks"), list):
             self.options["trainer.callbacks"] = [_without_neutral(callback) for callback in callbacks]
         for key in ("model", "data", "model.optimizer"):
             if not isinstance(self.options.get(key), str):
                 raise ValueError(f"the config names no {key} by its class_path")
-        self.task = self.options["data"].split(".")[-2].rstrip("0123456789")
+        self.task = str(self.options.get("task") or self.options["data"].split(".")[-2].rstrip("0123456789"))
         name, mode = self.options["model.optimizer"].rpartition(".")[2], self.options.get("model.optimizer.mode")
         off = [f"_no_{_last(key)}" for key in _SWITCHES if key in self.options]
         self.optimizer = "".join([_SHORT.get(name, name.lower()), f"_{mode}" if mode else "", *off])
@@ -162,11 +251,12 @@ class RunIdentity:
         return key in self.places
 
     def _protocol(self) -> Iterator[tuple[str, Any]]:
+        training = _signature(_TRAINING)
         for key, value in self.options.items():
             section, _, rest = key.partition(".")
             if (
                 (section == "data" and _last(key) not in ("seed", *_LOGISTICS) and not self._is_place(key))
-                or (section == "model" and rest.partition(".")[0] not in _TRAINING)
+                or (section == "model" and rest.partition(".")[0] not in training)
                 or (section == "trainer" and rest in _EVALUATION)
             ):
                 yield key, value
@@ -175,7 +265,9 @@ class RunIdentity:
         yield from self.protocol.items()
         for key, value in self.options.items():
             section, _, rest = key.partition(".")
-            if _last(key) != "seed" and (section == "model" or (section == "trainer" and rest in _TRAINER)):
+            if key == "trainer.callbacks" and isinstance(value, list):
+                yield key, [callback for callback in value if _changes_training(callback)] or None
+            elif _last(key) != "seed" and (section == "model" or (section == "trainer" and rest in _TRAINER)):
                 yield key, value
 
     @property

@@ -22,6 +22,8 @@ class BestCheckpoint(ModelCheckpoint):
         ValueError: several checkpoints are to be kept under one name, or one under that of the last checkpoint.
     """
 
+    changes_training = False
+
     @property
     def state_key(self) -> str:
         # That of checkpoints from before this class.

@@ -33,6 +33,8 @@ class CostCounters(L.Callback):
     those that the first one made.
     """
 
+    changes_training = False
+
     def __init__(self) -> None:
         self.examples = 0
         self.training_seconds = 0.0

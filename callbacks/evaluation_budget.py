@@ -18,6 +18,8 @@ class EvaluationBudget(L.Callback):
         ValueError: a budget below 1.
     """
 
+    changes_training = True
+
     def __init__(self, gradient_evaluations: int, finish_epoch: bool = True) -> None:
         if gradient_evaluations < 1:
             raise ValueError(f"gradient_evaluations must be at least 1, got {gradient_evaluations}")

@@ -72,6 +72,8 @@ class FlatnessProbe(L.Callback):
             that cannot be differentiated twice.
     """
 
+    changes_training = False
+
     def __init__(
         self,
         epochs: int | list[int] = 50,

@@ -31,6 +31,8 @@ class LastCheckpoint(ModelCheckpoint):
         ValueError: ``every_n_epochs`` or ``every_n_steps`` below 1.
     """
 
+    changes_training = False
+
     def __init__(self, every_n_epochs: int = 10, dirpath: str | None = None, every_n_steps: int | None = None) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")

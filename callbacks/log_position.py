@@ -15,6 +15,8 @@ class LogPosition(L.Callback):
     that row goes into the checkpoint. Only a run that goes on in its own folder touches rows that are there already.
     """
 
+    changes_training = False
+
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         row = row_to_come(trainer)
         for logger in trainer.loggers:

@@ -56,6 +56,8 @@ class LossSurface(L.Callback):
             callback is used for anything but testing or without a data module.
     """
 
+    changes_training = False
+
     def __init__(
         self,
         checkpoints: list[str] | None = None,

@@ -55,6 +55,8 @@ class GrokkingMilestones(L.Callback):
         ValueError: ``stop_at`` is no milestone.
     """
 
+    changes_training = "stop_at"
+
     def __init__(self, stop_at: str | None = "full") -> None:
         names = [threshold.name for threshold in THRESHOLDS]
         if stop_at is not None and stop_at not in names:

@@ -57,6 +57,8 @@ class OptimizerInternals(L.Callback):
         ValueError: ``every_n_steps`` below 1.
     """
 
+    changes_training = False
+
     def __init__(self, every_n_steps: int = 50) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")

@@ -20,6 +20,8 @@ def clock(seconds: float) -> str:
 class ProgressBar(RichProgressBar):
     """Lightning's bar with how long the run takes at most; without a terminal, a plain line now and then."""
 
+    changes_training = False
+
     def __init__(self) -> None:
         super().__init__()
         self._start = self._last_line = 0.0

@@ -55,6 +55,8 @@ class RandomStates(L.Callback):
     another number of processes gets the first one's states in all of them.
     """
 
+    changes_training = False
+
     def __init__(self) -> None:
         self._again: dict[str, Any] | None = None
 

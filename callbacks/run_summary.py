@@ -70,6 +70,8 @@ class RunSummary(L.Callback):
     is on which track and why.
     """
 
+    changes_training = False
+
     def __init__(self) -> None:
         self.metrics: dict[str, dict[str, Any]] = {}
         self.wall_seconds = 0.0

@@ -29,6 +29,8 @@ class StopSignals(L.Callback):
     epoch's validation. A second one is handled as if this callback were not there.
     """
 
+    changes_training = False
+
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.saved: str | None = None

@@ -18,6 +18,8 @@ class TextSamples(L.Callback):
     run that goes on from a checkpoint drops what came after it from the file.
     """
 
+    changes_training = False
+
     def __init__(self) -> None:
         self._size = 0  # of the file, in bytes
 

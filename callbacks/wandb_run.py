@@ -28,6 +28,8 @@ class WandbRun(L.Callback):
     the loggers.
     """
 
+    changes_training = False
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics: Any = getattr(pl_module, "val_metrics", {})
         for logger in _wandb_loggers(trainer):

@@ -65,6 +65,7 @@ class CIFAR10Data(L.LightningDataModule):
         FileNotFoundError: the data set is not there and cannot be fetched.
     """
 
+    task = "cifar"
     classes = CLASSES
     places = ("root",)
 

@@ -25,6 +25,8 @@ class ModularAdditionData(L.LightningDataModule):
         ValueError: a value out of range, or a question that is not a sum of two numbers below ``p``.
     """
 
+    task = "modular_addition"
+
     def __init__(
         self,
         p: int = 113,

@@ -47,6 +47,7 @@ class WikiText2Data(L.LightningDataModule):
             up; and a prompt without tokens, or with more than ``context``.
     """
 
+    task = "wikitext"
     places = ("root", "cache")
 
     def __init__(

@@ -1,11 +1,14 @@
 """What a run is, told by its config: digests change with what matters and with nothing else."""
 
+import ast
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import run_identity
 from run_identity import RunIdentity, digest, flatten
 from tests.commands import ADAMW, AGA, TINY, call, fit
 from wandb_naming import init_arguments, nested
@@ -88,6 +91,131 @@ def test_options_that_came_later_do_not_part_runs_from_those_before() -> None:
         assert digest_of(model, callback)[1] != before[1]
 
 
+OPTIMIZER = {"class_path": "ars2.ARS2Neo", "init_args": {"mode": "sync"}}
+
+
+def config_of(
+    model: dict[str, Any] | None = None, optimizer: dict[str, Any] | None = None, **trainer: Any
+) -> dict[str, Any]:
+    options = {**OPTIMIZER, "init_args": {"mode": "sync", **(optimizer or {})}}
+    return {
+        "model": {"class_path": "modules.nets.Net", "init_args": {**(model or {}), "optimizer": options}},
+        "data": {"class_path": "datamodules.cifar10.Data", "init_args": {"seed": 0}},
+        "trainer": trainer,
+    }
+
+
+def digests(config: dict[str, Any]) -> tuple[str, str]:
+    identity = RunIdentity(config)
+    return identity.protocol_digest, identity.setting_digest
+
+
+@pytest.mark.parametrize(
+    ("file", "last", "section"),
+    [
+        ("modules/two_pass.py", 'gather: Literal["exact", "bfloat16"] = "exact",', "model"),
+        ("ars2/ars2_neo.py", "capturable: bool = False,", "optimizer"),
+    ],
+)
+def test_an_option_that_is_added_at_its_default_leaves_old_runs_where_they_are(
+    file: str, last: str, section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digests(config_of())
+    for name in ("modules/two_pass.py", "ars2/ars2_neo.py"):
+        source = (run_identity.ROOT / name).read_text()
+        assert name != file or last in source
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(source.replace(last, f"{last} *, warm_up: int = 0,") if name == file else source)
+    monkeypatch.setattr(run_identity, "ROOT", tmp_path)
+    assert digests(config_of()) == before
+    assert digests(config_of(**{section: {"warm_up": 0}})) == before
+    protocol, setting = digests(config_of(**{section: {"warm_up": 5}}))
+    assert protocol == before[0] and setting != before[1]
+
+
+def test_an_option_of_a_network_makes_another_protocol() -> None:
+    assert digests(config_of(model={"depth": 3}))[0] != digests(config_of())[0]
+
+
+WATCHING: list[Any] = [
+    {"class_path": "callbacks.flatness_probe.FlatnessProbe", "init_args": {"epochs": 2}},
+    {"class_path": "callbacks.text_samples.TextSamples"},
+    {"class_path": "callbacks.optimizer_internals.OptimizerInternals", "init_args": {"every_n_steps": 1}},
+    {"class_path": "callbacks.milestones.GrokkingMilestones", "init_args": {"stop_at": None}},
+    {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor", "init_args": {"logging_interval": "step"}},
+    {"class_path": "lightning.pytorch.callbacks.lr_monitor.LearningRateMonitor"},
+    {"class_path": "lightning.pytorch.callbacks.ModelSummary", "init_args": {"max_depth": 2}},
+    {"class_path": "lightning.pytorch.callbacks.DeviceStatsMonitor"},
+]
+CHANGING: list[Any] = [
+    {"class_path": "callbacks.milestones.GrokkingMilestones", "init_args": {"stop_at": "full"}},
+    {"class_path": "callbacks.milestones.GrokkingMilestones"},
+    {"class_path": "callbacks.evaluation_budget.EvaluationBudget", "init_args": {"gradient_evaluations": 9}},
+    {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss"}},
+    {"class_path": "lightning.pytorch.callbacks.WeightAveraging"},
+    {"class_path": "mine.of_unknown_effect.Callback"},
+]
+
+
+@pytest.mark.parametrize("callback", WATCHING, ids=lambda callback: callback["class_path"])
+def test_a_callback_that_only_watches_makes_no_other_setting(callback: dict[str, Any]) -> None:
+    assert digests(config_of(callbacks=[callback])) == digests(config_of())
+    assert digests(config_of(callbacks=[CHANGING[0], callback])) == digests(config_of(callbacks=[CHANGING[0]]))
+    # What reads its options still finds them.
+    assert RunIdentity(config_of(callbacks=[callback])).options["trainer.callbacks"] == [callback]
+
+
+@pytest.mark.parametrize("callback", CHANGING, ids=lambda callback: callback["class_path"])
+def test_a_callback_that_changes_training_makes_another_setting(callback: dict[str, Any]) -> None:
+    protocol, setting = digests(config_of(callbacks=[callback]))
+    assert (protocol, setting != digests(config_of())[1]) == (digests(config_of())[0], True)
+    # Lightning takes a single one without a list, too.
+    assert digests(config_of(callbacks=callback)) == (protocol, setting)
+
+
+def test_a_users_callback_may_say_that_it_only_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_watch.py").write_text(
+        "import torch\n\nclass Watch:\n    changes_training: bool = False\n\nclass Stop:\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert digests(config_of(callbacks=[{"class_path": "my_watch.Watch"}])) == digests(config_of())
+    assert digests(config_of(callbacks=[{"class_path": "my_watch.Stop"}])) != digests(config_of())
+
+
+def test_every_callback_here_says_whether_it_changes_training() -> None:
+    found = {
+        f"{path.stem}.{node.name}": any(
+            isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) == "changes_training" for line in node.body
+        )
+        for path in (run_identity.ROOT / "callbacks").glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base).endswith(("Callback", "RichProgressBar", "ModelCheckpoint")) for base in node.bases)
+    }
+    del found["save_config.SaveConfig"]  # is the command line's own
+    assert len(found) > 10
+    assert [name for name, says in found.items() if not says] == []
+
+
+def test_a_task_has_the_name_that_it_is_given_wherever_its_file_is() -> None:
+    assert RunIdentity(config_of()).task == "cifar"  # a run from before there were names
+    assert RunIdentity(config_of() | {"task": "photographs"}).name == "photographs-ars2_sync-s0"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "datamodules.modular_addition.ModularAdditionData",
+        "datamodules.cifar10.CIFAR10Data",
+        "datamodules.wikitext2.WikiText2Data",
+    ],
+)
+def test_the_tasks_here_keep_the_names_that_their_files_gave_them(path: str) -> None:
+    module, _, name = path.rpartition(".")
+    config = config_of() | {"data": {"class_path": path}}
+    assert getattr(importlib.import_module(module), name).task == RunIdentity(config).task
+
+
 def test_flatten_puts_a_class_at_its_own_key() -> None:
     config = {"a": {"class_path": "x.Y", "init_args": {"b": {"class_path": "z", "init_args": {"c": 1}}}}, "d": None}
     assert dict(flatten(config)) == {"a": "x.Y", "a.b": "z", "a.b.c": 1, "d": None}
@@ -100,6 +228,9 @@ REPEATS = [
     ("--data.seed", "7"),
     ("--experiment", "mine"),
     ("--runs", "elsewhere"),
+    ("--task", "mine"),
+    ("--trainer.callbacks+=callbacks.text_samples.TextSamples",),
+    ("--trainer.callbacks+=lightning.pytorch.callbacks.LearningRateMonitor",),
     ("--model.optimizer.seed", "7"),
     ("--data.questions", "[1+1]"),
     ("--internals.every_n_steps", "1"),
@@ -171,6 +302,7 @@ def test_a_run_keeps_the_digest_that_follows_from_its_config(tmp_path: Path) -> 
     identity = RunIdentity(config)
     assert protocol == {"digest": identity.protocol_digest, "places": [], **identity.protocol}
     assert protocol["data.p"] == 7
+    assert config["task"] == identity.task == "modular_addition"
     assert (config["sweep"], identity.sweep and identity.sweep.trial) == (
         {"name": "search", "optimizer": "aga", "trial": 3},
         3,
