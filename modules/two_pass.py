@@ -292,6 +292,25 @@ class TwoPassModule(MeasuredModule):
         if vars(self.trainer)["overfit_batches"] > 0 and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(0)
 
+    def _move_optimizers(self, to: Literal["train", "eval"]) -> None:
+        """Let optimizers that train at other parameters than they are evaluated at go over to one of these.
+
+        Those without a schedule (Defazio et al. 2024) have methods ``train()`` and ``eval()`` for it.
+        """
+        for optimizer in self.trainer.optimizers:
+            if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+                getattr(optimizer, to)()
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        self._move_optimizers("train")
+
+    def on_validation_model_eval(self) -> None:
+        super().on_validation_model_eval()
+        self._move_optimizers("eval")
+
+    def on_train_end(self) -> None:
+        self._move_optimizers("eval")
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         if self.damage is not None:
             damage, self.damage = self.damage, None
@@ -299,6 +318,8 @@ class TwoPassModule(MeasuredModule):
         # Here, not at the epoch's end: callbacks read the epoch's metrics there, before this module's turn.
         if self.trainer.is_last_batch:
             self._log_epoch()
+            # What looks at the epoch's end, and the checkpoints of it, find what is evaluated.
+            self._move_optimizers("eval")
 
     def on_train_epoch_end(self) -> None:
         if not self.between_steps:  # training ended before the window was full

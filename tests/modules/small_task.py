@@ -80,7 +80,7 @@ def fit(module: TwoPassModule, epochs: int = 2, folder: Path | None = None, **op
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=options.pop("enable_checkpointing", False),
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,

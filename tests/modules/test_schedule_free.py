@@ -1,0 +1,68 @@
+"""An optimizer that trains at other parameters than it is evaluated at is moved to the right ones by the module."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from pytorch_optimizer import ScheduleFreeAdamW
+from torch import Tensor, nn
+
+from ars2 import param_groups
+from tests.modules.small_task import SmallNetwork, SmallTask, batches, data, fit
+
+
+def make(params: Any) -> torch.optim.Optimizer:
+    return ScheduleFreeAdamW([{**group, "params": [p for _, p in group["params"]]} for group in params], lr=1e-2)
+
+
+def by_hand(epochs: int) -> tuple[nn.Module, list[float]]:
+    """Train as the optimizer's authors say; returns the network to evaluate, and its losses after each epoch."""
+    torch.manual_seed(0)
+    network = SmallNetwork()
+    optimizer: Any = make(param_groups(network))
+    loader, losses = batches(), []
+    for _ in range(epochs):
+        network.train()
+        optimizer.train()
+        for images, classes in loader:
+            optimizer.zero_grad()
+            F.cross_entropy(network(images), classes).backward()
+            optimizer.step()
+        network.eval()
+        optimizer.eval()
+        losses.append(F.cross_entropy(network(data()[0]), data()[1]).item())
+    return network, losses
+
+
+class Validates(L.Callback):
+    """Keeps the losses of an evaluation at the end of each epoch, as a callback that probes would make it."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.network.eval()
+        self.losses.append(F.cross_entropy(pl_module.network(data()[0]), data()[1]).item())
+        pl_module.network.train()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_schedule_free_optimizer_is_evaluated_where_it_says(resumed: bool, tmp_path: Path) -> None:
+    network, losses = by_hand(4)
+    seen = Validates()
+    module = SmallTask(optimizer=make)
+    checkpoint = ModelCheckpoint(tmp_path, filename="end", save_on_train_epoch_end=True)
+    fit(module, 2 if resumed else 4, enable_checkpointing=True, callbacks=[checkpoint, seen])  # type: ignore[arg-type]
+    if resumed:
+        module = SmallTask(optimizer=make)
+        fit(module, 4, ckpt_path=str(tmp_path / "end.ckpt"), callbacks=[seen])  # type: ignore[arg-type]
+    assert seen.losses == pytest.approx(losses, rel=1e-6)
+    for mine, theirs in zip(module.network.parameters(), network.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-6, atol=1e-7)
+    if not resumed:
+        saved: dict[str, Tensor] = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
+        assert torch.equal(saved["network.head.weight"], module.network.head.weight)
