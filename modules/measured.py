@@ -9,6 +9,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from modules.checks import examples_in
 from modules.shares import of_all, own
 from modules.stage_metrics import MeanLoss, Metrics, load_metric_state, metric_state
 
@@ -29,17 +30,15 @@ class MeasuredModule(L.LightningModule):
         """Return the number of examples, or other units, in ``batch``: the length of its first tensor.
 
         Raises:
-            TypeError: there is no telling, as of a batch that holds no tensor.
+            TypeError: there is no tensor with a dimension in its sequences and mappings.
         """
-        first = batch
-        while not isinstance(first, Tensor):
-            if not isinstance(first, (list, tuple, Mapping)) or not first:
-                raise TypeError(
-                    f"a batch that is a {type(batch).__name__} does not say how many examples it has: override"
-                    f" batch_size(batch) in {type(self).__name__}"
-                )
-            first = next(iter(first.values() if isinstance(first, Mapping) else first))
-        return len(first)
+        count = examples_in(batch)
+        if count is None:
+            raise TypeError(
+                f"a batch that is a {type(batch).__name__} does not say how many examples it has: override"
+                f" batch_size(batch) in {type(self).__name__}"
+            )
+        return count
 
     def set_metrics(self, metrics: Mapping[str, Metric]) -> None:
         """Take the task's metrics, by log name; every stage gets its own copies, and the mean loss with them."""

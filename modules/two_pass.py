@@ -20,6 +20,7 @@ from torch.utils.data import DistributedSampler
 from ars2.param_groups import Policy
 from ars2.replay import random_state
 from library_internals import is_compiled
+from modules.checks import check_complete
 from modules.measured import MeasuredModule
 from modules.nonfinite import StepRecord, lower_scale
 from modules.optimizer_setup import build_optimizer, build_scheduler
@@ -275,6 +276,10 @@ class TwoPassModule(MeasuredModule):
             where = f"step {self.trainer.global_step + 1} in epoch {self.current_epoch + 1}"
             self.damage = self._record.describe(self.network, optimizer, where)
 
+    def on_fit_start(self) -> None:
+        # Where it replaces configure_optimizers(), nothing has looked before.
+        check_complete(self, TwoPassModule)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradient that updates; by now a gradient scaler has unscaled it."""
         if self.gradient_clip_val is not None:
@@ -308,9 +313,6 @@ class TwoPassModule(MeasuredModule):
         super().on_validation_model_eval()
         self._move_optimizers("eval")
 
-    def on_train_end(self) -> None:
-        self._move_optimizers("eval")
-
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         if self.damage is not None:
             damage, self.damage = self.damage, None
@@ -328,6 +330,19 @@ class TwoPassModule(MeasuredModule):
         self._log_epoch()
         if self.scheduler_interval == "epoch":
             self._step_scheduler()
+
+    def on_train_end(self) -> None:
+        """Refuse to end well where nothing was trained.
+
+        Raises:
+            RuntimeError: there were batches, and no optimizer step.
+        """
+        self._move_optimizers("eval")
+        if self.trainer.global_step == 0 and self.trainer.fit_loop.total_batch_idx >= 0:
+            why = "though there were batches: look at training_step, max_time and accumulate_grad_batches"
+            if self.skipped_steps:
+                why = f"since all {self.skipped_steps} had a loss or gradient that is not finite"
+            raise RuntimeError(f"training ended without one optimizer step, {why}")
 
     def _log_epoch(self) -> None:
         skipped = {"skipped_steps": float(self.skipped_steps)} if self.skipped_steps else {}
@@ -347,7 +362,7 @@ class TwoPassModule(MeasuredModule):
                 the optimizer does not have, the scheduler needs a metric, or the checkpoint that the run goes on from
                 was another optimizer's.
         """
-        self._check_complete()
+        check_complete(self, TwoPassModule)
         optimizer: Any = build_optimizer(self.network, self.make_optimizer, self.policy, self.matrix, self.vector)
         self._record = StepRecord()  # the old one is of the device that the network was on before
         self._has_exchanged = False
@@ -366,19 +381,6 @@ class TwoPassModule(MeasuredModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval},
         }
-
-    def _check_complete(self) -> None:
-        missing = []
-        if type(self).training_step is not TwoPassModule.training_step:
-            missing.append("leave training_step() to TwoPassModule, which makes both passes")
-        if type(self).compute_loss is MeasuredModule.compute_loss:
-            missing.append("implement compute_loss(batch, metrics), which returns the mean loss of a batch")
-        if not isinstance(getattr(self, "network", None), nn.Module):
-            missing.append("set self.network in __init__()")
-        if not hasattr(self, "train_metrics"):
-            missing.append("call self.set_metrics({...}) in __init__()")
-        if missing:
-            raise ValueError(f"{type(self).__name__} cannot be trained yet: {'; '.join(missing)}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)

@@ -35,6 +35,19 @@ def test_fit_writes_everything_into_one_folder(tmp_path: Path) -> None:
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["width"] == 8
 
 
+def test_a_users_own_module_is_trained_counted_and_recorded(tmp_path: Path) -> None:
+    model = ("--model", "tests.modules.users.Sums", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 0.1)
+    data = ("--data", "datamodules.modular_addition.ModularAdditionData", "--data.p", 7, "--data.batch_size", 8)
+    folder = fit(tmp_path, *model, *data, "--trainer.max_epochs", 2, "--wandb", "false")
+    summary = json.loads((folder / "summary.json").read_text())
+    # 14 sums to train on, in two batches: 2 x 14 gradients of products of 3 by 7, at 2 operations forward and 2 back.
+    costs = {"optimizer_steps": 4, "gradient_evaluations": 4, "examples": 28, "flops": 2 * 14 * 3 * 7 * 4}
+    assert summary["status"] == "finished"
+    assert costs.items() <= summary["costs"].items()
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["class_path"] == "tests.modules.users.Sums"
+    assert [row["epoch"] for row in metrics(folder) if "train/loss" in row] == ["0", "1"]
+
+
 def test_the_progress_bar_and_checkpoints_can_be_turned_off(tmp_path: Path) -> None:
     options = ("--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false")
     folder = fit(tmp_path, *AGA, *TINY, *options)

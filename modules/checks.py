@@ -1,0 +1,56 @@
+"""Whether a task module has what training needs: one sentence that says all that is missing, before anything runs."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as L
+from torch import Tensor, nn
+
+
+def check_complete(module: L.LightningModule, base: type[L.LightningModule]) -> None:
+    """Check that a module derived from ``base`` (TwoPassModule) leaves to it what it does, and does what it leaves.
+
+    Raises:
+        ValueError: it replaces the training step or the optimizers; or it lacks its loss, network or metrics, or has
+            parameters outside the network.
+    """
+    kind, network = type(module), getattr(module, "network", None)
+    needed = {
+        "leave training_step() to TwoPassModule, which makes both passes": not _replaces(kind, base, "training_step"),
+        "leave configure_optimizers() to TwoPassModule, which makes the one that model.optimizer names": (
+            not _replaces(kind, base, "configure_optimizers")
+        ),
+        "implement compute_loss(batch, metrics), which returns the mean loss of a batch": (
+            inspect.getattr_static(kind, "compute_loss") is not inspect.getattr_static(base, "compute_loss")
+        ),
+        "set self.network in __init__()": isinstance(network, nn.Module),
+        "call self.set_metrics({...}) in __init__()": hasattr(module, "train_metrics"),
+    }
+    if missing := [sentence for sentence, is_there in needed.items() if not is_there]:
+        raise ValueError(f"{kind.__name__} cannot be trained yet: {'; '.join(missing)}")
+    assert isinstance(network, nn.Module)
+    trained = set(network.parameters())
+    left = [name for name, param in module.named_parameters() if param.requires_grad and param not in trained]
+    if left:
+        raise ValueError(
+            f"{kind.__name__} has parameters outside self.network, which would not be trained: {', '.join(left[:3])}"
+            f"{' and others' if len(left) > 3 else ''}; put them into it, or freeze them (requires_grad_(False))"
+        )
+
+
+def _replaces(kind: type, base: type, name: str) -> bool:
+    """Say whether a class between ``kind`` and ``base`` has a method that does not go on to that of ``base``."""
+    between = kind.__mro__[: kind.__mro__.index(base)]
+    methods = [inspect.unwrap(vars(one)[name]) for one in between if name in vars(one)]
+    return any(inspect.isfunction(method) and name not in method.__code__.co_names for method in methods)
+
+
+def examples_in(batch: Any) -> int | None:
+    """Return the length of the first tensor with a dimension in nested mappings and sequences; ``None`` without one."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.ndim else None
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    if not isinstance(batch, (Mapping, Sequence)) or isinstance(batch, str):
+        return None
+    return next((count for count in map(examples_in, parts) if count is not None), None)

@@ -1,0 +1,109 @@
+"""What a user's own module lacks is said in one sentence before it trains."""
+
+from collections import UserDict
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from modules.two_pass import TwoPassModule
+from tests.modules.small_task import SmallTask, fit, make_optimizer
+from tests.modules.users import Sums, Tutorial
+
+ADAMW = make_optimizer("adamw")
+
+
+class Optimizes(Sums):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Tutorial, "training_step"), (Optimizes, "configure_optimizers")])
+def test_a_class_that_replaces_the_step_or_the_optimizers_is_refused(kind: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{kind.__name__} cannot be trained yet: leave {name}\(\) to TwoPassModule"):
+        fit(kind(optimizer=ADAMW))
+
+
+def test_a_step_that_goes_on_to_the_suites_own_is_none_of_these() -> None:
+    class Counts(SmallTask):
+        batches = 0
+
+        def training_step(self, batch: Any, batch_index: int) -> Tensor:
+            self.batches += 1
+            return super().training_step(batch, batch_index)
+
+    module = Counts(optimizer=make_optimizer("sync"))
+    assert fit(module).global_step == module.batches == 12
+
+
+def test_parameters_that_would_not_be_trained_are_named() -> None:
+    module = SmallTask(optimizer=ADAMW)
+    module.head = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match=r"outside self.network, which would not be trained: head.weight, head.bias"):
+        fit(module)
+    module.head.requires_grad_(False)
+    assert fit(module).global_step == 12
+
+
+def test_training_that_never_steps_does_not_end_well() -> None:
+    class Spoilt(SmallTask):
+        def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
+            return super().compute_loss(batch, metrics) * torch.nan
+
+    with pytest.raises(RuntimeError, match="without one optimizer step, since all 12 had a loss or gradient"):
+        fit(Spoilt(optimizer=ADAMW, nonfinite="skip"))
+    fit(SmallTask(optimizer=ADAMW), limit_train_batches=0)  # nothing was to be trained
+
+
+IMAGES, LABELS = torch.randn(8, 2), torch.arange(8) % 3
+
+
+class Linear(TwoPassModule):
+    """Takes batches of any structure that has its two tensors somewhere."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer=ADAMW)
+        self.network = nn.Linear(2, 3)
+        self.set_metrics({})
+
+    def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
+        tensors = (batch,) if isinstance(batch, Tensor) else tuple(getattr(batch, "values", lambda: batch)())
+        return F.cross_entropy(self.network(tensors[0]), LABELS[: len(tensors[0])])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (IMAGES, LABELS),
+        IMAGES,  # its first entry is an image, not all of them
+        {"images": IMAGES, "labels": LABELS},
+        UserDict(images=IMAGES),
+        {"scale": torch.tensor(1.0), "nested": [{"images": IMAGES}]},
+        (["a"] * 8, IMAGES),
+    ],
+    ids=["tuple", "tensor", "dict", "like a dict", "nested", "strings first"],
+)
+def test_examples_are_counted_in_any_nested_batch(batch: Any) -> None:
+    assert Linear().batch_size(batch) == 8
+
+
+@pytest.mark.parametrize("batch", [[1, 2], torch.tensor(1.0), object()])
+def test_a_batch_that_cannot_be_counted_asks_for_batch_size(batch: Any) -> None:
+    with pytest.raises(TypeError, match=r"override batch_size\(batch\) in Linear"):
+        Linear().batch_size(batch)
+
+
+def test_a_module_trains_on_batches_that_are_dicts() -> None:
+    import lightning.pytorch as L
+
+    examples: Any = [{"images": image, "labels": label} for image, label in zip(IMAGES, LABELS, strict=True)]
+    module = Linear()
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer.fit(module, DataLoader(examples, batch_size=3))
+    loss = F.cross_entropy(module.network(IMAGES), LABELS)
+    assert trainer.global_step == 3
+    assert torch.isfinite(loss) and torch.isfinite(trainer.callback_metrics["train/loss"])

@@ -1,0 +1,30 @@
+"""Modules as users write them: a whole one, and one that knows Lightning but not this suite."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modules.stage_metrics import Metrics
+from modules.two_pass import TwoPassModule
+
+
+class Sums(TwoPassModule):
+    """A whole one: a linear classifier of the sums of modular addition."""
+
+    def __init__(self, p: int = 7, **options: Any) -> None:
+        super().__init__(**options)
+        self.network = nn.Linear(3, p)
+        self.set_metrics({})
+
+    def compute_loss(self, batch: Any, metrics: Metrics | None) -> Tensor:
+        return F.cross_entropy(self.network(batch[0].float()), batch[1])
+
+
+class Tutorial(Sums):
+    """Makes its own step, which the suite would never see."""
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        loss = self.compute_loss(batch, None)
+        self.log("train_loss", loss)
+        return loss
