@@ -219,7 +219,7 @@ class ARS2Neo(TwoPassOptimizer):
             pairs = [(group, batch) for group in self.param_groups for batch in self._batches_by_count(group)]
             batches = [batch for _, batch in pairs]
             if keeps:
-                sharded_flatness.keep_shears_(batches, now.first_gradients, now.grad_scale, self._shards)
+                sharded_flatness.keep_shears_(batches, now.first_gradients, self._shards)
             injected = sharded_flatness.injected(batches, alpha, self._shards) if alpha > 0 else batches
             for (group, _), batch in zip(pairs, injected, strict=True):
                 yield group, batch
@@ -228,7 +228,7 @@ class ARS2Neo(TwoPassOptimizer):
             run = self._run(group)
             for batch in self._batches_by_count(group):
                 for part in self._parts(batch) if keeps else ():
-                    flatness.keep_shear_(part.params, part.grads, part.states, now.first_gradients, now.grad_scale, run)
+                    flatness.keep_shear_(part.params, part.grads, part.states, now.first_gradients, run)
                 yield group, batch
 
     def _move(self, group: dict[str, Any], batch: Batch, alpha: float) -> None:

@@ -17,7 +17,7 @@ from ars2.batch import cut
 from ars2.compiled import Run, directly
 from ars2.sharded import Shards, local
 from ars2.sharing import Ranks
-from ars2.updates import TINY, Number, Tensors
+from ars2.updates import LEAST_NORM, Number, Tensors
 
 
 def norms(tensors: Tensors) -> Tensor:
@@ -25,21 +25,18 @@ def norms(tensors: Tensors) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors))
 
 
-def move_to_adversarial_point_(
-    params: Tensors, grads: Tensors, roots: Tensors | None, rho: Number, grad_scale: Number
-) -> None:
-    """Move each parameter by ``rho * n / (|n| + 1e-12)`` with ``n = g / root * |p|``, in place.
+def move_to_adversarial_point_(params: Tensors, grads: Tensors, roots: Tensors | None, rho: Number) -> None:
+    """Move each parameter by ``rho * n / |n|`` with ``n = g / root * |p|``, in place.
 
     Args:
         params: tensors of any dtype.
-        grads: gradients multiplied by ``grad_scale``, in the dtype of ``roots``.
+        grads: gradients at any scale, on which the move does not depend, in the dtype of ``roots``.
         roots: ``sqrt(v_hat) + eps`` of the second moment before this step; ``None`` where there is none, which
             counts as 1.
         rho: length of each tensor's move.
-        grad_scale: what the loss was multiplied by; the move does not depend on it.
     """
     offsets = adversarial_offsets(params, grads, roots)
-    move_along_(params, offsets, norms(offsets), rho, grad_scale)
+    move_along_(params, offsets, norms(offsets), rho)
 
 
 def adversarial_offsets(params: Tensors, grads: Tensors, roots: Tensors | None) -> Tensors:
@@ -52,12 +49,12 @@ def adversarial_offsets(params: Tensors, grads: Tensors, roots: Tensors | None) 
     return offsets
 
 
-def move_along_(params: Tensors, offsets: Tensors, lengths: Tensor, rho: Number, grad_scale: Number) -> None:
-    """Move each parameter by ``rho * n / (|n| + 1e-12)``; ``lengths`` (params,) are |n|, ``offsets`` are used up.
+def move_along_(params: Tensors, offsets: Tensors, lengths: Tensor, rho: Number) -> None:
+    """Move each parameter by ``rho * n / |n|``; ``lengths`` (params,) are |n|, ``offsets`` are used up.
 
     Where they are pieces of a tensor, the length is that of the whole.
     """
-    torch._foreach_mul_(offsets, list((rho / (lengths + TINY * grad_scale)).unbind()))
+    torch._foreach_mul_(offsets, list((rho / lengths.clamp_min(LEAST_NORM)).unbind()))
     torch._foreach_add_(params, offsets)
 
 
@@ -73,17 +70,18 @@ def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.reshape(-1), b.reshape(-1)
 
 
-def shear_forces(second: Tensors, first: Tensors, grad_scale: Number) -> Tensors:
-    """Return the part of each second gradient orthogonal to the first, ``s = g2 - <g2, g1> / (|g1|^2 + 1e-12) g1``.
+def shear_forces(second: Tensors, first: Tensors) -> Tensors:
+    """Return the part of each second gradient orthogonal to the first, ``s = g2 - <g2, g1> / |g1|^2 g1``.
 
-    ``first`` is multiplied by ``grad_scale``, ``second`` is not; the result does not depend on it.
+    It does not depend on the scale of ``first``.
     """
-    return without_parallel(second, first, inner_products(second, first), norms(first), grad_scale)
+    return without_parallel(second, first, inner_products(second, first), norms(first))
 
 
-def without_parallel(second: Tensors, first: Tensors, products: Tensor, lengths: Tensor, grad_scale: Number) -> Tensors:
+def without_parallel(second: Tensors, first: Tensors, products: Tensor, lengths: Tensor) -> Tensors:
     """Return the shear forces from the inner products ``<g2, g1>`` and the norms ``|g1|``, tensors (gradients,)."""
-    coefficients = products / (lengths**2 + TINY * grad_scale**2)
+    lengths = lengths.clamp_min(LEAST_NORM)
+    coefficients = products / lengths / lengths  # the square may leave the range of float32
     parallel = torch._foreach_mul(first, list(coefficients.unbind()))
     return torch._foreach_sub(second, parallel)
 
@@ -93,26 +91,24 @@ def keep_shear_(
     grads: Tensors,
     states: list[dict[str, Tensor]],
     first: dict[Tensor, Tensor],
-    grad_scale: float,
     run: Run = directly,
 ) -> None:
     """Put the shear force of each parameter that has a first gradient too into its state; the others keep theirs.
 
     Args:
         params, grads, states: parameters, their second gradients in the state's dtype, and their states.
-        first: gradients of the first pass by parameter, multiplied by ``grad_scale``.
-        grad_scale: what the loss of the first pass was multiplied by.
+        first: gradients of the first pass by parameter, at any scale.
         run: how the part that works on tensors is called.
     """
     second, firsts, kept = both_gradients(params, grads, states, first)
     if not second:
         return
     if run is not directly:
-        torch._foreach_copy_(kept, run(shear_forces)(second, firsts, grad_scale))
+        torch._foreach_copy_(kept, run(shear_forces)(second, firsts))
         return
     products, lengths = inner_products(second, firsts), norms(firsts)
     for seconds_cut, firsts_cut, kept_cut in cut(second, firsts, kept):
-        torch._foreach_copy_(kept_cut, without_parallel(seconds_cut, firsts_cut, products, lengths, grad_scale))
+        torch._foreach_copy_(kept_cut, without_parallel(seconds_cut, firsts_cut, products, lengths))
 
 
 def both_gradients(
@@ -129,11 +125,11 @@ def both_gradients(
 
 
 def injection_scales(alpha: Number, grad_lengths: Tensor, shear_lengths: Tensor) -> Tensor:
-    """Return ``alpha * |g| / (|s| + 1e-12)``, what each shear force is multiplied by.
+    """Return ``alpha * |g| / |s|``, what each shear force is multiplied by.
 
     The lengths and the result are tensors (gradients,).
     """
-    return alpha * grad_lengths / (shear_lengths + TINY)
+    return alpha * grad_lengths / shear_lengths.clamp_min(LEAST_NORM)
 
 
 def with_shears(grads: Tensors, shears: Tensors, scales: Tensor) -> Tensors:
@@ -148,7 +144,6 @@ def products_and_lengths(pairs: list[tuple[Tensors, Tensors]]) -> Tensor:
 
 def global_cosine(
     pairs: Sequence[tuple[Tensors, Tensors]],
-    grad_scale: float,
     run: Run = directly,
     ranks: Ranks | Shards | None = None,
 ) -> float:
@@ -157,8 +152,7 @@ def global_cosine(
     Tensors without a shear force (it is zero) do not count. Reads the device once, whatever the number of tensors.
 
     Args:
-        pairs: lists of gradients (multiplied by ``grad_scale``) and of their shear forces, in any number of pieces.
-        grad_scale: what the loss was multiplied by.
+        pairs: lists of gradients (at any scale) and of their shear forces, in any number of pieces.
         run: how the part that works on tensors is called.
         ranks: the processes that hold the other rows of the tensors, where they are sharded, or all of the same
             tensors; every one returns the same number, to the bit.
@@ -175,12 +169,13 @@ def global_cosine(
         dist.broadcast(numbers, group=ranks.group, group_src=0)
     inner, grad_lengths, shear_lengths = numbers.tolist()
     known = [index for index, length in enumerate(shear_lengths) if length != 0]
-    grad_length: float = math.sqrt(math.fsum(grad_lengths[index] ** 2 for index in known)) / grad_scale
+    grad_length: float = math.sqrt(math.fsum(grad_lengths[index] ** 2 for index in known))
     shear_length: float = math.sqrt(math.fsum(shear_lengths[index] ** 2 for index in known))
     products = [inner[index] for index in known]
     # Infinities of both signs, as an overflow under a gradient scaler leaves them, have no sum.
-    product: float = math.fsum(products) / grad_scale if all(map(math.isfinite, products)) else math.nan
-    return product / (grad_length * shear_length + TINY)
+    product: float = math.fsum(products) if all(map(math.isfinite, products)) else math.nan
+    lengths = grad_length * shear_length
+    return product / lengths if lengths != 0 else 0.0
 
 
 def next_variance(group: dict[str, Any], phi: float, t: int) -> float:

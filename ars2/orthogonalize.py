@@ -1,6 +1,7 @@
 """Newton-Schulz orthogonalisation: move a matrix towards the nearest orthogonal one by matrix products alone."""
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,6 @@ from ars2 import newton_schulz
 from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
 
 _NORM_MARGIN = {"jordan": 1.0, "polar_express": newton_schulz.POLAR_EXPRESS_MARGIN}
-_TINY = 1e-7
 # The most elements in one batch. A core's cache is what counts on the CPU: larger batches are no faster there.
 MAX_NUMEL_ON_CPU = 1 << 20
 _MAX_NUMEL_ELSEWHERE = 1 << 26
@@ -31,9 +31,10 @@ def orthogonalize(
 ) -> Tensor:
     """Return ``x`` with its singular values moved towards 1, its singular vectors kept.
 
-    Each matrix is divided by its Frobenius norm (+1e-7), then ``X <- a X + (b A + c A A) X`` with ``A = X X^T`` is
-    applied ``steps`` times on the side with fewer rows. Under ``"jordan"`` five steps leave the singular values of a
-    well-conditioned matrix between about 0.7 and 1.2; under ``"polar_express"`` they tend to 1.
+    Each matrix is divided by its Frobenius norm, so that its scale does not matter, then
+    ``X <- a X + (b A + c A A) X`` with ``A = X X^T`` is applied ``steps`` times on the side with fewer rows. Under
+    ``"jordan"`` five steps leave the singular values of a well-conditioned matrix between about 0.7 and 1.2; under
+    ``"polar_express"`` they tend to 1.
 
     Args:
         x: a matrix (rows, cols) or a stack (..., rows, cols); every matrix of a stack is taken for itself.
@@ -69,11 +70,15 @@ def orthogonalize(
 def _orthogonalize_wide(
     stack: Tensor, steps: int, coefficients: str, dtype: torch.dtype, algorithm: str, overwrite: bool
 ) -> Tensor:
-    # The norm is taken before the cast: squares of small entries underflow in half precision.
-    norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True)
-    if (margin := _NORM_MARGIN[coefficients]) != 1.0:
-        norm = norm * margin
-    stack = stack.div_(norm + _TINY) if overwrite and not stack.requires_grad else stack / (norm + _TINY)
+    if stack.dtype in (torch.bfloat16, torch.float16):
+        stack, overwrite = stack.float(), True
+    # Squares of very small or very large entries would leave the range of float32: the largest entry becomes 1 first.
+    # A matrix of zeros is divided by 1. The result does not depend on this scale, so neither does its gradient.
+    largest = torch.linalg.vector_norm(stack.detach(), ord=math.inf, dim=(-2, -1), keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    stack = stack.div_(largest) if overwrite and not stack.requires_grad else stack / largest
+    norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True).clamp_min(1.0) * _NORM_MARGIN[coefficients]
+    stack = stack / norm if stack.requires_grad else stack.div_(norm)
     steps_taken = newton_schulz.schedule(coefficients, steps)
     algorithm, products = _chosen(algorithm, stack.shape[1], stack.shape[2], dtype, stack.device)
     if algorithm == "gram":

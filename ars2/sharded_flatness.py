@@ -22,20 +22,19 @@ class Move(NamedTuple):
     rho: float
 
 
-def move_all_(moves: list[Move], grad_scale: float, shards: Shards) -> None:
+def move_all_(moves: list[Move], shards: Shards) -> None:
     """Move all groups to the adversarial point; one all-reduce."""
     _, lengths = shards.whole([], [flatness.norms(move.offsets) for move in moves])
     for move, length in zip(moves, lengths, strict=True):
-        flatness.move_along_(move.params, move.offsets, length, move.rho, grad_scale)
+        flatness.move_along_(move.params, move.offsets, length, move.rho)
 
 
-def keep_shears_(batches: list[Batch], first: dict[Tensor, Tensor], grad_scale: float, shards: Shards) -> None:
+def keep_shears_(batches: list[Batch], first: dict[Tensor, Tensor], shards: Shards) -> None:
     """Put the shear force of each parameter that has a first gradient too into its state; one all-reduce.
 
     Args:
         batches: of all groups, with the second gradients.
-        first: gradients of the first pass by parameter, multiplied by ``grad_scale``.
-        grad_scale: what the loss of the first pass was multiplied by.
+        first: gradients of the first pass by parameter, at any scale.
         shards: the processes that hold the other rows.
     """
     found = [flatness.both_gradients(batch.sources, batch.grads, batch.states, first) for batch in batches]
@@ -45,7 +44,7 @@ def keep_shears_(batches: list[Batch], first: dict[Tensor, Tensor], grad_scale: 
         [flatness.norms(firsts) for _, firsts, _ in found],
     )
     for (second, firsts, kept), product, length in zip(found, products, lengths, strict=True):
-        shears = flatness.without_parallel(second, firsts, product, length, grad_scale)
+        shears = flatness.without_parallel(second, firsts, product, length)
         for place, shear in zip(kept, shears, strict=True):
             place.copy_(shear)
 

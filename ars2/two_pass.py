@@ -30,7 +30,6 @@ class Pass:
     wanted: bool = False
     phi: float = 0.0
     variance: float = 0.0
-    grad_scale: float = 1.0
     saved: list[Saved] = field(default_factory=list)
     first_gradients: dict[Tensor, Tensor] = field(default_factory=dict)
 
@@ -99,7 +98,8 @@ class TwoPassOptimizer(TrackedOptimizer):
         is nothing to decide: the answer is no, and a backward pass after it needs another call.
 
         Args:
-            grad_scale: what the loss was multiplied by, if the gradients are still scaled (a gradient scaler's scale).
+            grad_scale: has no effect, since neither the decision nor the move depends on the scale of the gradients:
+                those of a gradient scaler need not be unscaled. Earlier versions needed the scale.
 
         Raises:
             RuntimeError: the parameters are at the adversarial point.
@@ -110,14 +110,14 @@ class TwoPassOptimizer(TrackedOptimizer):
             return False
         main = self.param_groups[0]
         t = main["step"] + 1
-        now = Pass(stage="decided", grad_scale=grad_scale)
+        now = Pass(stage="decided")
         if main["mode"] == "aga":
             if main["sync_steps"] > 0:
                 parts = [part for group in self.param_groups for part in self._parts(self._batch(group))]
                 pairs: list[tuple[updates.Tensors, updates.Tensors]] = [
                     (part.grads, part.state("shear")) for part in parts
                 ]
-                now.phi = flatness.global_cosine(pairs, grad_scale, self._run(main), self._ranks)
+                now.phi = flatness.global_cosine(pairs, self._run(main), self._ranks)
             now.variance = flatness.next_variance(main, now.phi, t)
         now.wanted = flatness.looks_again(main, t, now.phi, now.variance)
         self._pass = now
@@ -144,7 +144,7 @@ class TwoPassOptimizer(TrackedOptimizer):
                     now.saved.append(Saved(part.params, [p.clone() for p in part.params]))
                     moves.append(sharded_flatness.Move(part.params, self._offsets(group, part), group["rho"]))
             if self._shards is not None:
-                sharded_flatness.move_all_(moves, now.grad_scale, self._shards)
+                sharded_flatness.move_all_(moves, self._shards)
             now.first_gradients = {
                 # A view, such as into a bucket of gradients, is written over by the next backward pass.
                 param: param.grad.clone() if param.grad._is_view() else param.grad
@@ -165,7 +165,7 @@ class TwoPassOptimizer(TrackedOptimizer):
         if len(pieces) == 1:
             now.saved.append(Saved(part.params, [p.clone() for p in part.params]))
             move = self._run(group)(flatness.move_to_adversarial_point_)
-            move(part.params, part.grads, self._roots(group, part), group["rho"], now.grad_scale)
+            move(part.params, part.grads, self._roots(group, part), group["rho"])
             return
         # Offsets of a large tensor are computed twice, which costs less than to keep them.
         lengths = flatness.norms([flatness.norms(self._offsets(group, piece)) for piece in pieces])
@@ -174,7 +174,7 @@ class TwoPassOptimizer(TrackedOptimizer):
         for piece in pieces:
             now.saved.append(Saved(part.params, [p.clone() for p in piece.params], start))
             start += piece.params[0].numel()
-            flatness.move_along_(piece.params, self._offsets(group, piece), length, group["rho"], now.grad_scale)
+            flatness.move_along_(piece.params, self._offsets(group, piece), length, group["rho"])
 
     def _roots(self, group: dict[str, Any], part: Batch) -> updates.Tensors | None:
         if "exp_avg_sq" not in self._state_keys(group):

@@ -15,7 +15,8 @@ from ars2.sharing import Ranks, orthogonalize_replicated, orthogonalize_sharded
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 # A tensor without dimensions where the step is compiled or captured: then its value is read on the device alone.
 Number: TypeAlias = float | Tensor
-TINY = 1e-12
+# No smaller than any float32 norm but zero, which is the root of a sum of squares, and far from overflow as a divisor.
+LEAST_NORM = 1e-30
 
 
 def _take_in_(means: Tensors, values: Tensors, beta: Number) -> None:
@@ -75,13 +76,13 @@ def adam_directions(
 def momentum_directions(
     grads: Tensors, exp_avgs: Tensors, beta: Number, *, numels: Sequence[int], shards: Shards | None = None
 ) -> Tensors:
-    """Take ``grads`` into the first moment, in place, and return ``u = sqrt(numel) * m / (|m| + 1e-12)``.
+    """Take ``grads`` into the first moment, in place, and return ``u = sqrt(numel) * m / |m|``.
 
     Its root mean square is 1, so its norm is that of Adam's direction at the first step, whose entries are 1 or -1.
     ``numels`` are those of the whole tensors, of which ``shards`` hold the rows if they are sharded.
     """
     _take_in_(exp_avgs, grads, beta)
-    lengths = torch._foreach_add(energies(exp_avgs, shards), TINY)
+    lengths = torch._foreach_clamp_min(energies(exp_avgs, shards), LEAST_NORM)
     directions = torch._foreach_div(exp_avgs, lengths)
     torch._foreach_mul_(directions, [math.sqrt(numel) for numel in numels])
     return directions

@@ -15,6 +15,8 @@ from torch import Tensor
 Gradients = list[Tensor | None]
 
 JORDAN = (3.4445, -4.7750, 2.0315)
+# The published equations add 1e-7 and 1e-12 to norms, by which results depend on the scale of the gradients.
+LEAST_NORM = 1e-30
 MODES = ("base", "sync", "aga", "periodic", "random")
 
 
@@ -30,7 +32,7 @@ def reference_newton_schulz(
         raise ValueError(f"One 2-D matrix is expected, got a tensor of shape {tuple(matrix.shape)}; pass its slices.")
     a, b, c = coefficients
     x = matrix.double()
-    x = x / (x.norm() + 1e-7)
+    x = x / x.norm().clamp_min(LEAST_NORM)
     transposed = x.shape[0] > x.shape[1]
     if transposed:
         x = x.T
@@ -148,7 +150,7 @@ class ReferenceARS2:
                 inner += (g * s).sum().item()
                 gradient_square += (g * g).sum().item()
                 shear_square += (s * s).sum().item()
-        return inner / (math.sqrt(gradient_square) * math.sqrt(shear_square) + 1e-12)
+        return inner / max(math.sqrt(gradient_square) * math.sqrt(shear_square), LEAST_NORM**2)
 
     def wants_second_pass(self, phi: float, threshold: float) -> bool:
         if self.mode == "base":
@@ -170,7 +172,7 @@ class ReferenceARS2:
             v_hat_previous = v / (1 - beta2**count) if count > 0 else torch.zeros_like(v)
             metric = v_hat_previous.sqrt() + options["eps"] if self.energy or options["track"] == "vector" else 1.0
             n = g / metric * p.abs()
-            p.copy_(p + options["rho"] * n / (n.norm() + 1e-12))
+            p.copy_(p + options["rho"] * n / n.norm().clamp_min(LEAST_NORM))
         try:
             return self.evaluate(gradient_function)
         finally:
@@ -180,14 +182,14 @@ class ReferenceARS2:
     def cache_shear(self, first: Gradients, second: Gradients) -> None:
         for i, (g, g_adversarial) in enumerate(zip(first, second, strict=True)):
             if g is not None and g_adversarial is not None:
-                parallel = (g_adversarial * g).sum() / (g.norm() ** 2 + 1e-12)
+                parallel = (g_adversarial * g).sum() / g.norm().clamp_min(LEAST_NORM) ** 2
                 self.shear[i] = g_adversarial - parallel * g
 
     def inject_shear(self, gradients: Gradients, alpha_t: float) -> Gradients:
         injected: Gradients = []
         for g, s in zip(gradients, self.shear, strict=True):
             if g is not None and s.any():
-                g = g + alpha_t * (g.norm() / (s.norm() + 1e-12)) * s
+                g = g + alpha_t * g.norm() / s.norm().clamp_min(LEAST_NORM) * s
             injected.append(g)
         return injected
 
@@ -204,7 +206,7 @@ class ReferenceARS2:
             u = m_hat / (v_hat.sqrt() + options["eps"])
             if options["track"] == "matrix" and not self.energy:
                 m = self.exp_avg[i]
-                u = math.sqrt(m.numel()) * m / (m.norm() + 1e-12)
+                u = math.sqrt(m.numel()) * m / m.norm().clamp_min(LEAST_NORM)
             if options["track"] == "matrix" and self.geometry:
                 u = u.norm() * geometry(u, options.get("flatten", False), self.ns_steps)
             p.copy_((1 - lr * options["weight_decay"]) * p - lr * u)

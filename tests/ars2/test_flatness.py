@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ars2 import ARS2Neo, flatness
 from tests.ars2.problems import SmallProblem, problem_groups
-from tests.ars2.training import setup, step_by_parts, train
+from tests.ars2.training import MODES, copies, same, setup, step_by_parts, train
 
 
 def double(*values: float) -> Tensor:
@@ -22,14 +22,14 @@ def double(*values: float) -> Tensor:
 
 def test_the_move_has_length_rho_along_gradient_over_root_times_magnitude() -> None:
     param, start = double(0.1, -2.0, 0.0), double(0.1, -2.0, 0.0)
-    flatness.move_to_adversarial_point_([param], [double(3.0, 4.0, 5.0)], [double(1.0, 2.0, 1.0)], 0.5, 1.0)
+    flatness.move_to_adversarial_point_([param], [double(3.0, 4.0, 5.0)], [double(1.0, 2.0, 1.0)], 0.5)
     n = double(0.3, 4.0, 0.0)
     torch.testing.assert_close(param, start + 0.5 * n / n.norm(), rtol=0, atol=1e-12)
 
 
 def test_a_zero_gradient_does_not_move() -> None:
     param = double(0.1, -2.0)
-    flatness.move_to_adversarial_point_([param], [double(0.0, 0.0)], [double(1e-8, 1e-8)], 0.5, 1.0)
+    flatness.move_to_adversarial_point_([param], [double(0.0, 0.0)], [double(1e-8, 1e-8)], 0.5)
     assert torch.equal(param, double(0.1, -2.0))
 
 
@@ -54,15 +54,51 @@ def test_the_shear_force_is_orthogonal_to_the_first_gradient_and_completes_it() 
     generator = torch.Generator().manual_seed(0)
     first = [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in [(4, 5), (3,), (2, 3, 4)]]
     second = [torch.randn(g.shape, dtype=torch.float64, generator=generator) for g in first]
-    for g, g_adversarial, s in zip(first, second, flatness.shear_forces(second, first, 1.0), strict=True):
+    for g, g_adversarial, s in zip(first, second, flatness.shear_forces(second, first), strict=True):
         assert abs((g * s).sum()) <= 1e-11
         rest = g_adversarial - s
         torch.testing.assert_close(rest / g, torch.full_like(g, (rest / g).flatten()[0].item()), rtol=1e-9, atol=0)
 
 
 def test_the_shear_force_of_a_zero_gradient_is_the_whole_second_one() -> None:
-    (shear,) = flatness.shear_forces([double(1.0, 2.0)], [double(0.0, 0.0)], 1.0)
+    (shear,) = flatness.shear_forces([double(1.0, 2.0)], [double(0.0, 0.0)])
     assert torch.equal(shear, double(1.0, 2.0))
+
+
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**-20, 2.0**20])
+@pytest.mark.parametrize("energy", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_scale_of_the_loss_changes_nothing_if_eps_is_scaled_alike(mode: str, energy: bool, scale: float) -> None:
+    # Powers of two, so that scaling itself rounds nothing.
+    def run(scale: float) -> tuple[list[dict[str, float]], list[Tensor]]:
+        model, eps = SmallProblem(), {"eps": 2.0**-24 * scale}
+        optimizer = ARS2Neo(problem_groups(model, eps, eps), energy=energy, ns_dtype="float32", **MODES[mode])
+        seen = []
+        for step in range(25):
+            step_of_scaled_loss(model, optimizer, step, scale)
+            seen.append(optimizer.diagnostics())
+        return seen, copies(model.parameters())
+
+    (seen, params), (seen_scaled, params_scaled) = run(1.0), run(scale)
+    assert seen == seen_scaled and same(params, params_scaled)
+    assert mode != "aga" or 1 < seen[-1]["sync_steps"] < 25
+
+
+def step_of_scaled_loss(model: SmallProblem, optimizer: ARS2Neo, step: int, scale: float) -> None:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model.loss(step) * scale
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+def test_zeros_and_non_finite_gradients_show_in_phi() -> None:
+    one, nan = [double(1.0)], [double(math.nan)]
+    assert flatness.global_cosine([([double(0.0)], one)]) == 0.0
+    assert math.isnan(flatness.global_cosine([(nan, one)]))
+    assert math.isnan(flatness.global_cosine([([double(math.inf)], one)]))
 
 
 def test_injection_adds_alpha_times_the_gradients_length_along_the_shear() -> None:
@@ -78,9 +114,9 @@ def test_phi_is_one_cosine_over_all_tensors_with_a_shear_force() -> None:
     pairs = [([double(3.0, 4.0)], [double(0.0, 2.0)]), ([double(1.0), double(7.0)], [double(-1.0), double(0.0)])]
     # The tensor without a shear force counts on neither side.
     expected = (8.0 - 1.0) / (math.sqrt(25.0 + 1.0) * math.sqrt(4.0 + 1.0))
-    assert flatness.global_cosine(pairs, 1.0) == pytest.approx(expected, rel=1e-12)
-    assert flatness.global_cosine([([double(5.0)], [double(0.0)]), ([], [])], 1.0) == 0.0
-    assert flatness.global_cosine([], 1.0) == 0.0
+    assert flatness.global_cosine(pairs) == pytest.approx(expected, rel=1e-12)
+    assert flatness.global_cosine([([double(5.0)], [double(0.0)]), ([], [])]) == 0.0
+    assert flatness.global_cosine([]) == 0.0
 
 
 # --- decisions ---

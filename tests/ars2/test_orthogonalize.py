@@ -208,3 +208,35 @@ def test_no_batch_is_larger_than_allowed(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_misuse_is_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         orthogonalize(**arguments)
+
+
+@pytest.mark.parametrize("algorithm", ["standard", "gram"])
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("shape", [(24, 24), (40, 26), (3, 4, 27)])
+def test_the_result_does_not_depend_on_the_scale(shape: tuple[int, ...], coefficients: str, algorithm: str) -> None:
+    options = {"coefficients": coefficients, "algorithm": algorithm}
+    matrix = random(*shape)
+    expected = orthogonalize(matrix, dtype=torch.float64, **options)
+    for scale in (1e-37, 1e-30, 1e-20, 1e-11, 1e-6, 1.0, 1e6, 1e17, 1e30, 1e37):
+        scaled = (matrix * scale).float()
+        found = orthogonalize(scaled, dtype=torch.float32, **options)
+        assert (found.double() - expected).abs().max() <= 2e-5, scale
+        stack = scaled.reshape(-1, *shape[-2:])
+        (batched,) = orthogonalize_all([stack.clone()], 5, coefficients, torch.float32, algorithm=algorithm)
+        assert torch.equal(batched.reshape(shape), found)
+
+
+def test_zeros_stay_zero_and_what_is_not_finite_shows() -> None:
+    stack = random(4, 5, 6, dtype=torch.float32)
+    stack[1], stack[2, 0, 0], stack[3, 0, 0] = 0.0, torch.inf, torch.nan
+    result = orthogonalize(stack, dtype=torch.float32)
+    assert not result[1].any()
+    assert torch.equal(result[0], orthogonalize(stack[0], dtype=torch.float32))
+    assert result[2].isnan().any() and result[3].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_scaled_in_float32(dtype: torch.dtype) -> None:
+    matrix = (random(24, 40) * 1e-4).to(dtype)
+    result = orthogonalize(matrix, dtype=torch.float32)
+    assert (result - orthogonalize(matrix.float(), dtype=torch.float32)).abs().max() == 0

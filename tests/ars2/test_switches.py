@@ -135,7 +135,7 @@ def test_without_geometry_sync_is_sam_on_adamw() -> None:
                         correction = 1 - group["betas"][1] ** step
                         metric = (state["exp_avg_sq"] / correction).sqrt() + group["eps"]
                     direction = p.grad / metric * p.abs()
-                    p += radius * direction / (direction.norm() + 1e-12)
+                    p += radius * direction / direction.norm().clamp_min(1e-30)
         closure_of(other, adamw, step)()
         with torch.no_grad():
             for p, before in zip(other.parameters(), start, strict=True):
@@ -160,8 +160,6 @@ def test_without_energy_geometry_alone_is_muon_at_another_scale() -> None:
     for step in range(STEPS):
         optimizer.step(closure_of(model, optimizer, step))
         closure_of(other, muon, step)()
-        for p in split_by_track(other)["matrix"]:
-            p.grad *= 1e8  # Muon's momentum is not normalised before Newton-Schulz adds 1e-7 to its norm
         muon.step()
     assert worst_difference(model.parameters(), other.parameters()) <= 1e-7  # measured: 2.3e-8, that same 1e-7
 
