@@ -169,9 +169,14 @@ def test_without_both_a_matrix_moves_by_its_momentum_at_root_mean_square_one(mod
     lr = 1e-2
     param = nn.Parameter(torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     optimizer = ARS2Neo([param], lr=lr, weight_decay=0.0, mode=mode, energy=False, geometry=False)
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        param.pow(4).sum().backward()
+
     for _ in range(5):
         before = param.detach().clone()
-        optimizer.step(lambda: param.pow(4).sum().backward())
+        optimizer.step(closure)
         moved, momentum = before - param.detach(), optimizer.state[param]["exp_avg"]
         assert moved.square().mean().sqrt().item() == pytest.approx(lr, rel=1e-12)
         assert torch.nn.functional.cosine_similarity(moved.flatten(), momentum.flatten(), dim=0).item() > 1 - 1e-12
@@ -209,8 +214,13 @@ def test_without_energy_the_scale_of_the_loss_does_not_matter(mode: str, geometr
 def test_a_matrix_without_any_gradient_so_far_stays(energy: bool, geometry: bool) -> None:
     param = nn.Parameter(torch.ones(3, 4))
     optimizer = ARS2Neo([param], weight_decay=0.0, energy=energy, geometry=geometry)
+
+    def closure() -> None:
+        optimizer.zero_grad()
+        (0.0 * param).sum().backward()
+
     for _ in range(3):
-        optimizer.step(lambda: (0.0 * param).sum().backward())
+        optimizer.step(closure)
     assert torch.equal(param, torch.ones(3, 4))
 
 
