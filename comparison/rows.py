@@ -248,17 +248,17 @@ def _tell_apart(rows: list[Row]) -> None:
         settings = [row.any.identity.setting for row in same]
         keys = [key for key in dict.fromkeys(key for s in settings for key in s) if _differs(key, settings)]
         for row, setting in zip(same, settings, strict=True):
-            told = [f"{key.partition('.')[2]} {_value_text(setting.get(key))}" for key in keys]
+            told = [f"{key.partition('.')[2]} {value_text(setting.get(key))}" for key in keys]
             row.label = ", ".join([label, *told])
 
 
-def _value_text(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return an option as it is named in a label: a callback by its class's name and its options."""
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
-        return " and ".join(map(_value_text, value))
+        return " and ".join(map(value_text, value))
     if not isinstance(value, dict) or "class_path" not in value:
         return str(value)
-    options = ", ".join(f"{key} {_value_text(option)}" for key, option in (value.get("init_args") or {}).items())
+    options = ", ".join(f"{key} {value_text(option)}" for key, option in (value.get("init_args") or {}).items())
     name = str(value["class_path"]).rpartition(".")[2]
     return f"{name} ({options})" if options else name
 

@@ -107,17 +107,23 @@ class Run:
         log = cells.apply(pd.to_numeric, errors="coerce")
         if "train/loss" not in log and any(column.startswith("test/") for column in log):
             raise ValueError("it is an evaluation, no training run")
-        if self.diverged and "train/loss" not in log:
-            log["train/loss"] = np.nan
-        if not {"epoch", "train/loss"} <= set(log):
-            raise ValueError("metrics.csv has no columns epoch and train/loss")
         if (log.isna() & (cells != "") & (cells != "nan")).to_numpy().any():
             raise ValueError("metrics.csv has a cell that is no number")
-        if (log["train/loss"].notna().sum() == 0 and not self.diverged) or log["epoch"].isna().any():
+        if self.diverged:  # maybe before anything of these was logged
+            log = log.reindex(columns=list(dict.fromkeys((*log, "epoch", "train/loss"))))
+        if not {"epoch", "train/loss"} <= set(log):
+            raise ValueError("metrics.csv has no columns epoch and train/loss")
+        placed = log["epoch"].notna()
+        if log["train/loss"][~placed].notna().any():
+            raise ValueError("metrics.csv has a training loss without its epoch")
+        if log["train/loss"].notna().sum() == 0 and not self.diverged:
             raise ValueError("metrics.csv has no complete epoch")
+        # Callbacks that log by themselves, as Lightning's LearningRateMonitor does, leave rows without an epoch.
+        log = log[placed].reset_index(drop=True)
         log["epoch"] += 1
-        validated = cells[cells["val/loss"] != ""]["val/loss"] if "val/loss" in cells else cells["train/loss"]
-        self.diverged |= len(validated) > 0 and not np.isfinite(float(validated.iloc[-1]))
+        losses = cells.get("val/loss", cells.get("train/loss", pd.Series(dtype=str)))
+        losses = losses[losses != ""]
+        self.diverged |= len(losses) > 0 and not np.isfinite(float(losses.iloc[-1]))
         return log
 
     def _join(self, checkpoint: str | None) -> Path | None:

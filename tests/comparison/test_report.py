@@ -28,7 +28,7 @@ from comparison.results import (
     step_cost,
     to_target,
 )
-from comparison.rows import Group, group
+from comparison.rows import Group, group, value_text
 from comparison.runs import AXES, Problem, Run, Target, read
 from comparison.statistics import geometric_interval, mean_interval
 from comparison.tables import Table
@@ -74,6 +74,13 @@ def test_settings_of_one_name_are_told_apart(runs: Path, tmp_path: Path) -> None
         fit(tmp_path, *AGA, *LENGTH, "--model.optimizer.lr", rate)
     labels = {entry.label for entry in group(read([tmp_path])[0])[0].rows}
     assert labels == {"grok_aga, optimizer.lr 0.001", "grok_aga, optimizer.lr 0.002"}
+
+
+def test_callbacks_are_named_by_their_class_and_options() -> None:
+    budget = {"class_path": "callbacks.evaluation_budget.EvaluationBudget", "init_args": {"gradient_evaluations": 9}}
+    stop = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
+    assert value_text([stop, budget]) == "EarlyStopping and EvaluationBudget (gradient_evaluations 9)"
+    assert (value_text([0.9, 0.95]), value_text(None)) == ("[0.9, 0.95]", "None")
 
 
 def test_means_and_intervals_are_those_of_the_logs(groups: list[Group], runs: Path) -> None:

@@ -14,7 +14,7 @@ from callbacks.milestones import THRESHOLDS
 from comparison.rows import PUBLISHED, group
 from comparison.runs import AXES, Run, Target, find, read
 from tests.commands import ADAMW, AGA, TINY, call, fit, folders
-from tests.comparison.runs import EPOCHS, LENGTH, copy, cut
+from tests.comparison.runs import EPOCHS, LENGTH, copy, cut, seeded
 
 
 def one(runs: Path, experiment: str) -> Path:
@@ -153,6 +153,7 @@ def damaged(change: Callable[[Path], object], runs: Path, tmp_path: Path) -> str
         (lambda folder: (folder / "metrics.csv").write_text(""), "metrics.csv cannot be read"),
         (lambda folder: (folder / "metrics.csv").write_bytes(b"\xff\xfe\0epoch\n1\n"), "metrics.csv"),
         (lambda folder: (folder / "metrics.csv").write_text("epoch,train/loss\n0,lots\n"), "no number"),
+        (lambda folder: (folder / "metrics.csv").write_text("epoch,train/loss\n0,2\n,1\n"), "without its epoch"),
         (lambda folder: (folder / "metrics.csv").write_text("a,b\n1,2\n"), "no columns"),
         (lambda folder: (folder / "config.yaml").unlink(), "it has no config.yaml"),
         (lambda folder: (folder / "config.yaml").write_text("a: [1"), "config.yaml is not valid YAML"),
@@ -173,6 +174,35 @@ def test_an_edited_config_is_noticed(runs: Path, tmp_path: Path) -> None:
         path.write_text(path.read_text().replace("train_fraction: 0.3", "train_fraction: 0.5"))
 
     assert "it was edited" in damaged(edit, runs, tmp_path)
+
+
+def test_callbacks_that_only_watch_leave_a_run_in_its_row_and_its_numbers_alone(runs: Path, tmp_path: Path) -> None:
+    lightning = "lightning.pytorch.callbacks"
+    added = (
+        *(f"--trainer.callbacks+={lightning}.LearningRateMonitor", "--trainer.callbacks.logging_interval", "step"),
+        *(f"--trainer.callbacks+={lightning}.DeviceStatsMonitor", "--trainer.callbacks.cpu_stats", "false"),
+        f"--trainer.callbacks+={lightning}.ModelSummary",
+        *("--trainer.log_every_n_steps", 1),
+    )
+    folder = fit(tmp_path, *AGA, *LENGTH, *seeded(0), "--internals.every_n_steps", "1", *added)
+    watched, plain = (
+        Run(folder),
+        next(run for run in map(Run, (runs / "grok_aga").iterdir()) if run.identity.seed == "0"),
+    )
+    rates = logged(folder, "lr-ARS2Neo/pg1")
+    assert rates and not any(row["epoch"] for row, _ in rates)
+    assert watched.identity.setting_digest == plain.identity.setting_digest
+    for column in ("val/accuracy", "train/loss", "cost/gradient_evaluations", "optimizer/gradient_norm"):
+        assert watched.curve(column)[1].tolist() == plain.curve(column)[1].tolist()
+
+
+def test_a_run_that_diverged_after_rows_without_epochs_is_read(runs: Path, tmp_path: Path) -> None:
+    folder = copy(one(runs, "grok_aga"), tmp_path, "diverged")
+    (folder / "summary.json").unlink()
+    (folder / "metrics.csv").write_text("lr-ARS2Neo,step\n0.1,0\n")
+    (folder / "error.txt").write_text("FloatingPointError: the training loss is nan in epoch 1: lower it\n")
+    run = Run(folder)
+    assert (run.diverged, run.epochs, len(run.log)) == (True, 0, 0)
 
 
 def test_half_a_line_at_the_end_is_no_number(runs: Path, tmp_path: Path) -> None:
