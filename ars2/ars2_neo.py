@@ -275,7 +275,7 @@ class ARS2Neo(TwoPassOptimizer):
                 run=run,
                 shapes=batch.shapes,
             )
-        run(updates.apply_)(batch.params, directions, energies, group["lr"], group["weight_decay"])
+        self._apply(group, batch, directions, energies)
 
     def diagnostics(self) -> dict[str, float]:
         """Return what the last step saw, as plain numbers; reads the device only where the step is capturable.

@@ -117,4 +117,4 @@ class Muon(TrackedOptimizer):
         )
         shapes = [updates.stack_shape(shape, group["flatten"]) for shape in batch.shapes]
         scales = [math.sqrt(max(1.0, shape[1] / shape[2])) for shape in shapes]
-        run(updates.apply_)(batch.params, directions, scales, group["lr"], group["weight_decay"])
+        self._apply(group, batch, directions, scales)

@@ -1,9 +1,10 @@
 """What ARS2-Neo and Muon share: groups on two tracks, options checked, state made up front, exact loading.
 
 State is made of tensors only, in float32 (float64 for float64 parameters) whatever the parameter's dtype, and exists
-from construction on: distributed checkpoints need no first step. Each parameter that has a second moment counts the
-gradients in it (``state[param]["step"]``, a scalar on the host as torch.optim.AdamW's). Counters of the optimizer are
-plain numbers in the groups.
+from construction on: distributed checkpoints need no first step. Of a parameter in half precision it keeps what
+rounding took away too, so that small updates add up. Each parameter that has a second moment counts the gradients in it
+(``state[param]["step"]``, a scalar on the host as torch.optim.AdamW's). Counters of the optimizer are plain numbers in
+the groups.
 """
 
 import inspect
@@ -90,6 +91,11 @@ class TrackedOptimizer(Optimizer):
         """The names of the state tensors that each parameter of ``group`` has."""
         raise NotImplementedError
 
+    def _keys_of(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
+        """The names of the state tensors that ``param`` has in ``group``; half precision keeps what rounding drops."""
+        half = param.dtype in (torch.bfloat16, torch.float16)
+        return (*self._state_keys(group), "remainder") if half else self._state_keys(group)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, check its options and make its state.
 
@@ -148,7 +154,7 @@ class TrackedOptimizer(Optimizer):
 
     def _make_state(self, param: Tensor, group: dict[str, Any]) -> None:
         dtype = torch.promote_types(param.dtype, torch.float32)
-        keys = self._state_keys(group)
+        keys = self._keys_of(param, group)
         self.state[param] = {key: torch.zeros_like(param, dtype=dtype) for key in keys}
         if "exp_avg_sq" in keys:
             self.state[param]["step"] = self._count_of(0.0, param)
@@ -214,8 +220,12 @@ class TrackedOptimizer(Optimizer):
                 tensors = dict(saved.get(key, {}))
                 # Older states count for the whole group.
                 count = tensors.pop("step", theirs["step"])
-                validation.check_state(tensors, str(name), param, self._state_keys(theirs))
-                dtype = torch.promote_types(param.dtype, torch.float32)
+                dtype, keys = torch.promote_types(param.dtype, torch.float32), self._keys_of(param, theirs)
+                if "remainder" not in keys:  # saved with parameters in half precision
+                    tensors.pop("remainder", None)
+                elif tensors:  # older states have none
+                    tensors.setdefault("remainder", torch.zeros_like(param, dtype=dtype))
+                validation.check_state(tensors, str(name), param, keys)
                 # In the parameter's own memory layout, whatever the saved one.
                 mine_of = {k: torch.zeros_like(param, dtype=dtype).copy_(like(param, v)) for k, v in tensors.items()}
                 if "exp_avg_sq" in mine_of:
@@ -237,7 +247,10 @@ class TrackedOptimizer(Optimizer):
             for param in group["params"]:
                 if loaded is not None:  # torch gave the moments the dtype of the parameters
                     self.state[param] = loaded[param]
-                elif "exp_avg_sq" in self.state[param] and "step" not in self.state[param]:
+                    continue
+                if "remainder" in self._keys_of(param, group) and "remainder" not in self.state[param]:
+                    self.state[param]["remainder"] = torch.zeros_like(param, dtype=torch.float32)
+                if "exp_avg_sq" in self.state[param] and "step" not in self.state[param]:
                     self.state[param]["step"] = self._count_of(group["step"], param)
             if self._capturable:
                 capturable.to_device_(group)
@@ -377,7 +390,25 @@ class TrackedOptimizer(Optimizer):
             run(updates.adamw_)(batch.params, *adam, group["lr"], group["weight_decay"])
         else:
             directions = run(updates.adam_directions)(*adam)
-            run(updates.apply_)(batch.params, directions, None, group["lr"], group["weight_decay"])
+            self._apply(group, batch, directions, None)
+
+    def _apply(
+        self,
+        group: dict[str, Any],
+        batch: Batch,
+        directions: updates.Tensors,
+        scales: updates.Tensors | list[float] | None,
+    ) -> None:
+        """Move the parameters of a batch as :func:`ars2.updates.apply_` does, those of half precision in float32."""
+        half = [index for index, state in enumerate(batch.states) if "remainder" in state]
+        params = [batch.params[index] for index in half]
+        remainders = [batch.states[index]["remainder"] for index in half]
+        exact = updates.with_remainders(params, remainders)
+        moved = list(batch.params)
+        for index, tensor in zip(half, exact, strict=True):
+            moved[index] = tensor
+        self._run(group)(updates.apply_)(moved, directions, scales, group["lr"], group["weight_decay"])
+        updates.round_(params, remainders, exact)
 
     def _check_gradients(self) -> bool:
         """Check every gradient before anything is changed; return whether there is any.

@@ -213,6 +213,26 @@ def energies(directions: Tensors, shards: Shards | None = None) -> Tensors:
     return lengths if shards is None else shards.whole([], lengths)[1]
 
 
+def with_remainders(params: Tensors, remainders: Tensors) -> Tensors:
+    """Return parameters of half precision in float32, with what rounding took away from them.
+
+    An entry that somebody has replaced since has none: the remainder kept for it does not round to it.
+    """
+    if not params:
+        return []
+    rounded = [param.float() for param in params]
+    exact = torch._foreach_add(rounded, remainders)
+    return [torch.where(e.to(p.dtype) == p, e, r) for e, p, r in zip(exact, params, rounded, strict=True)]
+
+
+def round_(params: Tensors, remainders: Tensors, exact: Tensors) -> None:
+    """Put float32 values into parameters of half precision, and what rounding takes away into ``remainders``."""
+    if not params:
+        return
+    torch._foreach_copy_(params, exact)
+    torch._foreach_copy_(remainders, torch._foreach_sub(exact, [param.float() for param in params]))
+
+
 def apply_(
     params: Tensors, directions: Tensors, scales: Tensors | list[float] | None, lr: Number, weight_decay: Number
 ) -> None:
