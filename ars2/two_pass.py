@@ -1,6 +1,7 @@
 """A step that may evaluate the gradient twice: when it does, the way to the adversarial point and back, and misuse."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -44,6 +45,12 @@ class TwoPassOptimizer(TrackedOptimizer):
         self, params: Iterable[Any], defaults: dict[str, Any], compile: bool = False, capturable: bool = False
     ) -> None:
         self._pass = Pass()
+        if defaults["mode"] != "base" and _is_made_by_zero():
+            raise ValueError(
+                "ZeroRedundancyOptimizer gives each process an optimizer of a part of the parameters, which alone would"
+                f' move to the adversarial point: use mode "base" with it, not "{defaults["mode"]}", or shard'
+                " the model with torch.distributed.fsdp.fully_shard"
+            )
         super().__init__(params, defaults, compile, capturable)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -268,3 +275,14 @@ class TwoPassOptimizer(TrackedOptimizer):
     def _update(self) -> None:
         """Take the gradients that are there into the moments and move the parameters; ends the step."""
         raise NotImplementedError
+
+
+def _is_made_by_zero() -> bool:
+    """Say whether a ZeroRedundancyOptimizer is making the optimizer, which is told nothing of it."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe() if module is not None else None
+    while frame is not None:
+        if module is not None and isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            return True
+        frame = frame.f_back
+    return False

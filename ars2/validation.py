@@ -119,11 +119,16 @@ def check_parameter(param: Any, name: str, track: str) -> None:
 
     Raises:
         TypeError: not a tensor.
-        ValueError: complex or integer values, a sparse layout, no shape yet, or fewer than two dimensions on the
-            matrix track.
+        ValueError: complex or integer values, a sparse layout, no shape yet, flattened by FSDP1, or fewer than two
+            dimensions on the matrix track.
     """
     if not isinstance(param, Tensor):
         raise TypeError(f"parameter {name} must be a tensor, got {type(param).__name__}")
+    if getattr(param, "_fsdp_flattened", False):
+        raise ValueError(
+            f"parameter {name} is of FullyShardedDataParallel, which flattens matrices: shard the model with"
+            " torch.distributed.fsdp.fully_shard instead"
+        )
     if is_lazy(param):
         raise ValueError(f"parameter {name} has no shape yet: run one forward pass before making the optimizer")
     if param.is_complex():

@@ -148,6 +148,7 @@ def test_the_ends_of_the_ranges_are_allowed(options: dict[str, Any]) -> None:
     param = nn.Parameter(torch.ones(3, 3))
     optimizer = ARS2Neo([param], **options)
     for _ in range(3):
+        optimizer.zero_grad()
         optimizer.step(lambda: param.square().sum().backward())
     assert param.isfinite().all()
 
