@@ -13,6 +13,7 @@ In a plain loop ``step(closure)`` does everything. A loop that scales, clips or 
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -188,13 +189,13 @@ class ARS2Neo(TwoPassOptimizer):
                 "step(): the second pass left no gradient: call backward() between perturb() and restore()"
             )
         else:
-            self._pass = Pass()
+            self._pass.become(Pass())
         return result
 
     def _update(self) -> None:
         """Take the gradients that are there into the moments and move the parameters; ends the step."""
-        now, main = self._pass, self.param_groups[0]
-        self._pass = Pass()
+        now, main = replace(self._pass), self.param_groups[0]
+        self._pass.become(Pass())
         synced, t = now.stage == "restored", main["step"] + 1
         alpha = main["alpha"] * (1 + max(0.0, now.phi)) ** main["phi_gamma"] if main["mode"] == "aga" else main["alpha"]
         keeps = "shear" in self._state_keys(main)

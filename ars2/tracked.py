@@ -52,7 +52,7 @@ class TrackedOptimizer(Optimizer):
         # These say how a step runs, not what it does: they are no part of the saved state.
         self._compile, self._capturable = compile, capturable
         self._compilers: dict[int, Compiler] = {}
-        self._ranks: Ranks | Shards | None = None
+        self._exchange: list[Ranks | Shards | None] = [None]
         self._loaded: dict[Tensor, dict[str, Tensor]] | None = None
         defaults = validation.plain_numbers({"track": "matrix", "flatten": False, **defaults})
         self._check_host_options(defaults)
@@ -255,7 +255,8 @@ class TrackedOptimizer(Optimizer):
             if self._capturable:
                 capturable.to_device_(group)
         # A copy starts alone, unless it has a part of the parameters; loading a state leaves the ranks as they are.
-        if "_ranks" not in self.__dict__:
+        if "_exchange" not in self.__dict__:
+            self._exchange = [None]
             self._ranks = self._find_shards(self.param_groups)
 
     def _adopt_parameters(self) -> None:
@@ -305,6 +306,15 @@ class TrackedOptimizer(Optimizer):
                 " leave both out"
             )
         return shards
+
+    @property
+    def _ranks(self) -> Ranks | Shards | None:
+        """The processes to exchange with, in a list that a wrapper of the optimizer finds too."""
+        return self._exchange[0]
+
+    @_ranks.setter
+    def _ranks(self, ranks: Ranks | Shards | None) -> None:
+        self._exchange[0] = ranks
 
     @property
     def _shards(self) -> Shards | None:

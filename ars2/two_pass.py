@@ -25,7 +25,10 @@ class Saved(NamedTuple):
 
 @dataclass
 class Pass:
-    """What is known of the step under way; none of it outlives the step, none of it is saved."""
+    """What is known of the step under way; none of it outlives the step, none of it is saved.
+
+    An optimizer has one for good: Fabric's and Lightning's wrappers find it, but an attribute set on them stays theirs.
+    """
 
     stage: Literal["idle", "decided", "moved", "restored"] = "idle"
     wanted: bool = False
@@ -33,6 +36,10 @@ class Pass:
     variance: float = 0.0
     saved: list[Saved] = field(default_factory=list)
     first_gradients: dict[Tensor, Tensor] = field(default_factory=dict)
+
+    def become(self, other: "Pass") -> None:
+        self.stage, self.wanted, self.phi, self.variance = other.stage, other.wanted, other.phi, other.variance
+        self.saved, self.first_gradients = other.saved, other.first_gradients
 
 
 class TwoPassOptimizer(TrackedOptimizer):
@@ -113,7 +120,7 @@ class TwoPassOptimizer(TrackedOptimizer):
         """
         self._refuse_while_moved("wants_second_pass()")
         if not self._check_gradients():
-            self._pass = Pass()
+            self._pass.become(Pass())
             return False
         main = self.param_groups[0]
         t = main["step"] + 1
@@ -127,7 +134,7 @@ class TwoPassOptimizer(TrackedOptimizer):
                 now.phi = flatness.global_cosine(pairs, self._run(main), self._ranks)
             now.variance = flatness.next_variance(main, now.phi, t)
         now.wanted = flatness.looks_again(main, t, now.phi, now.variance)
-        self._pass = now
+        self._pass.become(now)
         return now.wanted
 
     @torch.no_grad()
@@ -270,7 +277,7 @@ class TwoPassOptimizer(TrackedOptimizer):
             for group in self.param_groups:
                 for param in group["params"]:
                     param.grad = first.get(param)
-        self._pass = Pass()
+        self._pass.become(Pass())
 
     def _update(self) -> None:
         """Take the gradients that are there into the moments and move the parameters; ends the step."""
