@@ -128,7 +128,7 @@ def _product(inner: Tensor, block: Sequence[Coefficients]) -> Tensor:
             half = _symmetric(inner, polynomial, inner, beta=a)
             inner = _symmetric(half, half, polynomial, beta=a)
         if product is None:
-            product = polynomial
+            product = polynomial.clone() if polynomial.requires_grad else polynomial  # autograd needs it as it is
             product.diagonal(dim1=-2, dim2=-1).add_(a)
         else:
             product = _symmetric(product, polynomial, product, beta=a)

@@ -46,13 +46,18 @@ def orthogonalize(
             ``"auto"``, the faster one for the shape by measurement. See :mod:`ars2.newton_schulz`.
 
     Returns:
-        A tensor of ``x``'s shape and of ``dtype``.
+        A tensor of ``x``'s shape and of ``dtype``, through which gradients flow.
 
     Raises:
-        ValueError: fewer than two dimensions, ``steps`` below 1, or unknown ``coefficients`` or ``algorithm``.
+        ValueError: fewer than two dimensions, entries that are no real floating-point numbers, ``steps`` below 1, or
+            unknown ``coefficients`` or ``algorithm``.
     """
     if x.ndim < 2:
         raise ValueError(f"orthogonalize needs a matrix or a stack of matrices, got a tensor of shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"orthogonalize needs real floating-point entries, got a tensor of {x.dtype}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"orthogonalize: dtype must be a floating-point one, got {dtype}")
     if steps < 1:
         raise ValueError(f"orthogonalize: steps must be at least 1, got {steps}")
     if coefficients not in COEFFICIENTS:

@@ -240,3 +240,36 @@ def test_half_precision_is_scaled_in_float32(dtype: torch.dtype) -> None:
     matrix = (random(24, 40) * 1e-4).to(dtype)
     result = orthogonalize(matrix, dtype=torch.float32)
     assert (result - orthogonalize(matrix.float(), dtype=torch.float32)).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_entries_that_are_no_real_numbers_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="floating-point"):
+        orthogonalize(torch.ones(3, 4, dtype=dtype))
+    with pytest.raises(ValueError, match="floating-point"):
+        orthogonalize(torch.ones(3, 4), dtype=dtype)
+
+
+@pytest.mark.parametrize("coefficients", COEFFICIENTS)
+@pytest.mark.parametrize("algorithm", ["standard", "gram", "auto"])
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (2, 3, 5)])
+def test_gradients_flow_through(shape: tuple[int, ...], algorithm: str, coefficients: str) -> None:
+    matrix = random(*shape).requires_grad_()
+
+    def function(x: Tensor) -> Tensor:
+        return orthogonalize(x, 3, coefficients, torch.float64, algorithm)
+
+    assert torch.autograd.gradcheck(function, (matrix,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_flow_through_the_gram_side_of_large_matrices(dtype: torch.dtype) -> None:
+    def gradient(dtype: torch.dtype, algorithm: str) -> Tensor:
+        matrix = random(72, 300, dtype=torch.float32).requires_grad_()
+        (orthogonalize(matrix, 3, dtype=dtype, algorithm=algorithm).float() * random(72, 300).float()).sum().backward()
+        assert matrix.grad is not None
+        return matrix.grad
+
+    expected = gradient(torch.float32, "standard")
+    difference = (gradient(dtype, "gram") - expected).norm() / expected.norm()
+    assert difference <= {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
