@@ -46,6 +46,11 @@ def is_within_epoch(trainer: "L.Trainer") -> bool:
     return not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
+def is_attached(module: "L.LightningModule") -> bool:
+    """Say whether a Trainer has taken the module, whose ``trainer`` is an error before."""
+    return module._trainer is not None
+
+
 def has_validated(trainer: "L.Trainer") -> bool:
     """Say whether a validation was made while training."""
     return bool(trainer.fit_loop.epoch_loop.val_loop._has_run)

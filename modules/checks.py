@@ -26,6 +26,9 @@ def check_complete(module: L.LightningModule, base: type[L.LightningModule]) -> 
         ),
         "set self.network in __init__()": isinstance(network, nn.Module),
         "call self.set_metrics({...}) in __init__()": hasattr(module, "train_metrics"),
+        "give it an optimizer, which load_from_checkpoint(path, optimizer=...) takes too": (
+            getattr(module, "make_optimizer", None) is not None
+        ),
     }
     if missing := [sentence for sentence, is_there in needed.items() if not is_there]:
         raise ValueError(f"{kind.__name__} cannot be trained yet: {'; '.join(missing)}")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
+from library_internals import is_attached
 from modules.cifar_resnet import CIFARResNet18
 from modules.stage_metrics import Metrics
 from modules.two_pass import TwoPassModule
@@ -46,6 +47,7 @@ class ImageClassifier(TwoPassModule):
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         self.network = CIFARResNet18(classes, width)
         self.classes, self.label_smoothing = classes, label_smoothing
+        self.class_names = [str(number) for number in range(classes)]
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.compile_network = compile
         metrics = {"accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False)}
@@ -71,8 +73,18 @@ class ImageClassifier(TwoPassModule):
             raise ValueError(f"the model is for {self.classes} classes, the data has {len(self._names())}")
 
     def _names(self) -> list[str]:
-        data = getattr(self.trainer, "datamodule", None)
-        return list(getattr(data, "classes", map(str, range(self.classes))))
+        return list(getattr(self._data(), "classes", self.class_names))
+
+    def _data(self) -> Any:
+        return getattr(self.trainer, "datamodule", None) if is_attached(self) else None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["class_names"] = [str(name) for name in self._names()]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.class_names = checkpoint.get("class_names", self.class_names)
 
     def _logits(self, images: Tensor) -> Tensor:
         # Images come in float32, also where all of the network is in another precision.
@@ -110,15 +122,19 @@ class ImageClassifier(TwoPassModule):
             print(f"confusion matrix: {picture}")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> list[str]:
-        """Return one line an image: its number or file, the class and its probability, and whether it is right."""
+        """Return one line an image: its number or file, the class and its probability, and whether it is right.
+
+        Without a Trainer they are counted as if all batches were of the size of this one.
+        """
         images, labels = batch
         probabilities = self._logits(images).float().softmax(1)
-        names, files = self._names(), getattr(getattr(self.trainer, "datamodule", None), "images", None)
-        loader: Any = self.trainer.predict_dataloaders
+        names, files = self._names(), getattr(self._data(), "images", None)
+        loader: Any = self.trainer.predict_dataloaders if is_attached(self) else None
+        batch_size = len(images) if loader is None else loader.batch_size
         lines = []
         for i, (label, row) in enumerate(zip(labels.tolist(), probabilities, strict=True)):
             guess = int(row.argmax())
-            number = batch_index * loader.batch_size + i
+            number = batch_index * batch_size + i
             line = f"{f'image {number}' if files is None else files[number]}: {names[guess]} ({100 * row[guess]:.1f} %)"
             if label >= 0:
                 line += ", right" if guess == label else f", wrong, it is {names[label]}"

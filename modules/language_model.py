@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from library_internals import is_attached
 from modules.chunked_cross_entropy import chunked_cross_entropy
 from modules.head_projections import split_heads
 from modules.perplexity import BitsPerByte, Perplexity, WordPerplexity
@@ -104,6 +105,7 @@ class LanguageModel(TwoPassModule):
         if projections == "per_head":
             split_heads(self.network)
         self.set_metrics({"perplexity": Perplexity()})
+        self.tokenizer: Any = None  # of tokenizers, where there is no data module to have one
 
     def configure_model(self) -> None:
         """Shard the network or compile it, where that is asked for.
@@ -159,9 +161,26 @@ class LanguageModel(TwoPassModule):
                     metric.update(loss.detach(), rows[:, 1:].numel())
         return loss
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the tokenizer, which the data's part of a checkpoint holds, where there will be no data."""
+        super().on_load_checkpoint(checkpoint)
+        if is_attached(self):
+            return
+        from tokenizers import Tokenizer
+
+        saved = [part["tokenizer"] for part in checkpoint.values() if isinstance(part, dict) and "tokenizer" in part]
+        self.tokenizer = Tokenizer.from_str(saved[0]) if saved else None
+
     def continue_text(self, tokens: Tensor) -> str:
-        """Return the text of ``tokens`` (1, tokens) and what the network has to follow, by the sampling options."""
-        tokenizer = self.trainer.datamodule.tokens.tokenizer  # type: ignore[attr-defined]
+        """Return the text of ``tokens`` (1, tokens) and what the network has to follow, by the sampling options.
+
+        Raises:
+            ValueError: the module was loaded without data, from a checkpoint that holds no tokenizer.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None) if is_attached(self) else None
+        tokenizer = self.tokenizer if data is None else data.tokens.tokenizer
+        if tokenizer is None:
+            raise ValueError("there is no tokenizer: the checkpoint is older than those that hold one; set tokenizer")
         with torch.compiler.set_stance("force_eager") if self.compile_network else nullcontext():
             drawn = continuation(
                 self.network, tokens, self.sample_tokens, self.context, self.temperature, self.top_k, self.sample_seed

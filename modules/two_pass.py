@@ -5,6 +5,7 @@ buffers (BatchNorm's statistics) and the reported loss come from the first one a
 :mod:`modules.measured`, what must not be taken in in :mod:`modules.nonfinite`.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -19,11 +20,12 @@ from torch.utils.data import DistributedSampler
 
 from ars2.param_groups import Policy
 from ars2.replay import random_state
-from library_internals import is_compiled
+from library_internals import is_attached, is_compiled
 from modules.checks import check_complete
 from modules.measured import MeasuredModule
 from modules.nonfinite import StepRecord, lower_scale
 from modules.optimizer_setup import build_optimizer, build_scheduler
+from modules.saved_arguments import arguments_of, check_same_network, is_plain
 from modules.sharding import shard
 from modules.stage_metrics import remember
 
@@ -40,7 +42,8 @@ class TwoPassModule(MeasuredModule):
     :class:`ars2.two_pass.TwoPassOptimizer`, batches are not kept, and processes need not vote on second passes.
 
     Args:
-        optimizer: takes parameter groups, returns the optimizer.
+        optimizer: takes parameter groups, returns the optimizer; ``None``, which ``load_from_checkpoint()`` gives if it
+            is given none, makes a module that can be evaluated and not trained.
         scheduler: takes the optimizer, returns a learning-rate scheduler.
         scheduler_interval: whether the scheduler is stepped after every ``"epoch"`` or every ``"step"`` (update).
         policy: which parameters are matrices, see :func:`ars2.param_groups`; every optimizer gets these groups.
@@ -89,6 +92,7 @@ class TwoPassModule(MeasuredModule):
         gather: Literal["exact", "bfloat16"] = "exact",
     ) -> None:
         super().__init__()
+        self._arguments = arguments_of(self, inspect.currentframe())
         if gather not in ("exact", "bfloat16"):
             raise ValueError(f"gather must be 'exact' or 'bfloat16', got {gather!r}")
         if nonfinite not in ("stop", "skip"):
@@ -384,11 +388,24 @@ class TwoPassModule(MeasuredModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        # A subclass may have saved hyperparameters of its own.
+        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        if "_instantiator" not in saved:
+            saved = {name: value for name, value in saved.items() if is_plain(value)}
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**saved, **self._arguments}
         checkpoint["gradient_evaluations"] = self.gradient_evaluations
         checkpoint["skipped_steps"] = self.skipped_steps
         checkpoint["optimizer"] = type(self.trainer.optimizers[0]).__name__
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from the counts of a run; ``load_from_checkpoint()``, without a Trainer, takes the weights alone.
+
+        Raises:
+            ValueError: without a Trainer, if the module's network is another one.
+        """
+        if not is_attached(self):
+            check_same_network(self, checkpoint["state_dict"])
+            return
         super().on_load_checkpoint(checkpoint)
         self.gradient_evaluations = checkpoint["gradient_evaluations"]
         self.skipped_steps = checkpoint["skipped_steps"]

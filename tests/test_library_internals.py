@@ -47,6 +47,7 @@ def of_the_suite(trainer: L.Trainer) -> dict[str, list[Any]]:
         "_has_run": [epoch_loop.val_loop],
         "_broadcast_sigterm_tensor": [epoch_loop],
         "_actions": [ArgumentParser()],
+        "_trainer": [L.LightningModule()],
         # Used or overridden by subclasses.
         "_parser": [LightningCLI],
         "_parse_ckpt_path": [LightningCLI],
