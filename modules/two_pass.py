@@ -121,6 +121,7 @@ class TwoPassModule(MeasuredModule):
         self._record = StepRecord()
         self._forget: Callable[[], None] = lambda: None
         self._has_exchanged = False
+        self._is_elsewhere = False  # where its optimizer trains and is not to be evaluated
 
     def configure_model(self) -> None:
         """Shard the network over the processes where that is the strategy's (ModelParallelStrategy).
@@ -309,6 +310,7 @@ class TwoPassModule(MeasuredModule):
         for optimizer in self.trainer.optimizers:
             if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
                 getattr(optimizer, to)()
+                self._is_elsewhere = to == "train"
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         self._move_optimizers("train")
@@ -393,9 +395,22 @@ class TwoPassModule(MeasuredModule):
         if "_instantiator" not in saved:
             saved = {name: value for name, value in saved.items() if is_plain(value)}
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**saved, **self._arguments}
+        if self._is_elsewhere and self.device_mesh is None:
+            self._save_both(checkpoint)
         checkpoint["gradient_evaluations"] = self.gradient_evaluations
         checkpoint["skipped_steps"] = self.skipped_steps
         checkpoint["optimizer"] = type(self.trainer.optimizers[0]).__name__
+
+    @torch.no_grad()
+    def _save_both(self, checkpoint: dict[str, Any]) -> None:
+        """Let a checkpoint hold the parameters to evaluate, and beside them those to train on from, to the bit."""
+        training = {name: param.clone() for name, param in self.named_parameters()}
+        self._move_optimizers("eval")
+        checkpoint["state_dict"] |= {name: param.clone() for name, param in self.named_parameters()}
+        self._move_optimizers("train")
+        for name, param in self.named_parameters():
+            param.copy_(training[name])  # there and back rounds
+        checkpoint["training_parameters"] = training
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from the counts of a run; ``load_from_checkpoint()``, without a Trainer, takes the weights alone.
@@ -407,6 +422,8 @@ class TwoPassModule(MeasuredModule):
             check_same_network(self, checkpoint["state_dict"])
             return
         super().on_load_checkpoint(checkpoint)
+        if self.trainer.state.fn == "fit":
+            checkpoint["state_dict"].update(checkpoint.get("training_parameters", {}))
         self.gradient_evaluations = checkpoint["gradient_evaluations"]
         self.skipped_steps = checkpoint["skipped_steps"]
         self._resumed_optimizer = checkpoint["optimizer"]

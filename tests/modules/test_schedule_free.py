@@ -12,7 +12,16 @@ from pytorch_optimizer import ScheduleFreeAdamW
 from torch import Tensor, nn
 
 from ars2 import param_groups
-from tests.modules.small_task import SmallNetwork, SmallTask, batches, data, fit
+from tests.modules.small_task import (
+    SmallNetwork,
+    SmallTask,
+    assert_equal_states,
+    batches,
+    data,
+    fit,
+    make_optimizer,
+    state_of,
+)
 
 
 def make(params: Any) -> torch.optim.Optimizer:
@@ -66,3 +75,38 @@ def test_a_schedule_free_optimizer_is_evaluated_where_it_says(resumed: bool, tmp
     if not resumed:
         saved: dict[str, Tensor] = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
         assert torch.equal(saved["network.head.weight"], module.network.head.weight)
+
+
+class SavesWithinAnEpoch(L.Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 9:  # the third batch of the second epoch
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_checkpoint_within_an_epoch_is_of_what_is_evaluated_and_goes_on_to_the_bit(tmp_path: Path) -> None:
+    path = tmp_path / "within.ckpt"
+    whole, saving, again = (SmallTask(optimizer=make) for _ in range(3))
+    fit(whole, 3)
+    fit(saving, 3, callbacks=[SavesWithinAnEpoch(path)])  # type: ignore[arg-type]
+    fit(again, 3, ckpt_path=str(path))  # type: ignore[arg-type]
+    for mine in (saving, again):
+        assert_equal_states(state_of(mine), state_of(whole))
+    evaluated: Any = make(param_groups(network := SmallNetwork()))
+    checkpoint = torch.load(path, weights_only=True)
+    network.load_state_dict(
+        {key.removeprefix("network."): v for key, v in checkpoint["training_parameters"].items()}, strict=False
+    )
+    evaluated.load_state_dict(checkpoint["optimizer_states"][0])
+    evaluated.eval()
+    loaded = SmallTask.load_from_checkpoint(path).network
+    for name, param in network.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), param)
+        assert not torch.equal(checkpoint["training_parameters"][f"network.{name}"], param)
+
+
+def test_other_optimizers_have_nothing_beside_their_weights(tmp_path: Path) -> None:
+    fit(SmallTask(optimizer=make_optimizer("sync")), callbacks=[SavesWithinAnEpoch(tmp_path / "run.ckpt")])  # type: ignore[arg-type]
+    assert "training_parameters" not in torch.load(tmp_path / "run.ckpt", weights_only=True)
