@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lean_imports import without_heavy_packages
 with without_heavy_packages():
     import lightning.pytorch as L
     import yaml
+    from jsonargparse import Namespace
     from lightning.fabric.plugins import CheckpointIO
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -118,6 +120,11 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
         check_values(self.config[self.config.subcommand].as_dict())
+        for callback in _listed(self.config[self.config.subcommand].trainer.callbacks):
+            # Lightning's Timer has a default that no YAML can hold.
+            for name, value in vars(callback.get("init_args") or Namespace()).items():
+                if isinstance(value, Enum) and isinstance(value, str):
+                    callback.init_args[name] = value.value
         take_over(self.config[self.config.subcommand])
 
     def _parse_ckpt_path(self) -> None:
@@ -212,12 +219,14 @@ class CommandLine(LightningCLI):
         if config.trainer.logger in (None, True):
             saved = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_unset=False))
             kwargs["logger"] = make_loggers(folder, saved, config.wandb, self.resumes)
-        plugins = self.config_init[self.subcommand].trainer.plugins or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins = _listed(self.config_init[self.subcommand].trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         unwanted: tuple[type, ...] = ()
-        if config.trainer.enable_progress_bar is False:
+        given = _listed(self.config_init[self.subcommand].trainer.callbacks)
+        if config.trainer.enable_progress_bar is False or any(
+            isinstance(one, L.callbacks.ProgressBar) for one in given
+        ):
             unwanted += (ProgressBar,)
         if config.trainer.enable_checkpointing is False:
             unwanted += (StopSignals,)  # which waits for a checkpoint
@@ -259,6 +268,11 @@ class CommandLine(LightningCLI):
         for batch in self.trainer.predict_loop.predictions if self.trainer.is_global_zero else ():
             for line in batch:
                 print(line)
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return an option that is one thing, a list of them or ``None`` as a list."""
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def take_over(config: Any) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
+from lightning.pytorch.callbacks import BatchSizeFinder, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 
 
@@ -40,6 +41,34 @@ def check_complete(module: L.LightningModule, base: type[L.LightningModule]) -> 
             f"{kind.__name__} has parameters outside self.network, which would not be trained: {', '.join(left[:3])}"
             f"{' and others' if len(left) > 3 else ''}; put them into it, or freeze them (requires_grad_(False))"
         )
+
+
+def check_callbacks(module: L.LightningModule) -> None:
+    """Check that no callback of Lightning would silently do something else to a module that makes its own steps.
+
+    Raises:
+        ValueError: one would.
+    """
+    for callback in vars(module.trainer)["callbacks"]:
+        name = type(callback).__name__
+        if isinstance(callback, StochasticWeightAveraging) and callback.pl_module_contains_batch_norm(module):
+            # It leaves out the backward pass in an epoch of its own, which manual optimization does not know of.
+            raise ValueError(
+                f"{name} would train its average for one more epoch to renew the statistics of BatchNorm, since"
+                f" {type(module).__name__} makes its own optimizer steps: use WeightAveraging, which averages them"
+            )
+        if isinstance(callback, BatchSizeFinder):
+            raise ValueError(
+                f"{name} would replace the method batch_size() of {type(module).__name__} by a number: leave it out and"
+                " give the data module its batch_size"
+            )
+        if isinstance(callback, WeightAveraging):
+            for other in module.trainer.checkpoint_callbacks:
+                if getattr(other, "save_weights_only", False):
+                    raise ValueError(
+                        f"{name} puts its average only into whole checkpoints, and {type(other).__name__} saves weights"
+                        " alone: set its save_weights_only to false (--checkpoint.save_weights_only false)"
+                    )
 
 
 def _replaces(kind: type, base: type, name: str) -> bool:

@@ -21,7 +21,7 @@ from torch.utils.data import DistributedSampler
 from ars2.param_groups import Policy
 from ars2.replay import random_state
 from library_internals import is_attached, is_compiled
-from modules.checks import check_complete
+from modules.checks import check_callbacks, check_complete
 from modules.measured import MeasuredModule
 from modules.nonfinite import StepRecord, lower_scale
 from modules.optimizer_setup import build_optimizer, build_scheduler
@@ -369,6 +369,7 @@ class TwoPassModule(MeasuredModule):
                 was another optimizer's.
         """
         check_complete(self, TwoPassModule)
+        check_callbacks(self)
         optimizer: Any = build_optimizer(self.network, self.make_optimizer, self.policy, self.matrix, self.vector)
         self._record = StepRecord()  # the old one is of the device that the network was on before
         self._has_exchanged = False
