@@ -3,12 +3,15 @@
 import contextlib
 import importlib
 import inspect
+import linecache
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 import traceback
 import warnings
@@ -39,7 +42,7 @@ with without_heavy_packages():
     from callbacks.stop_signals import Stopped, StopSignals
     from callbacks.wandb_run import WandbRun
     from checkpoint_files import AtomicCheckpointIO, best_checkpoint, check_checkpoint, last_checkpoint
-    from messages import explain, one_line
+    from messages import explain, one_line, worker_traceback
     from modules.two_pass import TwoPassModule
     from overlays import check_overlays, check_values
     from processes import from_first, is_first
@@ -70,8 +73,10 @@ PRECISIONS = {
     **{"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"},
     **{name: name for name in ("16-mixed", "16-true", "bf16-mixed", "bf16-true", "32-true", "64-true")},
 }
-# Packages that are no user's: what is loaded by now, and what tasks load later.
+# Packages that are no user's: what is loaded by now, and what tasks load later. Users add to the tasks' own.
 _OWN = {name.partition(".")[0] for name in sys.modules} | {"comparison", "datamodules", "studies"}
+_TASKS = ("modules", "datamodules")
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 RESULTS = ("summary.json", "metrics.csv", "checkpoints", "wandb")
 
 
@@ -388,17 +393,32 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _in_users_file(error: BaseException) -> str:
-    """Return the file and line of a user's own code that an exception came through last; empty if through none."""
-    found = ""
+    """Return the file and line of a user's own code that an exception came through last; empty if through none.
+
+    A user's class may stand among the tasks of the suite, in modules/ or datamodules/. There a line that raises is one
+    of its sentences, and an error of any other line a bug.
+    """
     cause: BaseException | None = error
-    while cause is not None and not found:
-        for frame, line in traceback.walk_tb(cause.__traceback__):
-            package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
-            file = frame.f_code.co_filename
-            if package not in _OWN and "site-packages" not in file and Path(file).is_file():
-                found = f" ({file}, line {line})"
+    while cause is not None:
+        places = _places(cause)
+        known = [(name, file, line) for name, file, line in places if not file.startswith(_LIBRARIES)]
+        for name, file, line in reversed(known):
+            package, mine = name.partition(".")[0], linecache.getline(file, line).strip()
+            is_sentence = (name, file, line) == places[-1] and mine.startswith("raise ")
+            is_value = isinstance(cause, (ValueError, OSError)) and (name, file, line) != places[-1]
+            if package not in _OWN or (package in _TASKS and not is_sentence and not is_value):
+                return f" ({file}, line {line})"
         cause = cause.__cause__ or cause.__context__
-    return found
+    return ""
+
+
+def _places(error: BaseException) -> list[tuple[str, str, int]]:
+    """Return module, file and line of every call that an exception came through, the outermost first."""
+    names = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
+    # Of a worker of a data loader there is only what it wrote.
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    frames += [(file, int(line)) for file, line in re.findall(r'File "(.+)", line (\d+)', worker_traceback(error))]
+    return [(names.get(file) or Path(file).stem, file, line) for file, line in frames if Path(file).is_file()]
 
 
 def _report(error: Exception) -> int:

@@ -27,10 +27,15 @@ def one_line(error: BaseException, folder: Any = None) -> str:
         folder: of the run, named where the system does not say which file it could not write.
     """
     text = str(error)
+    if written := worker_traceback(error):
+        return written.splitlines()[-1]
     if isinstance(error, KeyError) and " " in text:
         text = str(error.args[0])  # a sentence, not a key
     elif "Does not validate against" in text:
         text = explain(text, None)
+        # What was made failed, and not what was given.
+        if made := next((e for e in _before(error) if " ".join(str(e).split()) == text), None):
+            return one_line(made, folder)
     elif "loading state_dict" in text:
         text = _other_network(text)
     elif "could not find the monitored key" in text:
@@ -47,6 +52,12 @@ def one_line(error: BaseException, folder: Any = None) -> str:
     if " " not in text or isinstance(error, (AttributeError, AssertionError, IndexError, TypeError)):
         return f"{type(error).__name__}: {text}"
     return text
+
+
+def worker_traceback(error: BaseException) -> str:
+    """Return what a process of a data loader has written of an error in it; empty for any other error."""
+    text = str(error).rstrip()
+    return text if re.match(r"Caught \w+ in DataLoader worker process", text) else ""
 
 
 def _before(error: BaseException) -> Iterator[BaseException]:

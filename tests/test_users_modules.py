@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import modules
 from modules.measured import MeasuredModule
 from tests.commands import TINY, Result, call
 
@@ -24,14 +25,17 @@ from modules.two_pass import TwoPassModule
 """
 
 
-def fit_module(body: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[Result, Path]:
+def fit_module(
+    body: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str, package: str = "", data: str = ""
+) -> tuple[Result, Path]:
     """Run fit with the class ``Net`` of a file that holds ``body``; returns the result and the file."""
     name = f"users_net_{next(NUMBERS)}"
     file = folder / f"{name}.py"
     file.write_text(HEAD + textwrap.dedent(body))
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-    return call("fit", "--model", f"{name}.Net", *options, *DATA, "--runs", folder / "runs"), file
+    given = ("--data", f"{name}.{data}", *DATA[6:]) if data else DATA
+    return call("fit", "--model", f"{package}{name}.Net", *options, *given, "--runs", folder / "runs"), file
 
 
 def test_an_ordinary_module_is_refused_with_all_that_is_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +84,75 @@ def test_a_bug_is_told_with_its_file_and_line(
     assert "'int' object has no attribute 'foo'" in result.err and f"({file}, line {line})" in result.err
     details = [*tmp_path.rglob("error.txt")]
     assert len(details) == 1 and "Traceback" in details[0].read_text()
+
+
+BROKEN = """
+    class Net(TwoPassModule):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.network = nn.Linear(2, 3)
+            self.set_metrics({})
+            %s
+
+        def compute_loss(self, batch, metrics):
+            %s
+            return self.network(batch[0].float()).sum()
+    """
+
+
+@pytest.mark.parametrize(
+    ("made", "run", "said"),
+    [
+        ("[][1]", "pass", "error: IndexError: list index out of range ({file}, line 12) (details in "),
+        (
+            "pass",
+            "(3).foo",
+            "error: AttributeError: 'int' object has no attribute 'foo' ({file}, line 15) (details in ",
+        ),
+        (
+            "pass",
+            "pass",
+            "error: mat1 and mat2 shapes cannot be multiplied (14x3 and 2x3) ({file}, line 16) (details in ",
+        ),
+        ("raise ValueError('a sentence')", "pass", "error: a sentence\n"),
+    ],
+    ids=["made", "run", "in torch", "a sentence"],
+)
+def test_a_bug_is_found_among_the_suites_own_tasks_too(
+    made: str, run: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules, "__path__", [*modules.__path__, str(tmp_path)])
+    result, file = fit_module(BROKEN % (made, run), tmp_path, monkeypatch, *OPTIMIZER, package="modules.")
+    assert result.code == 1
+    assert result.err.startswith(said.format(file=file)), result.err
+
+
+def test_a_bug_in_a_process_of_a_data_loader_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = """
+    class Failing(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return {}["label"]
+
+    class Net(TwoPassModule):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.network = nn.Linear(2, 3)
+            self.set_metrics({})
+
+        def compute_loss(self, batch, metrics):
+            return self.network(batch).sum()
+
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(Failing(), num_workers=1)
+    """
+    result, file = fit_module(body, tmp_path, monkeypatch, *OPTIMIZER, data="Data")
+    assert result.err.startswith(f"error: KeyError: 'label' ({file}, line 12) (details in "), result.err
 
 
 def test_an_error_of_the_suites_own_names_no_file(tmp_path: Path) -> None:
