@@ -112,7 +112,7 @@ BROKEN = """
         (
             "pass",
             "pass",
-            "error: mat1 and mat2 shapes cannot be multiplied (14x3 and 2x3) ({file}, line 16) (details in ",
+            "error: mat1 and mat2 shapes cannot be multiplied (35x3 and 2x3) ({file}, line 16) (details in ",
         ),
         ("raise ValueError('a sentence')", "pass", "error: a sentence\n"),
     ],
