@@ -26,6 +26,19 @@ class MeasuredModule(L.LightningModule):
         """Return the mean loss of ``batch``, a scalar; update ``metrics`` with what was seen, if there are any."""
         raise NotImplementedError
 
+    def checked_loss(self, batch: Any, metrics: Metrics | None) -> Tensor:
+        """Return what :meth:`compute_loss` does.
+
+        Raises:
+            TypeError: it is no scalar tensor.
+        """
+        loss: Any = self.compute_loss(batch, metrics)
+        if not isinstance(loss, Tensor) or loss.ndim:
+            got = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            name = type(self).__name__
+            raise TypeError(f"{name}.compute_loss() must return the mean loss, a scalar tensor, and returned {got}")
+        return loss
+
     def batch_size(self, batch: Any) -> int:
         """Return the number of examples, or other units, in ``batch``: the length of its first tensor.
 
@@ -64,7 +77,7 @@ class MeasuredModule(L.LightningModule):
 
     def _evaluate(self, batch: Any, metrics: Metrics) -> None:
         if examples := self.batch_size(batch):
-            metrics["loss"].update(self.compute_loss(batch, metrics), examples)
+            metrics["loss"].update(self.checked_loss(batch, metrics), examples)
             return
         # Other processes have all of this batch. A sharded network is gathered from all, so this one runs it too: on
         # an example of zeros, since few networks take none.

@@ -174,7 +174,7 @@ class TwoPassModule(MeasuredModule):
         if two_pass and not getattr(optimizer, "never_looks_twice", False):
             self._window.append((batch, weight, random_state(self.device)))
         is_last = self._batches_so_far == self.accumulate_grad_batches or self.trainer.is_last_batch
-        loss = self.compute_loss(batch, self.train_metrics)
+        loss = self.checked_loss(batch, self.train_metrics)
         self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch))
         self._record.losses[0].append(loss.detach())
         local = self.local_first_pass and getattr(optimizer, "always_looks_twice", False)

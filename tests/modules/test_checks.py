@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from modules.two_pass import TwoPassModule
-from tests.modules.small_task import SmallTask, fit, make_optimizer
+from tests.modules.small_task import SmallTask, batches, fit, make_optimizer
 from tests.modules.users import Sums, Tutorial
 
 ADAMW = make_optimizer("adamw")
@@ -107,3 +107,30 @@ def test_a_module_trains_on_batches_that_are_dicts() -> None:
     loss = F.cross_entropy(module.network(IMAGES), LABELS)
     assert trainer.global_step == 3
     assert torch.isfinite(loss) and torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+class AsDictionary(SmallTask):
+    def compute_loss(self, batch: Any, metrics: Any) -> Any:
+        return {"loss": super().compute_loss(batch, metrics)}
+
+
+class OfEachExample(SmallTask):
+    def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
+        return super().compute_loss(batch, metrics).expand(len(batch[0]))
+
+
+class Nothing(SmallTask):
+    def compute_loss(self, batch: Any, metrics: Any) -> Any:
+        super().compute_loss(batch, metrics)
+
+
+@pytest.mark.parametrize(
+    ("kind", "returned"), [(AsDictionary, "a dict"), (OfEachExample, r"one of shape \(4,\)"), (Nothing, "a NoneType")]
+)
+def test_a_loss_that_is_no_scalar_is_refused(kind: type[SmallTask], returned: str) -> None:
+    said = rf"{kind.__name__}.compute_loss\(\) must return the mean loss, a scalar tensor, and returned {returned}"
+    with pytest.raises(TypeError, match=said):
+        fit(kind(optimizer=ADAMW))
+    module = kind(optimizer=ADAMW)
+    with pytest.raises(TypeError, match=said):
+        module.validation_step(next(iter(batches())), 0)
