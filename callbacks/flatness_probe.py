@@ -20,7 +20,7 @@ from callbacks.lookup import callbacks_of
 from callbacks.probed_loss import ProbedLoss, unchanged
 from modules.two_pass import TwoPassModule
 
-TINY = 1e-12
+LEAST_NORM = 1e-30  # below it a tensor counts as zero
 # In gradient evaluations on one batch, by the usual count of floating-point operations: a forward pass is a third of
 # one, and differentiating a gradient costs about as much again as making it, twice.
 OF_A_LOSS, OF_A_PRODUCT = 1 / 3, 2.0
@@ -194,4 +194,4 @@ class FlatnessProbe(L.Callback):
 
 def scaled(tensor: Tensor, length: Tensor | float) -> Tensor:
     """Return ``tensor`` at the given length; one of zeros stays zero."""
-    return tensor * (length / (tensor.norm() + TINY))
+    return tensor * (length / (tensor.norm().clamp_min(LEAST_NORM)))

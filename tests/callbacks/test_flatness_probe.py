@@ -14,7 +14,7 @@ from torch import Tensor
 
 from callbacks import cost_counters
 from callbacks.cost_counters import CostCounters
-from callbacks.flatness_probe import FlatnessProbe
+from callbacks.flatness_probe import FlatnessProbe, scaled
 from callbacks.last_checkpoint import LastCheckpoint
 from modules.modular_addition import ModularAddition
 from tests.callbacks.fits import adamw, ars2, data, fit, module, rows
@@ -74,6 +74,13 @@ def probed(optimizer: Any, folder: Path, **options: Any) -> tuple[dict[str, floa
     fit(tiny(optimizer), data(), [exact, FlatnessProbe(**{**settings, **options})], folder, epochs=3)
     (row,) = rows(folder, having=PROBED)
     return row, exact
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-8, 1.0, 1e8])
+def test_a_tensor_of_any_size_is_scaled_to_its_length(size: float) -> None:
+    tensor = torch.tensor([3.0, 4.0])
+    assert torch.allclose(scaled(tensor * size, 0.5), tensor / 10)
+    assert not scaled(torch.zeros(2), 0.5).any()
 
 
 def test_the_hessian_is_the_exact_one(tmp_path: Path) -> None:
