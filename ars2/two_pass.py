@@ -258,11 +258,11 @@ class TwoPassOptimizer(TrackedOptimizer):
     @staticmethod
     def _check_not_added_to(params: list[Tensor]) -> None:
         """Check that a closure did not add to the NaN gradients that it found; reads the device if there were any."""
-        grads = [local(p.grad) for p in params if p.grad is not None]
+        grads = [local(p.grad) for p in params if p.grad is not None and local(p.grad).numel()]
         # While a CUDA graph is captured nothing can be read; the steps that warm up for it are checked.
         if not grads or (grads[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        if any(torch.stack([grad.isnan().all() for grad in grads if grad.numel()]).tolist()):
+        if any(torch.stack([grad.isnan().all() for grad in grads]).tolist()):
             raise RuntimeError(
                 "step(closure): the closure adds to gradients of earlier backward passes, which its second evaluation"
                 " does not repeat: zero the gradients and evaluate all micro-batches in the closure, or make the passes"

@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def launch(target: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> list[Any]:
@@ -37,3 +39,13 @@ def become(rank: int, ranks: int, port: int) -> None:
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"},
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "GROUP_RANK": "0"},
     }
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Make this process a group of one: what distributed code needs to run, in the test's own process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ars2 import ARS2Neo, Muon
@@ -24,7 +24,6 @@ from tests.ars2.training import (
     snapshot,
     step_by_parts,
     train,
-    worst_difference,
 )
 
 CALLS = ("backward", "wants_second_pass", "perturb", "restore", "step", "step(closure)", "step(no-op)")
@@ -283,74 +282,3 @@ def test_a_look_may_be_taken_although_it_was_not_wanted() -> None:
     assert optimizer.diagnostics()["sync_steps"] == 2
     assert optimizer.param_groups[0]["last_sync"] == 2
     assert len(parameters_of(optimizer)) == 8
-
-
-def zeroing(optimizer: ARS2Neo, model: nn.Module, how: str) -> None:
-    {
-        "optimizer, to none": optimizer.zero_grad,
-        "optimizer, in place": lambda: optimizer.zero_grad(set_to_none=False),
-        "model, to none": model.zero_grad,
-        "model, in place": lambda: model.zero_grad(set_to_none=False),
-    }[how]()
-
-
-@pytest.mark.parametrize("mode", TWO_PASS_MODES)
-def test_a_closure_that_adds_to_earlier_gradients_is_refused_with_nothing_changed(mode: str) -> None:
-    model, optimizer = setup(mode)
-    model.loss(0).backward()  # the first of two micro-batches
-    before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match="adds to gradients of earlier backward passes"):
-        optimizer.step(lambda: model.loss(1).backward())
-    after = snapshot(optimizer)
-    del before["grads"], after["grads"]
-    assert_identical(before, after)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_a_closure_that_adds_to_earlier_gradients_counts_them_in_mode_base() -> None:
-    results = []
-    for at_once in (False, True):
-        model, optimizer = setup("base")
-        model.loss(0).backward()
-        if at_once:
-            model.loss(1).backward()
-            optimizer.step()
-        else:
-            optimizer.step(lambda: model.loss(1).backward())  # noqa: B023
-        results.append(snapshot(optimizer))
-    assert_identical(*results)
-
-
-@pytest.mark.parametrize("how", ["optimizer, to none", "optimizer, in place", "model, to none", "model, in place"])
-def test_a_closure_that_zeroes_the_last_steps_gradients_is_right(how: str) -> None:
-    results = []
-    for stale in (True, False):
-        model, optimizer = setup("sync")
-
-        def closure() -> None:
-            zeroing(optimizer, model, how)  # noqa: B023
-            model.loss(0).backward()  # noqa: B023
-
-        for _ in range(3):
-            if not stale:
-                model.zero_grad()
-            optimizer.step(closure)
-        results.append(copies(model.parameters()))
-    assert worst_difference(*results) == 0
-
-
-def test_the_evaluations_of_a_closure_that_zeroes_nothing_do_not_add_up() -> None:
-    results = []
-    for zeroes in (False, True):
-        model, optimizer = setup("sync")
-        for step in range(3):
-
-            def closure(step: int = step) -> None:
-                if zeroes:  # noqa: B023
-                    optimizer.zero_grad()  # noqa: B023
-                model.loss(step).backward()  # noqa: B023
-
-            optimizer.step(closure)
-            optimizer.zero_grad()
-        results.append(copies(model.parameters()))
-    assert worst_difference(*results) == 0
