@@ -23,7 +23,10 @@ class MeasuredModule(L.LightningModule):
     same_units = False
 
     def compute_loss(self, batch: Any, metrics: Metrics | None) -> Tensor:
-        """Return the mean loss of ``batch``, a scalar; update ``metrics`` with what was seen, if there are any."""
+        """Return the mean loss of ``batch``, a scalar; update ``metrics`` with what was seen, if there are any.
+
+        There are none in a second pass, and where a callback probes the loss: nothing is to be logged then.
+        """
         raise NotImplementedError
 
     def checked_loss(self, batch: Any, metrics: Metrics | None) -> Tensor:

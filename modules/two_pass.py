@@ -119,6 +119,7 @@ class TwoPassModule(MeasuredModule):
         self._batches_so_far = 0
         self._window: list[tuple[Any, Tensor | float, Callable[[], None]]] = []
         self._record = StepRecord()
+        self._is_second_pass = False
         self._forget: Callable[[], None] = lambda: None
         self._has_exchanged = False
         self._is_elsewhere = False  # where its optimizer trains and is not to be evaluated
@@ -199,9 +200,15 @@ class TwoPassModule(MeasuredModule):
             self._leave_out(optimizer)
         return loss.detach()
 
+    def log(self, *args: Any, **options: Any) -> None:
+        """Log as Lightning does, but nothing that a second pass says: values are the first one's."""
+        if not self._is_second_pass:
+            super().log(*args, **options)
+
     def _second_pass(self, optimizer: Any) -> None:
         after = random_state(self.device)
         optimizer.perturb()
+        self._is_second_pass = True
         try:
             with self._record.frozen_statistics(self.network):
                 for number, (batch, weight, replay) in enumerate(self._window, start=1):
@@ -210,6 +217,7 @@ class TwoPassModule(MeasuredModule):
                     self._record.losses[1].append(loss.detach())
                     self._backward(loss * weight, sync=number == len(self._window))
         finally:
+            self._is_second_pass = False
             optimizer.restore()
             after()
 

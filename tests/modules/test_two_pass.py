@@ -119,6 +119,25 @@ def test_the_reported_loss_is_the_first_passes() -> None:
     assert max(abs(a - b) for a, b in zip(first, second, strict=True)) > 1e-2
 
 
+@pytest.mark.parametrize("name", ["adamw", "sync", "aga"])
+def test_what_a_loss_logs_by_itself_is_the_first_passes(name: str) -> None:
+    firsts: list[float] = []
+
+    class Logs(SmallTask):
+        def compute_loss(self, batch: Any, metrics: Any) -> torch.Tensor:
+            loss = super().compute_loss(batch, metrics)
+            firsts.extend([] if metrics is None else [loss.item()])
+            self.log("own", loss, on_step=False, on_epoch=True, batch_size=1)
+            self.log_dict({"own_too": loss}, on_step=False, on_epoch=True, batch_size=1)
+            return loss
+
+    module = Logs(optimizer=make_optimizer(name, **({"rho": 1.0} if name != "adamw" else {})))
+    logged = fit(module, epochs=1).callback_metrics
+    assert len(firsts) == 6
+    for key in ("own", "own_too"):
+        assert logged[key].item() == pytest.approx(sum(firsts) / 6, rel=1e-6)
+
+
 class Stop(Exception):
     pass
 
