@@ -8,7 +8,7 @@ buffers (BatchNorm's statistics) and the reported loss come from the first one a
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -123,6 +123,30 @@ class TwoPassModule(MeasuredModule):
         self._forget: Callable[[], None] = lambda: None
         self._has_exchanged = False
         self._is_elsewhere = False  # where its optimizer trains and is not to be evaluated
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **arguments: Any) -> Self:
+        """Return the module of a checkpoint, which evaluates and predicts without a Trainer, as Lightning does.
+
+        Args:
+            checkpoint_path: of the file.
+            args: as Lightning's.
+            arguments: as Lightning's, and those of the module, before the ones in the file.
+
+        Raises:
+            ValueError: the file does not hold what the module is made with, or another network.
+        """
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **arguments)
+        except TypeError as error:
+            if "__init__() missing" not in str(error):
+                raise
+            missing = str(error).rpartition(": ")[2]
+            raise ValueError(
+                f"{checkpoint_path} does not hold what {cls.__name__} needs ({missing}): give load_from_checkpoint()"
+                " these arguments too; of a checkpoint older than those that hold any, give optimizer=None and the"
+                " arguments of the network in the run's config.yaml, such as width=8"
+            ) from error
 
     def configure_model(self) -> None:
         """Shard the network over the processes where that is the strategy's (ModelParallelStrategy).

@@ -95,6 +95,8 @@ def test_an_older_checkpoint_takes_its_arguments_from_the_call(best: Path, tmp_p
     older = torch.load(best, weights_only=True)
     del older["hyper_parameters"]
     torch.save(older, path := tmp_path / "older.ckpt")
+    with pytest.raises(ValueError, match=r"ModularAddition needs \('optimizer'\): .* give optimizer=None and"):
+        ModularAddition.load_from_checkpoint(path)
     with pytest.raises(
         ValueError, match=r"is \(2, 4, 8\) in the checkpoint and .* give load_from_checkpoint\(\) the arg"
     ):
