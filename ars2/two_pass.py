@@ -1,5 +1,6 @@
 """A step that may evaluate the gradient twice: when it does, the way to the adversarial point and back, and misuse."""
 
+import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable
@@ -287,7 +288,7 @@ class TwoPassOptimizer(TrackedOptimizer):
 def _is_made_by_zero() -> bool:
     """Say whether a ZeroRedundancyOptimizer is making the optimizer, which is told nothing of it."""
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
-    frame = sys._getframe() if module is not None else None
+    frame = inspect.currentframe() if module is not None else None
     while frame is not None:
         if module is not None and isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
             return True
