@@ -100,12 +100,12 @@ def _last(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def contents_of(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a data module's ``description()`` says of the data itself, by dotted key: digests and sizes.
+def contents_of(description: Mapping[str, Any], words: Collection[str] = ()) -> dict[str, Any]:
+    """Return what a data module's ``description()`` says of the data itself, by dotted key.
 
-    Sentences in it are for people, and left out.
+    Entries named in ``words`` are for people, and left out.
     """
-    return {key: value for key, value in flatten(description) if not (isinstance(value, str) and " " in value)}
+    return dict(flatten({key: value for key, value in description.items() if key not in words}))
 
 
 @functools.cache

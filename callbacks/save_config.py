@@ -22,7 +22,8 @@ class SaveConfig(SaveConfigCallback):
 
     That is the options of data, network and evaluation, and the contents of the data: what the data module's
     ``description()`` returns, or for one without it the digest of every file and folder that its options name. The
-    places themselves do not count: a data module with a ``description()`` may name these options in ``places``.
+    places themselves do not count: a data module with a ``description()`` may name these options in ``places``, and in
+    ``words`` the entries of its description that are for people alone.
 
     The options follow from the config; they are kept so that an edited config is noticed.
     """
@@ -62,7 +63,7 @@ def recorded_data(data: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any],
     description = getattr(data, "description", None)
     if callable(description):
         named = [f"data.{name}" for name in getattr(data, "places", ())]
-        return contents_of(description()), [*named, *paths]
+        return contents_of(description(), getattr(data, "words", ())), [*named, *paths]
     return {key.removeprefix("data."): _digest(value) for key, value in paths.items()}, list(paths)
 
 
@@ -97,17 +98,26 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def _check_resumed(checkpoint: Path, here: RunIdentity) -> None:
-    path = checkpoint.parent.parent / "protocol.yaml"
-    if not path.is_file():
+    folder = checkpoint.parent.parent
+    if not (folder / "config.yaml").is_file():
         return
-    there = yaml.safe_load(path.read_text(encoding="utf-8"))
-    mine = here.protocol
+    path = folder / "protocol.yaml"
+    stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    contents = {key.partition(".")[2]: value for key, value in stored.items() if key.startswith("contents.")}
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    there = RunIdentity(config, contents, stored.get("places"))
+    mine, theirs = (_not_to_change(identity) for identity in (here, there))
     # What an older run did not record is not known to be another.
-    known = [key for key in {**there, **mine} if key not in ("digest", "places")]
-    known = [key for key in known if key in there or not key.startswith("contents.")]
-    others = [key for key in known if there.get(key) != mine.get(key)]
+    known = [key for key in {**theirs, **mine} if key in theirs or not key.startswith("contents.")]
+    others = [key for key in known if theirs.get(key) != mine.get(key)]
     if others:
-        told = ", ".join(f"{key} ({there.get(key)} there, {mine.get(key)} here)" for key in others[:3])
+        told = ", ".join(f"{key} ({theirs.get(key)} there, {mine.get(key)} here)" for key in others[:3])
         raise ValueError(
-            f"the run of {checkpoint} was of another protocol: {told}; go on with its own options, or start a new run"
+            f"the run of {checkpoint} was another one: {told}; go on with its own options, or start a new run"
         )
+
+
+def _not_to_change(identity: RunIdentity) -> dict[str, Any]:
+    """Return what a run keeps when it goes on: protocol, training step and optimizer, whose state has its options."""
+    model = {key: value for key, value in identity.setting.items() if key.startswith("model")}
+    return {**identity.protocol, **model, "data.seed": identity.options.get("data.seed")}

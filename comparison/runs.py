@@ -66,7 +66,7 @@ class Run:
         self._curves: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         config = _mapping(folder / "config.yaml")
         self.summary = _summary(folder / "summary.json")
-        self.identity = self._identify(config)
+        self.identity = _identify(folder, config, self.summary)
         self.diverged = _DIVERGED in _text(folder / "error.txt")
         self.log = self._read()
         self.resumed_from = self._join(config.get("ckpt_path"))
@@ -75,22 +75,6 @@ class Run:
         ended = self._came_to_an_end()
         self.diverged = self.diverged and not ended
         self.finished = ended or self.diverged
-
-    def _identify(self, config: dict[str, Any]) -> RunIdentity:
-        """Return what the run is, its data as it was recorded; refuse a config that was edited afterwards."""
-        path = self.folder / "protocol.yaml"
-        stored = _mapping(path) if path.exists() else {}
-        places = stored.get("places")
-        if places is None:  # an older run: its data module's description is in the summary alone
-            contents = contents_of(self.summary.get("data") or {})
-        else:
-            contents = {key.partition(".")[2]: value for key, value in stored.items() if key.startswith("contents.")}
-        identity = RunIdentity(config, contents, places)
-        # By its options, and not by its digest: what belongs to a protocol may have been another choice at that time.
-        for key, value in identity.protocol.items() if stored else ():
-            if stored.get(key) != value and (places is not None or not key.startswith("contents.")):
-                raise ValueError(f"config.yaml says {key} {value}, but it ran under {stored.get(key)}: it was edited")
-        return identity
 
     def _read(self) -> pd.DataFrame:
         path = self.folder / "metrics.csv"
@@ -137,6 +121,7 @@ class Run:
         if not (folder / "metrics.csv").exists():
             raise ValueError(f"it was resumed from {checkpoint}, and the log of that run is not there any more")
         before = Run(folder)
+        _complete_contents([before.identity, self.identity])
         if before.identity.protocol_digest != self.identity.protocol_digest:
             raise ValueError(f"it was resumed from {checkpoint}, which is of another protocol")
         self.log = pd.concat([before.log[before.log["epoch"] < first], self.log], ignore_index=True)
@@ -264,7 +249,8 @@ def read(
             runs.append(Run(folder, shown(folder)))
         except (ValueError, OSError) as error:
             problems.append(Problem(shown(folder), str(error), _identity(folder)))
-    _complete_contents(runs)
+    lost = [problem.identity for problem in problems if problem.identity is not None]
+    _complete_contents([*(run.identity for run in runs), *lost])
     continued = {run.resumed_from.resolve(): run.shown for run in runs if run.resumed_from}
     kept: dict[tuple[Any, ...], Run] = {}
     for run in sorted(runs, key=lambda run: run.folder.name):
@@ -282,28 +268,48 @@ def read(
     return list(kept.values()), problems
 
 
-def _complete_contents(runs: Iterable[Run]) -> None:
+def _identify(folder: Path, config: dict[str, Any], summary: dict[str, Any]) -> RunIdentity:
+    """Return what a run is, its data as it was recorded; refuse a config that was edited afterwards."""
+    path = folder / "protocol.yaml"
+    stored = _mapping(path) if path.exists() else {}
+    places = stored.get("places")
+    if places is None:  # an older run: its data module's description is in the summary alone, sentences included
+        description = summary.get("data") or {}
+        sentences = [key for key, value in description.items() if isinstance(value, str) and " " in value]
+        contents = contents_of(description, sentences)
+    else:
+        contents = {key.partition(".")[2]: value for key, value in stored.items() if key.startswith("contents.")}
+    identity = RunIdentity(config, contents, places)
+    # By its options, and not by its digest: what belongs to a protocol may have been another choice at that time.
+    for key, value in identity.protocol.items() if stored else ():
+        if stored.get(key) != value and (places is not None or not key.startswith("contents.")):
+            raise ValueError(f"config.yaml says {key} {value}, but it ran under {stored.get(key)}: it was edited")
+    return identity
+
+
+def _complete_contents(identities: Iterable[RunIdentity]) -> None:
     """Take a run that recorded less of its data than others for one of them, if it can be only one.
 
-    Runs from before the data was recorded keep their row that way: of all that is otherwise of one protocol, they
-    join what agrees with all that they did record, unless several different data sets do.
+    Runs from before the data was recorded, and those that failed before it was, keep their table that way: of all that
+    is otherwise of one protocol, they join what agrees with all that they did record, unless several different data
+    sets do.
     """
-    by_options: dict[str, list[Run]] = {}
-    for run in runs:
-        options = {key: value for key, value in run.identity.protocol.items() if not key.startswith("contents.")}
-        by_options.setdefault(digest(options), []).append(run)
+    by_options: dict[str, list[RunIdentity]] = {}
+    for identity in identities:
+        options = {key: value for key, value in identity.protocol.items() if not key.startswith("contents.")}
+        by_options.setdefault(digest(options), []).append(identity)
     for members in by_options.values():
-        recorded = [dict(contents) for contents in {tuple(run.identity.contents.items()) for run in members}]
+        recorded = [dict(contents) for contents in {tuple(member.contents.items()) for member in members}]
         fullest = [c for c in recorded if not any(c.items() < other.items() for other in recorded)]
-        for run in members:
-            fitting = [contents for contents in fullest if run.identity.contents.items() <= contents.items()]
+        for member in members:
+            fitting = [contents for contents in fullest if member.contents.items() <= contents.items()]
             if len(fitting) == 1:
-                run.identity.contents = fitting[0]
+                member.contents = fitting[0]
 
 
 def _identity(folder: Path) -> RunIdentity | None:
     try:
-        return RunIdentity(_mapping(folder / "config.yaml"))
+        return _identify(folder, _mapping(folder / "config.yaml"), _summary(folder / "summary.json"))
     except (ValueError, OSError):
         return None
 

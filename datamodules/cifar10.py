@@ -68,6 +68,7 @@ class CIFAR10Data(L.LightningDataModule):
     task = "cifar"
     classes = CLASSES
     places = ("root",)
+    words = ("train", "val", "test")
 
     def __init__(
         self,

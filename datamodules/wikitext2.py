@@ -49,6 +49,7 @@ class WikiText2Data(L.LightningDataModule):
 
     task = "wikitext"
     places = ("root", "cache")
+    words = ("corpus", "source")
 
     def __init__(
         self,

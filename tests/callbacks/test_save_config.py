@@ -16,6 +16,7 @@ NANO = ("--config", "configs/wikitext2_nano_adamw.yaml")
 
 class Described:
     places = ("root",)
+    words = ("corpus",)
 
     def __init__(self, digest: str) -> None:
         self.digest = digest
@@ -55,6 +56,7 @@ def test_what_a_data_module_says_of_itself_counts_and_its_places_do_not(tmp_path
     here = protocol_digest(Described("a"), root=str(tmp_path), rows=3)
     assert here == protocol_digest(Described("a"), root="nowhere", rows=3)
     assert here != protocol_digest(Described("b"), root=str(tmp_path), rows=3)
+    assert here != protocol_digest(Described("a b"), root=str(tmp_path), rows=3)
     assert here != protocol_digest(Described("a"), root=str(tmp_path), rows=4)
 
 
@@ -92,5 +94,8 @@ def test_going_on_with_other_options_of_the_protocol_is_refused(tmp_path: Path) 
     longer = ("--trainer.max_epochs", 4, "--ckpt_path", checkpoint, "--runs", tmp_path)
     refused = train_py("fit", *ADAMW, *TINY, *longer, "--data.batch_size", 7, home=tmp_path)
     assert refused.code == 1
-    assert "was of another protocol: data.batch_size (" in refused.err and " there, 7 here)" in refused.err
+    assert "was another one: data.batch_size (" in refused.err and " there, 7 here)" in refused.err
+    for option, value in (("model.optimizer.lr", "0.5"), ("data.seed", "9")):
+        refused = train_py("fit", *ADAMW, *TINY, *longer, f"--{option}", value, home=tmp_path)
+        assert refused.code == 1 and f"was another one: {option} (" in refused.err
     assert train_py("fit", *ADAMW, *TINY, *longer, home=tmp_path).code == 0

@@ -41,6 +41,13 @@ def test_a_run_that_recorded_less_of_its_data_joins_the_only_one_that_it_can_be(
     recorded("old")
     recorded("new", corpus="a", tokenizer="b")
     assert tables() == 1  # repeats of each other, by their seed
+    failed = copy(source, tmp_path, "failed")
+    for name in ("metrics.csv", "protocol.yaml", "summary.json"):
+        (failed / name).unlink()
+    (run,), problems = read([tmp_path])
+    (lost,) = [problem.identity for problem in problems if problem.folder == failed]
+    assert lost is not None and lost.protocol_digest == run.identity.protocol_digest
+    shutil.rmtree(failed)
     recorded("newer", corpus="a", tokenizer="c")
     assert tables() == 3  # it may be of either
     summary = json.loads((tmp_path / "copies" / "old" / "summary.json").read_text())
