@@ -262,13 +262,13 @@ class TrackedOptimizer(Optimizer):
     def _adopt_parameters(self) -> None:
         """Make state for parameters that somebody has put into a group in the place of others, whose state goes."""
         params = [param for group in self.param_groups for param in group["params"]]
-        if all(param in self.state for param in params):
+        if all(map(self.state.get, params)):
             return
         for param in self.state.keys() - set(params):
             del self.state[param]
         for group in self.param_groups:
             for param in group["params"]:
-                if param not in self.state:
+                if not self.state.get(param):
                     self._make_state(param, group)
         self._ranks = self._shards_of(self.param_groups) or self._ranks
 
@@ -348,17 +348,16 @@ class TrackedOptimizer(Optimizer):
     def _batch(self, group: dict[str, Any]) -> Batch:
         """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype and strides."""
         sources = [param for param in group["params"] if param.grad is not None and param.numel()]
-        states: list[dict[str, Tensor]] = [self.state[param] for param in sources]
-        if self._shards is not None:
-            states = [{key: local(tensor) for key, tensor in state.items()} for state in states]
+        states: list[dict[str, Tensor]] = []
         grads = []
-        for param, state in zip(sources, states, strict=True):
-            first, *others = state
-            like = state[first]
+        for param in sources:
+            owned, (first, *others) = self.state[param], self._keys_of(param, group)
+            like = local(owned[first])
             grads.append(_laid_out_as(like, local(param.grad)))
-            for key in others:  # an owner may have replaced one of them
-                if key != "step":
-                    state[key] = _laid_out_as(like, state[key])
+            for key in others if self._shards is None else ():  # an owner may have replaced one of them
+                owned[key] = _laid_out_as(like, owned[key])
+            kept = (first, *others, "step") if "step" in owned else (first, *others)
+            states.append({key: local(owned[key]) for key in kept})
         return Batch([local(p) for p in sources], grads, states, sources, None if self._capturable else 0)
 
     def _batches_by_count(self, group: dict[str, Any]) -> list[Batch]:

@@ -73,3 +73,31 @@ def test_parameters_that_somebody_exchanged_in_a_group_start_anew(trained: int) 
     assert optimizer.state.keys() == {new, params[1]}
     assert (optimizer.state[new]["step"], optimizer.state[params[1]]["step"]) == (1, trained + 1)
     assert not torch.equal(new, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("emptied", ["cleared", "replaced", "looked at"])
+def test_a_parameter_whose_state_is_empty_starts_anew(emptied: str) -> None:
+    param = nn.Parameter(torch.ones(3, 4))
+    optimizer = ARS2Neo([param], mode="base")
+    if emptied == "cleared":
+        optimizer.state[param].clear()
+    elif emptied == "replaced":
+        optimizer.state[param] = {}
+    else:
+        del optimizer.state[param]
+        assert not optimizer.state[param]
+    param.grad = torch.ones(3, 4)
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 1 and optimizer.state[param]["exp_avg"].any()
+
+
+def test_the_order_of_a_state_and_entries_of_others_in_it_do_not_matter() -> None:
+    results = []
+    for ours in (True, False):
+        model, optimizer = setup("aga")
+        train(model, optimizer, range(3))
+        for param, state in list(optimizer.state.items()) if not ours else []:
+            optimizer.state[param] = {"step": state["step"], "note": "mine", "count": torch.ones(7), **state}
+        train(model, optimizer, range(3, 6))
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert worst_difference(*results) == 0
