@@ -70,7 +70,9 @@ def evaluate(
     for label, (module, data) in cases(folder).items():
         if label in without:
             continue
-        trainer = language.trainer(devices=ranks, strategy=strategy(ranks), use_distributed_sampler=False)
+        trainer = language.trainer(
+            devices=ranks, strategy=strategy(ranks), use_distributed_sampler=False, default_root_dir=folder
+        )
         (validated,) = trainer.validate(module, data, verbose=False)
         (tested,) = trainer.test(module, data, verbose=False)
         found[label] = {"metrics": {**validated, **tested}, "lines": trainer.predict(module, data)}
