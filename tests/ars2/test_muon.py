@@ -105,6 +105,7 @@ def test_schedulers_cycle_the_momentum_of_matrices(scheduler: type) -> None:
         for param in params:
             param.grad = torch.ones_like(param)
         optimizer.step()
+        theirs.step()
         for schedule in schedules:
             schedule.step()
         seen.append(optimizer.param_groups[0]["momentum"])

@@ -44,6 +44,7 @@ def test_a_capturable_learning_rate_may_be_a_tensor(mode: str) -> None:
     # A scheduler writes into each group's in place.
     assert first.item() == second.item() == 0.25 and first is not second
     schedule = LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step()
     schedule.step()
     assert (first.item(), second.item()) == (0.125, 0.125)
     assert [group["lr"] for group in optimizer.state_dict()["param_groups"]] == [0.125, 0.125]
