@@ -455,8 +455,9 @@ class TwoPassModule(MeasuredModule):
             check_same_network(self, checkpoint["state_dict"])
             return
         super().on_load_checkpoint(checkpoint)
-        if self.trainer.state.fn == "fit":
-            checkpoint["state_dict"].update(checkpoint.get("training_parameters", {}))
+        # A checkpoint in parts, one a process, has neither here.
+        if self.trainer.state.fn == "fit" and "training_parameters" in checkpoint:
+            checkpoint["state_dict"].update(checkpoint["training_parameters"])
         self.gradient_evaluations = checkpoint["gradient_evaluations"]
         self.skipped_steps = checkpoint["skipped_steps"]
         self._resumed_optimizer = checkpoint["optimizer"]
