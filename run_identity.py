@@ -17,6 +17,7 @@ from typing import Any
 # Classes are read here, and not imported: a report needs no torch.
 ROOT = Path(__file__).parent
 
+CONTENTS = "contents."  # what a key of a protocol begins with that is not of the config but of the data itself
 # How optimizers are called in names; any other goes by its class.
 _SHORT = {"ARS2Neo": "ars2"}
 # Options of the data that decide how fast batches come, or where from, and never which numbers are in them.
@@ -235,10 +236,21 @@ class RunIdentity:
         self.experiment = str(self.options.get("experiment") or self.optimizer)
         self.sweep = Sweep(**config["sweep"]) if config.get("sweep") else None
 
+    @classmethod
+    def recorded(cls, config: Mapping[str, Any], stored: Mapping[str, Any]) -> "RunIdentity":
+        """Return the identity of a run from its config and what its ``protocol.yaml`` holds."""
+        contents = {key.removeprefix(CONTENTS): value for key, value in stored.items() if key.startswith(CONTENTS)}
+        return cls(config, contents, stored.get("places"))
+
     @property
     def protocol(self) -> dict[str, Any]:
         """What must be equal for two runs to be comparable, by dotted key."""
-        return dict(self._protocol()) | {f"contents.{key}": value for key, value in self.contents.items()}
+        return self.stated_protocol | {f"{CONTENTS}{key}": value for key, value in self.contents.items()}
+
+    @property
+    def stated_protocol(self) -> dict[str, Any]:
+        """The part of the protocol that the config states; the rest is the contents of the data."""
+        return dict(self._protocol())
 
     @property
     def setting(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
 from callbacks.lookup import folder_of
-from run_identity import RunIdentity, contents_of, flatten
+from run_identity import CONTENTS, RunIdentity, contents_of, flatten
 
 # Larger folders are told by the names and sizes of their files.
 _MOST_BYTES = 4 << 30
@@ -28,6 +28,8 @@ class SaveConfig(SaveConfigCallback):
     The options follow from the config; they are kept so that an edited config is noticed.
     """
 
+    _found: RunIdentity | None = None
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check, on every process, that a run that goes on from a checkpoint is of the protocol of its former part.
 
@@ -39,8 +41,10 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def _identity(self, trainer: L.Trainer) -> RunIdentity:
-        config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
-        return RunIdentity(config, *recorded_data(vars(trainer).get("datamodule"), config))
+        if self._found is None:  # asked for twice by a run that goes on, and reading the data takes time
+            config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+            self._found = RunIdentity(config, *recorded_data(vars(trainer).get("datamodule"), config))
+        return self._found
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Write ``protocol.yaml`` to the run folder; called on the first process alone."""
@@ -103,12 +107,10 @@ def _check_resumed(checkpoint: Path, here: RunIdentity) -> None:
         return
     path = folder / "protocol.yaml"
     stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    contents = {key.partition(".")[2]: value for key, value in stored.items() if key.startswith("contents.")}
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    there = RunIdentity(config, contents, stored.get("places"))
+    there = RunIdentity.recorded(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), stored)
     mine, theirs = (_not_to_change(identity) for identity in (here, there))
     # What an older run did not record is not known to be another.
-    known = [key for key in {**theirs, **mine} if key in theirs or not key.startswith("contents.")]
+    known = [key for key in {**theirs, **mine} if key in theirs or not key.startswith(CONTENTS)]
     others = [key for key in known if theirs.get(key) != mine.get(key)]
     if others:
         told = ", ".join(f"{key} ({theirs.get(key)} there, {mine.get(key)} here)" for key in others[:3])

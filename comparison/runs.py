@@ -272,17 +272,16 @@ def _identify(folder: Path, config: dict[str, Any], summary: dict[str, Any]) -> 
     """Return what a run is, its data as it was recorded; refuse a config that was edited afterwards."""
     path = folder / "protocol.yaml"
     stored = _mapping(path) if path.exists() else {}
-    places = stored.get("places")
-    if places is None:  # an older run: its data module's description is in the summary alone, sentences included
+    identity = RunIdentity.recorded(config, stored)
+    if (
+        "places" not in stored
+    ):  # an older run: its data module's description is in the summary alone, sentences included
         description = summary.get("data") or {}
         sentences = [key for key, value in description.items() if isinstance(value, str) and " " in value]
-        contents = contents_of(description, sentences)
-    else:
-        contents = {key.partition(".")[2]: value for key, value in stored.items() if key.startswith("contents.")}
-    identity = RunIdentity(config, contents, places)
+        identity.contents = contents_of(description, sentences)
     # By its options, and not by its digest: what belongs to a protocol may have been another choice at that time.
-    for key, value in identity.protocol.items() if stored else ():
-        if stored.get(key) != value and (places is not None or not key.startswith("contents.")):
+    for key, value in identity.stated_protocol.items() if stored else ():
+        if stored.get(key) != value:
             raise ValueError(f"config.yaml says {key} {value}, but it ran under {stored.get(key)}: it was edited")
     return identity
 
@@ -296,8 +295,7 @@ def _complete_contents(identities: Iterable[RunIdentity]) -> None:
     """
     by_options: dict[str, list[RunIdentity]] = {}
     for identity in identities:
-        options = {key: value for key, value in identity.protocol.items() if not key.startswith("contents.")}
-        by_options.setdefault(digest(options), []).append(identity)
+        by_options.setdefault(digest(identity.stated_protocol), []).append(identity)
     for members in by_options.values():
         recorded = [dict(contents) for contents in {tuple(member.contents.items()) for member in members}]
         fullest = [c for c in recorded if not any(c.items() < other.items() for other in recorded)]
