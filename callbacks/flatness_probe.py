@@ -14,13 +14,13 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from ars2.updates import LEAST_NORM
 from callbacks.cost_counters import CostCounters
 from callbacks.curvature import mean, random_vectors, top_eigenvalue, trace
 from callbacks.lookup import callbacks_of
 from callbacks.probed_loss import ProbedLoss, unchanged
 from modules.two_pass import TwoPassModule
 
-LEAST_NORM = 1e-30  # below it a tensor counts as zero
 # In gradient evaluations on one batch, by the usual count of floating-point operations: a forward pass is a third of
 # one, and differentiating a gradient costs about as much again as making it, twice.
 OF_A_LOSS, OF_A_PRODUCT = 1 / 3, 2.0

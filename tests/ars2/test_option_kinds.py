@@ -72,7 +72,7 @@ def test_a_copy_of_a_group_is_a_group(capturable: bool) -> None:
     assert from_groups.diagnostics()["steps"] == 0
 
 
-def test_four_thousand_groups_take_as_long_as_four_thousand() -> None:
+def test_thousands_of_groups_are_made_in_seconds() -> None:
     def seconds(count: int) -> float:
         groups = [{"params": [param], "track": "vector"} for param in vectors(count)]
         start = time.process_time()
