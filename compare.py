@@ -5,7 +5,7 @@
     python compare.py runs/mine --target "val/accuracy >= 0.94" --target "val/loss < 0.2"
     python compare.py tables/runs.zip --unfinished
 
-Reads config.yaml and metrics.csv of every run at or below the folders, or in archives of runs; how is in comparison/.
+Reads config.yaml and metrics.csv of every run at or below the folders, or in archives of runs; how is in analysis/.
 Folders that are no finished run are listed in the report with the reason.
 """
 
@@ -46,11 +46,11 @@ def main() -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from comparison.archive import unpacked
-    from comparison.report import check_folder, summary, write
-    from comparison.rows import check_names, group
-    from comparison.runs import Target, read
-    from messages import one_line
+    from analysis.archive import unpacked
+    from analysis.report import check_folder, summary, write
+    from analysis.rows import check_names, group
+    from analysis.runs import Target, read
+    from launch.errors import one_line
 
     # On a terminal a bar with the time left; elsewhere one line when it is done.
     progress = functools.partial(track, console=Console(stderr=True))
@@ -80,7 +80,7 @@ def main() -> int:
         print(summary(groups, problems))
         print(f"report: {options.output / 'report.html'}")
         if options.wandb:
-            from comparison.upload import upload
+            from analysis.upload import upload
 
             print(upload(options.output, options.wandb, options.title))
     except (ValueError, OSError) as error:

@@ -3,8 +3,8 @@
     python sweep.py configs/sweeps/grok.yaml --folder runs/grok --workers 2
     python sweep.py configs/sweeps/grok.yaml --wandb-files runs/grok/wandb
 
-The same command goes on with a sweep that was stopped. What a sweep's file says: search/specification.py. Every trial
-is an ordinary run with a folder of its own; `python compare.py runs/grok` makes the tables.
+The same command goes on with a sweep that was stopped. launch/sweep_specification.py documents the sweep's file. Every
+trial is an ordinary run with a folder of its own; `python compare.py runs/grok` makes the tables.
 """
 
 import argparse
@@ -26,17 +26,17 @@ def main() -> int:
         parser.error("--workers and --threads must be at least 1")
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch is imported
     try:
-        from search import progress, specification, wandb_files
+        from launch import sweep_progress, sweep_specification, wandb_sweep
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         print(f"error: a sweep needs the package {package}: install it (pip install {package})", file=sys.stderr)
         return 1
     try:
-        sweep = specification.read(options.sweep)
+        sweep = sweep_specification.read(options.sweep)
         if options.wandb_files:
-            wandb_files.write(sweep, options.wandb_files)
+            wandb_sweep.write(sweep, options.wandb_files)
         else:
-            progress.run(sweep, options.folder or Path("runs/sweeps") / sweep.name, options.workers)
+            sweep_progress.run(sweep, options.folder or Path("runs/sweeps") / sweep.name, options.workers)
     except (ValueError, OSError, KeyError) as error:
         print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@
     python train.py predict --config configs/grok_aga.yaml --ckpt_path <checkpoint> --data.questions "[3+5, 100+40]"
 
 One batch, from here to the parameter update: modules/two_pass.py (training_step), the task's module (compute_loss),
-ars2/ars2_neo.py (step). The command line itself is in cli.py.
+ars2/ars2_neo.py (step). The command line itself is in launch/cli.py.
 """
 
 import signal
@@ -17,7 +17,7 @@ def run() -> int:
     """Run the command line; returns the exit code."""
     try:
         # Here, because this import takes seconds, in which people may change their mind.
-        from cli import main
+        from launch.cli import main
 
         return main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ import time
 import warnings
 from typing import Any
 
-from lean_imports import without_heavy_packages
+from launch.lean_imports import without_heavy_packages
 
 with without_heavy_packages():
     import lightning.pytorch as L

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 
-from cli import main
+from launch.cli import main
 
 import lightning.pytorch as L  # isort: skip  (after cli, which keeps heavy packages out of its import)
 import torch

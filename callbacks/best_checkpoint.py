@@ -7,7 +7,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from library_internals import has_validated
+from experiment.library_internals import has_validated
 
 
 class BestCheckpoint(ModelCheckpoint):

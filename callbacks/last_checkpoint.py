@@ -9,7 +9,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.stop_signals import asked_to_stop
-from checkpoint_files import PARTIAL, PREVIOUS
+from experiment.checkpoints import PARTIAL, PREVIOUS
 
 
 class LastCheckpoint(ModelCheckpoint):

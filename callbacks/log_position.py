@@ -4,8 +4,8 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from csv_rows import RunCSVLogger
-from library_internals import row_to_come
+from experiment.csv_log import RunCSVLogger
+from experiment.library_internals import row_to_come
 
 
 class LogPosition(L.Callback):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from callbacks.lookup import folder_of
 from callbacks.loss_plane import Plane, label, parameters_in, plane_around, plane_through
 from callbacks.probed_loss import ProbedLoss, unchanged
-from library_internals import NormBase
+from experiment.library_internals import NormBase
 from modules.two_pass import TwoPassModule
 
 

@@ -7,7 +7,7 @@ import lightning.pytorch as L
 import numpy as np
 import torch
 
-from library_internals import is_within_epoch
+from experiment.library_internals import is_within_epoch
 from modules.shares import of_all, own
 
 

@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
 from callbacks.lookup import folder_of
-from run_identity import CONTENTS, RunIdentity, contents_of, flatten
+from experiment.identity import CONTENTS, RunIdentity, contents_of, flatten
 
 # Larger folders are told by the names and sizes of their files.
 _MOST_BYTES = 4 << 30

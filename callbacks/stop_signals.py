@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from callbacks.lookup import callbacks_of
-from library_internals import ask_for_no_sigterm
+from experiment.library_internals import ask_for_no_sigterm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = b"\nstopping: the step under way (or a validation) is finished and saved; once more to leave at once\n"

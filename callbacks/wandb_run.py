@@ -84,9 +84,9 @@ def _define(run: Any, metrics: Iterable[str]) -> None:
 
 def draw(folder: Path) -> None:
     """Write ``pictures/curves.png`` and, for AGA, ``pictures/looks.png`` into a run folder, from its own log."""
-    from comparison import plots
-    from comparison.rows import group
-    from comparison.runs import Run
+    from analysis import plots
+    from analysis.rows import group
+    from analysis.runs import Run
 
     (compared,) = group([Run(folder)])
     if not compared.rows:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from library_internals import is_attached
+from experiment.library_internals import is_attached
 from modules.cifar_resnet import CIFARResNet18
 from modules.stage_metrics import Metrics
 from modules.two_pass import TwoPassModule

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from library_internals import is_attached
+from experiment.library_internals import is_attached
 from modules.chunked_cross_entropy import chunked_cross_entropy
 from modules.head_projections import split_heads
 from modules.perplexity import BitsPerByte, Perplexity, WordPerplexity

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ars2.replay import Buffers
 from ars2.sharded import local
-from library_internals import sparse_values
+from experiment.library_internals import sparse_values
 
 # Fifteen skipped steps below a scale of one: no scale makes these gradients finite.
 SMALLEST_SCALE = 2.0**-15

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from library_internals import NormBase
+from experiment.library_internals import NormBase
 
 
 def blocks(network: nn.Module) -> Iterator[nn.Module]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from library_internals import set_updates
+from experiment.library_internals import set_updates
 
 # A stage's torchmetrics by log name: an nn.ModuleDict, whose values type checkers take for tensors.
 Metrics: TypeAlias = Any

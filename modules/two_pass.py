@@ -20,7 +20,7 @@ from torch.utils.data import DistributedSampler
 
 from ars2.param_groups import Policy
 from ars2.replay import random_state
-from library_internals import is_attached, is_compiled
+from experiment.library_internals import is_attached, is_compiled
 from modules.checks import check_callbacks, check_complete
 from modules.measured import MeasuredModule
 from modules.nonfinite import StepRecord, lower_scale

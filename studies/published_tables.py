@@ -25,9 +25,9 @@ from typing import Any, NoReturn
 
 import yaml
 
-from run_folders import hold
-from search.trial import server
-from search.within_time import Part, Schedule
+from experiment.folders import hold
+from launch.trial import server
+from launch.within_time import Part, Schedule
 
 # In the order in which they begin. Of WikiText-2, where runs overfit, the epochs to one past the published best.
 WIKITEXT2 = {"wikitext2_base": 3, "wikitext2_sync": 4, "wikitext2_aga": 4, "wikitext2_adamw": 7, "wikitext2_muon": 5}
@@ -166,7 +166,7 @@ def main() -> int:
     # Before torch is imported in the runs' processes: all of them share the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(places))))
     context = server(*MODULES)
-    from comparison.archive import pack  # takes seconds, in which the runs' server imports too
+    from analysis.archive import pack  # takes seconds, in which the runs' server imports too
 
     runs, archive = options.output / "runs", options.archive or options.output / "runs.zip"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import AGA, TINY, python
+from tests.helpers.commands import AGA, TINY, python
 
 # Prints the installed packages whose modules were loaded, by top-level name.
 LOOK = """

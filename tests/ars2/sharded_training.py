@@ -19,7 +19,7 @@ from ars2 import ARS2Neo, Muon
 from ars2.sharded import is_sharded, local
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.training import MODES
-from tests.launching import become
+from tests.helpers.launching import become
 
 # PARTS batches to a step, shared out among the processes.
 STEPS, PARTS = 24, 4

@@ -16,7 +16,7 @@ from ars2 import ARS2Neo, Muon
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.test_efficiency import count, reads
 from tests.ars2.training import MODES, TWO_PASS_MODES, assert_identical, closure_of, same, setup, snapshot
-from tests.launching import alone
+from tests.helpers.launching import alone
 
 ADDS = r"step\(closure\): the closure adds to gradients of earlier backward passes"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ars2 import ARS2Neo
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.training import MODES, step_by_parts, worst_difference
-from tests.launching import become, launch
+from tests.helpers.launching import become, launch
 
 STEPS = 8
 RANKS = 2

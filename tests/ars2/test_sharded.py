@@ -18,7 +18,7 @@ from ars2.sharded import Shards
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.sharded_training import EXACT, OPTIMIZERS, STEPS, Result, UnevenProblem, train, train_all
 from tests.ars2.training import train as train_by_closure
-from tests.launching import launch
+from tests.helpers.launching import launch
 
 Results = dict[str, Result]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ars2.orthogonalize import orthogonalize_all
 from ars2.sharing import newton_schulz_cost, orthogonalize_replicated, orthogonalize_sharded, owners
-from tests.launching import become, launch
+from tests.helpers.launching import become, launch
 
 # Fewer tensors than ranks is a case too; 2 rows over 3 ranks leave one without any.
 SHAPES = [(1, 6, 4), (3, 2, 5), (1, 2, 9), (1, 16, 16), (1, 1, 1)]

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from callbacks.best_checkpoint import BestCheckpoint
 from modules.modular_addition import ModularAddition
 from tests.callbacks.fits import data, fit, module
-from tests.commands import AGA, TINY, call
-from tests.commands import fit as run
+from tests.helpers.commands import AGA, TINY, call
+from tests.helpers.commands import fit as run
 
 EVERY = {"save_top_k": -1, "filename": "{step}", "auto_insert_metric_name": False}
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from callbacks.evaluation_budget import EvaluationBudget
-from tests.commands import TINY, fit, metrics
+from tests.helpers.commands import TINY, fit, metrics
 
 
 @pytest.mark.parametrize(("row", "per_step"), [("adamw", 1), ("sync", 2)])

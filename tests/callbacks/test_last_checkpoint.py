@@ -12,7 +12,7 @@ from callbacks.milestones import GrokkingMilestones
 from callbacks.optimizer_internals import OptimizerInternals
 from callbacks.run_summary import RunSummary
 from tests.callbacks.fits import MemorisedSums, ars2, data, fit, module
-from tests.resuming import differences
+from tests.helpers.resuming import differences
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from callbacks.loss_plane import plane_around
 from callbacks.loss_surface import LossSurface
 from datamodules.batches import TensorBatches
 from tests.callbacks.fits import data, fit, module
-from tests.commands import AGA, TINY, call, folders, train_py
-from tests.commands import fit as fit_by_command
+from tests.helpers.commands import AGA, TINY, call, folders, train_py
+from tests.helpers.commands import fit as fit_by_command
 from tests.modules import small_task
 from tests.modules.small_task import SmallTask, make_optimizer
 

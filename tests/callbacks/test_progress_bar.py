@@ -9,7 +9,7 @@ from callbacks import progress_bar
 from callbacks.progress_bar import clock
 from tests.callbacks.fits import data, module
 from tests.callbacks.fits import fit as trained
-from tests.commands import AGA, TINY, call, fit
+from tests.helpers.commands import AGA, TINY, call, fit
 
 
 @pytest.mark.parametrize(

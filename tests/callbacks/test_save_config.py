@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from callbacks.save_config import recorded_data
-from run_identity import RunIdentity
-from tests.commands import ADAMW, TINY, fit, train_py
-from tests.text import SMALL_TEXT, write_corpus
+from experiment.identity import RunIdentity
+from tests.helpers.commands import ADAMW, TINY, fit, train_py
+from tests.helpers.text import SMALL_TEXT, write_corpus
 
 NANO = ("--config", "configs/wikitext2_nano_adamw.yaml")
 

@@ -10,15 +10,15 @@ import pytest
 
 from callbacks.wandb_run import WandbRun, draw
 from tests.callbacks.fits import ars2, data, fit, module
-from tests.commands import AGA, ROOT, TINY, folders, train_py
-from tests.commands import fit as run
+from tests.helpers.commands import AGA, ROOT, TINY, folders, train_py
+from tests.helpers.commands import fit as run
 
 # Prints every record that is looked at as one line of JSON.
 READ = """
 import json, pathlib, sys
 from google.protobuf.json_format import MessageToDict
 from wandb.proto.wandb_internal_pb2 import Record
-from tests.test_run_loggers import records
+from tests.experiment.test_loggers import records
 for content in records(pathlib.Path(sys.argv[1])):
     record = Record.FromString(content)
     kind = record.WhichOneof("record_type")

@@ -9,7 +9,7 @@ from torchvision.transforms import v2
 
 from datamodules.augmentation import Augmentation, Draws, ImageBatches, TrainingImages
 from datamodules.cifar10 import MEAN, STD
-from tests.dispatched import Dispatched
+from tests.helpers.dispatched import Dispatched
 
 AUGMENTATION = Augmentation(MEAN, STD)
 NORMALISE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])

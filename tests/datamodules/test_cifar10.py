@@ -20,8 +20,8 @@ from torchvision.datasets import CIFAR10
 
 from datamodules.augmentation import ImageBatches
 from datamodules.cifar10 import CLASSES, MEAN, ROOT_VARIABLE, STD, CIFAR10Data, stratified_order
-from tests.commands import call
 from tests.datamodules.tiny_cifar10 import TEST, TRAIN, accept, tiny_cifar10, tiny_files  # noqa: F401
+from tests.helpers.commands import call
 
 FIT = ("fit", "--config", "configs/cifar_adamw.yaml", "--wandb", "false")
 FOLDER = "cifar-10-batches-py"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from datamodules.text_corpus import SPLITS, open_corpus
-from tests.commands import train_py
-from tests.text import FILES, lines, write_corpus
+from tests.helpers.commands import train_py
+from tests.helpers.text import FILES, lines, write_corpus
 
 
 def test_text_files_are_read_line_by_line_as_they_stand(tmp_path: Path) -> None:

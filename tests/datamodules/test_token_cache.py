@@ -12,8 +12,8 @@ import pytest
 from datamodules.text_corpus import Corpus, open_corpus
 from datamodules.token_cache import Tokens, cached_tokens, default_cache
 from datamodules.token_rows import Protocol
-from tests.commands import ROOT, clean_environment
-from tests.text import FILES, write_corpus
+from tests.helpers.commands import ROOT, clean_environment
+from tests.helpers.text import FILES, write_corpus
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from datamodules.text_corpus import open_corpus
 from datamodules.token_cache import cached_tokens
 from datamodules.token_rows import Protocol, contiguous, packed, pieces, split_tokens
 from datamodules.wikitext2 import WikiText2Data
-from tests.text import ROOT, lines, needs_wikitext2, write_corpus
+from tests.helpers.text import ROOT, lines, needs_wikitext2, write_corpus
 
 
 def letters(texts: Sequence[str]) -> list[list[int]]:

@@ -10,7 +10,7 @@ import torch
 from datamodules.batches import world
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
-from tests.launching import become
+from tests.helpers.launching import become
 from tests.modules import evaluations, exchanges
 from tests.modules.small_task import make_optimizer, state_of
 

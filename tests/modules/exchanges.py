@@ -12,7 +12,7 @@ from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.stop_signals import Stopped, StopSignals
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
-from tests.dispatched import Dispatched
+from tests.helpers.dispatched import Dispatched
 from tests.modules.small_task import make_optimizer
 
 # Labels and options of the fits. Of four batches the last is a window of its own where three accumulate.

@@ -8,8 +8,8 @@ import torch
 
 from datamodules.wikitext2 import WikiText2Data
 from modules.language_model import LanguageModel
+from tests.helpers.text import VOCABULARY, write_corpus
 from tests.modules.small_task import make_optimizer
-from tests.text import VOCABULARY, write_corpus
 
 SIZES: dict[str, Any] = {
     **{"vocabulary": VOCABULARY, "context": 16, "layers": 2, "width": 16, "heads": 2, "key_value_heads": 2},

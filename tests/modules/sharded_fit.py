@@ -22,7 +22,7 @@ from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
 from modules.two_pass import TwoPassModule
 from tests.ars2.sharded_training import whole
-from tests.launching import become
+from tests.helpers.launching import become
 from tests.modules import evaluations, exchanges, language
 from tests.modules.ddp_fit import BATCH, OPTIONS, Looks
 from tests.modules.small_task import SmallTask, batches, make_optimizer

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modules.chunked_cross_entropy import chunked_cross_entropy
-from tests.commands import ROOT
+from tests.helpers.commands import ROOT
 
 
 def example(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launching import launch
+from tests.helpers.launching import launch
 from tests.modules import ddp_fit, evaluations
 from tests.modules.ddp_fit import OPTIONS, STEPS, fit
 

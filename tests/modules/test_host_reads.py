@@ -8,7 +8,7 @@ import pytest
 
 from modules.image_classifier import ImageClassifier
 from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
-from tests.dispatched import Dispatched
+from tests.helpers.dispatched import Dispatched
 from tests.modules import language
 from tests.modules.small_task import make_optimizer
 from tests.modules.test_image_classifier import train

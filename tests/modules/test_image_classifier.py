@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from datamodules.cifar10 import CLASSES, CIFAR10Data
 from modules.image_classifier import ImageClassifier
-from tests.commands import call, fit, folders
 from tests.datamodules.tiny_cifar10 import TEST, tiny_cifar10, tiny_files  # noqa: F401
+from tests.helpers.commands import call, fit, folders
 from tests.modules.small_task import assert_equal_states, make_optimizer, state_of
 
 pytestmark = pytest.mark.usefixtures("tiny_cifar10")

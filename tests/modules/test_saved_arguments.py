@@ -15,9 +15,9 @@ from modules.modular_addition import ModularAddition
 from modules.saved_arguments import is_plain
 from modules.two_pass import TwoPassModule
 from tests.callbacks import fits
-from tests.commands import AGA, TINY
-from tests.commands import fit as fit_by_command
 from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
+from tests.helpers.commands import AGA, TINY
+from tests.helpers.commands import fit as fit_by_command
 from tests.modules import language
 from tests.modules.small_task import SmallTask, batches, fit, make_optimizer
 

@@ -8,7 +8,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 
-from tests.launching import launch
+from tests.helpers.launching import launch
 from tests.modules import evaluations, sharded_fit
 from tests.modules.ddp_fit import OPTIONS
 from tests.modules.sharded_fit import HALF, STEPS, Run, fit, read, strategy

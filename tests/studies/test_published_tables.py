@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from comparison.rows import PUBLISHED, matches
-from run_identity import RunIdentity
-from search.within_time import Part
+from analysis.rows import PUBLISHED, matches
+from experiment.identity import RunIdentity
+from launch.within_time import Part
 from studies import published_tables
 from studies.published_tables import CIFAR, WIKITEXT2, all_parts, arguments, slots
-from tests.commands import ROOT, Result, call, python
-from tests.text import write_corpus
+from tests.helpers.commands import ROOT, Result, call, python
+from tests.helpers.text import write_corpus
 
 ROWS = [*WIKITEXT2, *CIFAR]
 
@@ -119,7 +119,7 @@ import sys, torch
 asked = []
 for module, name in ((torch._C, "_cuda_getDeviceCount"), (torch.cuda, "device_count"), (torch.cuda, "is_available")):
     setattr(module, name, lambda *_, name=name: asked.append(name) or 0)
-import cli
+from launch import cli
 for module in sys.argv[1:]:
     __import__(module)
 assert not asked, asked
@@ -132,7 +132,8 @@ def test_two_calls_for_one_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Within one process a lock can be taken again.
-    take = "import sys, run_folders, pathlib; run_folders.hold(pathlib.Path(sys.argv[1])); print(flush=True); input()"
+    take = "import sys, pathlib; from experiment.folders import hold; hold(pathlib.Path(sys.argv[1]));"
+    take += " print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", take, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
@@ -179,7 +180,7 @@ def test_a_disk_that_fills_up_stops_no_run(
             def full(*_: object, **__: object) -> None:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-            monkeypatch.setattr("comparison.archive.zipfile.ZipFile", full)
+            monkeypatch.setattr("analysis.archive.zipfile.ZipFile", full)
             assert self.ended() is None
 
         def is_done(self, part: Part) -> bool:

@@ -1,0 +1,107 @@
+"""What each of ARS2-Neo's switches does: flatness, geometry and energy, on against off, with the others left alone."""
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from analysis.results import is_share
+from analysis.rows import Group, Row
+from analysis.runs import Run
+from analysis.statistics import Mean, mean_interval, paired
+from analysis.tables import Table, mean_text, number
+
+SWITCHES = ("flatness", "geometry", "energy")
+Corner: TypeAlias = tuple[bool, ...]
+_AXIS = "cost/gradient_evaluations"
+
+
+def switches(group: Group) -> Iterator[Table]:
+    """Yield, for every search that holds all eight corners, the differences that each switch makes, seed by seed.
+
+    Nothing where no corners have two seeds in common.
+    """
+    for name in dict.fromkeys(row.any.identity.sweep.name for row in group.rows if row.any.identity.sweep):
+        corners = _corners(group, name)
+        if len(corners) == 2 ** len(SWITCHES):
+            table = _table(group, name, corners)
+            if any(cell != "-" for line in table.rows for cell in line[1:]):
+                yield table
+
+
+def _corners(group: Group, name: str) -> dict[Corner, Row]:
+    corners: dict[Corner, Row] = {}
+    for row in group.rows:
+        sweep, options = row.any.identity.sweep, row.any.identity.options
+        mode = options.get("model.optimizer.mode")
+        if sweep is not None and sweep.name == name and mode in ("base", "sync"):
+            whole = (options.get(f"model.optimizer.{switch}", True) for switch in SWITCHES[1:])
+            corners[mode == "sync", *whole] = row
+    return corners
+
+
+def _table(group: Group, name: str, corners: dict[Corner, Row]) -> Table:
+    scale = 100 if is_share(group.metric) else 1
+    goal = group.goal
+
+    def best(run: Run) -> float:
+        return scale * run.best(group.metric, group.lower)
+
+    def loss(run: Run) -> float:
+        return run.last("val/loss")
+
+    def evaluations(run: Run) -> float:
+        reached = run.reached(goal, _AXIS) if goal else None
+        return np.nan if reached is None else float(np.log(reached))
+
+    def top(run: Run) -> float:
+        value = run.last("flatness/hessian_top")
+        return float(np.log(value)) if value > 0 else np.nan
+
+    kinds: dict[str, tuple[Callable[[Run], float], bool]] = {
+        f"best {group.metric}{' (points)' if scale == 100 else ''}": (best, False),
+        "last val/loss": (loss, False),
+        f"evaluations to {goal}, ratio": (evaluations, True),
+        "top eigenvalue, ratio": (top, True),
+    }
+    lines: list[list[str]] = []
+    strong = set()
+    for index, switch in enumerate(SWITCHES):
+        pairs = []
+        for others in product((True, False), repeat=len(SWITCHES) - 1):
+            on, off = ((*others[:index], value, *others[index:]) for value in (True, False))
+            pairs.append((corners[on], corners[off], _said(index, others)))
+        strong.add(len(lines))
+        lines.append([f"{switch}, mean of four", *_cells([pair[:2] for pair in pairs], kinds)])
+        lines += [[f"{switch}, {said}", *_cells([(on, off)], kinds)] for on, off, said in pairs]
+    notes = [
+        "On minus off, or on over off, of corners that differ in one switch alone, each at the learning rate and "
+        "radius that the search found for it: mean over the seeds that both have, 95 % interval, p-value of the "
+        "paired t-test, not adjusted. A dash: fewer than two seeds, or a run among them that has no such value, as one "
+        "that missed the target."
+    ]
+    return Table(f"What each switch does, in {name}", ["switch", *kinds], lines, notes, strong)
+
+
+def _said(index: int, others: Corner) -> str:
+    names = [switch for switch in SWITCHES if switch != SWITCHES[index]]
+    return ", ".join(f"{'with' if value else 'without'} {switch}" for switch, value in zip(names, others, strict=True))
+
+
+def _cells(pairs: list[tuple[Row, Row]], kinds: dict[str, tuple[Callable[[Run], float], bool]]) -> list[str]:
+    cells = []
+    for value, is_ratio in kinds.values():
+        seeds: Any = set.intersection(*({*on.runs} & {*off.runs} for on, off in pairs))
+        differences = {
+            seed: float(np.mean([value(on.runs[seed]) - value(off.runs[seed]) for on, off in pairs])) for seed in seeds
+        }
+        test = paired(differences, dict.fromkeys(seeds, 0.0))
+        if test is None or not np.isfinite(list(differences.values())).all():
+            cells.append("-")
+            continue
+        mean = mean_interval(list(differences.values()))
+        if is_ratio:
+            mean = Mean(mean.n, *(None if v is None else float(np.exp(v)) for v in (mean.mean, mean.low, mean.high)))  # type: ignore[arg-type]
+        cells.append(f"{mean_text(mean, 3)}, p {number(test.p, 2)}")
+    return cells

@@ -1,0 +1,120 @@
+"""The project's dashboard on Weights & Biases, as code: a section a task, its runs grouped by all but the seed.
+
+    python -m analysis.dashboard ENTITY/PROJECT modular_addition cifar wikitext
+
+Needs a key. It is a W&B report, which updates as runs come in, and not a workspace, whose sections all show the same
+runs: here each section has those of its task alone, on every axis that costs are logged for.
+"""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from analysis.runs import AXES
+from experiment.loggers import has_key
+from launch.errors import one_line
+
+if TYPE_CHECKING:
+    import wandb_workspaces.reports.v2 as wr
+
+# Validation metric by task; a task that is not here has its loss alone.
+METRICS = {"modular_addition": "val/accuracy", "cifar": "val/accuracy", "wikitext": "val/perplexity"}
+
+
+def panels(metric: str) -> list[Any]:
+    """Return the panels of a task: its metric over every axis, losses, AGA's decisions, best values, pictures."""
+    import wandb_workspaces.reports.v2 as wr
+
+    def line(title: str, x: str, *y: str, log: bool = False) -> wr.LinePlot:
+        # Groups of runs that differ in their seeds: mean, and the deviation as a band.
+        return wr.LinePlot(
+            title=title,
+            x=x,
+            y=list(y),
+            log_y=log,
+            groupby=wr.Config("group"),
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stddev",
+            smoothing_type="none",
+        )
+
+    lower = not metric.endswith("accuracy")
+    return [
+        *(line(f"{metric} over {name}", axis, metric, log=lower) for axis, name in AXES.items()),
+        line("training loss", "epoch", "train/loss", log=True),
+        line("validation loss", "epoch", "val/loss", log=True),
+        line("phi and its threshold", "cost/optimizer_steps", "flatness/phi", "flatness/threshold"),
+        line("looks a step", "cost/optimizer_steps", "flatness/trigger_rate"),
+        line("top Hessian eigenvalue", "cost/optimizer_steps", "flatness/hessian_top", log=True),
+        line("size of the update over the weights", "cost/optimizer_steps", "optimizer/update_ratio_matrix", log=True),
+        wr.BarPlot(
+            title=f"best {metric}",
+            metrics=[f"{metric}.{'min' if lower else 'max'}"],
+            groupby=wr.Config("group"),
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stddev",
+        ),
+        wr.MediaBrowser(
+            title="pictures", media_keys=["pictures/curves", "pictures/looks", "loss_surface", "test/confusion_matrix"]
+        ),
+        wr.RunComparer(diff_only=True),
+    ]
+
+
+def dashboard(entity: str, project: str, tasks: list[str]) -> "wr.Report":
+    """Return the dashboard; nothing is sent before its ``save``.
+
+    Args:
+        entity: user or team.
+        project: that the runs are in.
+        tasks: as runs name theirs, see :class:`experiment.identity.RunIdentity`.
+    """
+    import wandb_workspaces.reports.v2 as wr
+    from wandb_workspaces import expr
+
+    blocks: list[Any] = []
+    for task in tasks:
+        runs = wr.Runset(
+            name=task,
+            filters=[expr.Config("task") == task],
+            groupby=["config.optimizer", "config.group"],
+        )
+        text = "Groups differ in their settings, runs of a group in their seeds; protocols are tags."
+        grid = wr.PanelGrid(runsets=[runs], panels=panels(METRICS.get(task, "val/loss")))
+        blocks += [wr.H2(text=task.replace("_", " ")), wr.P(text=text), grid]
+    return wr.Report(
+        entity=entity,
+        project=project,
+        title="Optimizers, by task",
+        description="What each optimizer reaches, and over which cost.",
+        width="fluid",
+        blocks=blocks,
+    )
+
+
+def main() -> int:
+    """Save the dashboard and print where it is; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="analysis.dashboard", description="Save the dashboard to W&B.")
+    parser.add_argument("place", metavar="ENTITY/PROJECT")
+    parser.add_argument("tasks", nargs="*", default=list(METRICS))
+    options = parser.parse_args()
+    entity, _, project = options.place.partition("/")
+    if not project:
+        parser.error(f"the place is ENTITY/PROJECT, got {options.place}")
+    try:
+        if not has_key():
+            raise ValueError("there is no key of Weights & Biases: say wandb login, or set WANDB_API_KEY")
+        report = dashboard(entity, project, options.tasks)
+        report.save()
+    except ModuleNotFoundError as error:
+        print(f"error: the dashboard needs the package {error.name}: pip install wandb-workspaces", file=sys.stderr)
+        return 1
+    except Exception as error:  # wandb and its network have dozens of their own
+        print(f"error: the dashboard could not be saved in {options.place}: {one_line(error)}", file=sys.stderr)
+        return 1
+    print(f"dashboard: {report.url}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

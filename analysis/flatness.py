@@ -1,0 +1,86 @@
+"""What the flatness probe found at the end of runs, and whether flatter runs validate better."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from scipy import stats
+
+from analysis.rows import Group
+from analysis.runs import Run
+from analysis.statistics import mean_interval
+from analysis.tables import Table, mean_text, number
+
+# Columns of callbacks.flatness_probe.FlatnessProbe; of each, less is flatter.
+MEASURES = {
+    "flatness/hessian_top": "top eigenvalue",
+    "flatness/hessian_trace": "trace",
+    "flatness/rise_gradient": "rise along the gradient",
+    "flatness/rise_adversarial": "rise at the optimizer's own point",
+    "flatness/rise_random": "rise at random",
+}
+_FEWEST = 5  # runs for a correlation
+
+
+def flatness(group: Group) -> Iterator[Table]:
+    """Yield the probe's last values by row, and how they go with validation; nothing where no run was probed."""
+    rows = [row for row in group.rows if any(run.has("flatness/hessian_top") for run in row.runs.values())]
+    if not rows:
+        return
+    columns = {"flatness/probe_loss": "loss", **MEASURES}
+    lines = []
+    for row in rows:
+        values = [mean_interval([run.last(column) for run in row.runs.values()]) for column in columns]
+        lines.append([row.label, str(len(row.runs)), *(mean_text(value, 3) for value in values)])
+    radii = sorted({number(radius) for row in rows for run in row.runs.values() for radius in _radii(run)})
+    notes = [
+        "Of the loss on a fixed training batch, at the end of training: mean and 95 % interval over seeds. Rises are "
+        f"at radius {' or '.join(radii) or 'unknown'} in every tensor. Less is flatter; no column is the same after a "
+        "rescaling of weights that leaves the network's function alone."
+    ]
+    yield Table("Flatness at the end", ["row", "seeds", *columns.values()], lines, notes)
+    if (table := _with_validation(group)).rows:
+        yield table
+
+
+def _with_validation(group: Group) -> Table:
+    """Return the rank correlations of flatness and validation over runs, and within rows."""
+    sign = 1 if group.lower else -1
+    kinds: dict[str, Callable[[Run], float]] = {
+        f"better {group.metric}": lambda run: sign * run.last(group.metric),
+        "lower val/loss": lambda run: run.last("val/loss"),
+    }
+    lines = []
+    for column, name in MEASURES.items():
+        cells = []
+        for value in kinds.values():
+            pairs = [
+                np.asarray([(run.last(column), value(run)) for run in row.runs.values() if run.has(column)])
+                for row in group.rows
+            ]
+            pairs = [pair[np.isfinite(pair).all(axis=1)] for pair in pairs if len(pair)]
+            # Between seeds of one setting: what is left when each row's mean is taken away.
+            apart = [pair - pair.mean(axis=0) for pair in pairs if len(pair) > 1]
+            cells += [_correlation(pairs), _correlation(apart)]
+        if any(cell != "-" for cell in cells):
+            lines.append([name, *cells])
+    heads = [head for name in kinds for head in (f"with {name}", f"with {name}, within rows")]
+    notes = [
+        "Spearman's rank correlation over runs (p-value, runs): above zero, flatter goes with better. Over all runs it "
+        "mixes optimizers, whose validation may differ for other reasons; within rows each row's mean is taken away "
+        "first, so that only seeds of one setting are compared. Values at the end of training, p-values not adjusted."
+    ]
+    return Table("Does flatter go with better?", ["flatter by", *heads], lines, notes)
+
+
+def _correlation(pairs: Sequence[np.ndarray]) -> str:
+    values = np.concatenate(pairs) if pairs else np.empty((0, 2))
+    if len(values) < _FEWEST or np.ptp(values, axis=0).min() == 0:
+        return "-"
+    found = stats.spearmanr(values[:, 0], values[:, 1])
+    return f"{found.statistic:+.2f} ({number(float(found.pvalue), 2)}, {len(values)})"
+
+
+def _radii(run: Run) -> Iterator[float]:
+    for callback in run.identity.options.get("trainer.callbacks") or []:
+        if str(callback.get("class_path", "")).endswith(".FlatnessProbe"):
+            yield float(callback["init_args"]["rho"])

@@ -1,0 +1,308 @@
+"""The report as a folder: ``report.html``, ``report.md``, ``report.tex``, ``runs.csv`` and pictures."""
+
+import html
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import plots
+from analysis.ablation import switches
+from analysis.flatness import MEASURES, flatness
+from analysis.results import baseline, milestones, pairs, published, results, step_cost, to_target
+from analysis.rows import Group, Row
+from analysis.runs import AXES, Problem
+from analysis.tables import Table, median_text, number
+from analysis.tuning_budget import ledgers
+
+_CSS = Path(__file__).with_name("report.css")
+# What Markdown shows, which has no room for a choice of axes.
+_MARKDOWN_AXES = ("epoch", "cost/gradient_evaluations")
+# Curves of the flatness probe, where there are any: the others are in its table.
+PROBED = ("flatness/hessian_top", "flatness/rise_gradient")
+# Notes that also stand at the top.
+_WARNINGS = ("UNEQUAL", "The rows were")
+FILES = ("report.html", "report.md", "report.tex", "runs.csv")
+
+
+@dataclass
+class Section:
+    """The part of a report that is about one group.
+
+    Attributes:
+        headlines: sentences that say what came out.
+        tables: in their order; the runs themselves come last.
+        curves: by axis, then by metric, as figures for a page.
+        pictures: others, by file name.
+        standalone: pictures for Markdown, by file name: on white, with their own ink.
+    """
+
+    group: Group
+    anchor: str
+    headlines: list[str]
+    tables: list[Table]
+    curves: dict[str, list[str]] = field(default_factory=dict)
+    pictures: list[str] = field(default_factory=list)
+    standalone: dict[str, str] = field(default_factory=dict)
+
+
+def write(
+    folder: Path,
+    groups: Sequence[Group],
+    problems: Sequence[Problem],
+    title: str,
+    wanted: str | None = None,
+    progress: Callable[[Sequence[Group]], Iterable[Group]] = iter,
+) -> None:
+    """Write the report, over a former one.
+
+    Args:
+        folder: made if it does not exist; of what is in it only a former report's own files are replaced.
+        groups: as :func:`analysis.rows.group` returns them.
+        problems: folders that are in no table.
+        title: of the report.
+        wanted: label or optimizer of the row that others are compared with.
+        progress: yields the groups that it is given, and shows how many have been written about.
+
+    Raises:
+        ValueError: the folder holds something and no report.
+    """
+    check_folder(folder)
+    sections = [_section(group, wanted, index) for index, group in enumerate(progress(groups))]
+    left_out = _left_out(problems)
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in pictures(folder):
+        picture.unlink(missing_ok=True)
+    (folder / "pictures").mkdir(exist_ok=True)
+    for section in sections:
+        for name, content in section.standalone.items():
+            (folder / "pictures" / name).write_text(content, encoding="utf-8")
+    (folder / "report.html").write_text(_html(title, sections, left_out), encoding="utf-8")
+    (folder / "report.md").write_text(_markdown(title, sections, left_out), encoding="utf-8")
+    tables = [table.latex() for section in sections for table in section.tables]
+    (folder / "report.tex").write_text("% Needs \\usepackage{booktabs}.\n" + "\n".join(tables), encoding="utf-8")
+    _numbers(groups).to_csv(folder / "runs.csv", index=False)
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a report may be written to ``folder``: it is new, empty, or holds a report.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: name another one to write the report to")
+    if any(folder.iterdir()) and not all((folder / name).is_file() for name in FILES):
+        raise ValueError(f"{folder} is not empty and holds no report: name another folder to write the report to")
+
+
+def pictures(folder: Path) -> list[Path]:
+    """Return the pictures of the report in ``folder``, which its Markdown names; there may be others beside them."""
+    text = (folder / "report.md").read_text(encoding="utf-8") if (folder / "report.md").exists() else ""
+    names = re.findall(r"^!\[(.+)\]\(pictures/\1\)$", text, flags=re.M)
+    return [folder / "pictures" / name for name in dict.fromkeys(names) if "/" not in name]
+
+
+def _section(group: Group, wanted: str | None, index: int) -> Section:
+    reference = baseline(group, wanted)
+    tables = [published(group), results(group), to_target(group), milestones(group)]
+    tables += [] if reference is None else list(pairs(group, reference))
+    tables += [*switches(group), *flatness(group)]
+    tables += [step_cost(group, reference), *ledgers(group), _runs(group)]
+    found = [table for table in tables if table is not None and table.rows]
+    section = Section(group, f"{group.task}-{group.digest}", list(_headlines(group)), found)
+    prefix = f"{index + 1}-{group.task}"
+    metrics = list(dict.fromkeys((group.metric, "train/loss", "val/loss", *PROBED)))
+    for axis in group.axes:
+        for metric in metrics:
+            figure = plots.curves(group, metric, axis)
+            if figure is None:
+                continue
+            section.curves.setdefault(axis, []).append(plots.on_page(plots.svg(figure)))
+            if axis in _MARKDOWN_AXES and metric == group.metric:
+                name = f"{prefix}-{axis.rpartition('/')[2]}.svg"
+                plots.add_legend(figure)
+                section.standalone[name] = plots.on_white(plots.svg(figure))
+    others = [plots.looks(row) for row in group.rows]
+    for name in dict.fromkeys(name for name, _ in group.sweeps):
+        others += plots.sensitivity(group, name)
+    for number_, figure in enumerate(figure for figure in others if figure is not None):
+        picture = plots.svg(figure)
+        section.pictures.append(plots.on_page(picture))
+        section.standalone[f"{prefix}-{number_ + 1}.svg"] = plots.on_white(picture)
+    return section
+
+
+def _headlines(group: Group) -> Iterator[str]:
+    """Say what came out, in the words of the tables and in no stronger ones."""
+    seeds = {len(row.runs) for row in group.rows}
+    if group.rows and max(seeds) < 3:
+        yield f"At most {max(seeds)} seed{'s' if max(seeds) > 1 else ''} a row: nothing here is settled."
+    axis = "cost/gradient_evaluations"
+    target = group.goal
+    if target is None or axis not in group.axes:
+        return
+    for row in group.rows[:2]:
+        median = row.median(target, axis)
+        if median is not None and median.median is not None:
+            runs = f"{median.reached} of {median.n} runs" if median.n > 1 else "its one run"
+            yield f"{row.label}: {target} after {median_text(median)} gradient evaluations ({runs} reached it)."
+    missed = [row.label for row in group.rows if all(t.reached is None for t in row.times(target, axis).values())]
+    if missed and len(missed) == len(group.rows):
+        yield f"No run reached {target}."
+    elif missed:
+        yield f"Never {target}: {'; '.join(missed)}."
+
+
+def _runs(group: Group) -> Table:
+    """List every run behind the rows, with the command that repeats it."""
+    lines = [
+        [row.label, run.identity.seed, str(run.epochs), f"python train.py fit --config {run.shown / 'config.yaml'}"]
+        for row in group.rows
+        for run in row.runs.values()
+    ]
+    notes = [f"Protocol {group.digest}: " + ", ".join(f"{key} {value}" for key, value in group.protocol.items())]
+    return Table("Runs, and the command that repeats each", ["row", "seed", "epochs", "command"], lines, notes)
+
+
+def _left_out(problems: Sequence[Problem]) -> Table:
+    lines = [[str(problem.folder), problem.reason] for problem in problems]
+    return Table("In no table", ["folder", "why"], lines)
+
+
+def _numbers(groups: Sequence[Group]) -> pd.DataFrame:
+    """Return one row a run: what every table was computed from."""
+    lines = []
+    for group in groups:
+        for row in group.rows:
+            for seed, run in row.runs.items():
+                line: dict[str, object] = {"task": group.task, "protocol": group.digest, "row": row.label, "seed": seed}
+                line |= {"best": run.best(group.metric, group.lower), "last": run.last(group.metric)}
+                line |= {"metric": group.metric, "diverged": run.diverged}
+                line |= {axis: run.at_end(axis) for axis in AXES}
+                line |= {column: run.last(column) for column in MEASURES if run.has(column)}
+                for target in group.targets:
+                    for axis in group.axes:
+                        line[f"{target.name}: {AXES[axis]}"] = run.reached(target, axis)
+                lines.append(line | {"folder": str(run.shown)})
+    return pd.DataFrame(lines)
+
+
+def _markdown(title: str, sections: Sequence[Section], left_out: Table) -> str:
+    parts = [f"# {title}\n"]
+    for section in sections:
+        parts.append(f"## {section.group.title}, protocol {section.group.digest}\n")
+        parts.append("".join(f"* {line}\n" for line in section.headlines))
+        *tables, runs = section.tables
+        parts += [table.markdown() for table in tables]
+        parts += [f"![{name}](pictures/{name})\n" for name in section.standalone]
+        parts.append(runs.markdown())
+    if left_out.rows:
+        parts.append(left_out.markdown(2))
+    return "\n".join(parts)
+
+
+def _html(title: str, sections: Sequence[Section], left_out: Table) -> str:
+    links = [f'<li><a href="#{s.anchor}">{html.escape(s.group.title)} ({s.group.digest})</a></li>' for s in sections]
+    rows, runs = (sum(count) for count in ([len(s.group.rows) for s in sections], [_count(s.group) for s in sections]))
+    problems = len(left_out.rows)
+    if problems:
+        links.append('<li><a href="#left-out">In no table</a></li>')
+    body = "".join(_section_html(section) for section in sections)
+    if problems:
+        body += f'<section id="left-out">{_wide(left_out.html())}</section>'
+    counts = f"{runs} runs in {rows} rows; {problems} folders are in no table, and listed with the reason."
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>\n{_CSS.read_text(encoding='utf-8')}{_choices(sections)}</style></head>"
+        f'<body><header><h1>{html.escape(title)}</h1><p class="soft">{counts}</p>'
+        f"<nav><ul>{''.join(links)}</ul></nav></header><main>{body}</main></body></html>\n"
+    )
+
+
+def _count(group: Group) -> int:
+    return sum(len(row.runs) for row in group.rows)
+
+
+def _section_html(section: Section) -> str:
+    group = section.group
+    parts = [
+        f'<section id="{section.anchor}"><h2>{html.escape(group.title)}</h2>'
+        f'<p class="soft">protocol <code>{group.digest}</code>: runs of other protocols are in tables of their own</p>'
+    ]
+    notes = [note for table in section.tables for note in table.notes if note.startswith(_WARNINGS)]
+    parts += [f'<p class="warning">{html.escape(note)}</p>' for note in notes]
+    if section.headlines:
+        lines = "".join(f"<li>{html.escape(line)}</li>" for line in section.headlines)
+        parts.append(f'<ul class="headline">{lines}</ul>')
+    *tables, runs = section.tables
+    first = [table for table in tables if table.title in ("Published against measured", "Results")]
+    parts += [table.html() for table in first]
+    if section.curves:
+        parts.append(_curves_html(section))
+    if section.pictures:
+        pictures = "".join(f"<figure>{picture}</figure>" for picture in _apart(section, section.pictures, "p"))
+        parts.append(f'<div class="pictures" style="margin-top: 1rem">{pictures}</div>')
+    parts += [table.html() for table in tables if table not in first]
+    parts.append(f"<details><summary>{html.escape(runs.title)}</summary>{_wide(runs.html())}</details></section>")
+    return "".join(parts)
+
+
+def _curves_html(section: Section) -> str:
+    """Lay out the curves with a choice of axes that needs no script."""
+    buttons, panels = "", ""
+    for index, (axis, pictures) in enumerate(section.curves.items()):
+        key, checked = f"{section.anchor}-{index}", " checked" if index == 0 else ""
+        buttons += f'<input type="radio" name="axis-{section.anchor}" id="{key}"{checked}>'
+        buttons += f'<label for="{key}">{AXES[axis]}</label>'
+        figures = "".join(f"<figure>{picture}</figure>" for picture in _apart(section, pictures, f"c{index}"))
+        panels += f'<div class="pictures">{figures}</div>'
+    rows = "".join(_swatch(index, row) for index, row in enumerate(section.group.rows))
+    words = "Thin lines are seeds; thick ones their mean (geometric for losses), from three seeds on with its 95 % "
+    words += "band, until a seed ends."
+    return (
+        f'<fieldset class="choice"><legend>Curves over</legend>{buttons}'
+        f'<ul class="rows">{rows}</ul><p class="soft">{words}</p>{panels}</fieldset>'
+    )
+
+
+def _swatch(index: int, row: Row) -> str:
+    look = plots.style(index)
+    kind = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}[look["linestyle"]]
+    return f'<li><i style="border-top: 3px {kind} {look["color"]}"></i>{html.escape(row.label)} ({len(row.runs)})</li>'
+
+
+def _choices(sections: Sequence[Section]) -> str:
+    """Return the style rules that show the panel of the chosen axis."""
+    most = max((len(section.curves) for section in sections), default=0)
+    return "".join(
+        f".choice:has(> input:nth-of-type({n}):checked) > .pictures:nth-of-type({n}) {{ display: grid; }}\n"
+        for n in range(1, most + 1)
+    )
+
+
+def _apart(section: Section, pictures: Sequence[str], place: str) -> Iterator[str]:
+    """Make the ids in pictures different: on one page they would refer to each other's parts."""
+    for index, picture in enumerate(pictures):
+        mark = f"{section.anchor}-{place}-{index}-"
+        yield re.sub(r'((?:\bid="|url\(#|href="#))', lambda match, mark=mark: match[1] + mark, picture)  # type: ignore[misc]
+
+
+def _wide(table: str) -> str:
+    return table.replace('class="table"', 'class="table left"', 1)
+
+
+def summary(groups: Sequence[Group], problems: Sequence[Problem]) -> str:
+    """Return what was found, for the terminal."""
+    lines = []
+    for group in groups:
+        lines.append(f"{group.title}, protocol {group.digest}: {_count(group)} runs in {len(group.rows)} rows")
+        lines += [f"  {line}" for line in _headlines(group)]
+    if problems:
+        lines.append(f"{number(len(problems))} folders are in no table; the report says why")
+    return "\n".join(lines)

@@ -1,0 +1,263 @@
+"""The tables of one task: published against measured, results, times to target, paired seeds, step cost."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from analysis.rows import Group, Row, matches
+from analysis.runs import AXES, Target
+from analysis.statistics import Mean, geometric_interval, holm, mean_interval, paired, race
+from analysis.tables import Table, mean_text, median_text, number
+
+
+def is_share(metric: str) -> bool:
+    """Return whether a metric is a part of 1, to be shown in percent."""
+    return metric.rpartition("/")[2] == "accuracy"
+
+
+def metric_text(metric: str, mean: Mean, digits: int = 4) -> str:
+    """Return a mean of a metric with its interval, in percent where that is usual."""
+    if not is_share(metric):
+        return mean_text(mean, digits)
+    scaled = [None if value is None else 100 * value for value in (mean.mean, mean.low, mean.high)]
+    if np.isnan(mean.mean):
+        return number(mean.mean)
+    shown = [None if value is None else f"{value:.2f}" for value in scaled]
+    return f"{shown[0]} %" if shown[1] is None else f"{shown[0]} % [{shown[1]}, {shown[2]}]"
+
+
+def _mean(metric: str, values: dict[str, float]) -> Mean:
+    mean = mean_interval(list(values.values()))
+    return mean.within(0.0, 1.0) if is_share(metric) else mean
+
+
+def _row_name(row: Row) -> str:
+    told = row.optimizer in row.label or row.label in row.optimizer
+    return row.label if told else f"{row.label} ({row.optimizer})"
+
+
+def published(group: Group) -> Table | None:
+    """Return the published numbers with the measured ones below each; ``None`` where there is nothing of one kind."""
+    if not group.published:
+        return None
+    shown: list[str] = group.published["shown"]
+    targets = {target.name: target for target in group.targets}
+    lines: list[list[str]] = []
+    strong = set()
+    for entry in group.published["rows"]:
+        for report in entry["published"]:
+            cells = [report.get(name, "-") for name in shown]
+            lines.append([f"{entry['label']}: {report['source']}", "-", str(entry.get("epochs", "-")), *cells])
+        measured = [row for row in group.rows if matches(row.any.identity.options, entry["settings"])]
+        for row in measured:
+            cells = [_measured(group, row, name, targets) for name in shown]
+            strong.add(len(lines))
+            lines.append([f"{entry['label']}: measured ({row.label})", str(len(row.runs)), _epochs(row), *cells])
+        if not measured:
+            lines.append([f"{entry['label']}: no run here", *["-"] * (len(shown) + 2)])
+    if not strong:
+        return None
+    heads = [f"{name}: {targets[name]}" if name in targets else f"{name} {group.metric}" for name in shown]
+    notes = [
+        "Published: one run each, by the ARS2 project. Targets in epochs, median and 95 % interval over seeds; "
+        "best and last as mean and 95 % interval."
+    ]
+    notes += [group.published["note"]] if "note" in group.published else []
+    return Table("Published against measured", ["row", "seeds", "epochs", *heads], lines, notes, strong)
+
+
+def _measured(group: Group, row: Row, name: str, targets: dict[str, Target]) -> str:
+    if name in targets:
+        median = row.median(targets[name], "epoch")
+        return "-" if median is None else median_text(median)
+    values = row.best(group.metric, group.lower) if name == "best" else row.last(group.metric)
+    return metric_text(group.metric, _mean(group.metric, values))
+
+
+def _epochs(row: Row) -> str:
+    options = row.any.identity.options
+    limit = options.get("trainer.max_epochs") or -1
+    return str(limit) if limit > 0 else f"{options.get('trainer.max_steps')} steps"
+
+
+def results(group: Group) -> Table:
+    """Return best and last values of every row, with its seeds and the tuning behind it."""
+    metrics = list(dict.fromkeys((group.metric, "val/loss")))
+    heads = [f"{which} {metric}" for metric in metrics for which in ("best", "last")]
+    lines = []
+    for row in group.rows:
+        cells = []
+        for metric in metrics:
+            lower = group.lower if metric == group.metric else True
+            values = row.best(metric, lower), row.last(metric)
+            cells += [metric_text(metric, _mean(metric, found)) for found in values]
+        trials = "none" if row.trials is None else str(row.trials)
+        diverged = f", {row.diverged} diverged" if row.diverged else ""
+        lines.append([_row_name(row), f"{len(row.runs)}{diverged}", trials, _epochs(row), *cells])
+    notes = [
+        "Mean and 95 % t-interval over seeds, no share beyond 0 or 100 %. Runs that diverged have no last value and "
+        "miss every target."
+    ]
+    counts = {row.trials for row in group.rows}
+    if len(counts) > 1:
+        notes.append("The rows were not tuned with equal budgets: the numbers of trials differ.")
+    if len(group.rows) > 1 and (missing := _missing_seeds(group)):
+        notes.append(missing)
+    return Table("Results", ["row", "seeds", "tuning trials", "at most epochs", *heads], lines, notes)
+
+
+def _missing_seeds(group: Group) -> str:
+    every = {seed for row in group.rows for seed in row.runs}
+    absent = {row.label: sorted(every - row.runs.keys()) for row in group.rows}
+    told = [f"{label} lacks {', '.join(seeds)}" for label, seeds in absent.items() if seeds]
+    return f"Not every row has every seed: {'; '.join(told)}." if told else ""
+
+
+def milestones(group: Group) -> Table | None:
+    """Return the median epoch at which each target was reached; ``None`` without targets."""
+    targets = group.aims
+    if not targets:
+        return None
+    heads = [str(target) for target in targets]
+    lines = []
+    for row in group.rows:
+        medians = [row.median(target, "epoch") for target in targets]
+        lines.append([row.label, *("-" if median is None else median_text(median) for median in medians)])
+    notes = [
+        "Epochs: Kaplan-Meier median over seeds and its 95 % interval. A run that ended without reaching a target "
+        "counts as longer than it was watched."
+    ]
+    return Table("Milestones", ["row", *heads], lines, notes)
+
+
+def to_target(group: Group) -> Table | None:
+    """Return what reaching the goal took, on every axis; ``None`` without one."""
+    target = group.goal
+    if target is None:
+        return None
+    lines = []
+    for row in group.rows:
+        medians = [row.median(target, axis) for axis in group.axes]
+        counts = next((f"{m.reached} of {m.n}" for m in medians if m is not None), "-")
+        lines.append([row.label, counts, *("-" if median is None else median_text(median) for median in medians)])
+    notes = [
+        "Median over seeds and its 95 % interval. Seconds are of training alone, and compare only between runs on one "
+        "machine that did nothing else."
+    ]
+    return Table(f"Cost of reaching {target}", ["row", "reached", *(AXES[axis] for axis in group.axes)], lines, notes)
+
+
+def baseline(group: Group, wanted: str | None) -> Row | None:
+    """Return the row that others are compared with: by its label or optimizer, else the best AdamW, else the best.
+
+    Returns ``None`` where the wanted one is not in this group, or where there is nothing to compare.
+    """
+    if len(group.rows) < 2:
+        return None
+    if wanted is not None:
+        return next((row for row in group.rows if wanted in (row.label, row.optimizer)), None)
+    return next((row for row in group.rows if row.optimizer == "adamw"), group.rows[0])
+
+
+def pairs(group: Group, reference: Row) -> Iterator[Table]:
+    """Yield the comparisons with one row on common seeds: best values, and who was first at the goal.
+
+    Nothing where no row has two seeds in common with it.
+    """
+    others = [row for row in group.rows if row is not reference]
+    stopped = group.stopped_on(reference, group.metric)
+    if max((len(row.runs.keys() & reference.runs.keys()) for row in others), default=0) < 2:
+        return
+    scale, unit = (100, " (points)") if is_share(group.metric) else (1, "")
+    mine = reference.best(group.metric, group.lower)
+    compared = [
+        None if stopped or group.stopped_on(row, group.metric) else paired(row.best(group.metric, group.lower), mine)
+        for row in others
+    ]
+    adjusted = holm([np.nan if pair is None else pair.p for pair in compared])
+    lines = []
+    for row, pair, p in zip(others, compared, adjusted, strict=True):
+        if pair is None:
+            lines.append([row.label, str(len(row.runs.keys() & mine.keys())), "-", "-", "-", "-"])
+            continue
+        d = pair.difference
+        scaled = Mean(d.n, scale * d.mean, *(None if v is None else scale * v for v in (d.low, d.high)))
+        cells = [mean_text(scaled, 3), number(pair.p, 2), number(p, 2), number(scale * pair.detectable, 3)]
+        lines.append([row.label, str(d.n), *cells])
+    heads = ["row", "common seeds", f"difference{unit}", "p", "p (Holm)", f"smallest detectable{unit}"]
+    notes = [
+        f"Best {group.metric} minus that of {reference.label}, seed by seed: mean, 95 % interval, paired t-test; "
+        "p (Holm) is adjusted for the number of rows. The last column is the true difference that so many seeds would "
+        "have shown (5 % level) in 80 % of experiments: smaller ones are not excluded. A dash: fewer than two common "
+        f"seeds, no scatter among them, or a row with runs that were stopped when {group.metric} had reached a level, "
+        "which says nothing of what it would have reached."
+    ]
+    if any(pair is not None for pair in compared):
+        yield Table(f"Paired seeds against {reference.label}: best {group.metric}", heads, lines, notes)
+    axis = "cost/gradient_evaluations"
+    target = group.goal
+    if target is None or axis not in group.axes:
+        return
+    races = [race(row.times(target, axis), reference.times(target, axis)) for row in others]
+    adjusted = holm([r.p for r in races])
+    lines = [
+        [
+            row.label,
+            f"{r.first} / {r.second} / {r.undecided}",
+            number(r.p, 2),
+            number(p, 2),
+            "-" if r.ratio is None else mean_text(r.ratio, 3),
+        ]
+        for row, r, p in zip(others, races, adjusted, strict=True)
+    ]
+    heads = ["row", "first / second / undecided", "p", "p (Holm)", "ratio of evaluations"]
+    notes = [
+        f"Gradient evaluations to {target} against {reference.label}, seed by seed: how often the row was first, and "
+        "the sign test. The ratio is a geometric mean with its 95 % interval, given where both reached it on every "
+        "common seed: below 1 the row needs fewer."
+    ]
+    yield Table(f"Paired seeds against {reference.label}: {target}", heads, lines, notes)
+
+
+def step_cost(group: Group, reference: Row | None) -> Table | None:
+    """Return what a step takes, and over the reference; ``None`` where costs were not logged."""
+    if "cost/training_seconds" not in group.axes or "cost/optimizer_steps" not in group.axes:
+        return None
+
+    def ratio(row: Row, above: str, below: str, factor: float = 1.0) -> Mean:
+        runs = row.runs.values()
+        ends = [(run.at_end(above), run.at_end(below)) for run in runs]
+        return geometric_interval([factor * a / b for a, b in ends if a and b])
+
+    lines = []
+    for row in group.rows:
+        step = ratio(row, "cost/training_seconds", "cost/optimizer_steps", 1000)
+        base = ratio(reference, "cost/training_seconds", "cost/optimizer_steps", 1000) if reference else step
+        lines.append(
+            [
+                row.label,
+                mean_text(step, 3),
+                number(step.mean / base.mean, 3),
+                number(ratio(row, "cost/gradient_evaluations", "cost/optimizer_steps").mean, 3),
+                number(ratio(row, "cost/training_seconds", "cost/gradient_evaluations", 1000).mean, 3),
+                number(ratio(row, "cost/flops", "cost/optimizer_steps").mean, 3),
+                _machines(row),
+            ]
+        )
+    against = reference.label if reference else "itself"
+    heads = ["row", "ms a step", f"over {against}", "evaluations a step", "ms an evaluation", "FLOPs a step", "machine"]
+    notes = [
+        "Geometric mean over seeds, with its 95 % interval. Training alone, without evaluation; times compare only "
+        "within one machine that did nothing else."
+    ]
+    return Table("Step cost", heads, lines, notes)
+
+
+def _machines(row: Row) -> str:
+    found = set()
+    for run in row.runs.values():
+        environment = run.summary.get("environment") or {}
+        accelerator = environment.get("accelerator", "none")
+        where = environment.get("processor", "not recorded") if accelerator == "none" else accelerator
+        found.add(f"{where}, {environment['threads']} threads" if "threads" in environment else str(where))
+    return "; ".join(sorted(found))

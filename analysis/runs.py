@@ -1,0 +1,337 @@
+"""One finished run, read from the ``config.yaml`` and ``metrics.csv`` in its folder; nothing else is needed."""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+
+from experiment.identity import RunIdentity, contents_of, digest
+
+# Every curve can be drawn over any of these: column of the log, and how it is called.
+AXES = {
+    "epoch": "epochs",
+    "cost/optimizer_steps": "optimizer steps",
+    "cost/gradient_evaluations": "gradient evaluations",
+    "cost/flops": "FLOPs",
+    "cost/training_seconds": "training seconds",
+}
+
+# Ten times as fast where PyYAML was built with libyaml.
+_YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+# How the training step says that the loss is not finite; the log may end before that.
+_DIVERGED = "FloatingPointError: "
+
+
+@dataclass(frozen=True)
+class Target:
+    """A level that a metric should reach: at least ``level``, or below it if ``lower`` is better."""
+
+    name: str
+    metric: str
+    level: float
+    lower: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'<' if self.lower else '>='} {self.level:g}"
+
+
+class Run:
+    """A training run.
+
+    Args:
+        folder: with ``config.yaml`` and ``metrics.csv``.
+        shown: what to call the folder; ``None`` is its path.
+
+    Attributes:
+        identity: what its config says of it.
+        log: its rows, epochs counted from 1; those of the run that it was resumed from come first.
+        epochs: how many it completed.
+        diverged: whether it ended because its loss or gradient was not finite any more.
+        finished: whether it came to an end of its own: all its epochs, a milestone, early stopping, or divergence.
+
+    Raises:
+        ValueError: it is damaged, or no training run; the message says how.
+    """
+
+    def __init__(self, folder: Path, shown: Path | None = None) -> None:
+        self.folder, self.shown = folder, shown or folder
+        self._curves: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
+        config = _mapping(folder / "config.yaml")
+        self.summary = _summary(folder / "summary.json")
+        self.identity = _identify(folder, config, self.summary)
+        self.diverged = _DIVERGED in _text(folder / "error.txt")
+        self.log = self._read()
+        self.resumed_from = self._join(config.get("ckpt_path"))
+        done = self.log["epoch"][self.log["train/loss"].notna()]
+        self.epochs = int(done.max()) if len(done) else 0
+        ended = self._came_to_an_end()
+        self.diverged = self.diverged and not ended
+        self.finished = ended or self.diverged
+
+    def _read(self) -> pd.DataFrame:
+        path = self.folder / "metrics.csv"
+        if not path.exists():
+            if self.diverged:  # before anything was logged
+                return pd.DataFrame({"epoch": [], "train/loss": []}, dtype=float)
+            raise ValueError("it has no metrics.csv: it ended before its first epoch did")
+        # A run that was killed may have left a part of a line.
+        content, newline, _ = path.read_bytes().rpartition(b"\n")
+        try:
+            cells = pd.read_csv(io.BytesIO(content + newline), dtype=str, keep_default_na=False)
+        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+            raise ValueError(f"metrics.csv cannot be read: {' '.join(str(error).split())}") from error
+        log = cells.apply(pd.to_numeric, errors="coerce")
+        if "train/loss" not in log and any(column.startswith("test/") for column in log):
+            raise ValueError("it is an evaluation, no training run")
+        if (log.isna() & (cells != "") & (cells != "nan")).to_numpy().any():
+            raise ValueError("metrics.csv has a cell that is no number")
+        if self.diverged:  # maybe before anything of these was logged
+            log = log.reindex(columns=list(dict.fromkeys((*log, "epoch", "train/loss"))))
+        if not {"epoch", "train/loss"} <= set(log):
+            raise ValueError("metrics.csv has no columns epoch and train/loss")
+        placed = log["epoch"].notna()
+        if log["train/loss"][~placed].notna().any():
+            raise ValueError("metrics.csv has a training loss without its epoch")
+        if log["train/loss"].notna().sum() == 0 and not self.diverged:
+            raise ValueError("metrics.csv has no complete epoch")
+        # Callbacks that log by themselves, as Lightning's LearningRateMonitor does, leave rows without an epoch.
+        log = log[placed].reset_index(drop=True)
+        log["epoch"] += 1
+        losses = cells.get("val/loss", cells.get("train/loss", pd.Series(dtype=str)))
+        losses = losses[losses != ""]
+        self.diverged |= len(losses) > 0 and not np.isfinite(float(losses.iloc[-1]))
+        return log
+
+    def _join(self, checkpoint: str | None) -> Path | None:
+        """Put the rows before a resumed run's first in front; the costs in them go on without a gap."""
+        first = int(self.log["epoch"].min()) if len(self.log) else 1
+        if checkpoint is None:
+            if first > 1:
+                raise ValueError(f"metrics.csv begins with epoch {first}")
+            return None
+        folder = Path(checkpoint).parent.parent
+        if not (folder / "metrics.csv").exists():
+            raise ValueError(f"it was resumed from {checkpoint}, and the log of that run is not there any more")
+        before = Run(folder)
+        _complete_contents([before.identity, self.identity])
+        if before.identity.protocol_digest != self.identity.protocol_digest:
+            raise ValueError(f"it was resumed from {checkpoint}, which is of another protocol")
+        self.log = pd.concat([before.log[before.log["epoch"] < first], self.log], ignore_index=True)
+        return folder
+
+    def _came_to_an_end(self) -> bool:
+        if "status" in self.summary:
+            return str(self.summary["status"]) != "interrupted"
+        options = self.identity.options
+        epochs, steps = options.get("trainer.max_epochs"), options.get("trainer.max_steps")
+        done = self.at_end("cost/optimizer_steps")
+        if (epochs and 0 < epochs <= self.epochs) or (steps and 0 < steps <= (done or 0)):
+            return True
+        return self.stopped_at is not None
+
+    @property
+    def stopped_at(self) -> str | None:
+        """The milestone that ended it, if one did."""
+        callbacks = self.identity.options.get("trainer.callbacks") or []
+        stops = (callback.get("init_args", {}).get("stop_at") for callback in callbacks)
+        return next((str(stop) for stop in stops if stop and self.has(f"milestone/{stop}")), None)
+
+    @property
+    def so_far(self) -> str:
+        """How much of it there is, in words; empty for a run that came to an end."""
+        return "" if self.finished else f"{self.epochs} of {self.limit}"
+
+    @property
+    def limit(self) -> str:
+        """How far it was to go, in words."""
+        options = self.identity.options
+        if (options.get("trainer.max_epochs") or -1) > 0:
+            return f"{options['trainer.max_epochs']} epochs"
+        return f"{options.get('trainer.max_steps')} steps"
+
+    def has(self, column: str) -> bool:
+        """Return whether anything was logged under ``column``."""
+        return column in self.log and bool(self.log[column].notna().any())
+
+    def curve(self, column: str, axis: str = "epoch") -> tuple[np.ndarray, np.ndarray]:
+        """Return positions on ``axis``, a key of :data:`AXES`, and values; nothing where either was not logged."""
+        if column not in self.log or axis not in self.log:
+            return np.empty(0), np.empty(0)
+        # Every table and picture asks for the same few.
+        if (column, axis) not in self._curves:
+            x, y = self.log[axis].to_numpy(float), self.log[column].to_numpy(float)
+            both = ~(np.isnan(x) | np.isnan(y))
+            self._curves[column, axis] = x[both], y[both]
+        return self._curves[column, axis]
+
+    def best(self, metric: str, lower: bool) -> float:
+        """Return the best value of ``metric``, NaN if it has none that is finite."""
+        _, values = self.curve(metric)
+        values = values[np.isfinite(values)]
+        return float(values.min() if lower else values.max()) if len(values) else np.nan
+
+    def last(self, metric: str) -> float:
+        """Return the last value of ``metric``; NaN for a run that diverged."""
+        _, values = self.curve(metric)
+        return float(values[-1]) if len(values) and not self.diverged else np.nan
+
+    def at_end(self, axis: str) -> float | None:
+        """Return how far the run got on ``axis``, if that was logged."""
+        return float(self.log[axis].max()) if self.has(axis) else None
+
+    def reached(self, target: Target, axis: str = "epoch") -> float | None:
+        """Return where on ``axis`` the run first met ``target``, ``None`` if it did not.
+
+        Compared in single precision, in which metrics are computed: 95 of 100 is a little less than the double 0.95.
+        """
+        positions, values = self.curve(target.metric, axis)
+        single, level = values.astype(np.float32), np.float32(target.level)
+        met = np.flatnonzero(single < level if target.lower else single >= level)
+        return float(positions[met[0]]) if len(met) else None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A folder that is in no table, and why; with the run's identity, if its config can be read."""
+
+    folder: Path
+    reason: str
+    identity: RunIdentity | None = None
+
+
+def find(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield every run folder at or below ``paths``, in the order of their names; a path that does not exist, itself."""
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        for parent, below, files in os.walk(path, followlinks=True):
+            if {"config.yaml", "metrics.csv"} & set(files):
+                below.clear()
+                yield Path(parent)
+            # Weights & Biases keeps a config.yaml of its own.
+            below[:] = sorted(set(below) - {"wandb", "checkpoints"})
+
+
+def read(
+    paths: Iterable[Path],
+    shown: Callable[[Path], Path] = lambda path: path,
+    unfinished: bool = False,
+    progress: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+) -> tuple[list[Run], list[Problem]]:
+    """Read every run at or below ``paths``.
+
+    Args:
+        paths: run folders, or folders that hold some.
+        shown: returns what to call a folder, see :func:`analysis.archive.unpacked`.
+        unfinished: whether runs that completed an epoch and did not come to their end count too.
+        progress: yields the folders that it is given, and shows how many have been read.
+
+    Returns:
+        The runs that count, and the folders of all others with the reason why they are not among them. Of several runs
+        of one setting and one seed the latest counts, because they are not independent. Unfinished trials of a sweep
+        are among the runs: their cost was spent.
+    """
+    runs: list[Run] = []
+    problems: list[Problem] = []
+    for folder in progress(list(dict.fromkeys(find(paths)))):
+        try:
+            if not folder.is_dir():
+                raise ValueError("there is no such folder")
+            runs.append(Run(folder, shown(folder)))
+        except (ValueError, OSError) as error:
+            problems.append(Problem(shown(folder), str(error), _identity(folder)))
+    lost = [problem.identity for problem in problems if problem.identity is not None]
+    _complete_contents([*(run.identity for run in runs), *lost])
+    continued = {run.resumed_from.resolve(): run.shown for run in runs if run.resumed_from}
+    kept: dict[tuple[Any, ...], Run] = {}
+    for run in sorted(runs, key=lambda run: run.folder.name):
+        sweep = run.identity.sweep
+        counts = run.finished or (sweep is not None and sweep.trial is not None) or (unfinished and run.epochs > 0)
+        if run.folder.resolve() in continued:
+            problems.append(Problem(run.shown, f"it goes on in {continued[run.folder.resolve()]}, which has its rows"))
+        elif not counts:
+            problems.append(Problem(run.shown, f"half-finished: {run.epochs} epochs of {run.limit}"))
+        else:
+            key = (run.identity.setting_digest, run.identity.seed, sweep)
+            if former := kept.get(key):
+                problems.append(Problem(former.shown, f"repeated with the same setting and seed in {run.shown}"))
+            kept[key] = run
+    return list(kept.values()), problems
+
+
+def _identify(folder: Path, config: dict[str, Any], summary: dict[str, Any]) -> RunIdentity:
+    """Return what a run is, its data as it was recorded; refuse a config that was edited afterwards."""
+    path = folder / "protocol.yaml"
+    stored = _mapping(path) if path.exists() else {}
+    identity = RunIdentity.recorded(config, stored)
+    if (
+        "places" not in stored
+    ):  # an older run: its data module's description is in the summary alone, sentences included
+        description = summary.get("data") or {}
+        sentences = [key for key, value in description.items() if isinstance(value, str) and " " in value]
+        identity.contents = contents_of(description, sentences)
+    # By its options, and not by its digest: what belongs to a protocol may have been another choice at that time.
+    for key, value in identity.stated_protocol.items() if stored else ():
+        if stored.get(key) != value:
+            raise ValueError(f"config.yaml says {key} {value}, but it ran under {stored.get(key)}: it was edited")
+    return identity
+
+
+def _complete_contents(identities: Iterable[RunIdentity]) -> None:
+    """Take a run that recorded less of its data than others for one of them, if it can be only one.
+
+    Runs from before the data was recorded, and those that failed before it was, keep their table that way: of all that
+    is otherwise of one protocol, they join what agrees with all that they did record, unless several different data
+    sets do.
+    """
+    by_options: dict[str, list[RunIdentity]] = {}
+    for identity in identities:
+        by_options.setdefault(digest(identity.stated_protocol), []).append(identity)
+    for members in by_options.values():
+        recorded = [dict(contents) for contents in {tuple(member.contents.items()) for member in members}]
+        fullest = [c for c in recorded if not any(c.items() < other.items() for other in recorded)]
+        for member in members:
+            fitting = [contents for contents in fullest if member.contents.items() <= contents.items()]
+            if len(fitting) == 1:
+                member.contents = fitting[0]
+
+
+def _identity(folder: Path) -> RunIdentity | None:
+    try:
+        return _identify(folder, _mapping(folder / "config.yaml"), _summary(folder / "summary.json"))
+    except (ValueError, OSError):
+        return None
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"it has no {path.name}")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _YAML_LOADER)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} is not valid YAML") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is empty")
+    return content
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def _summary(path: Path) -> dict[str, Any]:
+    # A damaged summary is no loss: all that it says is in the log too.
+    try:
+        content = json.loads(_text(path))
+    except json.JSONDecodeError:
+        return {}
+    return content if isinstance(content, dict) else {}

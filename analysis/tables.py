@@ -1,0 +1,142 @@
+"""One table, three ways to write it: Markdown, HTML and LaTeX."""
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from analysis.statistics import Mean, Median
+
+# What LaTeX has commands for and fonts may lack.
+_LATEX = {
+    "±": r"$\pm$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    ">": r"\textgreater{}",
+    "<": r"\textless{}",
+    "φ": r"$\varphi$",
+    "½": r"$\frac{1}{2}$",
+    "·": r"$\cdot$",
+}
+
+# Columns from which on cells may wrap, so that the last ones are seen without scrolling.
+_MANY = 9
+
+
+@dataclass
+class Table:
+    """Text in rows and columns, the first of which names the row.
+
+    Args:
+        title: what it shows; also its heading.
+        columns: names, all different.
+        rows: as many cells each as there are columns.
+        notes: sentences below it.
+        strong: indices of rows to stand out, if any.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: list[str] = field(default_factory=list)
+    strong: set[int] = field(default_factory=set)
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """Return the cells, all of them text."""
+        return pd.DataFrame(self.rows, columns=list(self.columns), dtype=str)
+
+    def markdown(self, level: int = 3) -> str:
+        """Return heading, table and notes in GitHub's Markdown."""
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
+
+        lines = [f"{'#' * level} {self.title}", "", line(self.columns), line(["---"] * len(self.columns))]
+        for index, (first, *others) in enumerate(self.rows):
+            lines.append(line([f"**{first}**" if index in self.strong else first, *others]))
+        lines += [part for note in self.notes for part in ("", _markdown_text(note))]
+        return "\n".join(lines) + "\n"
+
+    def html(self) -> str:
+        """Return a figure with heading, table and notes; all text in it is escaped."""
+        heads = [html.escape(column).replace("/", "/<wbr>") for column in self.columns]
+        head = "".join(f'<th scope="col">{column}</th>' for column in heads)
+        marks = [' class="strong"' if index in self.strong else "" for index in range(len(self.rows))]
+        body = "".join(f"<tr{mark}>{''.join(_cells(row))}</tr>" for mark, row in zip(marks, self.rows, strict=True))
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        kinds = f"table{' some' if self.strong else ''}{' many' if len(self.columns) > _MANY else ''}"
+        return (
+            f'<figure class="{kinds}"><h3>{html.escape(self.title)}</h3>'
+            f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            f"<figcaption>{notes}</figcaption></figure>"
+        )
+
+    def latex(self) -> str:
+        """Return a ``table`` environment for the booktabs package, with everything that LaTeX reads as code escaped."""
+        text: str = (
+            self.frame.rename(columns=_latex_text)
+            .map(_latex_text)
+            .to_latex(index=False, escape=False, column_format="l" + "r" * (len(self.columns) - 1))
+        )
+        notes = " ".join(_latex_text(note) for note in self.notes)
+        caption = f"\\caption{{{_latex_text(self.title)}.{' ' + notes if notes else ''}}}"
+        return f"\\begin{{table}}\n\\centering\n{caption}\n{text}\\end{{table}}\n"
+
+
+def _cells(row: Sequence[str]) -> list[str]:
+    first, *others = (html.escape(cell) for cell in row)
+    # Where there is little room a name goes on below after a word, and an interval stands below its value.
+    name = first if "/" in first else first.replace("_", "_<wbr>")  # a path stays in one piece, to be copied
+    values = (
+        re.sub(r" %|\[[^\]]*\]", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), cell) for cell in others
+    )
+    return [f'<th scope="row">{name}</th>', *(f"<td>{value}</td>" for value in values)]
+
+
+def _markdown_text(text: str) -> str:
+    return re.sub(r"([*_`<>\[\]])", r"\\\1", text)
+
+
+def _latex_text(text: str) -> str:
+    escaped = re.sub(r"[\\{}$&#_%~^]", lambda match: _escape(match[0]), text)
+    for character, command in _LATEX.items():
+        escaped = escaped.replace(character, command)
+    return escaped
+
+
+def _escape(character: str) -> str:
+    named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return named.get(character, f"\\{character}")
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """Return ``value`` with so many significant digits, at least all before the point; a dash for none or NaN."""
+    if value is None or value != value:
+        return "-"
+    if abs(value) >= 1e6:
+        return f"{value:.{digits - 1}e}"
+    if value == round(value) or abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def mean_text(mean: Mean, digits: int = 4) -> str:
+    """Return the mean with its interval in brackets."""
+    interval = "" if mean.low is None else f" [{number(mean.low, digits)}, {number(mean.high, digits)}]"
+    return number(mean.mean, digits) + interval
+
+
+def median_text(median: Median) -> str:
+    """Return the median with its interval; "not within" the time watched where it is longer than that."""
+    if median.median is None:
+        if median.horizon != median.horizon:  # not watched at all: every run diverged
+            return "not reached"
+        text = f"not within {number(median.horizon)}"
+        return text if not median.reached else f"{text} [{number(median.low)}, -]"
+    if median.n < 2:
+        return number(median.median)
+    high = f"> {number(median.horizon)}" if median.high is None else number(median.high)
+    return f"{number(median.median)} [{number(median.low)}, {high}]"

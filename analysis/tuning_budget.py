@@ -1,0 +1,88 @@
+"""What was spent on finding the settings: trials and costs by optimizer, and how sensitive each was."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+from analysis.rows import Group
+from analysis.runs import Run, Target
+from analysis.tables import Table, number
+
+# Options whose sensitivity is of interest: of any track, any optimizer.
+_SENSITIVE = ("lr", "weight_decay", "rho")
+
+
+def ledgers(group: Group) -> Iterator[Table]:
+    """Yield, for every search among the trials, what each optimizer was given; unequal budgets are flagged."""
+    keys = dict.fromkeys([*group.sweeps, *group.failed])
+    for name in dict.fromkeys(name for name, _ in keys):
+        lines, budgets = [], set()
+        for optimizer in [optimizer for other, optimizer in keys if other == name]:
+            trials, failed = group.sweeps.get((name, optimizer), []), group.failed[name, optimizer]
+            ended = sum(run.finished and not run.diverged for run in trials)
+            diverged = sum(run.diverged for run in trials)
+            budgets.add(len(trials) + failed)
+            lines.append(
+                [
+                    optimizer,
+                    str(len(trials) + failed),
+                    str(ended),
+                    str(len(trials) - ended - diverged),
+                    str(diverged + failed),
+                    number(_total(trials, "cost/gradient_evaluations"), 6),
+                    number(_total(trials, "cost/training_seconds"), 6),
+                ]
+            )
+        heads = ["optimizer", "trials", "ended", "cut short", "diverged or failed", "gradient evaluations", "seconds"]
+        notes = ["Every trial that was begun is counted, whatever came of it."]
+        if len(budgets) > 1:
+            counts = f"from {min(budgets)} to {max(budgets)} trials"
+            notes.append(f"UNEQUAL BUDGETS: {counts}; the winners of this search are not comparable.")
+        yield Table(f"Tuning budget of {name}", heads, lines, notes)
+
+
+def _total(runs: list[Run], axis: str) -> float:
+    return sum(run.at_end(axis) or 0.0 for run in runs)
+
+
+Points: TypeAlias = list[tuple[float, float]]
+_AXIS = "cost/gradient_evaluations"
+
+
+def best_of(group: Group) -> Callable[[Run], float | None]:
+    """Return what gives a run's best value of the group's metric."""
+    return lambda run: run.best(group.metric, group.lower)
+
+
+def evaluations_to(target: Target) -> Callable[[Run], float | None]:
+    """Return what gives the gradient evaluations at which a run reached ``target``, if it did."""
+    return lambda run: run.reached(target, _AXIS)
+
+
+def evaluations_without(target: Target) -> Callable[[Run], float | None]:
+    """Return what gives the gradient evaluations that a run spent without reaching ``target``, if it did not."""
+    return lambda run: run.at_end(_AXIS) if run.reached(target, _AXIS) is None else None
+
+
+def sensitivities(group: Group, name: str, value_of: Callable[[Run], float | None]) -> dict[str, dict[str, Points]]:
+    """Return by option, then by optimizer, the (option, value) of every trial of a search that varied it.
+
+    Options are learning rates and weight decays of either track, and the radius; a trial without a finite value is
+    left out.
+    """
+    points: dict[str, dict[str, Points]] = {}
+    for (other, optimizer), trials in group.sweeps.items():
+        if other != name:
+            continue
+        options = [run.identity.options for run in trials]
+        for key in options[0]:
+            values = [option.get(key) for option in options]
+            numbers = [value for value in values if isinstance(value, (int, float))]
+            if key.rpartition(".")[2] in _SENSITIVE and len(set(numbers)) > 1:
+                of_trials = zip(values, map(value_of, trials), strict=True)
+                points.setdefault(key, {})[optimizer] = sorted(
+                    (float(option), value)
+                    for option, value in of_trials
+                    if option is not None and value is not None and math.isfinite(value)
+                )
+    return points

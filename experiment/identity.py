@@ -1,0 +1,303 @@
+"""What a run is, told by its resolved config alone: task, optimizer, seed, setting, and protocol.
+
+Two runs of one *setting* differ in nothing but their seeds and are repeats of each other. Two runs of one *protocol*
+were trained on the same data by the same rules of evaluation, with the same network, and may stand in one table.
+"""
+
+import ast
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Classes are read here, and not imported: a report needs no torch.
+ROOT = Path(__file__).parents[1]
+
+CONTENTS = "contents."  # what a key of a protocol begins with that is not of the config but of the data itself
+# How optimizers are called in names; any other goes by its class.
+_SHORT = {"ARS2Neo": "ars2"}
+# Options of the data that decide how fast batches come, or where from, and never which numbers are in them.
+_LOGISTICS = {
+    *("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "download", "on_device"),
+    # What predict is asked.
+    *("questions", "images", "prompts"),
+}
+# Of runs that did not record which of their data's options are places: told by how the names end.
+_PLACES = ("root", "dir", "directory", "folder", "path", "cache", "file")
+# What its options say is how a network is trained, and not what it is.
+_TRAINING = "modules.two_pass.TwoPassModule"
+_OURS = {"ars2.ARS2Neo": "ars2.ars2_neo.ARS2Neo", "ars2.Muon": "ars2.muon.Muon"}
+# Options of these classes from the beginning: every config states them, and they count at any value. One that came
+# later does not at its default, which must be what was done before, so that runs from then are of the same setting.
+_FIRST = {
+    *("optimizer", "scheduler", "scheduler_interval", "policy", "matrix", "vector"),
+    *("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches"),
+    *("lr", "betas", "eps", "weight_decay", "momentum", "nesterov", "rho", "mode", "k", "alpha", "probability", "seed"),
+    *("phi_beta", "phi_lambda", "phi_gamma", "ns_steps", "ns_coefficients", "ns_dtype"),
+}
+# Callbacks of Lightning that change nothing of the training. Any other callback is taken to, unless its class says
+# ``changes_training = False``, or names there the option without which it changes nothing.
+_WATCHING = {
+    *("DeviceStatsMonitor", "LearningRateMonitor", "ThroughputMonitor", "ModelSummary", "RichModelSummary"),
+    *("ProgressBar", "RichProgressBar", "TQDMProgressBar"),
+    *("Checkpoint", "ModelCheckpoint", "OnExceptionCheckpoint", "BasePredictionWriter"),
+}
+_EVALUATION = (
+    *("limit_train_batches", "limit_val_batches", "overfit_batches"),
+    *("val_check_interval", "check_val_every_n_epoch"),
+)
+_SWITCHES = ("model.optimizer.energy", "model.optimizer.geometry")
+# How a step is computed: what comes out differs by rounding alone.
+_HOW = ("model.optimizer.ns_algorithm", "model.compile", "model.channels_last")
+# Others that came later, or that say of torch's own optimizers how they compute, where they change nothing.
+_NEUTRAL = {
+    **{"model.optimizer.compile": False, "model.optimizer.capturable": False},
+    "callbacks.evaluation_budget.EvaluationBudget.finish_epoch": True,
+}
+_LENGTH = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")
+_TRAINER = (*_EVALUATION, *_LENGTH, "precision", "devices", "num_nodes", "callbacks")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Marks a run as part of a search over settings.
+
+    Args:
+        name: of the search; its trials are counted together.
+        optimizer: the row of the search that the run's cost is charged to.
+        trial: number of the trial; ``None`` for a run of the setting that the search chose.
+    """
+
+    name: str
+    optimizer: str
+    trial: int | None = None
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted keys and values; a class is its path under its own key, its options are directly below it.
+
+    ``{"optimizer": {"class_path": "ars2.Muon", "init_args": {"lr": 0.1}}}`` is ``optimizer = ars2.Muon`` and
+    ``optimizer.lr = 0.1``.
+    """
+    for key, value in config.items():
+        name = prefix.rstrip(".") if key == "class_path" else prefix if key == "init_args" else f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, name if key == "init_args" else f"{name}.")
+        else:
+            yield name, value
+
+
+def digest(parts: Mapping[str, Any]) -> str:
+    """Return eight hexadecimal digits of ``parts``, whatever their order; options left at null do not count."""
+    stated = {key: value for key, value in parts.items() if value is not None}
+    return hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def contents_of(description: Mapping[str, Any], words: Collection[str] = ()) -> dict[str, Any]:
+    """Return what a data module's ``description()`` says of the data itself, by dotted key.
+
+    Entries named in ``words`` are for people, and left out.
+    """
+    return dict(flatten({key: value for key, value in description.items() if key not in words}))
+
+
+@functools.cache
+def _definition(path: str, root: Path) -> ast.ClassDef | None:
+    """Return the class of this dotted path as it is written; ``None`` where its file is not found."""
+    module, _, name = path.rpartition(".")
+    for place in (root, *map(Path, sys.path)):
+        file = place / f"{module.replace('.', '/')}.py"
+        if file.is_file():
+            try:
+                body = ast.parse(file.read_bytes()).body
+            except (SyntaxError, ValueError):
+                return None
+            return next((node for node in body if isinstance(node, ast.ClassDef) and node.name == name), None)
+    return None
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ...  # equal to nothing that a config holds
+
+
+def _signature(path: str) -> dict[str, Any]:
+    """Return the options of a class with their defaults, ``...`` for one that has none."""
+    definition = _definition(path, ROOT)
+    for node in definition.body if definition else ():
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            names = [argument.arg for argument in node.args.args[1:]]
+            defaults = [_literal(default) for default in node.args.defaults]
+            missing = len(names) - len(defaults)
+            named = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            return {
+                **dict(zip(names, [*[...] * missing, *defaults], strict=True)),
+                **{argument.arg: _literal(default) if default else ... for argument, default in named},
+            }
+    return {}
+
+
+def _changes_training(callback: Any) -> bool:
+    if not isinstance(callback, dict):
+        return True
+    path = str(callback.get("class_path"))
+    if path.startswith(("lightning.", "pytorch_lightning.")):
+        return _last(path) not in _WATCHING
+    definition = _definition(path, ROOT)
+    for node in definition.body if definition else ():
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == "changes_training" for target in targets):
+                said = _literal(node.value)
+                option = (callback.get("init_args") or {}).get(said, ...) if isinstance(said, str) else said
+                return option is not None and option is not False
+    return True
+
+
+def _is_neutral(key: str, value: Any, neutral: Mapping[str, Any]) -> bool:
+    return key in _HOW or (key in neutral and type(value) is type(neutral[key]) and value == neutral[key])
+
+
+def _later_options(optimizer: Any) -> dict[str, Any]:
+    """Return the options that came later, of the training step and of one of this project's optimizers."""
+    classes = {"model": _TRAINING, "model.optimizer": _OURS.get(optimizer, "")}
+    return {
+        f"{section}.{name}": default
+        for section, path in classes.items()
+        for name, default in _signature(path).items()
+        if name not in _FIRST
+    }
+
+
+def _without_neutral(callback: Any) -> Any:
+    if not isinstance(callback, dict) or not isinstance(options := callback.get("init_args"), dict):
+        return callback
+    path = callback["class_path"]
+    kept = {key: value for key, value in options.items() if not _is_neutral(f"{path}.{key}", value, _NEUTRAL)}
+    return {**callback, "init_args": kept}
+
+
+class RunIdentity:
+    """Reads a resolved config, as it is saved in a run's ``config.yaml``.
+
+    Args:
+        config: nested mappings, as YAML gives them.
+        contents: what was recorded of the data itself, see :func:`contents_of`; ``None`` if nothing was.
+        places: options of the data, by dotted key, that say where it is; ``None`` goes by how their names end.
+
+    Attributes:
+        options: the config by dotted key, see :func:`flatten`, without options that change nothing.
+        task: its name, such as ``modular_addition`` or ``cifar``; where none is given, that of the file of the data
+            module's class, without a trailing number.
+        optimizer: short name, such as ``adamw``, ``muon``, ``ars2_sync`` or ``ars2_sync_no_geometry``.
+        seed: of the run, as it is written after ``s``: ``7``, or ``7.42`` where the data has another seed (42).
+        experiment: the name given to it.
+        sweep: the search that it is part of, if any.
+        contents: what is known of the data itself, by dotted key; a part of protocol and setting.
+
+    Raises:
+        ValueError: the config names no model, data or optimizer.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        contents: Mapping[str, Any] | None = None,
+        places: Collection[str] | None = None,
+    ) -> None:
+        self.contents, self.places = dict(contents or {}), places
+        trainer = config.get("trainer") or {}
+        if isinstance(single := trainer.get("callbacks"), Mapping):
+            config = {**config, "trainer": {**trainer, "callbacks": [single]}}
+        options = dict(flatten(config))
+        neutral = _NEUTRAL | _later_options(options.get("model.optimizer"))
+        self.options = {key: value for key, value in options.items() if not _is_neutral(key, value, neutral)}
+        if isinstance(callbacks := self.options.get("trainer.callbacks"), list):
+            self.options["trainer.callbacks"] = [_without_neutral(callback) for callback in callbacks]
+        for key in ("model", "data", "model.optimizer"):
+            if not isinstance(self.options.get(key), str):
+                raise ValueError(f"the config names no {key} by its class_path")
+        self.task = str(self.options.get("task") or self.options["data"].split(".")[-2].rstrip("0123456789"))
+        name, mode = self.options["model.optimizer"].rpartition(".")[2], self.options.get("model.optimizer.mode")
+        off = [f"_no_{_last(key)}" for key in _SWITCHES if key in self.options]
+        self.optimizer = "".join([_SHORT.get(name, name.lower()), f"_{mode}" if mode else "", *off])
+        seeds = dict.fromkeys((self.options.get("seed_everything"), self.options.get("data.seed")))
+        self.seed = ".".join(str(seed) for seed in seeds if seed is not None)
+        self.experiment = str(self.options.get("experiment") or self.optimizer)
+        self.sweep = Sweep(**config["sweep"]) if config.get("sweep") else None
+
+    @classmethod
+    def recorded(cls, config: Mapping[str, Any], stored: Mapping[str, Any]) -> "RunIdentity":
+        """Return the identity of a run from its config and what its ``protocol.yaml`` holds."""
+        contents = {key.removeprefix(CONTENTS): value for key, value in stored.items() if key.startswith(CONTENTS)}
+        return cls(config, contents, stored.get("places"))
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What must be equal for two runs to be comparable, by dotted key."""
+        return self.stated_protocol | {f"{CONTENTS}{key}": value for key, value in self.contents.items()}
+
+    @property
+    def stated_protocol(self) -> dict[str, Any]:
+        """The part of the protocol that the config states; the rest is the contents of the data."""
+        return dict(self._protocol())
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Everything that training depends on, its seeds left out, by dotted key."""
+        return dict(self._setting())
+
+    def _is_place(self, key: str) -> bool:
+        if self.places is None:
+            return _last(key).rpartition("_")[2] in _PLACES
+        return key in self.places
+
+    def _protocol(self) -> Iterator[tuple[str, Any]]:
+        training = _signature(_TRAINING)
+        for key, value in self.options.items():
+            section, _, rest = key.partition(".")
+            if (
+                (section == "data" and _last(key) not in ("seed", *_LOGISTICS) and not self._is_place(key))
+                or (section == "model" and rest.partition(".")[0] not in training)
+                or (section == "trainer" and rest in _EVALUATION)
+            ):
+                yield key, value
+
+    def _setting(self) -> Iterator[tuple[str, Any]]:
+        yield from self.protocol.items()
+        for key, value in self.options.items():
+            section, _, rest = key.partition(".")
+            if key == "trainer.callbacks" and isinstance(value, list):
+                yield key, [callback for callback in value if _changes_training(callback)] or None
+            elif _last(key) != "seed" and (section == "model" or (section == "trainer" and rest in _TRAINER)):
+                yield key, value
+
+    @property
+    def protocol_digest(self) -> str:
+        """Runs of different digests are not comparable."""
+        return digest(self.protocol)
+
+    @property
+    def setting_digest(self) -> str:
+        """Runs of the same digest are repeats of each other."""
+        return digest(self.setting)
+
+    @property
+    def group(self) -> str:
+        """Everything but the seed: task, optimizer, and a digest that tells their settings apart."""
+        return f"{self.task}-{self.optimizer}-{self.setting_digest}"
+
+    @property
+    def name(self) -> str:
+        """Task, optimizer and seed, such as ``cifar-ars2_sync-s0``."""
+        return f"{self.task}-{self.optimizer}-s{self.seed}"

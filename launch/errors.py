@@ -1,0 +1,194 @@
+"""Errors for people: the parser's long messages and any exception as one line, with the nearest valid name."""
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from experiment.library_internals import actions_of
+
+_NOISE = re.compile(
+    r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value type:|Problem with given"
+)
+_MAX_LENGTH = 500
+_REQUIRED = "the following arguments are required"
+_NO_CLASS = r"Expected a dot import path string: (.+)"
+
+
+def one_line(error: BaseException, folder: Any = None) -> str:
+    """Return the exception's message on one line; its type comes first where the message alone says too little.
+
+    Args:
+        error: the exception.
+        folder: of the run, named where the system does not say which file it could not write.
+    """
+    text = str(error)
+    if written := worker_traceback(error):
+        return written.splitlines()[-1]
+    if isinstance(error, KeyError) and " " in text:
+        text = str(error.args[0])  # a sentence, not a key
+    elif "Does not validate against" in text:
+        text = explain(text, None)
+        # What was made failed, and not what was given.
+        if made := next((e for e in _before(error) if " ".join(str(e).split()) == text), None):
+            return one_line(made, folder)
+    elif "loading state_dict" in text:
+        text = _other_network(text)
+    elif "could not find the monitored key" in text:
+        text = _not_logged(text)
+    elif isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        # The system names no file where the disk is full; perhaps something that failed before it does.
+        named = (e for e in _before(error) if isinstance(e, OSError) and e.filename and e.strerror)
+        return one_line(next(named, OSError(error.errno, error.strerror, str(folder or "a file of the run"))))
+    text = " ".join(text.split())
+    if len(text) > _MAX_LENGTH:
+        text = text[:_MAX_LENGTH] + " ..."
+    if " " not in text or isinstance(error, (AttributeError, AssertionError, IndexError, TypeError)):
+        return f"{type(error).__name__}: {text}"
+    return text
+
+
+def worker_traceback(error: BaseException) -> str:
+    """Return what a process of a data loader has written of an error in it; empty for any other error."""
+    text = str(error).rstrip()
+    return text if re.match(r"Caught \w+ in DataLoader worker process", text) else ""
+
+
+def _before(error: BaseException) -> Iterator[BaseException]:
+    """Go through the exceptions that were being handled when ``error`` was raised, the latest first."""
+    earlier = error.__cause__ or error.__context__
+    while earlier is not None:
+        yield earlier
+        earlier = earlier.__cause__ or earlier.__context__
+
+
+def _other_network(message: str) -> str:
+    """Shorten what torch says of a checkpoint that does not fit: it goes through all tensors."""
+    shapes = re.findall(r"size mismatch for (\S+): .*?Size\((.*?)\) from checkpoint.*?Size\((.*?)\)", message)
+    parts = [f"{name} is {there} there and {here} here" for name, there, here in shapes[:1]]
+    for kind, phrase in (("Missing", "it lacks"), ("Unexpected", "it also has")):
+        if names := re.findall(rf'{kind} key\(s\) in state_dict: "([^"]+)"', message):
+            parts.append(f"{phrase} {names[0]}")
+    more = f" ({len(shapes)} tensors differ)" if len(shapes) > 1 else ""
+    return f"the checkpoint is of another network than the configs: {', '.join(parts)}{more}"
+
+
+def _not_logged(message: str) -> str:
+    """Shorten what Lightning says of a checkpoint's metric that nobody logs."""
+    found = re.search(r"monitor='(.*?)'.*?metrics: \[(.*?)\]", message)
+    if found is None:
+        return message
+    logged = re.findall(r"'([^']+)'", found[2])
+    hint = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(found[1], logged, n=1))
+    return f"checkpoint.monitor is {found[1]}, which is not logged{hint}"
+
+
+def explain(message: str, parser: Any) -> str:
+    """Return a parser's message on one line: where, what is wrong, and the nearest valid name if there is one.
+
+    Args:
+        message: jsonargparse's message, nested over many lines.
+        parser: the parser it comes from, if any; its keys are the valid names.
+    """
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    place = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    given = next((line.removeprefix("Given value: ") for line in lines if line.startswith("Given value: ")), "")
+    said = [line for line in lines if line and not _NOISE.match(line) and not line.startswith("Given value: ")]
+    said = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in said]
+    said = [re.sub(r"^Type \S.* expects a function or a callable class: ", "", line) for line in said]
+    said = [re.sub(r"\.? Got value: Namespace\(.*$", "", line) for line in said]
+    said = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in said]
+    said = [re.sub(r"\. Got value: ", "; got ", line) for line in said]
+    said = [re.sub(r"Expected a <class '(\w+)'>", r"expected \1", line) for line in said]
+    said = [re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", line) for line in said]
+    said = [re.sub(_NO_CLASS, r"there is no class \1 (a class is given by its full path)", line) for line in said]
+    said = [line for line in said if line and not line.startswith("Expected a path but")]
+    text = "; ".join(dict.fromkeys(said)).replace("; expected ", " or ")
+    told = "; got " in text or "there is no class" in text or given.startswith(("{", "NestedArg", "Namespace"))
+    if given and not told:
+        text += f"; got {given}"
+    if re.search(rf"{_REQUIRED}.*\bmodel\b", text) or (text.startswith("Option ") and _keys(parser) == {"help"}):
+        text += "; first name a config, such as --config configs/grok_aga.yaml"
+    elif hint := _nearest(message, parser):
+        text += f"; did you mean {hint}?"
+    text = " ".join(text.split())[:_MAX_LENGTH]
+    return f"{place}: {text}" if place and text else text or place or message
+
+
+def _keys(parser: Any, subcommand: str = "") -> set[str]:
+    """Return the keys that a parser, or one of its subcommands, knows; none without a parser."""
+    for action in [] if parser is None else actions_of(parser):
+        if isinstance(action.choices, dict) and subcommand in action.choices:
+            return _keys(action.choices[subcommand])
+    return set() if parser is None else {action.dest for action in actions_of(parser) if action.dest}
+
+
+def _nearest(message: str, parser: Any) -> str | None:
+    """Return the valid name most like the one that was refused."""
+    if match := re.search(r"Literal\[(.*)\].*Got value: (\w+)", message):
+        wrong, candidates = match[2], set(re.findall(r"'(\w+)'", match[1]))
+    elif match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+        wrong, candidates = match[2], set(dir(importlib.import_module(match[1])))
+    elif match := re.search(r"invalid choice: '(\w+)' \(choose from (.*)\)", message):
+        wrong, candidates = match[1], set(re.findall(r"'(\w+)'", match[2]))
+    elif match := re.search(r"Subcommand '(\w+)' does not accept option '([\w.]+)'", message):
+        wrong, candidates = match[2], _keys(parser, match[1])
+    elif match := re.search(r"Option '([\w.]+)' is not accepted|unrecognized arguments: --([\w.]+)", message):
+        wrong, candidates = match[1] or match[2], _keys(parser)
+        candidates |= {f"init_args.{name}" for name in candidates if "." in wrong}
+    else:
+        return None
+    candidates = {name for name in candidates if name.rpartition(".")[2] != "help"}
+    if "." in wrong and (corrected := _corrected(wrong, candidates)):
+        return corrected
+    return next(iter(difflib.get_close_matches(wrong, candidates - {wrong}, n=1)), None)
+
+
+def _corrected(wrong: str, candidates: set[str]) -> str | None:
+    """Return a dotted name with its first unknown part replaced by the nearest that is known there."""
+    before = ""
+    parts = wrong.split(".")
+    for index, part in enumerate(parts):
+        known = {name.removeprefix(before).partition(".")[0] for name in candidates if name.startswith(before)}
+        if part not in known:
+            nearest = difflib.get_close_matches(part, known, n=1)
+            return ".".join([*parts[:index], *nearest, *parts[index + 1 :]]) if nearest else None
+        before += f"{part}."
+    return None
+
+
+def option_names(class_path: str) -> set[str]:
+    """Return the names of a class's options, its base classes' included; none if there is no such class."""
+    return {parameter.name for parameter in _options(class_path)} - {"self", "args", "kwargs", "options"}
+
+
+def needed_options(class_path: str) -> set[str]:
+    """Return the names of a class's options that cannot be ``None``, as far as their types say so."""
+    found: dict[str, inspect.Parameter] = {}
+    for parameter in _options(class_path):
+        found.setdefault(parameter.name, parameter)
+    simple = (int, float, bool, str)
+    return {
+        name
+        for name, parameter in found.items()
+        if parameter.default is not None
+        and (parameter.annotation in simple or typing.get_origin(parameter.annotation) in (Literal, dict, list, tuple))
+    }
+
+
+def _options(class_path: str) -> Iterator[inspect.Parameter]:
+    """Yield the parameters of a class and of its base classes, its own first."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return
+    for item in inspect.getmro(found) if inspect.isclass(found) else (found,):
+        with contextlib.suppress(TypeError, ValueError):
+            yield from inspect.signature(item).parameters.values()

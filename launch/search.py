@@ -1,0 +1,267 @@
+"""Running a sweep: Optuna remembers every trial in one file, so a sweep that was killed goes on where it was."""
+
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.trial import FrozenTrial, TrialState
+
+from launch import trial
+from launch.sweep_specification import Contender, Dimension, Sweep
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+Job = Callable[[], None]
+
+
+class StatedOptions(optuna.samplers.BaseSampler):
+    """Gives a trial's parameters the values that it was enqueued with, so that Optuna's own tools see them."""
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        value = json.loads(trial.user_attrs["options"][param_name])
+        return _text(value) if isinstance(param_distribution, CategoricalDistribution) else value
+
+
+def suggest(asked: optuna.Trial, space: dict[str, Dimension]) -> None:
+    """Make the options that a trial was enqueued with its parameters, each with its range or choices."""
+    for name, dimension in space.items():
+        if dimension.choices is not None:
+            asked.suggest_categorical(name, list(dict.fromkeys(map(_text, dimension.choices))))
+        elif dimension.low is not None and dimension.high is not None:
+            # A value is rounded, and so may be a little outside of its range.
+            low, high = min(dimension.low, dimension.at(0.0)), max(dimension.high, dimension.at(1.0))
+            asked.suggest_float(name, low, high, log=dimension.log)
+
+
+def _text(value: Any) -> str:
+    """Return an option's value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+class Search:
+    """A sweep under way in a folder.
+
+    The folder gets ``trials.journal`` (Optuna's storage: one study an optimizer, and one an optimizer's final runs),
+    ``<optimizer>.yaml`` (what its runs have in common), ``<optimizer>-winner.yaml`` (the best trial's model
+    and optimizer, as a config to lay over the others), ``logs/``, and the run folders ``<optimizer>/<time>-seed<seed>``
+    and, of the winners' runs, ``<optimizer>-final/...``.
+
+    Args:
+        sweep: what to run.
+        folder: of the sweep.
+        context: of the runs' processes, see :func:`launch.trial.server`.
+        told: called with a line whenever a run has ended.
+    """
+
+    def __init__(self, sweep: Sweep, folder: Path, context: Any, told: Callable[[str], None]) -> None:
+        self.sweep, self.folder, self.context, self.told = sweep, folder, context, told
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_by_a_killed_sweep in folder.glob("*.tmp"):
+            left_by_a_killed_sweep.unlink(missing_ok=True)
+        journal = str(folder / "trials.journal")
+        self.storage = JournalStorage(JournalFileBackend(journal, lock_obj=JournalFileOpenLock(journal)))
+        self.lock = threading.Lock()  # one process, several threads: a study is asked and told by one at a time
+        self.studies = {name: self._study(name, sweep.points(name)) for name in sweep.optimizers}
+        for name, contender in sweep.optimizers.items():
+            self._write(f"{name}.yaml", merged(contender.options, sweep.common))
+
+    def _study(self, name: str, points: list[dict[str, Any]]) -> optuna.Study:
+        """Open or make a study with one waiting trial for each point that has none that ended or waits."""
+        study = optuna.create_study(
+            storage=self.storage,
+            study_name=name,
+            direction=self.sweep.objective.direction,
+            load_if_exists=True,
+            sampler=StatedOptions(),
+        )
+        for old in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            study.tell(old.number, state=TrialState.FAIL)  # the sweep was killed while it ran
+        known = [
+            old.user_attrs
+            for old in study.get_trials(deepcopy=False)
+            if old.state in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.WAITING)
+        ]
+        for index, point in enumerate(points):
+            options = {key: json.dumps(value) for key, value in point.items()}
+            here = [attributes["options"] for attributes in known if attributes["index"] == index]
+            if here and here[0] != options:
+                raise ValueError(
+                    f"{self.folder} holds a sweep with other points for {name}: name another folder, or put the"
+                    " search space, trials and sequence_seed back as they were"
+                )
+            if not here:
+                study.enqueue_trial({}, user_attrs={"index": index, "options": options})
+        return study
+
+    def trials(self) -> Iterator[Job]:
+        """Yield a job for each trial that is still to run, the optimizers taking turns."""
+
+        def waiting(name: str) -> Iterator[Job]:
+            study = self.studies[name]
+            for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                yield lambda: self._run_one(study, name, name, self.sweep.trial_seed, {})
+
+        yield from _in_turns([waiting(name) for name in self.sweep.optimizers])
+
+    def finals(self) -> Iterator[Job]:
+        """Yield a job for each run of a winner that is still to do."""
+
+        def waiting(name: str) -> Iterator[Job]:
+            best = self.best(name)
+            if best is None or not self.sweep.final_seeds:
+                return
+            options = {key: json.loads(value) for key, value in best.user_attrs["options"].items()}
+            # The whole model, not the searched options alone: a config that is laid over others replaces a track's
+            # options, where an option of the command line adds to them.
+            saved = yaml.safe_load((Path(best.user_attrs["folder"]) / "config.yaml").read_text(encoding="utf-8"))
+            self._write(f"{name}-winner.yaml", {"model": saved["model"]})
+            study = self._study(f"{name}-final", [{"seed": seed, **options} for seed in self.sweep.final_seeds])
+            for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                yield lambda: self._run_one(study, name, f"{name}-final", None, self.sweep.final)
+
+        yield from _in_turns([waiting(name) for name in self.sweep.optimizers])
+
+    def best(self, name: str) -> optuna.trial.FrozenTrial | None:
+        """Return the best trial of an optimizer, ``None`` if none reached the objective nor has what counts then."""
+        if reached := self._best_that_reached(name):
+            return reached
+        missed = self.studies[name].get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+        merits = [(self.sweep.objective.merit(trial.summary(one.user_attrs["folder"])), one) for one in missed]
+        judged = [(merit, one) for merit, one in merits if merit is not None]
+        return max(judged, key=lambda pair: pair[0])[1] if judged else None
+
+    def _best_that_reached(self, name: str) -> optuna.trial.FrozenTrial | None:
+        done = self.studies[name].get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        sign = 1 if self.sweep.objective.direction == "minimize" else -1
+        return min(done, key=lambda one: sign * (one.value or 0.0), default=None)
+
+    def _budget(self, name: str) -> int | None:
+        """Return the gradient evaluations at which a trial gives up, ``None`` while there is no such limit."""
+        if self.sweep.give_up_at is None:
+            return None
+        best = self._best_that_reached(name)
+        return None if best is None or best.value is None else math.ceil(self.sweep.give_up_at * best.value)
+
+    def _run_one(
+        self, study: optuna.Study, name: str, experiment: str, seed: int | None, final: dict[str, Any]
+    ) -> None:
+        with self.lock:
+            asked = study.ask()
+            suggest(asked, self.sweep.optimizers[name].space)
+            budget = self._budget(name) if experiment == name else None
+        index = asked.user_attrs["index"]
+        options = {key: json.loads(value) for key, value in asked.user_attrs["options"].items()}
+        seed = options.pop("seed") if seed is None else seed
+        contender = self.sweep.optimizers[name]
+        log = self.folder / "logs" / f"{experiment}-{index:03d}.log"
+        arguments = self._arguments(name, contender, experiment, index, seed, options, final)
+        if budget is not None:
+            arguments += ["--trainer.callbacks+", "callbacks.evaluation_budget.EvaluationBudget"]
+            arguments += ["--trainer.callbacks.gradient_evaluations", str(budget)]
+        outcome = trial.run(self.context, arguments, log)
+        if outcome.code != 0 and not (outcome.folder and Path(outcome.folder).is_dir()):
+            # Nothing came of it: not a trial that diverged, but options that no run can have.
+            said = log.read_text(encoding="utf-8").strip().splitlines() or ["it was killed"]
+            raise ValueError(f"{experiment} {index} could not start: {said[-1].removeprefix('error: ')}")
+        value = None
+        if outcome.code == 0:
+            value = self.sweep.objective.value(outcome.summary)
+        with self.lock:
+            asked.set_user_attr("folder", outcome.folder)
+            if outcome.code == 0 and value is not None:
+                study.tell(asked.number, value)
+            else:
+                # A run that went wrong (it diverged) counts as a trial all the same: it did not reach the target.
+                study.tell(asked.number, state=TrialState.PRUNED)
+        reached = "did not reach it" if value is None else f"{value:.6g}"
+        self.told(
+            f"{experiment} {index}: {reached}" if outcome.code == 0 else f"{experiment} {index}: ended, see {log}"
+        )
+
+    def _arguments(
+        self,
+        name: str,
+        contender: Contender,
+        experiment: str,
+        index: int,
+        seed: int,
+        options: dict[str, Any],
+        final: dict[str, Any],
+    ) -> list[str]:
+        arguments = ["fit"]
+        for config in (*contender.configs, str(self.folder / f"{name}.yaml")):
+            arguments += ["--config", config]
+        if final:
+            self._write("final.yaml", final)
+            arguments += ["--config", str(self.folder / "final.yaml")]
+        arguments += ["--runs", str(self.folder), "--experiment", experiment, "--wandb", "false"]
+        arguments += ["--sweep.name", self.sweep.name, "--sweep.optimizer", name]
+        if experiment == name:
+            arguments += ["--sweep.trial", str(index)]
+        for option in self.sweep.seeded:
+            arguments += [f"--{option}", str(seed)]
+        for option, value in options.items():
+            arguments += [f"--{option}", _text(value)]
+        return arguments
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        temporary = self.folder / f"{name}.{threading.get_ident()}.tmp"
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+        os.replace(temporary, self.folder / name)
+
+
+def _in_turns(sources: list[Iterator[Job]]) -> Iterator[Job]:
+    return (job for job in chain.from_iterable(zip_longest(*sources)) if job is not None)
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with ``over`` laid over it, mappings key by key."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def run_jobs(jobs: Iterator[Job], workers: int, advanced: Callable[[], None]) -> None:
+    """Run jobs, ``workers`` at a time; the first error stops what has not begun and is raised."""
+    with ThreadPoolExecutor(workers) as pool:
+        running: set[Future[None]] = set()
+        try:
+            for job in jobs:
+                running.add(pool.submit(job))
+                while len(running) >= workers:
+                    running = _next(running, advanced)
+            while running:
+                running = _next(running, advanced)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _next(running: set[Future[None]], advanced: Callable[[], None]) -> set[Future[None]]:
+    done, rest = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        future.result()
+        advanced()
+    return rest

@@ -1,0 +1,41 @@
+"""A sweep on the screen: what is done, the best so far, the time left; a table at the end."""
+
+from pathlib import Path
+
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from launch import trial
+from launch.search import Search, run_jobs
+from launch.sweep_specification import Sweep
+
+
+def run(sweep: Sweep, folder: Path, workers: int) -> None:
+    """Run all trials, then the winners on the fresh seeds, and print the table of winners."""
+    console = Console(highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+        search = Search(sweep, folder, trial.server(), lambda line: bar.console.print(line))
+        for what, jobs in (("trials", list(search.trials())), ("winners", None)):
+            todo = list(search.finals()) if jobs is None else jobs
+            task = bar.add_task(f"{sweep.name}: {what}", total=len(todo))
+            run_jobs(iter(todo), workers, lambda task=task: bar.advance(task))  # type: ignore[misc]
+    console.print(table(search))
+    print(f"sweep folder: {folder}")
+
+
+def table(search: Search) -> Table:
+    """Lay out each optimizer's trials, how many reached the objective, and the best one's options."""
+    rows = Table(title=f"Sweep {search.sweep.name}: {search.sweep.objective}", title_justify="left")
+    for heading in ("optimizer", "trials", "reached", "best", "its options"):
+        rows.add_column(heading)
+    for name, study in search.studies.items():
+        ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        reached = sum(one.state == TrialState.COMPLETE for one in ended)
+        best = search.best(name)
+        said = "" if best is None else ", ".join(f"{key} {value}" for key, value in best.user_attrs["options"].items())
+        value = "none" if best is None or best.value is None else f"{best.value:.6g}"
+        rows.add_row(name, str(len(ended)), str(reached), value, said)
+    return rows

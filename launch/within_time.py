@@ -1,0 +1,241 @@
+"""Train many runs within a given time, the most valuable first, and save what is running when it is over."""
+
+import csv
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from launch.trial import Trial
+
+# Runs get SAVING seconds to save and leave; another REST seconds are left to the caller. Together at most a third of
+# the time.
+SAVING, REST = 25.0, 5.0
+POLLING = 0.5
+SECONDS_BETWEEN_LINES = 10.0
+# Exit codes of a run that was asked to stop: it had just finished, it saved, or it had not begun to train.
+STOPPED = (0, 128 + signal.SIGTERM, -1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Name a run and the epochs of it that are wanted before the next part has its turn.
+
+    Args:
+        row: name of the experiment; a run folder is ``<runs>/<row>/<time>-seed<seed>``.
+        seed: of the run.
+        epochs: completed epochs at which the part is done.
+        total_epochs: epochs at which the run ends by itself.
+        arguments: of ``python train.py``; the same for every part of one run.
+        metric: the validation metric to show.
+        lower: whether less of it is better.
+        cost: of an epoch, relative to other rows of the same ``task``; for the remaining time.
+        task: rows of one task share a pace.
+    """
+
+    row: str
+    seed: int
+    epochs: int
+    total_epochs: int
+    arguments: tuple[str, ...]
+    metric: str
+    lower: bool
+    cost: float
+    task: str
+
+    @property
+    def run(self) -> tuple[str, int]:
+        """Return what identifies its run."""
+        return self.row, self.seed
+
+    def __str__(self) -> str:
+        return f"{self.row} seed {self.seed}"
+
+
+@dataclass
+class _Running:
+    """Keep the process of a part.
+
+    ``mark`` is the time at which ``epochs`` were completed, ``printed`` that of the last line about it.
+    """
+
+    trial: Trial
+    slot: Mapping[str, str]
+    epochs: int
+    mark: float
+    printed: float = 0.0
+    asked_to_stop: bool = False
+
+    def stop(self) -> None:
+        """Ask it to save and leave; a second request would make it leave without saving."""
+        if not self.asked_to_stop:
+            self.asked_to_stop = True
+            self.trial.stop()
+
+
+def validated(runs: Path, part: Part) -> list[float]:
+    """Return the metric after each completed epoch of the newest run of a part, as logged so far."""
+    folders = sorted((runs / part.row).glob(f"*-seed{part.seed}"))
+    values: dict[int, float] = {}
+    with suppress(OSError, IndexError, csv.Error, ValueError), open(folders[-1] / "metrics.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            if row.get(part.metric):
+                values[int(row["epoch"])] = float(row[part.metric])
+    return list(values.values())
+
+
+class Schedule:
+    """Run parts, several at once, until all are done or the time is over.
+
+    Args:
+        parts: in the order in which they begin; of one run a later part continues an earlier one.
+        runs: folder that the run folders are in.
+        logs: folder for the output of the runs.
+        context: of the runs' processes, see :func:`launch.trial.server`.
+        slots: for each concurrent run, the environment variables that are set for it, such as its GPU.
+        seconds: that everything may take.
+        ended: called whenever a run has ended.
+
+    Attributes:
+        failed: rows of which a run ended with an error; they are not begun again.
+        over: runs that ended by themselves before their last epoch.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        runs: Path,
+        logs: Path,
+        context: Any,
+        slots: Sequence[Mapping[str, str]],
+        seconds: float,
+        ended: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.parts, self.runs, self.logs, self.context = parts, runs, logs, context
+        self.free, self.places, self.seconds, self.ended = list(slots), len(slots), seconds, ended
+        self.start = time.monotonic()
+        self.running: dict[Part, _Running] = {}
+        self.failed: dict[str, Path] = {}  # with the log
+        self.over: set[tuple[str, int]] = set()
+        self.values = {part.run: validated(runs, part) for part in parts}
+        self.seconds_an_epoch: dict[str, float] = {}  # by row
+
+    @property
+    def elapsed(self) -> float:
+        """Return the seconds since it was made."""
+        return time.monotonic() - self.start
+
+    def is_done(self, part: Part) -> bool:
+        """Return whether as many epochs as the part wants are completed."""
+        return len(self.values[part.run]) >= part.epochs
+
+    def run(self) -> None:
+        """Run parts until none is left or it is time to save, then let the running ones save and leave."""
+        try:
+            while self.elapsed < self.seconds - min(SAVING + REST, self.seconds / 3):
+                self._poll()
+                while self.free and (part := self._next()) is not None:
+                    self._begin(part, self.free.pop(0))
+                if not self.running:
+                    return
+                time.sleep(POLLING)
+        finally:
+            self._leave()
+
+    def _next(self) -> Part | None:
+        """Return the first part that is not done and may begin."""
+        busy = {part.run for part in self.running} | self.over
+        waiting = (p for p in self.parts if not self.is_done(p) and p.run not in busy and p.row not in self.failed)
+        return next(waiting, None)
+
+    def _begin(self, part: Part, slot: Mapping[str, str]) -> None:
+        number = len(list(self.logs.glob(f"{part.row}-seed{part.seed}-*.log")))
+        log = self.logs / f"{part.row}-seed{part.seed}-{number}.log"
+        trial = Trial(self.context, part.arguments, log, slot)
+        epochs = len(self.values[part.run])
+        self.running[part] = _Running(trial, slot, epochs, time.monotonic())
+        place = "".join(f", {name}={value}" for name, value in slot.items())
+        self._print(f"{part}: begins after epoch {epochs} of {part.total_epochs}{place}")
+
+    def _poll(self) -> None:
+        """Read how far each run is, stop those whose part is done, and remove those that have ended."""
+        for part, run in list(self.running.items()):
+            ended = not run.trial.running
+            values = self.values[part.run] = validated(self.runs, part)
+            if len(values) > run.epochs:
+                now = time.monotonic()
+                self.seconds_an_epoch[part.row] = (now - run.mark) / (len(values) - run.epochs)
+                run.epochs, run.mark = len(values), now
+                if self.is_done(part) or now - run.printed > SECONDS_BETWEEN_LINES:
+                    run.printed = now
+                    self._print(self._progress(part))
+            if self.is_done(part) and part.epochs < part.total_epochs:
+                run.stop()
+            if ended:
+                del self.running[part]
+                self.free.append(run.slot)
+                self._judge(part, run)
+                self.ended()
+
+    def _judge(self, part: Part, run: _Running) -> None:
+        """Note and print how a run has ended if it was not to end like that."""
+        code, log = run.trial.outcome().code, run.trial.log
+        if code not in (STOPPED if run.asked_to_stop else (0,)):
+            self.failed[part.row] = log
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            self._print(f"{part}: FAILED: {lines[-1] if lines else 'it was killed'} (see {log})")
+        elif code == 0 and not self.is_done(part):
+            self.over.add(part.run)  # it would end like this again
+            self._print(f"{part}: ended by itself after epoch {run.epochs} of {part.total_epochs} (see {log})")
+
+    def _leave(self) -> None:
+        for run in self.running.values():
+            run.stop()
+        while self.running and self.elapsed < self.seconds - REST:
+            self._poll()
+            time.sleep(POLLING / 5)
+        for part, run in self.running.items():
+            run.trial.kill()
+            self._print(f"{part}: killed, for it did not save in time; it resumes from its last checkpoint")
+        while self.running:
+            self._poll()
+            time.sleep(POLLING / 5)
+
+    def _print(self, text: str) -> None:
+        elapsed, seconds = (timedelta(seconds=round(value)) for value in (self.elapsed, self.seconds))
+        print(f"{elapsed} of {seconds}  {text}", flush=True)
+
+    def _progress(self, part: Part) -> str:
+        values, done = self.values[part.run], sum(map(self.is_done, self.parts))
+        best = min(values) if part.lower else max(values)
+        rest = self.remaining_seconds()
+        return (
+            f"{part}: epoch {len(values)} of {part.total_epochs}, {self.seconds_an_epoch[part.row]:.1f} s an epoch,"
+            f" {part.metric} {values[-1]:.4g} (best {best:.4g}); all: {done} of {len(self.parts)} parts done"
+            f"{'' if rest is None else f', the rest in about {timedelta(seconds=round(rest))}'}"
+        )
+
+    def remaining_seconds(self) -> float | None:
+        """Return the time that the remaining parts take at the pace so far; ``None`` until each task has a pace."""
+        epochs: dict[tuple[str, int], tuple[Part, int]] = {}
+        for part in self.parts:
+            left = part.epochs - len(self.values[part.run])
+            if left > 0 and part.row not in self.failed and part.run not in self.over:
+                epochs[part.run] = part, left  # the last part of a run has the most
+        paces: dict[str, list[float]] = {}
+        for part in self.parts:
+            if part.row in self.seconds_an_epoch:
+                paces.setdefault(part.task, []).append(self.seconds_an_epoch[part.row] / part.cost)
+        total = 0.0
+        for part, left in epochs.values():
+            if part.row in self.seconds_an_epoch:
+                total += left * self.seconds_an_epoch[part.row]
+            elif part.task in paces:
+                total += left * part.cost * sum(paces[part.task]) / len(paces[part.task])
+            else:
+                return None
+        return total / self.places

@@ -1,0 +1,70 @@
+"""What each switch does is read off the logs by hand, for one pair of corners and for the mean of four."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from scipy import stats
+
+from analysis.ablation import switches
+from analysis.rows import Group, group
+from analysis.runs import read
+from analysis.tables import number
+
+
+@pytest.fixture(scope="module")
+def entry(corners: Path) -> Group:
+    (found,) = group(read([corners])[0])
+    return found
+
+
+def last(corners: Path, column: str) -> dict[tuple[bool, bool, bool], np.ndarray]:
+    """The last value of a column by corner (flatness, geometry, energy), in the order of the seeds."""
+    values: dict[tuple[bool, bool, bool], dict[int, float]] = {}
+    for path in corners.glob("*/*/config.yaml"):
+        config = yaml.safe_load(path.read_text())
+        options = config["model"]["init_args"]["optimizer"]["init_args"]
+        corner = options["mode"] == "sync", options["geometry"], options["energy"]
+        log = pd.read_csv(path.parent / "metrics.csv")
+        values.setdefault(corner, {})[config["seed_everything"]] = log[column].dropna().iloc[-1]
+    return {corner: np.asarray([by[seed] for seed in sorted(by)]) for corner, by in values.items()}
+
+
+def test_differences_are_those_of_the_logs(entry: Group, corners: Path) -> None:
+    (table,) = switches(entry)
+    assert table.title == "What each switch does, in corners"
+    assert len(table.rows) == 15 and table.strong == {0, 5, 10}
+    lines = {line[0]: line for line in table.rows}
+    assert list(table.columns)[2] == "last val/loss"
+    losses = last(corners, "val/loss")
+    for name, on, off in (
+        ("flatness, with geometry, with energy", (True, True, True), (False, True, True)),
+        ("geometry, with flatness, without energy", (True, True, False), (True, False, False)),
+        ("energy, without flatness, without geometry", (False, False, True), (False, False, False)),
+    ):
+        test = stats.ttest_rel(losses[on], losses[off])
+        mean, p = lines[name][2].split(" [")[0], lines[name][2].rpartition(" ")[2]
+        assert float(mean) == pytest.approx((losses[on] - losses[off]).mean(), rel=6e-3)
+        assert p == number(float(test.pvalue), 2)
+
+
+def test_the_mean_is_over_the_four_pairs_and_ratios_are_of_geometric_means(entry: Group, corners: Path) -> None:
+    (table,) = switches(entry)
+    lines = {line[0]: line for line in table.rows}
+    tops = last(corners, "flatness/hessian_top")
+    assert len(tops) == 8
+    logs = [np.log(tops[corner] / tops[(False, *corner[1:])]) for corner in tops if corner[0]]
+    # A row in which some eigenvalue is not positive has no ratio.
+    cell = lines["flatness, mean of four"][4]
+    assert all((values > 0).all() for values in tops.values())
+    assert float(cell.split(" [")[0]) == pytest.approx(np.exp(np.mean(logs)), rel=6e-3)
+
+
+def test_a_search_without_all_corners_has_no_such_table(entry: Group) -> None:
+    assert list(switches(Group(**{**vars(entry), "rows": entry.rows[1:]}))) == []
+
+
+def test_rows_of_one_search_alone_are_called_by_their_optimizer(entry: Group) -> None:
+    assert "base true true" in {row.label for row in entry.rows}

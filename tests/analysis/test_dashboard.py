@@ -1,0 +1,88 @@
+"""The dashboard's specification, as it would be sent; made without a network or a key, in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.commands import ROOT, clean_environment, python
+
+SPECIFY = """
+import sys
+from analysis.dashboard import dashboard
+print(dashboard("someone", "ars2", sys.argv[1:])._to_model().spec.model_dump_json(by_alias=True))
+"""
+TASKS = ("modular_addition", "cifar", "wikitext")
+
+
+@pytest.fixture(scope="module")
+def specification(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    home = tmp_path_factory.mktemp("home")
+    command = [sys.executable, "-c", SPECIFY, *TASKS]
+    made = subprocess.run(
+        command, cwd=ROOT, env=clean_environment(home), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert made.returncode == 0, made.stderr
+    loaded: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
+    return loaded
+
+
+def sections(specification: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each heading with the grid of panels that follows it."""
+    found: dict[str, dict[str, Any]] = {}
+    for block in specification["blocks"]:
+        if block["type"] == "heading":
+            heading = block["children"][0]["text"]
+        elif block["type"] == "panel-grid":
+            found[heading] = block["metadata"]
+    return found
+
+
+def test_every_task_has_one_section_with_its_own_runs(specification: dict[str, Any]) -> None:
+    found = sections(specification)
+    assert list(found) == [task.replace("_", " ") for task in TASKS]
+    for task, grid in zip(TASKS, found.values(), strict=True):
+        (runs,) = grid["runSets"]
+        (condition,) = runs["filters"]["filters"]
+        assert (condition["key"], condition["op"], condition["value"]) == (
+            {"section": "config", "name": "task"},
+            "=",
+            task,
+        )
+        # The keys under which the runs' config has them.
+        assert [key["name"] for key in runs["grouping"]] == ["optimizer.value", "group.value"]
+
+
+def test_every_section_draws_its_metric_over_every_cost(specification: dict[str, Any]) -> None:
+    metrics = dict(zip(TASKS, ("val/accuracy", "val/accuracy", "val/perplexity"), strict=True))
+    for task, grid in zip(TASKS, sections(specification).values(), strict=True):
+        panels = grid["panelBankSectionConfig"]["panels"]
+        lines = [panel["config"] for panel in panels if panel["viewType"] == "Run History Line Plot"]
+        over = {line["xAxis"] for line in lines if line["metrics"] == [metrics[task]]}
+        costs = ("flops", "gradient_evaluations", "optimizer_steps", "training_seconds")
+        assert over == {"epoch", *(f"cost/{cost}" for cost in costs)}
+        assert all(line["groupBy"] == "group.value" for line in lines)
+        drawn = {name for line in lines for name in line["metrics"]}
+        assert {"train/loss", "val/loss", "flatness/phi", "flatness/trigger_rate", "flatness/hessian_top"} <= drawn
+        (best,) = [panel["config"] for panel in panels if panel["viewType"] == "Bar Chart"]
+        (media,) = [panel["config"] for panel in panels if panel["viewType"] == "Media Browser"]
+        assert {"pictures/curves", "pictures/looks", "loss_surface", "test/confusion_matrix"} == set(media["mediaKeys"])
+        assert best["metrics"] == [f"{metrics[task]}.{'min' if task == 'wikitext' else 'max'}"]
+
+
+def test_a_missing_key_is_said_in_one_sentence(tmp_path: Path) -> None:
+    result = python("-m", "analysis.dashboard", "me/proj", home=tmp_path)
+    said = "there is no key of Weights & Biases: say wandb login, or set WANDB_API_KEY"
+    assert (result.code, result.err) == (1, f"error: the dashboard could not be saved in me/proj: {said}\n")
+
+
+def test_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "analysis.dashboard", "ars2"]
+    refused = subprocess.run(
+        command, cwd=ROOT, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert refused.returncode == 2
+    assert "ENTITY/PROJECT" in refused.stderr

@@ -1,0 +1,62 @@
+"""The flatness tables hold the probe's last values, and correlations that are scipy's."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+from analysis.flatness import MEASURES, flatness
+from analysis.report import write
+from analysis.rows import Group, group
+from analysis.runs import read
+
+
+@pytest.fixture(scope="module")
+def entry(corners: Path) -> Group:
+    (found,) = group(read([corners])[0])
+    return found
+
+
+def test_the_last_values_are_those_of_the_logs(entry: Group) -> None:
+    table, _ = flatness(entry)
+    assert len(table.rows) == 8 and "at radius 0.05 in" in table.notes[0]
+    for row, line in zip(entry.rows, table.rows, strict=True):
+        logs = [pd.read_csv(run.folder / "metrics.csv") for run in row.runs.values()]
+        for column, cell in zip(["flatness/probe_loss", *MEASURES], line[2:], strict=True):
+            mean = sum(log[column].dropna().iloc[-1] for log in logs) / len(logs)
+            assert float(cell.split(" [")[0].replace(",", "")) == pytest.approx(mean, rel=6e-3, abs=1e-12)
+
+
+def test_correlations_are_spearmans_with_flatter_and_better_above_zero(entry: Group) -> None:
+    *_, table = flatness(entry)
+    runs = [run for row in entry.rows for run in row.runs.values()]
+    measured = pd.DataFrame({column: [run.last(column) for run in runs] for column in (*MEASURES, "val/loss")})
+    rows = pd.Series([row.label for row in entry.rows for _ in row.runs])
+    apart = measured - measured.groupby(rows).transform("mean")
+    lines = {line[0]: line for line in table.rows}
+    for column, name in MEASURES.items():
+        for cell, values in ((lines[name][3], measured), (lines[name][4], apart)):
+            found = stats.spearmanr(values[column], values["val/loss"])
+            assert cell.startswith(f"{found.statistic:+.2f} (") and cell.endswith(", 16)")
+
+
+def test_better_is_higher_for_an_accuracy(entry: Group) -> None:
+    accuracy = [line[1] for line in list(flatness(entry))[1].rows]
+    loss = Group(**{**vars(entry), "metric": "val/loss", "lower": True})
+    assert [line[1] for line in list(flatness(loss))[1].rows] == [line[3] for line in list(flatness(entry))[1].rows]
+    assert not entry.lower and accuracy
+
+
+def test_runs_that_were_not_probed_have_no_such_table(runs: Path) -> None:
+    for found in group(read([runs])[0]):
+        assert list(flatness(found)) == []
+
+
+def test_the_report_has_the_tables_and_curves_of_the_probe(entry: Group, tmp_path: Path) -> None:
+    write(tmp_path, [entry], [], "Corners")
+    text = (tmp_path / "report.html").read_text()
+    for title in ("Flatness at the end", "Does flatter go with better?", "What each switch does, in corners"):
+        assert f"<h3>{title}</h3>" in text
+    assert "flatness/hessian_top over gradient evaluations" in text
+    assert set(MEASURES) <= set(pd.read_csv(tmp_path / "runs.csv").columns)

@@ -1,0 +1,130 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
+from tests.helpers import text
+from tests.helpers.commands import ROOT, SMALL, fit
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+NEO = {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 1.0, "ns_steps": 5}
+MUON = {"lr": 0.02, "momentum": 0.95, "nesterov": True, "betas": [0.9, 0.95], "ns_steps": 5}
+
+# As published: optimizer class, its options, policy, options of the vector track, epochs.
+PUBLISHED: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], int]] = {
+    "grok_adamw": ("torch.optim.AdamW", {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 1.0}, "all", {}, 600),
+    "grok_muon": ("ars2.Muon", {**MUON, "weight_decay": 0.0}, "hidden", {"lr": 3e-4, "weight_decay": 0.0}, 400),
+    "grok_muon_wd": ("ars2.Muon", {**MUON, "weight_decay": 1.0}, "hidden", {"lr": 3e-4, "weight_decay": 0.0}, 400),
+    "grok_base": (
+        "ars2.ARS2Neo",
+        {**NEO, "mode": "base"},
+        "all",
+        {"betas": [0.9, 0.999], "weight_decay": 0.01},
+        400,
+    ),
+    "grok_sync": (
+        "ars2.ARS2Neo",
+        {**NEO, "mode": "sync", "rho": 0.1},
+        "all",
+        {"betas": [0.9, 0.999], "weight_decay": 0.01},
+        400,
+    ),
+    "grok_aga": (
+        "ars2.ARS2Neo",
+        {**NEO, "mode": "aga", "k": 10, "rho": 0.1, "alpha": 0.1, "phi_lambda": 0.1, "phi_beta": 0.99, "phi_gamma": 2},
+        "all",
+        {"betas": [0.9, 0.999], "weight_decay": 0.01},
+        400,
+    ),
+}
+NETWORK = {"p": 113, "width": 128, "heads": 4, "mlp_width": 512}
+DATA = {"p": 113, "train_fraction": 0.3, "batch_size": 512}
+
+# What makes a task's configs small enough for a step: one batch an epoch.
+TINY_CIFAR = ("--model.width", "2", "--data.train_examples", "null")
+
+
+def read(config: Path) -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(config.read_text())
+    return content
+
+
+def part(of: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """What ``of`` says of the keys of ``like``; a key that it does not have is missing."""
+    return {key: of[key] for key in like if key in of}
+
+
+def saved_groups(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """The parameter groups of a run's optimizer, by track; all groups of a track have the same options here."""
+    (state,) = torch.load(checkpoint, weights_only=True)["optimizer_states"]
+    return {group["track"]: group for group in state["param_groups"]}
+
+
+def small(config: Path, folder: Path) -> tuple[object, ...]:
+    """Options that make a config's task tiny; what data they need is written to ``folder``."""
+    if config.stem.startswith("wikitext2_"):
+        root = text.write_corpus(folder / "text")
+        return *text.SMALL_TEXT, "--data.root", root, "--data.cache", folder, "--trainer.limit_train_batches", 1
+    return TINY_CIFAR if config.stem.startswith("cifar_") else SMALL
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_takes_a_step(config: Path, tmp_path: Path, tiny_cifar10: Path) -> None:  # noqa: F811
+    options = small(config, tmp_path / "data")
+    folder = fit(tmp_path / "runs", "--config", config, *options, "--trainer.max_epochs", 1, "--wandb", "false")
+    assert folder.parent.name == config.stem
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
+
+
+def test_every_config_of_the_task_is_there() -> None:
+    assert set(PUBLISHED) <= {config.stem for config in CONFIGS}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_states_its_optimizer_whole(name: str) -> None:
+    """Nothing that the experiment depends on is left to a default, which could change."""
+    kind, published, *_ = PUBLISHED[name]
+    model = read(ROOT / f"configs/{name}.yaml")["model"]["init_args"]
+    assert model["optimizer"]["class_path"] == kind
+    assert {*published, "eps"} <= set(model["optimizer"]["init_args"])
+    assert "policy" in model
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_is_as_published(name: str) -> None:
+    _, options, policy, vector, epochs = PUBLISHED[name]
+    config = read(ROOT / f"configs/{name}.yaml")
+    model = config["model"]["init_args"]
+    assert part(model["optimizer"]["init_args"], options) == options
+    assert model["policy"] == policy
+    assert model.get("vector", {}) == vector
+    assert model.get("matrix", {}) == {}
+    assert part(model, NETWORK) == NETWORK
+    assert part(config["data"]["init_args"], DATA) == DATA
+    assert config["trainer"]["max_epochs"] == epochs
+    assert config["seed_everything"] == config["data"]["init_args"]["seed"] == 42
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_reaches_the_optimizer_as_stated(name: str, tmp_path: Path) -> None:
+    """What the optimizer of a run really has, read from its checkpoint."""
+    _, options, _, vector, _ = PUBLISHED[name]
+    config = ROOT / f"configs/{name}.yaml"
+    folder = fit(tmp_path, "--config", config, *SMALL, "--trainer.max_epochs", 1, "--wandb", "false")
+    groups = saved_groups(folder / "checkpoints/last.ckpt")
+    expected = {key: value for key, value in options.items() if key in groups["matrix"]}
+    assert {"lr", "weight_decay"} <= set(expected)
+    for track, wanted in (("matrix", expected), ("vector", {**expected, **vector})):
+        found = {key: list(value) if isinstance(value, tuple) else value for key, value in groups[track].items()}
+        assert part(found, wanted) == wanted, track
+
+
+def test_the_two_muons_differ_in_weight_decay_alone() -> None:
+    muon, with_decay = (read(ROOT / f"configs/{name}.yaml") for name in ("grok_muon", "grok_muon_wd"))
+    assert with_decay.pop("experiment") != muon.pop("experiment")
+    assert with_decay["model"]["init_args"]["optimizer"]["init_args"].pop("weight_decay") == 1.0
+    assert muon["model"]["init_args"]["optimizer"]["init_args"].pop("weight_decay") == 0.0
+    assert with_decay == muon

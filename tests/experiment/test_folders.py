@@ -1,0 +1,130 @@
+"""Which run goes on: one of the same options, the newest that is not finished, and that nobody else is at."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from experiment.folders import _age, hold, let_go, runs_of, unfinished_run
+from tests.helpers.commands import AGA, TINY, folders
+from tests.helpers.killing import begin, context
+from tests.helpers.resuming import fit, only_folder
+
+CONFIG = {"seed_everything": 1, "model": {"lr": 0.1}}
+
+
+def run(
+    parent: Path, name: str, status: str | None = None, config: str = "seed_everything: 1\nmodel: {lr: 0.1}"
+) -> Path:
+    folder = parent / name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config)
+    if status is not None:
+        (folder / "summary.json").write_text(json.dumps({"status": status}))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def released() -> None:
+    let_go()
+
+
+def test_the_newest_unfinished_run_goes_on(tmp_path: Path) -> None:
+    run(tmp_path, "2026-01-01_00-00-00-seed1")
+    run(tmp_path, "2026-01-02_00-00-00-seed1", "interrupted")
+    newest = run(tmp_path, "2026-01-02_00-00-00-seed1-1", "interrupted")
+    run(tmp_path, "2026-01-03_00-00-00-seed1", "finished")
+    run(tmp_path, "2026-01-04_00-00-00-seed1", "stopped early (milestone)")
+    run(tmp_path, "2026-01-05_00-00-00-seed10", config="seed_everything: 10\nmodel: {lr: 0.1}")
+    assert unfinished_run(tmp_path, CONFIG) == newest
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "seed_everything: 1\nmodel: {lr: 0.2}",
+        "seed_everything: 2\nmodel: {lr: 0.1}",
+        "seed_everything: 1\nmodel: {lr: 0.1}\ntrainer: {}",
+        "seed_everything: 1\nmodel: {lr",
+        "",
+        "- 1",
+    ],
+)
+def test_a_run_of_other_options_does_not(config: str, tmp_path: Path) -> None:
+    run(tmp_path, "2026-01-01_00-00-00-seed1", config=config)
+    (tmp_path / "2026-01-02_00-00-00-seed1").mkdir()
+    (tmp_path / "2026-01-03_00-00-00-seed1").write_text("a file")
+    assert unfinished_run(tmp_path, CONFIG) is None
+    assert unfinished_run(tmp_path / "nowhere", CONFIG) is None
+
+
+def test_how_it_is_continued_makes_it_no_other_run(tmp_path: Path) -> None:
+    said = "seed_everything: 1\nmodel: {lr: 0.1}\nckpt_path: x.ckpt\nweights_only: true"
+    folder = run(tmp_path, "2026-01-01_00-00-00-seed1", config=said)
+    assert unfinished_run(tmp_path, {**CONFIG, "ckpt_path": "last"}) == folder
+
+
+def test_many_runs_of_one_second_are_in_the_order_of_their_numbers() -> None:
+    names = [Path(f"2026-01-01_00-00-00-seed{seed}") for seed in ("1", "1-2", "1-10")]
+    assert sorted(reversed(names), key=_age) == names
+
+
+def held_elsewhere(folder: str, answers: object) -> None:
+    answers.put(hold(Path(folder)))  # type: ignore[attr-defined]
+    answers.get()  # type: ignore[attr-defined]
+
+
+def test_a_run_that_another_process_is_at_is_left_alone(tmp_path: Path) -> None:
+    older, newer = (run(tmp_path, f"2026-01-0{day}_00-00-00-seed1") for day in (1, 2))
+    answers = context.Queue()
+    process = context.Process(target=held_elsewhere, args=(str(newer), answers))
+    process.start()
+    assert answers.get() is True
+    assert not hold(newer)
+    assert unfinished_run(tmp_path, CONFIG) == older
+    let_go()
+    process.kill()
+    process.join()
+    # A killed process holds nothing.
+    assert unfinished_run(tmp_path, CONFIG) == newer
+
+
+def test_two_of_one_command_at_once_are_two_runs(tmp_path: Path) -> None:
+    options = (*AGA, *TINY, "--trainer.max_epochs", "2000", "--trainer.callbacks", "null")
+    command = ["fit", *options, "--runs", str(tmp_path / "runs"), "--ckpt_path", "last"]
+    processes = []
+    for number in (1, 2):
+        processes.append(begin(command, tmp_path / f"output{number}"))
+        while len(list((tmp_path / "runs").glob("*/*/metrics.csv"))) < number:
+            assert processes[-1].is_alive(), (tmp_path / f"output{number}").read_text()
+            time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert len(folders(tmp_path / "runs")) == 2
+
+
+def test_a_run_without_a_checkpoint_begins_again_in_its_folder(tmp_path: Path) -> None:
+    options = (*AGA, *TINY)
+    fit(tmp_path, *options, "--ckpt_path", "last", stop="SIGTERM:2")
+    folder = only_folder(tmp_path)
+    for name in ("last.ckpt", "last-previous.ckpt"):
+        (folder / "checkpoints" / name).unlink(missing_ok=True)
+    again = fit(tmp_path, *options, "--ckpt_path", "last")
+    assert f"going on with {folder} from its beginning" in again.out
+    assert only_folder(tmp_path) == folder
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4
+
+
+def test_the_runs_of_a_config_are_of_its_model_and_seed(tmp_path: Path) -> None:
+    first = run(tmp_path, "2026-01-01_00-00-00-seed1", "finished")
+    # Of a version that knew another option, and of other data.
+    second = run(tmp_path, "2026-01-02_00-00-00-seed1", config="seed_everything: 1\nmodel: {lr: 0.1, old: 1}\ndata: {}")
+    run(tmp_path, "2026-01-03_00-00-00-seed1", config="seed_everything: 1\nmodel: {lr: 0.2}")
+    run(tmp_path, "2026-01-04_00-00-00-seed10", config="seed_everything: 10\nmodel: {lr: 0.1}")
+    run(tmp_path, "2026-01-05_00-00-00-seed1", config="- 1")
+    (tmp_path / "2026-01-06_00-00-00-seed1").write_text("a file")
+    assert runs_of(tmp_path, CONFIG) == [second, first]
+    assert runs_of(tmp_path / "nowhere", CONFIG) == []

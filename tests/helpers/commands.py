@@ -1,0 +1,129 @@
+"""How the tests use the command line: in this process for most things, in one of its own where that is the point."""
+
+import contextlib
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.cli import main
+
+ROOT = Path(__file__).parents[2]
+AGA = ("--config", "configs/grok_aga.yaml")
+ADAMW = ("--config", "configs/grok_adamw.yaml")
+NETWORK = {"p": 7, "width": 8, "heads": 2, "mlp_width": 16}
+SMALL = ("--data.p", "7", *(part for key, value in NETWORK.items() for part in (f"--model.{key}", str(value))))
+# Nobody's W&B key is used by a test.
+TINY = (*SMALL, "--data.batch_size", "8", "--trainer.max_epochs", "2", "--wandb", "false")
+
+
+@dataclass
+class Result:
+    """What a user sees of a command: its exit code and what it printed."""
+
+    code: int | str | None
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of an error; fails if there is anything else on standard error."""
+        assert self.code not in (0, None), f"it went well: {self.out}"
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("error: "), lines[0]
+        return lines[0]
+
+
+def call(*arguments: object) -> Result:
+    """Run the command line in this process, and put the environment back."""
+    out, err, environment, folder = io.StringIO(), io.StringIO(), dict(os.environ), Path.cwd()
+    code: int | str | None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        os.chdir(ROOT)
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as leaving:
+            code = leaving.code
+        finally:
+            os.chdir(folder)
+            os.environ.clear()
+            os.environ.update(environment)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def changed_by(overlays: Sequence[object], *arguments: object) -> set[str]:
+    """The lines of the config of ``fit`` with ``arguments`` that are others once ``overlays`` are laid over it."""
+    plain, laid_over = (call("fit", *arguments, *more, "--print_config") for more in ((), overlays))
+    assert (plain.code, laid_over.code) == (0, 0), plain.err + laid_over.err
+    return {line.strip() for line in set(laid_over.out.splitlines()) - set(plain.out.splitlines())}
+
+
+def clean_environment(home: Path, **more: str) -> dict[str, str]:
+    """The environment of a user who has set up nothing; one thread, because tests share the machine."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "PL_", "ARS2", "NETRC"))}
+    return {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1", **more}
+
+
+def start(*arguments: object, home: Path, **environment: str) -> "subprocess.Popen[str]":
+    """Start ``python train.py <arguments>`` from the root of the checkout."""
+    return subprocess.Popen(
+        [sys.executable, "train.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=clean_environment(home, **environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # In a background job a child would ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def train_py(*arguments: object, home: Path, **environment: str) -> Result:
+    """Run ``python train.py <arguments>`` to its end."""
+    with start(*arguments, home=home, **environment) as process:
+        out, err = process.communicate(timeout=300)
+    return Result(process.returncode, out, err)
+
+
+def python(*arguments: object, home: Path, timeout: float = 200.0, **environment: str) -> Result:
+    """Run ``python <arguments>`` to its end from the root of the checkout."""
+    process = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=clean_environment(home, **environment),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Result(process.returncode, process.stdout, process.stderr)
+
+
+def folders(runs: Path) -> list[Path]:
+    """The run folders below ``--runs``, the oldest first."""
+    return sorted(runs.glob("*/*"), key=lambda folder: folder.stat().st_ctime_ns)
+
+
+def fit(runs: Path, *arguments: object) -> Path:
+    """Run ``fit`` to a good end in this process; returns its run folder."""
+    before = folders(runs)
+    result = call("fit", *arguments, "--runs", runs)
+    assert result.code == 0, result.err
+    (folder,) = set(folders(runs)) - set(before)
+    return folder
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    """The logged rows as they are written, digit for digit, without empty fields and the one column that is a time."""
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
+        rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    for row in rows:
+        row.pop("cost/training_seconds", None)
+    return rows

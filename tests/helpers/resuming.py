@@ -1,0 +1,116 @@
+"""What it means that a resumed run is the run that was never stopped; for any task that the command line can train."""
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from modules.modular_addition import ModularAddition
+from modules.stage_metrics import Metrics
+from tests.helpers.commands import Result, call, folders, metrics
+
+STOP_AT = "ARS2_TEST_STOP_AT"
+# Times; places that differ because two runs have two folders; and what Lightning saves for show and never reads.
+DIFFERS = {
+    *("cost/training_seconds", "training_seconds", "wall_seconds", "dirpath", "best_model_path", "kth_best_model_path"),
+    *("last_model_path", "best_k_models", "current_score"),
+}
+
+
+class Interrupt(L.Callback):
+    """Sends this process the signal and at the step that an environment variable names, as ``SIGTERM:6``.
+
+    ``FAILURE:6`` is an error there, which nothing is saved before.
+    """
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        name, _, step = os.environ.get(STOP_AT, "").partition(":")
+        if name and trainer.global_step == int(step):
+            if name == "FAILURE":
+                raise RuntimeError("as the test wants it")
+            signal.raise_signal(signal.Signals[name])
+
+
+class Noise(L.Callback):
+    """Draws from every generator in each pass, so that a resumed run must have all their states."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        module: Any = pl_module
+        quiet = module.compute_loss
+
+        def noisy(batch: Any, metrics: Metrics | None) -> Tensor:
+            loss: Tensor = quiet(batch, metrics)
+            if module.training:
+                loss = loss * (1 + 0.1 * (random.random() + np.random.rand() + torch.rand(()).item()))
+            return loss
+
+        module.compute_loss = noisy
+
+
+def fit(runs: Path, *arguments: object, stop: str = "") -> Result:
+    """Run ``fit`` with the interrupting callback; every run of a test has the same arguments but ``stop``."""
+    options = ("--trainer.callbacks+=tests.resuming.Interrupt", "--runs", runs)
+    os.environ[STOP_AT] = stop
+    try:
+        return call("fit", *arguments, *options)
+    finally:
+        del os.environ[STOP_AT]
+
+
+def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(folder / f"checkpoints/{name}.ckpt", weights_only=True)
+    return loaded
+
+
+def differences(mine: Any, theirs: Any, where: str = "") -> Iterator[str]:
+    """Yield the places where two checkpoints differ in a bit, what depends on time and place left out."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        # The key of a checkpoint callback is its options, its folder among them.
+        for key in mine.keys() | theirs.keys():
+            if key in DIFFERS:
+                continue
+            if key not in mine or key not in theirs:
+                yield f"{where}.{key}"
+            else:
+                yield from differences(mine[key], theirs[key], f"{where}.{key}")
+    elif isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(mine) == len(theirs):
+        for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            yield from differences(a, b, f"{where}[{index}]")
+    elif isinstance(mine, Tensor) and isinstance(theirs, Tensor):
+        if mine.dtype != theirs.dtype or not torch.equal(mine, theirs):
+            yield where
+    elif mine != theirs and not (mine != mine and theirs != theirs):
+        yield f"{where}: {mine!r} and {theirs!r}"
+
+
+def assert_same_run(mine: Path, theirs: Path) -> None:
+    """Check that two run folders hold the same training: all that checkpoints have, every row of the log, all texts."""
+    for name in ("last", "best"):
+        assert list(differences(checkpoint(mine, name), checkpoint(theirs, name))) == [], name
+    assert metrics(mine) == metrics(theirs)
+    header = [(folder / "metrics.csv").read_text().splitlines()[0] for folder in (mine, theirs)]
+    assert header[0] == header[1]
+    for name in ("samples.txt", "hparams.yaml", "parameters.txt"):
+        texts = [path.read_text() if path.exists() else None for path in (mine / name, theirs / name)]
+        assert texts[0] == texts[1], name
+
+
+def only_folder(runs: Path) -> Path:
+    (folder,) = folders(runs)
+    return folder
+
+
+class BrokenStep(ModularAddition):
+    """The loss of the third batch of training is not a number."""
+
+    def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Metrics | None) -> Tensor:
+        loss = super().compute_loss(batch, metrics)
+        broken = self.trainer.training and self.global_step == 2 and self.skipped_steps == 0
+        return loss * torch.nan if broken else loss

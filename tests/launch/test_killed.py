@@ -1,0 +1,85 @@
+"""Whenever the trainer is killed, the same command goes on, and in the end nobody can tell."""
+
+import itertools
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from experiment.folders import _is_finished
+from tests.helpers.commands import AGA, TINY, call, folders, start
+from tests.helpers.killing import life
+from tests.helpers.resuming import assert_same_run
+
+OPTIONS = (*AGA, *TINY, "--data.train_fraction", "0.6", "--internals.every_n_steps", "3", "--trainer.callbacks", "null")
+KILLED = -signal.SIGKILL
+
+
+def the_finished(runs: Path) -> Path:
+    """The one folder with a finished run; any other was left before it had even its config."""
+    (finished,) = [folder for folder in folders(runs) if _is_finished(folder)]
+    assert not [folder for folder in folders(runs) if folder != finished and (folder / "checkpoints").exists()]
+    return finished
+
+
+def whole_run(runs: Path, *options: object) -> Path:
+    result = call("fit", *options, "--runs", runs)
+    assert result.code == 0, result.err
+    return the_finished(runs)
+
+
+def test_a_run_may_die_at_every_point_of_every_write(tmp_path: Path) -> None:
+    options = (*OPTIONS, "--trainer.max_epochs", "2", "--last_checkpoint.every_n_steps", "2")
+    command = ["fit", *options, "--runs", str(tmp_path / "killed"), "--ckpt_path", "last"]
+    for number in itertools.count(1):
+        code = life(command, tmp_path / "output", kill_at_call=number)
+        if code == 0:
+            break
+        assert code == KILLED, (tmp_path / "output").read_text()
+    # The last lives had less and less left to write; the first ones died in everything that a save does.
+    assert number > 10
+    assert_same_run(the_finished(tmp_path / "killed"), whole_run(tmp_path / "whole", *options))
+    assert "Traceback" not in (tmp_path / "output").read_text()
+
+
+def test_a_run_may_be_killed_at_any_moment(tmp_path: Path) -> None:
+    options = (*OPTIONS, "--trainer.max_epochs", "60", "--last_checkpoint.every_n_steps", "1")
+    command = ["fit", *options, "--runs", str(tmp_path / "killed"), "--ckpt_path", "last"]
+    moments = random.Random(0)
+    for _ in range(3):
+        assert life(command, tmp_path / "output", kill_after=0.4 + moments.random()) in (KILLED, 0)
+    assert life(command, tmp_path / "output") == 0, (tmp_path / "output").read_text()
+    assert_same_run(the_finished(tmp_path / "killed"), whole_run(tmp_path / "whole", *options))
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_the_real_command_change_nothing(tmp_path: Path) -> None:
+    # More epochs than twenty lives get through on a fast machine.
+    options = (*OPTIONS, "--trainer.max_epochs", "1500", "--last_checkpoint.every_n_steps", "1")
+    runs, moments = tmp_path / "killed", random.Random(1)
+    for _ in range(20):
+        written = {folder: (folder / "metrics.csv").stat().st_mtime_ns for folder in with_rows(runs)}
+        with start("fit", *options, "--runs", runs, "--ckpt_path", "last", home=tmp_path) as process:
+            # Half of the moments are in training, checkpoint writes included; half from the start on.
+            if moments.random() < 0.5:
+                while process.poll() is None and written == {
+                    folder: (folder / "metrics.csv").stat().st_mtime_ns for folder in with_rows(runs)
+                }:
+                    time.sleep(0.01)
+                time.sleep(moments.random())
+            else:
+                time.sleep(12 * moments.random())
+            process.kill()
+            _, err = process.communicate()
+            assert "Traceback" not in err
+    with start("fit", *options, "--runs", runs, "--ckpt_path", "last", home=tmp_path) as process:
+        out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert "going on with" in out
+    assert_same_run(the_finished(runs), whole_run(tmp_path / "whole", *options))
+
+
+def with_rows(runs: Path) -> list[Path]:
+    return [folder for folder in folders(runs) if (folder / "metrics.csv").exists()]

@@ -1,0 +1,153 @@
+"""The command over two processes, started by Lightning, by torchrun on each of two machines, and by a SLURM job."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.commands import ROOT, TINY, clean_environment, folders, metrics, train_py
+from tests.helpers.resuming import STOP_AT
+
+README = (ROOT / "README.md").read_text()
+TASK = ("--config", "configs/grok_aga.yaml", *TINY, "--data.train_fraction", "0.6", "--trainer.callbacks", "null")
+OVERLAY = ("--config", "configs/overlays/ddp.yaml", "--trainer.accelerator", "cpu")
+INTERRUPTED = "--trainer.callbacks+=tests.resuming.Interrupt"
+SRUN = """#!{python}
+# Starts what it is given as two tasks on two machines; its exit code is the greatest of theirs.
+import os, subprocess, sys
+common = {{"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_LOCALID": "0", "SLURM_NODELIST": "127.0.0.1"}}
+tasks = [
+    subprocess.Popen(sys.argv[1:], env=os.environ | common | {{"SLURM_PROCID": str(i), "SLURM_NODEID": str(i)}})
+    for i in range(2)
+]
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run over two processes that Lightning started."""
+    home = tmp_path_factory.mktemp("whole")
+    result = train_py("fit", *TASK, *OVERLAY, "--trainer.devices", 2, "--runs", home / "runs", home=home)
+    assert result.code == 0, result.err
+    assert result.out.count("Run finished after 2 epochs") == 1
+    (folder,) = folders(home / "runs")
+    return folder
+
+
+def test_lightning_starts_them_and_one_folder_has_it_all(whole: Path) -> None:
+    assert len(metrics(whole)) == 4
+    for name in ("config.yaml", "protocol.yaml", "summary.json", "parameters.txt", "checkpoints/last.ckpt"):
+        assert (whole / name).is_file(), name
+
+
+def test_questions_are_answered_once_in_the_order_asked(whole: Path, tmp_path: Path) -> None:
+    options = (*OVERLAY, "--trainer.devices", 2, "--data.questions", "[1+1, 2+3, 0+4]")
+    result = train_py("predict", *TASK, *options, "--ckpt_path", whole / "checkpoints/last.ckpt", home=tmp_path)
+    assert result.code == 0, result.err
+    assert re.findall(r"^(\d \+ \d) =", result.out, re.M) == ["1 + 1", "2 + 3", "0 + 4"]
+
+
+def torchrun(home: Path, *options: object, stop: str = "") -> list[tuple[int, str]]:
+    """Run the README's line on two machines, of one process each, that are this one; returns what each has said."""
+    (line,) = re.findall(r"^torchrun (?:.*\\\n)*.*$", README, re.M)
+    line = re.sub(r"<.*?>:\d+", f"127.0.0.1:{free_port()}", line.replace("\\\n", "")).replace("8 --rdzv", "1 --rdzv")
+    line = line.replace("configs/cifar_sync.yaml", "configs/grok_aga.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", *line.split()[1:], *TASK[2:], *OVERLAY[2:]]
+    command += ["--trainer.devices", "1", *map(str, options), "--runs", str(home / "runs")]
+    environment = clean_environment(home, **{STOP_AT: stop})
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=150)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+def test_torchrun_starts_them_on_two_machines_and_they_go_on_together(whole: Path, tmp_path: Path) -> None:
+    stopped = torchrun(tmp_path, INTERRUPTED, stop="SIGTERM:2")
+    assert [code != 0 for code, _ in stopped] == [True, True]
+    assert sum(text.count("no unfinished run of these options") for _, text in stopped) == 1
+    finished = torchrun(tmp_path, INTERRUPTED)
+    assert [code for code, _ in finished] == [0, 0], finished
+    assert sum(text.count("going on with") for _, text in finished) == 1
+    (folder,) = folders(tmp_path / "runs")
+    assert metrics(folder) == metrics(whole)
+
+
+def job(folder: Path) -> Path:
+    """The README's SLURM job, beside stand-ins for SLURM's own programs."""
+    (script,) = re.findall(r"^#!/bin/bash\n#SBATCH.*?(?=```)", README, re.M | re.S)
+    for name, text in {
+        "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+        "srun": SRUN.format(python=sys.executable),
+        "scontrol": f"#!/bin/sh\necho $* > {folder}/asked\n",
+    }.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "train.sh").write_text(script.replace("configs/cifar_sync.yaml", "configs/grok_aga.yaml"))
+    return folder / "train.sh"
+
+
+def sbatch(script: Path, stop: str = "") -> subprocess.CompletedProcess[str]:
+    path = f"{script.parent}:{os.environ['PATH']}"
+    slurm = {"SLURM_JOB_ID": str(free_port()), "SLURM_NNODES": "2", "SLURM_JOB_NAME": "ars2", STOP_AT: stop}
+    options = [*TASK[2:], *OVERLAY[2:], "--trainer.devices", "1", INTERRUPTED, "--runs", str(script.parent / "runs")]
+    environment = clean_environment(script.parent, **slurm, PATH=path)
+    environment.pop("PYTHONHOME", None)
+    return subprocess.run(
+        ["bash", str(script), *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_is_stopped_goes_on_when_it_is_back(whole: Path, tmp_path: Path) -> None:
+    script = job(tmp_path)
+    stopped = sbatch(script, stop="SIGTERM:2")
+    assert stopped.returncode == 143, stopped.stderr
+    assert (tmp_path / "asked").read_text().startswith("requeue ")
+    (tmp_path / "asked").unlink()
+    finished = sbatch(script)
+    assert finished.returncode == 0, finished.stderr
+    assert not (tmp_path / "asked").exists()
+    assert finished.stdout.count("going on with") == 1
+    (folder,) = folders(tmp_path / "runs")
+    assert metrics(folder) == metrics(whole)
+
+
+def test_the_slurm_job_is_sound_bash(tmp_path: Path) -> None:
+    script = job(tmp_path)
+    checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    # What the job asks of SLURM is what the command says to Lightning.
+    text = script.read_text()
+    assert re.findall(r"--(?:ntasks|gpus)-per-node=(\d+)", text) == ["8", "8"]
+
+
+@pytest.mark.slow
+def test_an_error_before_training_is_told_and_nobody_waits(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    said = torchrun(tmp_path, "--trainer.max_epochs", "-7")
+    assert all(code != 0 for code, _ in said)
+    assert time.monotonic() - begin < 120
+    assert any("error: " in text for _, text in said)
+    assert signal.SIGKILL not in {-code for code, _ in said}

@@ -1,0 +1,137 @@
+"""``python train.py`` as a process of its own: what it prints, how it is stopped, what it leaves."""
+
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.commands import AGA, ROOT, TINY, clean_environment, fit, folders, metrics, start, train_py
+
+LONG = (
+    *AGA,
+    *TINY,
+    "--trainer.max_epochs",
+    "100000",
+    "--trainer.callbacks",
+    "null",
+    "--last_checkpoint.every_n_epochs",
+)
+
+
+def test_a_run_without_a_terminal_is_quiet_and_plain(tmp_path: Path) -> None:
+    result = train_py("fit", *AGA, *TINY, "--runs", tmp_path / "runs", home=tmp_path)
+    assert (result.code, result.err) == (0, "")
+    assert "Run finished after 2 epochs" in result.out
+    # No bar is drawn over itself and nothing is coloured.
+    assert not set("\r\x1b━") & set(result.out.replace("━┓", "").replace("━┩", ""))
+    assert "it/s" not in result.out
+    (folder,) = folders(tmp_path / "runs")
+    assert str(folder) in result.out
+    assert len(metrics(folder)) == 4
+
+
+def test_an_error_is_one_line_and_an_exit_code(tmp_path: Path) -> None:
+    result = train_py("fit", *AGA, *TINY, "--runs", tmp_path / "runs", "--model.widht", 3, home=tmp_path)
+    assert result.code == 2
+    assert result.error == "error: Option 'widht' is not accepted; did you mean width?"
+    assert result.out == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_names_the_subcommands_and_our_options(tmp_path: Path) -> None:
+    result = train_py("--help", home=tmp_path)
+    assert result.code == 0
+    for subcommand in ("fit", "validate", "test", "predict"):
+        assert re.search(rf"^ +{subcommand}\b", result.out, re.M)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_a_run_keeps_what_it_has(stop: signal.Signals, code: int, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    with start("fit", *LONG, "1", "--runs", runs, home=tmp_path) as process:
+        deadline = time.monotonic() + 60
+        while not list(runs.glob("*/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        process.send_signal(stop)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Run interrupted after" in out
+    assert "Traceback" not in out + err
+    (folder,) = folders(runs)
+    epochs = json.loads((folder / "summary.json").read_text())["epochs"]
+    assert 0 < epochs < 100000
+    trained = [row for row in metrics(folder) if "train/loss" in row]
+    assert len(trained) in (epochs, epochs + 1)
+    # The last line is the command that goes on with it.
+    said = re.search(r"^go on with: python train.py (.*)$", out, re.M)
+    assert said is not None and out.rstrip().endswith(said[0])
+    with start(*shlex.split(said[1]), home=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"going on with {folder}\n"
+        process.kill()
+    # It goes on from there.
+    more = ("--trainer.max_epochs", epochs + 3, "--ckpt_path", folder / "checkpoints/last.ckpt")
+    again = metrics(fit(runs, *AGA, *TINY, "--trainer.callbacks", "null", *more))
+    assert int(again[-1]["epoch"]) == epochs + 2
+
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    slow = ("--data.p", "113", "--data.val_batch_size", "1", "--model.p", "113", "--trainer.callbacks", "null")
+    with start("fit", *AGA, *TINY, *slow, "--runs", runs, home=tmp_path) as process:
+        deadline = time.monotonic() + 60
+        while not list(runs.glob("*/*/config.yaml")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(8)  # far into an epoch of 479 batches, or its validation of 8939
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 130, err
+    assert "go on with: python train.py fit" in out, err
+    assert "Traceback" not in out + err
+
+
+def test_giving_up_while_it_starts_is_no_crash(tmp_path: Path) -> None:
+    """The imports take seconds; here the signal comes at the first one."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/cli.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    (tmp_path / "train.py").write_text((ROOT / "train.py").read_text())
+    command = [sys.executable, str(tmp_path / "train.py"), "fit"]
+    # In a background job a child would ignore Ctrl-C.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, preexec_fn=heeds)
+    assert result.returncode == 130
+    assert result.stderr == "interrupted before training began\n"
+
+
+def test_a_terminal_shows_rate_and_time_left(tmp_path: Path) -> None:
+    terminal, inside = pty.openpty()
+    environment = clean_environment(tmp_path, COLUMNS="200", TERM="xterm")
+    command = [sys.executable, "train.py", "fit", *AGA, *TINY, "--trainer.max_epochs", "5", "--runs", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=inside, stdout=inside, stderr=inside) as process:
+        os.close(inside)
+        shown = b""
+        while select.select([terminal], [], [], 60)[0]:
+            try:
+                shown += os.read(terminal, 65536)
+            except OSError:  # the other end is closed
+                break
+    os.close(terminal)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert process.returncode == 0, text
+    bars = [line for line in text.splitlines() if line.lstrip().startswith("Epoch")]
+    assert any(re.search(r"\d+\.\d\dit/s.*train/loss: \d.*at most left: \d+:\d\d", line) for line in bars), text
+    assert any("Epoch 5/5" in line for line in bars)

@@ -1,0 +1,191 @@
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.sweep_specification import Dimension, Objective, read
+from tests.helpers.commands import ROOT
+
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "trials": 8,
+    "final_seeds": [0, 1],
+    "objective": {"metric": "val/accuracy", "direction": "maximize"},
+    "optimizers": {
+        "adamw": {
+            "configs": ["configs/grok_adamw.yaml"],
+            "space": {
+                "model.optimizer.lr": {"low": 1e-4, "high": 1e-1, "log": True},
+                "model.optimizer.betas": {"choices": [[0.9, 0.95], [0.9, 0.98]]},
+            },
+        },
+        "sync": {
+            "configs": ["configs/grok_sync.yaml"],
+            "space": {
+                "model.optimizer.lr": {"low": 1e-4, "high": 1e-1, "log": True},
+                "model.optimizer.weight_decay": {"low": 0.0, "high": 2.0},
+                "model.optimizer.rho": {"low": 0.01, "high": 1.0, "log": True},
+            },
+        },
+    },
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}, sort_keys=False))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_optimizer_reads_the_same_sequence(tmp_path: Path) -> None:
+    sweep = read(write(tmp_path))
+    adamw, sync = sweep.points("adamw"), sweep.points("sync")
+    assert len(adamw) == len(sync) == 8
+    # The same range for the first option of both, so the same values.
+    assert [point["model.optimizer.lr"] for point in adamw] == [point["model.optimizer.lr"] for point in sync]
+    assert sweep.points("adamw") == adamw
+    assert read(write(tmp_path, sequence_seed=1)).points("adamw") != adamw
+
+
+def test_a_power_of_two_of_points_is_balanced_in_every_option(tmp_path: Path) -> None:
+    points = read(write(tmp_path)).points("sync")
+    for option, middle in (("lr", 10**-2.5), ("weight_decay", 1.0), ("rho", 0.1)):
+        values = [point[f"model.optimizer.{option}"] for point in points]
+        assert sum(value < middle for value in values) == 4, option
+    betas = [point["model.optimizer.betas"] for point in read(write(tmp_path)).points("adamw")]
+    assert betas.count([0.9, 0.95]) == betas.count([0.9, 0.98]) == 4
+
+
+def test_a_dimension_maps_the_unit_interval_onto_its_range() -> None:
+    logarithmic = Dimension(low=1e-4, high=1e-2, log=True)
+    assert [logarithmic.at(unit) for unit in (0.0, 0.5, 1.0)] == [1e-4, 1e-3, 1e-2]
+    assert Dimension(low=1.0, high=3.0).at(0.25) == 1.5
+    assert [Dimension(choices=("a", "b")).at(unit) for unit in (0.0, 0.49, 0.5, 0.99)] == ["a", "a", "b", "b"]
+
+
+def test_the_cost_of_a_milestone_is_the_objective_and_a_miss_is_none() -> None:
+    objective = Objective(milestone="full", cost="optimizer_steps")
+    reached = {"epoch": 3, "optimizer_steps": 24, "gradient_evaluations": 48}
+    missed = dict.fromkeys(reached)
+    assert objective.value({"milestones": {"full": reached}}) == 24.0
+    assert objective.value({"milestones": {"full": missed}}) is None
+    with pytest.raises(KeyError, match="no milestone full: it has grok"):
+        objective.value({"milestones": {"grok": reached}})
+
+
+def test_runs_that_missed_the_milestone_are_judged_by_what_is_said_to_count_otherwise() -> None:
+    summary = {
+        "milestones": {"full": {"epoch": None}},
+        "metrics": {"val/accuracy": {"best": 0.4}, "val/loss": {"best": 2.0}},
+    }
+    assert Objective(milestone="full", otherwise="val/accuracy").merit(summary) == 0.4
+    assert Objective(milestone="full", otherwise="val/loss").merit(summary) == -2.0
+    assert Objective(milestone="full").merit(summary) is None
+    assert Objective(milestone="full", otherwise="val/loss").merit({}) is None
+    with pytest.raises(KeyError, match="no metric val/perplexity: it has val/accuracy, val/loss"):
+        Objective(milestone="full", otherwise="val/perplexity").merit(summary)
+
+
+def test_every_shipped_sweep_can_be_read() -> None:
+    paths = list((ROOT / "configs/sweeps").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        sweep = read(path)
+        for name in sweep.optimizers:
+            assert len(sweep.points(name)) == sweep.trials
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": None}, "name must be a text, got null"),
+        ({"name": ""}, "names of folders, which '' is not"),
+        ({"name": "../x"}, "names of folders, which '../x' is not"),
+        ({"name": 3}, "name must be a text, got 3"),
+        ({"trials": "8"}, "trials must be an integer, got '8'"),
+        ({"trials": True}, "trials must be an integer, got True"),
+        ({"final_seeds": 2}, "final_seeds must be a list, each an integer, got 2"),
+        ({"final_seeds": [0, "1"]}, "final_seeds must be a list, each an integer, got [0, '1']"),
+        ({"seeded": "data.seed"}, "seeded must be a list, each a text, got 'data.seed'"),
+        ({"common": None}, "common must be a mapping, got null"),
+        ({"give_up_at": "often"}, "give_up_at must be a finite number, got 'often'"),
+        ({"objective": None}, "objective must be a mapping with the keys milestone"),
+        ({"objective": {"metric": ["val/loss"]}}, "objective: metric must be a text, got ['val/loss']"),
+        (
+            {"optimizers": {"a": {"configs": "x.yaml", "space": {"x": {"low": 0, "high": 1}}}}},
+            "a: configs must be a li",
+        ),
+        ({"optimizers": {1: {"configs": [], "space": {"x": {"low": 0, "high": 1}}}}}, "optimizers must be a mapping"),
+        (
+            {"optimizers": {"a": {"configs": [], "space": {"x": {"low": "a", "high": 1}}}}},
+            "low must be a finite number",
+        ),
+        (
+            {"optimizers": {"a": {"configs": [], "space": {"x": {"low": 0, "high": float("inf")}}}}},
+            "high must be a fin",
+        ),
+        ({"optimizers": {"a": {"configs": [], "space": {"x": {"choices": "ab"}}}}}, "choices must be a list, got 'ab'"),
+        (
+            {"optimizers": {"a": {"space": {"x": {"low": 0, "high": 1}}}}},
+            "missing 1 required positional argument: 'con",
+        ),
+        ({"trials": 0}, "trials must be an integer of at least 1, got 0"),
+        ({"trails": 3}, "unknown key 'trails'; it knows name, trials"),
+        ({"trial_seed": 1}, "final_seeds must be fresh, but 1 is the seed of the trials"),
+        ({"optimizers": {}}, "needs 'optimizers'"),
+        ({"objective": {}}, "objective needs either a milestone or a metric"),
+        ({"objective": {"metric": "val/loss", "statistic": "mean"}}, "statistic must be one of best, last, got 'mean'"),
+        ({"objective": {"metric": "val/loss", "otherwise": "val/loss"}}, "otherwise is for a milestone"),
+        ({"optimizers": {"a": {"configs": [], "space": {}}}}, "optimizers.a needs 'space'"),
+        ({"optimizers": {"a": {"configs": ["no.yaml"], "space": {"x": {"low": 0, "high": 1}}}}}, "no config no.yaml"),
+        ({"optimizers": {"a": {"configs": [], "space": {"x": {"low": 2, "high": 1}}}}}, "space.x: needs low < high"),
+        ({"optimizers": {"a": {"configs": [], "space": {"x": {"low": 0, "high": 1, "log": True}}}}}, "low > 0 if log"),
+        ({"optimizers": {"a": {"configs": [], "space": {"x": {"choices": [1], "low": 1}}}}}, "either low and high, or"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_in_one_sentence(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sweep") as caught:
+        read(write(tmp_path, **changes))
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+VALUES: list[Any] = [None, "", "text", 2, -1, 1.5, float("nan"), True, [], [1], [None], {}, {"a": 1}, {1: 2}, [[]]]
+
+
+def places(content: Any) -> Iterator[list[Any]]:
+    """The path of every value in nested mappings and lists."""
+    for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+        yield [key]
+        if isinstance(value, (dict, list)):
+            yield from ([key, *path] for path in places(value))
+
+
+def test_whatever_a_sweep_says_it_is_read_or_refused_in_one_sentence(tmp_path: Path) -> None:
+    full = {**SMALL, "sequence_seed": 0, "trial_seed": 9, "seeded": ["seed_everything"], "common": {}, "final": {}}
+    for path in places(full):
+        for value in VALUES:
+            content = copy.deepcopy(full)
+            inner: Any = content
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = value
+            try:
+                sweep = read(write(tmp_path, **content))
+            except ValueError as error:
+                assert "\n" not in str(error) and str(tmp_path) in str(error)
+            else:
+                assert all(sweep.points(name) for name in sweep.optimizers)
+
+
+def test_a_number_without_a_point_is_a_number(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("0.0001", "1e-4"))
+    assert read(path).optimizers["adamw"].space["model.optimizer.lr"].low == 1e-4

@@ -1,0 +1,169 @@
+"""A user's own module: what it lacks is said at once, and a bug in it with its place."""
+
+import itertools
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import modules
+from modules.measured import MeasuredModule
+from tests.helpers.commands import TINY, Result, call
+
+NUMBERS = itertools.count()
+OPTIMIZER = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1")
+DATA = (
+    *("--data", "datamodules.modular_addition.ModularAdditionData", "--data.p", "7", "--data.batch_size", "16"),
+    *("--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--checkpoint.monitor", "val/loss"),
+)
+HEAD = """
+import lightning.pytorch as L
+import torch
+from torch import nn
+from modules.two_pass import TwoPassModule
+"""
+
+
+def fit_module(
+    body: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str, package: str = "", data: str = ""
+) -> tuple[Result, Path]:
+    """Run fit with the class ``Net`` of a file that holds ``body``; returns the result and the file."""
+    name = f"users_net_{next(NUMBERS)}"
+    file = folder / f"{name}.py"
+    file.write_text(HEAD + textwrap.dedent(body))
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    given = ("--data", f"{name}.{data}", *DATA[6:]) if data else DATA
+    return call("fit", "--model", f"{package}{name}.Net", *options, *given, "--runs", folder / "runs"), file
+
+
+def test_an_ordinary_module_is_refused_with_all_that_is_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = """
+    class Net(L.LightningModule):
+        def training_step(self, batch, index):
+            return self.layer(batch[0]).sum()
+    """
+    result, _ = fit_module(body, tmp_path, monkeypatch)
+    assert result.code == 1
+    for said in ("modules.two_pass.TwoPassModule", "self.network", "set_metrics", "compute_loss(batch, metrics)"):
+        assert said in result.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_everything_that_a_task_module_lacks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = """
+    class Net(TwoPassModule):
+        def training_step(self, batch, index):
+            return None
+    """
+    result, _ = fit_module(body, tmp_path, monkeypatch, *OPTIMIZER)
+    assert result.code == 1
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    for said in ("leave training_step()", "implement compute_loss", "set self.network", "call self.set_metrics"):
+        assert said in line
+
+
+@pytest.mark.parametrize(("where", "line"), [("__init__", 10), ("compute_loss", 15)])
+def test_a_bug_is_told_with_its_file_and_line(
+    where: str, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = f"""
+    class Net(TwoPassModule):
+        def __init__(self, **options):
+            super().__init__(**options)
+            {"(3).foo" if where == "__init__" else "pass"}
+            self.network = nn.Linear(2, 3)
+            self.set_metrics({{}})
+
+        def compute_loss(self, batch, metrics):
+            return (3).foo
+    """
+    result, file = fit_module(body, tmp_path, monkeypatch, *OPTIMIZER)
+    assert result.code == 1
+    assert "'int' object has no attribute 'foo'" in result.err and f"({file}, line {line})" in result.err
+    details = [*tmp_path.rglob("error.txt")]
+    assert len(details) == 1 and "Traceback" in details[0].read_text()
+
+
+BROKEN = """
+    class Net(TwoPassModule):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.network = nn.Linear(2, 3)
+            self.set_metrics({})
+            %s
+
+        def compute_loss(self, batch, metrics):
+            %s
+            return self.network(batch[0].float()).sum()
+    """
+
+
+@pytest.mark.parametrize(
+    ("made", "run", "said"),
+    [
+        ("[][1]", "pass", "error: IndexError: list index out of range ({file}, line 12) (details in "),
+        (
+            "pass",
+            "(3).foo",
+            "error: AttributeError: 'int' object has no attribute 'foo' ({file}, line 15) (details in ",
+        ),
+        (
+            "pass",
+            "pass",
+            "error: mat1 and mat2 shapes cannot be multiplied (35x3 and 2x3) ({file}, line 16) (details in ",
+        ),
+        ("raise ValueError('a sentence')", "pass", "error: a sentence\n"),
+    ],
+    ids=["made", "run", "in torch", "a sentence"],
+)
+def test_a_bug_is_found_among_the_suites_own_tasks_too(
+    made: str, run: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules, "__path__", [*modules.__path__, str(tmp_path)])
+    result, file = fit_module(BROKEN % (made, run), tmp_path, monkeypatch, *OPTIMIZER, package="modules.")
+    assert result.code == 1
+    assert result.err.startswith(said.format(file=file)), result.err
+
+
+def test_a_bug_in_a_process_of_a_data_loader_is_told_with_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = """
+    class Failing(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            return {}["label"]
+
+    class Net(TwoPassModule):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.network = nn.Linear(2, 3)
+            self.set_metrics({})
+
+        def compute_loss(self, batch, metrics):
+            return self.network(batch).sum()
+
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(Failing(), num_workers=1)
+    """
+    result, file = fit_module(body, tmp_path, monkeypatch, *OPTIMIZER, data="Data")
+    assert result.err.startswith(f"error: KeyError: 'label' ({file}, line 12) (details in "), result.err
+
+
+def test_an_error_of_the_suites_own_names_no_file(tmp_path: Path) -> None:
+    result = call("fit", "--config", "configs/grok_base.yaml", *TINY, "--data.p", "0", "--runs", tmp_path)
+    assert result.code != 0 and ", line " not in result.err
+
+
+def test_batches_of_any_structure_are_counted_by_their_first_tensor() -> None:
+    module, examples = MeasuredModule(), torch.ones(5, 2)
+    for batch in (examples, (examples, examples), {"image": examples, "label": examples}, [{"x": [examples]}]):
+        assert module.batch_size(batch) == 5
+    for batch in ({}, "text", ["text"]):
+        with pytest.raises(TypeError, match=r"override batch_size\(batch\) in MeasuredModule"):
+            module.batch_size(batch)
