@@ -53,7 +53,7 @@ def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_one_before(tmp_pat
     before = whole_files(folder)
     size = len(before["last.ckpt"])
     command = ["fit", *OPTIONS, "--runs", str(runs), "--ckpt_path", "last"]
-    command += ["--trainer.callbacks+=tests.resuming.Interrupt"]
+    command += ["--trainer.callbacks+=tests.helpers.resuming.Interrupt"]
     assert life(command, output, largest_file=size // 2) == 1
     line = error_in(output)
     assert "the checkpoint could not be written (File too large); earlier ones are as they were" in line
@@ -185,7 +185,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it(tmp_path: Path) ->
 
 
 def test_by_option_a_run_goes_on_over_a_step_that_is_not_finite(tmp_path: Path) -> None:
-    options = (*OPTIONS, "--model", "tests.resuming.BrokenStep", "--model.p=7", "--model.width=8", "--model.heads=2")
+    options = (
+        *OPTIONS,
+        "--model",
+        "tests.helpers.resuming.BrokenStep",
+        "--model.p=7",
+        "--model.width=8",
+        "--model.heads=2",
+    )
     assert "step 3 in epoch 1, first pass: the loss is nan" in call("fit", *options, "--runs", tmp_path / "stop").error
     result = call("fit", *options, "--model.nonfinite", "skip", "--runs", tmp_path / "skip")
     assert result.code == 0, result.err

@@ -76,7 +76,7 @@ def test_a_server_that_works_has_every_row_and_nothing_more_is_said(tmp_path: Pa
 
 
 def test_if_its_own_process_dies_the_run_is_recorded_anew(tmp_path: Path) -> None:
-    killing = ("--trainer.callbacks+=tests.wandb_server.KillService", "--internals.every_n_steps", "1")
+    killing = ("--trainer.callbacks+=tests.helpers.wandb_server.KillService", "--internals.every_n_steps", "1")
     with WandbServer() as server:
         result, folder = run(tmp_path, *killing, **ONLINE, WANDB_BASE_URL=server.address)
     assert "W&B has failed" in result.out and "the run is recorded anew, offline" in result.out
@@ -90,7 +90,7 @@ def test_if_its_own_process_dies_the_run_is_recorded_anew(tmp_path: Path) -> Non
 @pytest.mark.parametrize("online", [False, True], ids=["offline", "online"])
 def test_a_run_that_goes_on_keeps_its_id(online: bool, tmp_path: Path) -> None:
     options = (*AGA, *TINY[: TINY.index("--wandb")], "--wandb", "true", "--ckpt_path", "last")
-    interrupting = ("--trainer.callbacks+=tests.resuming.Interrupt", "--data.train_fraction", "0.6")
+    interrupting = ("--trainer.callbacks+=tests.helpers.resuming.Interrupt", "--data.train_fraction", "0.6")
     command = ("fit", *options, *interrupting, "--runs", tmp_path / "runs")
     with WandbServer() as server:
         environment = {**ONLINE, "WANDB_BASE_URL": server.address} if online else {}

@@ -13,7 +13,7 @@ from launch.cli import main
 from tests.helpers.commands import ROOT
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["tests.killing"])
+context.set_forkserver_preload(["tests.helpers.killing"])
 
 
 def live(arguments: list[str], output: str, kill_at_call: int | None, largest_file: int | None) -> None:

@@ -56,7 +56,7 @@ class Noise(L.Callback):
 
 def fit(runs: Path, *arguments: object, stop: str = "") -> Result:
     """Run ``fit`` with the interrupting callback; every run of a test has the same arguments but ``stop``."""
-    options = ("--trainer.callbacks+=tests.resuming.Interrupt", "--runs", runs)
+    options = ("--trainer.callbacks+=tests.helpers.resuming.Interrupt", "--runs", runs)
     os.environ[STOP_AT] = stop
     try:
         return call("fit", *arguments, *options)

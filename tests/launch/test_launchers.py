@@ -17,7 +17,7 @@ from tests.helpers.resuming import STOP_AT
 README = (ROOT / "README.md").read_text()
 TASK = ("--config", "configs/grok_aga.yaml", *TINY, "--data.train_fraction", "0.6", "--trainer.callbacks", "null")
 OVERLAY = ("--config", "configs/overlays/ddp.yaml", "--trainer.accelerator", "cpu")
-INTERRUPTED = "--trainer.callbacks+=tests.resuming.Interrupt"
+INTERRUPTED = "--trainer.callbacks+=tests.helpers.resuming.Interrupt"
 SRUN = """#!{python}
 # Starts what it is given as two tasks on two machines; its exit code is the greatest of theirs.
 import os, subprocess, sys

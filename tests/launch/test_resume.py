@@ -11,7 +11,7 @@ from tests.helpers.commands import AGA, TINY
 from tests.helpers.resuming import assert_same_run, fit, only_folder
 from tests.helpers.text import SMALL_TEXT, write_corpus
 
-NOISE = ("--trainer.callbacks+=tests.resuming.Noise", "--internals.every_n_steps", "3", "--wandb", "false")
+NOISE = ("--trainer.callbacks+=tests.helpers.resuming.Noise", "--internals.every_n_steps", "3", "--wandb", "false")
 SCHEDULED = (
     *("--model.scheduler", "torch.optim.lr_scheduler.CosineAnnealingLR", "--model.scheduler.T_max", "40"),
     *("--model.scheduler_interval", "step"),
