@@ -6,4 +6,5 @@ from ars2.orthogonalize import orthogonalize
 from ars2.param_groups import param_groups, report
 from ars2.replay import repeatable
 
+__version__ = "0.1.0"
 __all__ = ["ARS2Neo", "Muon", "orthogonalize", "param_groups", "repeatable", "report"]

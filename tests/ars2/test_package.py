@@ -1,8 +1,12 @@
 """The package on its own: what it exports and what it imports."""
 
 import ast
+import shutil
 import subprocess
 import sys
+import zipfile
+from email.message import Message
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -43,3 +47,35 @@ def test_there_are_files_to_look_at() -> None:
 def test_what_is_exported_is_there_and_documented() -> None:
     assert set(ars2.__all__) == {"ARS2Neo", "Muon", "orthogonalize", "param_groups", "repeatable", "report"}
     assert all(getattr(ars2, name).__doc__ for name in ars2.__all__)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """What ``pip install .`` installs."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT.parent / name, checkout)
+    shutil.copytree(ROOT, checkout / "ars2", ignore=shutil.ignore_patterns("__pycache__"))
+    build = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('.')"]
+    subprocess.run(build, cwd=checkout, capture_output=True, check=True)
+    (file,) = checkout.glob("*.whl")
+    return zipfile.ZipFile(file)
+
+
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    (name,) = [name for name in wheel.namelist() if name.endswith("/METADATA")]
+    return Parser().parsestr(wheel.read(name).decode())
+
+
+def test_the_wheel_is_the_package_with_its_type_marker_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    files = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert files == {"ars2/py.typed", *(f"ars2/{path.name}" for path in FILES)}
+
+
+def test_the_wheel_says_the_version_that_the_checkout_says(wheel: zipfile.ZipFile) -> None:
+    assert metadata(wheel)["Version"] == ars2.__version__
+
+
+def test_the_wheel_requires_torch_alone(wheel: zipfile.ZipFile) -> None:
+    required = [line for line in metadata(wheel).get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert [line.split(">=")[0] for line in required] == ["torch"]
