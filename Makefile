@@ -3,7 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: help demo test test-all lint bench tables clean
+.PHONY: help demo test test-all lint docs bench tables clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +25,9 @@ lint: .venv/.installed ## check style and types
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy
 
+docs: .venv/.installed ## build the documentation into site/
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 bench: .venv/.installed ## measure the training loop, the optimizer's step and the whole step
 	@$(RUN) -m benchmarks.loop_overhead
 	@$(RUN) -m benchmarks.optimizer_step
@@ -36,7 +39,7 @@ tables: .venv/.installed ## train the published tables on this machine's GPUs, a
 
 clean: ## remove caches, and .venv if make has made it; runs/ stays
 	@if $(MADE_HERE); then rm -rf .venv; elif [ -e .venv ]; then echo ".venv stays, for make has not made it"; fi
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # The range of requires-python in pyproject.toml, told before anything is downloaded.
