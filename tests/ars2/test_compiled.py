@@ -15,7 +15,7 @@ from ars2 import ARS2Neo, Muon
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.training import MODES, closure_of, copies, parameters_of, setup, worst_difference
 
-STEPS = 20
+STEPS = 8
 
 
 class RaggedProblem(SmallProblem):
@@ -51,6 +51,7 @@ def train(mode: str, compile: bool, **options: Any) -> tuple[list[Tensor], list[
     return copies(parameters_of(optimizer)), compilations
 
 
+@pytest.mark.slow
 def test_a_step_of_two_passes_that_is_compiled_from_outside_runs_as_it_is() -> None:
     results = []
     for compiled in (False, True):
@@ -62,6 +63,7 @@ def test_a_step_of_two_passes_that_is_compiled_from_outside_runs_as_it_is() -> N
     assert worst_difference(*results) < 1e-6  # what torch compiled around it may round otherwise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["base", "muon"])
 def test_a_compiled_step_does_not_depend_on_the_default_device(mode: str, backend: CompileCounterWithBackend) -> None:
     model, optimizer = make(mode, compile=True)
@@ -80,7 +82,9 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     return backend
 
 
-@pytest.mark.parametrize("mode", ["base", "sync", "aga", "muon"])
+@pytest.mark.parametrize(
+    "mode", ["aga", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("base", "sync", "muon"))]
+)
 def test_a_compiled_step_is_the_step_and_compiles_nothing_after_the_first_ones(
     mode: str, backend: CompileCounterWithBackend
 ) -> None:
@@ -94,7 +98,7 @@ def test_a_compiled_step_is_the_step_and_compiles_nothing_after_the_first_ones(
     assert worst_difference(plain, compiled) < 2e-5
 
 
-@pytest.mark.parametrize("mode", ["base", "sync"])
+@pytest.mark.parametrize("mode", ["base", pytest.param("sync", marks=pytest.mark.slow)])
 def test_a_capturable_step_can_be_compiled_too(mode: str, backend: CompileCounterWithBackend) -> None:
     plain, _ = train(mode, compile=False)
     compiled, compilations = train(mode, compile=True, capturable=True)
@@ -102,6 +106,7 @@ def test_a_capturable_step_can_be_compiled_too(mode: str, backend: CompileCounte
     assert worst_difference(plain, compiled) < 2e-5
 
 
+@pytest.mark.slow
 def test_without_energy_or_geometry_a_compiled_step_is_the_step(backend: CompileCounterWithBackend) -> None:
     for switched_off in ("energy", "geometry"):
         plain, _ = train("sync", compile=False, **{switched_off: False})
@@ -110,6 +115,7 @@ def test_without_energy_or_geometry_a_compiled_step_is_the_step(backend: Compile
         assert worst_difference(plain, compiled) < 2e-5
 
 
+@pytest.mark.slow
 def test_a_gradient_scale_that_changes_compiles_nothing_anew(backend: CompileCounterWithBackend) -> None:
     model, optimizer = setup("aga", compile=True)
     for step in range(8):
@@ -128,6 +134,7 @@ def test_a_gradient_scale_that_changes_compiles_nothing_anew(backend: CompileCou
     assert backend.frame_count == before
 
 
+@pytest.mark.slow
 def test_many_groups_and_many_optimizers_do_not_reach_the_limit_of_compilations(
     backend: CompileCounterWithBackend,
 ) -> None:

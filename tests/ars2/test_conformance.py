@@ -11,14 +11,22 @@ from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 
 from ars2 import ARS2Neo, Muon, param_groups
-from tests.ars2.training import MODES, assert_identical, copies, parameters_of, same, snapshot, through_a_file
+from tests.ars2.training import (
+    CORE_MODES,
+    MODES,
+    assert_identical,
+    copies,
+    parameters_of,
+    same,
+    snapshot,
+    through_a_file,
+)
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    **{f"ARS2Neo, {name}": partial(ARS2Neo, **options) for name, options in MODES.items()},
+    **{f"ARS2Neo, {name}": partial(ARS2Neo, **MODES[name]) for name in (*CORE_MODES, "periodic", "random")},
     "Muon": Muon,
     "AdamW": AdamW,
 }
-POLICIES = ["all", "hidden"]
 
 
 class Model(nn.Module):
@@ -69,8 +77,7 @@ def advance(model: Model, optimizer: Optimizer, steps: range) -> None:
         optimizer.step(closure)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("name", "policy"), [*((name, "hidden") for name in OPTIMIZERS), ("ARS2Neo, aga", "all")])
 def test_every_trainable_parameter_is_covered_once_and_trained(name: str, policy: str) -> None:
     model, optimizer = new(name, policy)
     covered, trainable = parameters_of(optimizer), [p for p in model.parameters() if p.requires_grad]
@@ -82,18 +89,23 @@ def test_every_trainable_parameter_is_covered_once_and_trained(name: str, policy
     assert set(optimizer.state) == set(trainable)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_learns(name: str, policy: str) -> None:
-    model, optimizer = new(name, policy)
+def test_it_learns(name: str) -> None:
+    model, optimizer = new(name)
     before = sum(model.loss(step).item() for step in range(6))
-    advance(model, optimizer, range(60))
-    assert sum(model.loss(step).item() for step in range(6)) < 0.6 * before
+    advance(model, optimizer, range(40))
+    assert sum(model.loss(step).item() for step in range(6)) < 0.7 * before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("steps", [1, 6])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "steps", "dtype"),
+    [
+        *((name, 6, torch.float32) for name in OPTIMIZERS),
+        ("ARS2Neo, aga", 1, torch.bfloat16),
+        ("ARS2Neo, sync", 6, torch.bfloat16),
+        ("Muon", 6, torch.bfloat16),
+    ],
+)
 def test_resume_from_a_file_is_no_interruption(name: str, steps: int, dtype: torch.dtype) -> None:
     model, optimizer = new(name, dtype=dtype)
     advance(model, optimizer, range(steps))
@@ -101,23 +113,23 @@ def test_resume_from_a_file_is_no_interruption(name: str, steps: int, dtype: tor
     other, other_optimizer = new(name, dtype=dtype)
     other.load_state_dict(saved["model"])
     other_optimizer.load_state_dict(saved["optimizer"])
-    advance(model, optimizer, range(steps, steps + 10))
-    advance(other, other_optimizer, range(steps, steps + 10))
+    advance(model, optimizer, range(steps, steps + 5))
+    advance(other, other_optimizer, range(steps, steps + 5))
     assert_identical(snapshot(optimizer), snapshot(other_optimizer))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_two_runs_are_the_same_to_the_bit(name: str) -> None:
     (model, optimizer), (other, other_optimizer) = new(name), new(name)
-    advance(model, optimizer, range(12))
-    advance(other, other_optimizer, range(12))
+    advance(model, optimizer, range(6))
+    advance(other, other_optimizer, range(6))
     assert_identical(snapshot(optimizer), snapshot(other_optimizer))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_gradients_are_left_as_the_last_backward_made_them(name: str) -> None:
     model, optimizer = new(name)
-    for step in range(7):
+    for step in range(4):
         found: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
 
         def closure(step: int = step, found: list = found) -> None:

@@ -65,9 +65,10 @@ def test_the_shear_force_of_a_zero_gradient_is_the_whole_second_one() -> None:
     assert torch.equal(shear, double(1.0, 2.0))
 
 
-@pytest.mark.parametrize("scale", [2.0**-40, 2.0**-20, 2.0**20])
-@pytest.mark.parametrize("energy", [True, False])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "energy", "scale"),
+    [("base", True, 2.0**-20), ("sync", False, 2.0**-40), ("aga", True, 2.0**-40), ("aga", False, 2.0**20)],
+)
 def test_the_scale_of_the_loss_changes_nothing_if_eps_is_scaled_alike(mode: str, energy: bool, scale: float) -> None:
     # Powers of two, so that scaling itself rounds nothing.
     def run(scale: float) -> tuple[list[dict[str, float]], list[Tensor]]:
@@ -163,14 +164,14 @@ def draws(seed: int, probability: float = 0.3, steps: int = 4000) -> list[bool]:
 
 
 def test_random_looks_at_the_first_step_whatever_the_probability() -> None:
-    for seed in range(20):
+    for seed in range(5):
         assert draws(seed, 0.0, 50) == [True] + [False] * 49
     assert all(draws(0, 1.0, 50))
 
 
-@pytest.mark.parametrize("probability", [0.05, 0.3, 0.9])
+@pytest.mark.parametrize("probability", [0.05, 0.9])
 def test_random_looks_about_as_often_as_its_probability_says(probability: float) -> None:
-    for seed in range(5):
+    for seed in range(2):
         drawn = draws(seed, probability)[1:]
         deviation = math.sqrt(probability * (1 - probability) / len(drawn))
         assert abs(sum(drawn) / len(drawn) - probability) < 4 * deviation

@@ -11,6 +11,7 @@ from ars2 import ARS2Neo, Muon
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.reference import ReferenceARS2
 from tests.ars2.training import (
+    CORE_MODES,
     MODES,
     SHEAR_MODES,
     closure_of,
@@ -41,8 +42,8 @@ class Forgetful(SmallProblem):
         return super().loss(step)
 
 
-@pytest.mark.parametrize("apart", [False, True])  # a group for each parameter: whole groups have no gradient then
-@pytest.mark.parametrize("mode", MODES)
+# Apart: a group for each parameter, so that some groups have no gradient at all.
+@pytest.mark.parametrize(("mode", "apart"), [*((mode, False) for mode in MODES), ("sync", True), ("aga", True)])
 def test_gradients_that_come_and_go_between_the_passes_follow_the_reference(mode: str, apart: bool) -> None:
     def absent(model: Forgetful, groups: list[dict], step: int) -> list[Tensor | None]:
         loss = model.loss(step)
@@ -69,7 +70,7 @@ def test_gradients_that_come_and_go_between_the_passes_follow_the_reference(mode
         assert worst_difference([state["exp_avg"], state["exp_avg_sq"]], [m, v]) <= GRADIENTS_BOUND
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CORE_MODES)
 def test_a_parameter_without_a_gradient_is_left_alone_altogether(mode: str) -> None:
     used, unused = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
     optimizer = ARS2Neo([used, unused], **MODES[mode])
@@ -97,7 +98,7 @@ def test_the_shear_force_is_kept_only_where_both_passes_gave_a_gradient(mode: st
     assert [bool(optimizer.state[p]["shear"].any()) for p in (both, first, second)] == [True, False, False]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CORE_MODES)
 def test_frozen_parameters_are_neither_moved_nor_updated(mode: str) -> None:
     model, optimizer = setup(mode)
     for p in (model.tall.weight, model.tall.bias):
@@ -113,7 +114,7 @@ def test_frozen_parameters_are_neither_moved_nor_updated(mode: str) -> None:
 # --- gradients as found ---
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CORE_MODES)
 def test_the_update_leaves_the_gradients_as_they_are(mode: str) -> None:
     model, optimizer = setup(mode)
     for step in range(7):

@@ -72,11 +72,8 @@ def test_a_damaged_saved_state_is_refused_with_nothing_changed(kind: str, messag
     assert_identical(before, snapshot(other_optimizer))
 
 
-@pytest.mark.parametrize("into", MODES)
-@pytest.mark.parametrize("source", MODES)
+@pytest.mark.parametrize(("source", "into"), [("base", "sync"), ("sync", "aga"), ("random", "periodic")])
 def test_a_saved_state_of_another_mode_is_refused(source: str, into: str) -> None:
-    if MODES[source]["mode"] == MODES[into]["mode"]:
-        return
     optimizer, other = setup(source)[1], setup(into)[1]
     before = snapshot(other)
     with pytest.raises(ValueError, match=f"mode must be one of '{MODES[into]['mode']}', got '{MODES[source]['mode']}'"):
@@ -95,7 +92,7 @@ def test_a_state_from_before_parameters_counted_for_themselves_goes_on_as_it_did
     assert worst_difference(params, saved["later"]) < 1e-5
 
 
-@pytest.mark.parametrize("option", ["ns_algorithm", "energy", "rho", "seed", "ns_coefficients"])
+@pytest.mark.parametrize("option", ["ns_algorithm", "energy", "rho"])
 def test_an_option_that_a_saved_state_is_too_old_to_have_is_at_its_default(option: str) -> None:
     model, optimizer = setup("aga")
     train(model, optimizer, range(4))

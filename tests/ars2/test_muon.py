@@ -47,9 +47,10 @@ class PlainMuon:
             p.copy_(p * (1 - self.lr * self.weight_decay) - self.lr * update)
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(
+    ("dtype", "nesterov", "flatten"),
+    [(torch.float64, True, False), (torch.float64, False, True), (torch.float32, True, True)],
+)
 def test_follows_a_plain_loop(dtype: torch.dtype, nesterov: bool, flatten: bool) -> None:
     bound, ns_dtype = BOUNDS[dtype]
     model, plain_model = SmallProblem(dtype), SmallProblem(torch.float64)

@@ -10,23 +10,23 @@ from ars2.orthogonalize import orthogonalize_all
 from benchmarks.newton_schulz import relative_errors
 from tests.ars2.reference import reference_newton_schulz
 
-SHAPES = [(24, 216), (64, 576), (40, 40), (128, 512), (96, 48)]
+SHAPES = [(24, 216), (40, 40), (96, 48)]
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gram_is_the_reference_in_float64(shape: tuple[int, int], steps: int) -> None:
-    matrix = random(*shape)
-    result = orthogonalize(matrix, steps, dtype=torch.float64, algorithm="gram")
-    # Measured: 3.5e-15. Without forming A anew, rounding would be amplified by 3.4445^2 a step.
-    assert (result - reference_newton_schulz(matrix, steps)).abs().max() <= 5e-14
+@pytest.mark.parametrize("steps", [1, 3, 5, 8])
+def test_gram_is_the_reference_in_float64(steps: int) -> None:
+    for shape in SHAPES:
+        matrix = random(*shape)
+        result = orthogonalize(matrix, steps, dtype=torch.float64, algorithm="gram")
+        # Measured: 3.5e-15. Without forming A anew, rounding would be amplified by 3.4445^2 a step.
+        assert (result - reference_newton_schulz(matrix, steps)).abs().max() <= 5e-14, shape
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5, 9])
+@pytest.mark.parametrize("steps", [3, 9])
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
 def test_gram_is_standard_under_every_schedule(coefficients: str, steps: int) -> None:
     matrix = random(3, 32, 160)
@@ -36,7 +36,9 @@ def test_gram_is_standard_under_every_schedule(coefficients: str, steps: int) ->
     assert (standard - gram).abs().max() <= 5e-14
 
 
-@pytest.mark.parametrize("shape", [(64, 576), (128, 1152), (256, 1024), (512, 1536)])
+@pytest.mark.parametrize(
+    "shape", [(64, 576), *(pytest.param(s, marks=pytest.mark.slow) for s in ((128, 1152), (256, 1024), (512, 1536)))]
+)
 def test_gram_is_as_accurate_as_standard_where_it_is_chosen(shape: tuple[int, int]) -> None:
     # Random, low-rank, of condition 1e6, and tiny. The means over seeds differ by chance by a few percent.
     assert faster_algorithm(*shape, torch.bfloat16, torch.device("cpu")) == "gram"
@@ -71,7 +73,7 @@ def test_for_half_precision_the_gram_matrix_is_in_float32_and_formed_once() -> N
 
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
-@pytest.mark.parametrize("shape", [(96, 400), (300, 1300)])
+@pytest.mark.parametrize("shape", [(96, 400), pytest.param((300, 1300), marks=pytest.mark.slow)])
 def test_gram_is_as_accurate_as_standard_under_every_schedule(shape: tuple[int, int], coefficients: str) -> None:
     exact, standard, gram = (
         orthogonalize(random(*shape).to(given), 7, coefficients, dtype, algorithm).double()
@@ -84,8 +86,7 @@ def test_gram_is_as_accurate_as_standard_under_every_schedule(shape: tuple[int, 
     assert (gram - exact).norm() <= (standard - exact).norm()
 
 
-@pytest.mark.parametrize("rows", [384, 450, 511])
-@pytest.mark.parametrize("matrices", [1, 2])
+@pytest.mark.parametrize(("rows", "matrices"), [(384, 1), (511, 2)])
 def test_a_symmetric_product_by_blocks_is_the_product(rows: int, matrices: int) -> None:
     x = torch.stack([random(rows, 40, seed=seed) for seed in range(matrices)])
     gram = torch.bmm(x, x.mT)
@@ -97,7 +98,7 @@ def test_a_symmetric_product_by_blocks_is_the_product(rows: int, matrices: int) 
     assert found.untyped_storage().nbytes() > found.numel() * 8  # by blocks, for only these pad their rows
 
 
-@pytest.mark.parametrize("rows", [512, 700])
+@pytest.mark.parametrize("rows", [512, pytest.param(700, marks=pytest.mark.slow)])
 def test_a_symmetric_product_by_blocks_in_half_precision_is_the_product_rounded_once(rows: int) -> None:
     a = torch.stack([random(rows, rows, seed=seed) for seed in range(2)])
     a = (a + a.mT).bfloat16()

@@ -1,5 +1,7 @@
 """Newton-Schulz against the singular value decomposition and the float64 reference."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,28 +39,28 @@ def in_polar_basis(result: Tensor, matrix: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_jordan_is_the_reference(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    matrix = random(*shape)
-    result = orthogonalize(matrix.to(input_for(dtype)), dtype=dtype)
-    assert result.dtype == dtype and result.shape == shape
-    assert (result.double() - reference_newton_schulz(matrix)).abs().max() <= REFERENCE_BOUND[dtype]
+def test_jordan_is_the_reference(dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        matrix = random(*shape)
+        result = orthogonalize(matrix.to(input_for(dtype)), dtype=dtype)
+        assert result.dtype == dtype and result.shape == shape
+        assert (result.double() - reference_newton_schulz(matrix)).abs().max() <= REFERENCE_BOUND[dtype], shape
 
 
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_singular_vectors_are_kept(shape: tuple[int, int], dtype: torch.dtype, coefficients: str) -> None:
-    matrix = random(*shape)
-    small = in_polar_basis(orthogonalize(matrix.to(input_for(dtype)), coefficients=coefficients, dtype=dtype), matrix)
-    assert (small - small.T).abs().max() <= VECTORS_BOUND[dtype]
-    assert torch.linalg.eigvalsh((small + small.T) / 2).min() > 0
+def test_singular_vectors_are_kept(dtype: torch.dtype, coefficients: str) -> None:
+    for shape in SHAPES:
+        matrix = random(*shape)
+        result = orthogonalize(matrix.to(input_for(dtype)), coefficients=coefficients, dtype=dtype)
+        small = in_polar_basis(result, matrix)
+        assert (small - small.T).abs().max() <= VECTORS_BOUND[dtype], shape
+        assert torch.linalg.eigvalsh((small + small.T) / 2).min() > 0, shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_jordan_leaves_singular_values_in_its_band(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    for seed in range(5):
+def test_jordan_leaves_singular_values_in_its_band(dtype: torch.dtype) -> None:
+    for seed, shape in product(range(3), SHAPES):
         values = torch.linalg.svdvals(orthogonalize(random(*shape, seed=seed), dtype=dtype).double())
         assert values.max() < 1.2
         # A square Gaussian matrix may have a singular value near zero, which five steps do not lift all the way.
@@ -77,10 +79,10 @@ def test_polar_express_converges_to_the_polar_factor(dtype: torch.dtype, bound: 
         assert (result.double() - polar_factor(matrix)).abs().max() <= bound
 
 
-@pytest.mark.parametrize("steps", range(1, 13))
+@pytest.mark.parametrize("steps", [1, 4, 5, 12])
 def test_polar_express_in_bfloat16_never_blows_up(steps: int) -> None:
     # Polynomials that grow fast above singular value 1, and rounding that takes small matrices there.
-    for seed in range(60):
+    for seed in range(30):
         rows, cols = [(3, 3), (6, 6), (24, 24), (16, 17), (48, 96)][seed % 5]
         result = orthogonalize(random(rows, cols, dtype=torch.float32, seed=seed), steps, "polar_express")
         # Up to 2 on the way is by design.
@@ -96,9 +98,14 @@ def test_polar_express_brings_values_closer_than_jordan() -> None:
     assert errors["polar_express"] < 1e-4 < 1e-1 < errors["jordan"]
 
 
-@pytest.mark.parametrize("coefficients", COEFFICIENTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(3, 5, 8), (3, 8, 5), (2, 3, 7, 4)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "coefficients"),
+    [
+        ((3, 5, 8), torch.float64, "jordan"),
+        ((3, 8, 5), torch.float32, "polar_express"),
+        ((2, 3, 7, 4), torch.bfloat16, "jordan"),
+    ],
+)
 def test_every_matrix_of_a_stack_is_taken_for_itself(
     shape: tuple[int, ...], dtype: torch.dtype, coefficients: str
 ) -> None:
@@ -117,11 +124,10 @@ def test_the_transpose_gives_the_transpose_to_the_bit(dtype: torch.dtype) -> Non
     assert torch.equal(orthogonalize(matrix.T, dtype=dtype), orthogonalize(matrix, dtype=dtype).T)
 
 
-@pytest.mark.parametrize("coefficients", COEFFICIENTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_zero_stays_zero(dtype: torch.dtype, coefficients: str) -> None:
-    result = orthogonalize(torch.zeros(2, 5, 8), coefficients=coefficients, dtype=dtype)
-    assert result.dtype == dtype and not result.any()
+def test_zero_stays_zero() -> None:
+    for coefficients, dtype in product(COEFFICIENTS, DTYPES):
+        result = orthogonalize(torch.zeros(2, 5, 8), coefficients=coefficients, dtype=dtype)
+        assert result.dtype == dtype and not result.any()
 
 
 def test_an_empty_matrix_stays_empty() -> None:
@@ -129,14 +135,14 @@ def test_an_empty_matrix_stays_empty() -> None:
     assert result.shape == (0, 4) and result.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_scale_overflows_or_loses_the_direction(scale: float, dtype: torch.dtype) -> None:
+def test_no_scale_overflows_or_loses_the_direction(dtype: torch.dtype) -> None:
     matrix = random(5, 8, dtype=torch.float32)
-    result = orthogonalize(matrix * scale, dtype=dtype)
-    assert result.isfinite().all()
-    expected = reference_newton_schulz(matrix.double() * scale)
-    assert (result.double() - expected).abs().max() <= REFERENCE_BOUND[dtype]
+    for scale in (1e-30, 1e-6, 1.0, 1e12):
+        result = orthogonalize(matrix * scale, dtype=dtype)
+        assert result.isfinite().all()
+        expected = reference_newton_schulz(matrix.double() * scale)
+        assert (result.double() - expected).abs().max() <= REFERENCE_BOUND[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -169,8 +175,10 @@ def test_stacks_are_written_over_only_where_that_is_allowed(algorithm: str) -> N
     assert not torch.equal(given[0], kept[0])  # where it is a batch of its own, its memory is the iteration's
 
 
-@pytest.mark.parametrize("max_numel", [1, 40, 100, 250, 1 << 26])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "max_numel"),
+    [(torch.float64, 1), (torch.float64, 100), (torch.float32, 40), (torch.bfloat16, 250), (torch.bfloat16, 1 << 26)],
+)
 def test_all_at_once_equals_one_by_one(dtype: torch.dtype, max_numel: int) -> None:
     shapes = [(1, 5, 8), (3, 5, 8), (1, 8, 5), (2, 6, 6), (1, 1, 9), (1, 5, 8), (1, 9, 1), (1, 6, 6), (4, 8, 5)]
     stacks = [random(*shape, dtype=input_for(dtype), seed=seed) for seed, shape in enumerate(shapes)]
@@ -210,14 +218,20 @@ def test_misuse_is_named(arguments: dict, message: str) -> None:
         orthogonalize(**arguments)
 
 
-@pytest.mark.parametrize("algorithm", ["standard", "gram"])
-@pytest.mark.parametrize("coefficients", COEFFICIENTS)
-@pytest.mark.parametrize("shape", [(24, 24), (40, 26), (3, 4, 27)])
+@pytest.mark.parametrize(
+    ("shape", "coefficients", "algorithm"),
+    [
+        ((24, 24), "jordan", "standard"),
+        ((40, 26), "polar_express", "standard"),
+        ((40, 26), "jordan", "gram"),
+        ((3, 4, 27), "polar_express", "gram"),
+    ],
+)
 def test_the_result_does_not_depend_on_the_scale(shape: tuple[int, ...], coefficients: str, algorithm: str) -> None:
     options = {"coefficients": coefficients, "algorithm": algorithm}
     matrix = random(*shape)
     expected = orthogonalize(matrix, dtype=torch.float64, **options)
-    for scale in (1e-37, 1e-30, 1e-20, 1e-11, 1e-6, 1.0, 1e6, 1e17, 1e30, 1e37):
+    for scale in (1e-37, 1e-20, 1e-11, 1.0, 1e17, 1e37):
         scaled = (matrix * scale).float()
         found = orthogonalize(scaled, dtype=torch.float32, **options)
         assert (found.double() - expected).abs().max() <= 2e-5, scale
@@ -250,9 +264,10 @@ def test_entries_that_are_no_real_numbers_are_refused(dtype: torch.dtype) -> Non
         orthogonalize(torch.ones(3, 4), dtype=dtype)
 
 
-@pytest.mark.parametrize("coefficients", COEFFICIENTS)
-@pytest.mark.parametrize("algorithm", ["standard", "gram", "auto"])
-@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (2, 3, 5)])
+@pytest.mark.parametrize(
+    ("shape", "algorithm", "coefficients"),
+    [((3, 4), "standard", "jordan"), ((4, 3), "gram", "polar_express"), ((2, 3, 5), "gram", "jordan")],
+)
 def test_gradients_flow_through(shape: tuple[int, ...], algorithm: str, coefficients: str) -> None:
     matrix = random(*shape).requires_grad_()
 

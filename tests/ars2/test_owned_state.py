@@ -7,11 +7,11 @@ from torch import nn
 from ars2 import ARS2Neo, Muon
 from tests.ars2.training import assert_identical, setup, snapshot, train, worst_difference
 
-MODES = ["base", "sync", "aga"]
 
-
-@pytest.mark.parametrize("replaced", ["tensor", "other layout", "whole state"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "replaced"),
+    [("base", "tensor"), ("sync", "whole state"), ("aga", "tensor"), ("aga", "other layout"), ("base", "whole state")],
+)
 def test_state_that_its_owner_replaces_is_what_the_next_step_finds(mode: str, replaced: str) -> None:
     snapshots = []
     for in_place in (True, False):

@@ -56,7 +56,7 @@ def test_newton_schulz_keeps_the_singular_vectors_and_moves_the_values_by_the_qu
 @pytest.mark.parametrize("shape", [(5, 8), (8, 5), (4, 27), (40, 26), (7, 40)])
 def test_newton_schulz_lands_in_the_band_around_the_polar_factor(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(1)
-    for _ in range(10):
+    for _ in range(3):
         matrix = torch.randn(shape, dtype=torch.float64, generator=generator)
         # In the basis of the polar factor the result is symmetric, with the singular values as its eigenvalues.
         result, polar = reference_newton_schulz(matrix), polar_factor(matrix)
@@ -279,7 +279,7 @@ def test_problem_gives_every_parameter_a_gradient_and_is_the_same_in_both_precis
     assert losses[3] == losses[0] and len(set(losses)) == 3
 
 
-@pytest.mark.parametrize("mode", ["base", "sync", "aga", "periodic", "random"])
+@pytest.mark.parametrize("mode", ["base", "sync", "aga"])
 def test_every_mode_lowers_the_loss_of_the_problem(mode: str) -> None:
     model = SmallProblem(torch.float64)
     groups = problem_groups(model)

@@ -26,6 +26,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 TWO_PASS_MODES = [name for name in MODES if name != "base"]
 SHEAR_MODES = ["aga", "periodic", "random"]
+# One mode of every kind, where only the kind matters: one pass, two, and two at some steps with a shear force between.
+CORE_MODES = ["base", "sync", "aga"]
 
 
 def setup(
