@@ -17,7 +17,7 @@ from ars2.sharded import local
 from callbacks.cost_counters import CostCounters
 from callbacks.flatness_probe import FlatnessProbe
 from callbacks.optimizer_internals import OptimizerInternals
-from callbacks.random_states import RandomStates
+from callbacks.training_state import RandomStates
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
 from modules.two_pass import TwoPassModule

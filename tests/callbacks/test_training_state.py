@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from callbacks.last_checkpoint import LastCheckpoint
-from callbacks.random_states import RandomStates, random_states, set_random_states
+from callbacks.training_state import RandomStates, random_states, set_random_states
 from tests.callbacks.fits import data, fit, module
 
 
