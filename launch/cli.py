@@ -32,12 +32,11 @@ with without_heavy_packages():
 
     from callbacks.best_checkpoint import BestCheckpoint
     from callbacks.cost_counters import CostCounters
-    from callbacks.last_checkpoint import LastCheckpoint
+    from callbacks.last_checkpoint import LastCheckpoint, Stopped, StopSignals
     from callbacks.optimizer_internals import OptimizerInternals
     from callbacks.progress_bar import ProgressBar
     from callbacks.run_summary import RunSummary
     from callbacks.save_config import SaveConfig
-    from callbacks.stop_signals import Stopped, StopSignals
     from callbacks.training_state import LogPosition, RandomStates
     from callbacks.wandb_run import WandbRun
     from experiment.checkpoints import AtomicCheckpointIO, best_checkpoint, check_checkpoint, last_checkpoint

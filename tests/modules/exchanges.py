@@ -8,8 +8,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from callbacks.last_checkpoint import LastCheckpoint
-from callbacks.stop_signals import Stopped, StopSignals
+from callbacks.last_checkpoint import LastCheckpoint, Stopped, StopSignals
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
 from tests.helpers.dispatched import Dispatched
