@@ -22,7 +22,7 @@ from tests.ars2.training import MODES
 from tests.helpers.launching import become
 
 # PARTS batches to a step, shared out among the processes.
-STEPS, PARTS = 24, 4
+STEPS, PARTS = 12, 4
 Make = Callable[[Any], Optimizer]
 Result = dict[str, Any]
 
@@ -57,12 +57,14 @@ def rounded(model: UnevenProblem) -> Optimizer:
 
 
 EXACT: dict[str, Make] = {
-    **{mode: ars2(mode) for mode in ("base", "sync", "aga", "periodic", "random")},
+    **{mode: ars2(mode) for mode in ("base", "sync", "aga", "periodic")},
     "aga, no energy": ars2("aga", energy=False),
     "sync, no geometry": ars2("sync", geometry=False),
     "muon": lambda model: Muon(groups(model), ns_dtype="float32"),
 }
 OPTIMIZERS = {**EXACT, "rounded": rounded}
+# With all kinds of state between them: both moments and a shear force, the first moment alone, and a momentum.
+RESUMED = ("aga", "aga, no energy", "muon")
 
 
 def shard(model: UnevenProblem, mesh: DeviceMesh) -> None:
@@ -167,7 +169,9 @@ def train_all(rank: int, ranks: int, port: int, folder: Path, replicas: int, sav
     else:
         mesh = init_device_mesh("cpu", (ranks,))
     results = {
-        name: train(name, mesh, rank, ranks, folder.parent / f"checkpoint {name}" if saves else None)
+        name: train(
+            name, mesh, rank, ranks, folder.parent / f"checkpoint {name}" if saves and name in RESUMED else None
+        )
         for name in OPTIMIZERS
     }
     torch.save(results, folder / f"{rank}.pt")

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from ars2 import ARS2Neo
 from ars2.sharded import Shards
 from tests.ars2.problems import SmallProblem, problem_groups
-from tests.ars2.sharded_training import EXACT, OPTIMIZERS, STEPS, Result, UnevenProblem, train, train_all
+from tests.ars2.sharded_training import EXACT, OPTIMIZERS, RESUMED, STEPS, Result, UnevenProblem, train, train_all
 from tests.ars2.training import train as train_by_closure
 from tests.helpers.launching import launch
 
@@ -75,7 +75,7 @@ def test_aga_looks_at_some_steps_and_not_at_others(alone: Results) -> None:
 
 def test_a_step_makes_few_all_reduces(two: list[Results]) -> None:
     """One each for the move, the shear forces (made or injected), phi and the energies, whatever the groups."""
-    for name in ("sync", "aga", "periodic", "random"):
+    for name in ("sync", "aga", "periodic"):
         looks = [0, *two[0][name]["looks"]]
         shear, phi = name != "sync", name == "aga"
         for step, found in enumerate(two[0][name]["exchanges"]):
@@ -95,7 +95,7 @@ def test_matrices_that_travel_in_bfloat16_are_rounded(two: list[Results], alone:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # just that is meant
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_checkpoint_of_two_processes_goes_on_in_one(name: str, two: list[Results], folder: Path) -> None:
     resumed = train(name, folder=folder / f"checkpoint {name}")
     assert len(resumed["looks"]) == STEPS // 2
@@ -106,7 +106,7 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(name: str, two: list[Resul
 @pytest.mark.slow
 def test_a_checkpoint_of_two_processes_goes_on_in_four(two: list[Results], folder: Path) -> None:
     four = launch(train_all, 4, folder / "four go on", 1, True)
-    for name in EXACT:
+    for name in RESUMED:
         assert_one(four, name)
         assert four[0][name]["looks"] == two[0][name]["looks"][STEPS // 2 :]
         assert_same(four[0][name], two[0][name])

@@ -58,7 +58,7 @@ def on_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_rank_gets_what_one_process_computes(ranks: int, tmp_path: Path) -> None:
     found = launch(on_rank, ranks, tmp_path)
     alone = newton_schulz(stacks())
