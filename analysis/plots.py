@@ -74,7 +74,8 @@ def on_page(picture: str) -> str:
 
 def on_white(picture: str) -> str:
     """Return what :func:`svg` gave as a picture that stands alone."""
-    return picture.replace(_INK, "#1c1e21").replace("<svg", '<svg style="background: #ffffff"', 1)
+    style = "background: #ffffff; font-family: sans-serif"
+    return picture.replace(_INK, "#1c1e21").replace("<svg", f'<svg style="{style}"', 1)
 
 
 def band(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
