@@ -8,10 +8,11 @@ import lightning.pytorch as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 from ars2.replay import frozen_statistics, random_state
 from callbacks.curvature import Vector, twice_differentiable
+from experiment.library_internals import NormBase
 from modules.two_pass import TwoPassModule
 
 
@@ -32,6 +33,19 @@ def unchanged(pl_module: TwoPassModule) -> Iterator[None]:
                 tensor.copy_(copy)
         for param, gradient in gradients:
             param.grad = gradient
+
+
+@contextmanager
+def batch_statistics(network: nn.Module) -> Iterator[None]:
+    """A block in which BatchNorm layers normalise by the batch, whatever mode the network is in."""
+    norms = [(module, module.training) for module in network.modules() if isinstance(module, NormBase)]
+    for norm, _ in norms:
+        norm.training = True
+    try:
+        yield
+    finally:
+        for norm, training in norms:
+            norm.training = training
 
 
 def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:

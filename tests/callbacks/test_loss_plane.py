@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks.loss_plane import as_long, label, parameters_in, plane_around, plane_through
+from callbacks.loss_surface import as_long, label, parameters_in, plane_around, plane_through
 from modules.modular_addition import ModularAddition
 from tests.callbacks.fits import adamw, module
 from tests.modules.small_task import SmallTask, make_optimizer

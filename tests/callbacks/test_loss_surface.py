@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from callbacks.loss_plane import plane_around
-from callbacks.loss_surface import LossSurface
+from callbacks.loss_surface import LossSurface, plane_around
 from datamodules.batches import TensorBatches
 from tests.callbacks.fits import data, fit, module
 from tests.helpers.commands import AGA, TINY, call, folders, train_py
