@@ -55,7 +55,8 @@ def panels(metric: str) -> list[Any]:
             groupby_rangefunc="stddev",
         ),
         wr.MediaBrowser(
-            title="pictures", media_keys=["pictures/curves", "pictures/looks", "loss_surface", "test/confusion_matrix"]
+            title="pictures",
+            media_keys=["pictures/curves", "pictures/second_passes", "loss_surface", "test/confusion_matrix"],
         ),
         wr.RunComparer(diff_only=True),
     ]

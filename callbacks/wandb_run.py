@@ -1,6 +1,6 @@
-"""The pictures of a run, and what Weights & Biases has beside its rows: best values, axes, pictures, and files."""
+"""Draw a finished run, and send Weights & Biases its pictures, files, axes and best values."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,29 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from callbacks.lookup import folder_of
 from callbacks.run_summary import LOWER_IS_BETTER
 
-# Written by other callbacks; what of it is there goes into the artifact.
+# Files for the artifact, as far as the other callbacks have written them.
 FILES = ("config.yaml", "protocol.yaml", "parameters.txt", "metrics.csv", "summary.json", "samples.txt")
 AXES = ("epoch", "cost/optimizer_steps", "cost/gradient_evaluations", "cost/training_seconds", "cost/flops")
-# By how many of them a table starts, or a step is.
+# The horizontal axis of each group of columns.
 STEP_AXES = {"train/*": "epoch", "milestone/*": "epoch", "optimizer/*": AXES[1], "flatness/*": AXES[1]}
 
 
 class WandbRun(L.Callback):
-    """Draws the run when fitting ends; tells W&B which values are best and what to draw them over, and sends it all.
+    """Draw the run when fitting ends, and send W&B what it needs beside the rows.
 
-    Validation metrics are drawn over the epoch, their summary is the lowest value of a loss or perplexity and the
-    highest of any other, beside the last one (``val/loss.min``, ``val/loss.last``). The pictures are the run's curves,
-    AGA's looks if it made any, and every ``.png`` in the run folder's ``pictures``, under ``pictures/<name>``; the
-    files become an artifact of type ``run``. Trials of a search are not drawn. wandb is imported only where it is among
-    the loggers.
+    W&B draws validation metrics over the epoch. Their summary has the last value and the best one: the lowest of a loss
+    or perplexity, the highest of any other metric (``val/loss.last``, ``val/loss.min``). Every ``.png`` in the run
+    folder's ``pictures`` is logged as ``pictures/<name>``. The run's files become an artifact of type ``run``. Trials
+    of a search are not drawn. The package wandb is imported only if one of the loggers is a ``WandbLogger``.
+
+    Args:
+        draw: writes pictures into ``pictures`` of the run folder that it is given; ``None`` draws nothing.
     """
 
     changes_training = False
+
+    def __init__(self, draw: Callable[[Path], None] | None = None) -> None:
+        self.draw = draw
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics: Any = getattr(pl_module, "val_metrics", {})
@@ -36,7 +41,7 @@ class WandbRun(L.Callback):
             try:
                 _define(logger.experiment, metrics)
             except Exception as error:
-                print(f"W&B draws this run over its steps ({type(error).__name__}: {error})")
+                print(f"W&B draws this run over steps only ({type(error).__name__}: {error})")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         folder = folder_of(trainer)
@@ -44,22 +49,25 @@ class WandbRun(L.Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
-                logger.save()  # the last rows; Lightning writes them after this
-        # The training is done and its results are on disk: that must not be lost for want of a picture.
+                logger.save()  # Lightning writes the last rows only after this hook.
+        # Training is done and its results are on disk. A failed picture must not fail the run.
         try:
-            if _is_to_be_drawn(folder):
-                draw(folder)
+            if self.draw is not None and _should_draw(folder):
+                self.draw(folder)
         except Exception as error:
-            print(f"there are no pictures of this run ({type(error).__name__}: {error})")
+            print(f"the pictures of this run could not be drawn ({type(error).__name__}: {error})")
         try:
             for logger in _wandb_loggers(trainer):
                 _send(logger.experiment, folder)
         except Exception as error:
-            print(f"W&B has no pictures and files of this run ({type(error).__name__}: {error})")
+            print(f"the pictures and files could not be sent to W&B ({type(error).__name__}: {error})")
 
 
-def _is_to_be_drawn(folder: Path) -> bool:
-    """Say whether there is a log, of a run that is no trial: drawing would take longer than some of those."""
+def _should_draw(folder: Path) -> bool:
+    """Return whether the run has a config and a log, and is no trial of a search.
+
+    Drawing takes longer than some trials.
+    """
     if not (folder / "metrics.csv").is_file() or not (folder / "config.yaml").is_file():
         return False
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -80,27 +88,6 @@ def _define(run: Any, metrics: Iterable[str]) -> None:
     for name in metrics:
         best = "min" if name in LOWER_IS_BETTER else "max"
         run.define_metric(f"val/{name}", step_metric="epoch", summary=f"{best},last")
-
-
-def draw(folder: Path) -> None:
-    """Write ``pictures/curves.png`` and, for AGA, ``pictures/looks.png`` into a run folder, from its own log."""
-    from analysis import plots
-    from analysis.rows import group
-    from analysis.runs import Run
-
-    (compared,) = group([Run(folder)])
-    if not compared.rows:
-        return
-    figures = {
-        "curves": plots.curves(compared, compared.metric, "epoch"),
-        "looks": plots.looks(compared.rows[0]),
-    }
-    if figures["curves"] is not None:
-        plots.add_legend(figures["curves"])
-    (folder / "pictures").mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        if figure is not None:
-            figure.savefig(folder / "pictures" / f"{name}.png", dpi=120, facecolor="white")
 
 
 def _send(run: Any, folder: Path) -> None:

@@ -30,6 +30,7 @@ with without_heavy_packages():
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    from analysis.run_pictures import draw
     from callbacks.best_checkpoint import BestCheckpoint
     from callbacks.cost_counters import CostCounters
     from callbacks.last_checkpoint import LastCheckpoint, Stopped, StopSignals
@@ -350,7 +351,7 @@ def main(arguments: Sequence[str]) -> int:
             trainer_defaults={
                 "enable_model_summary": False,
                 "callbacks": [
-                    *(ProgressBar(), CostCounters(), RunSummary(), WandbRun()),
+                    *(ProgressBar(), CostCounters(), RunSummary(), WandbRun(draw)),
                     *(RandomStates(), LogPosition(), StopSignals()),
                 ],
             },

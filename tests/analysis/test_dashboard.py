@@ -69,7 +69,9 @@ def test_every_section_draws_its_metric_over_every_cost(specification: dict[str,
         assert {"train/loss", "val/loss", "flatness/phi", "flatness/trigger_rate", "flatness/hessian_top"} <= drawn
         (best,) = [panel["config"] for panel in panels if panel["viewType"] == "Bar Chart"]
         (media,) = [panel["config"] for panel in panels if panel["viewType"] == "Media Browser"]
-        assert {"pictures/curves", "pictures/looks", "loss_surface", "test/confusion_matrix"} == set(media["mediaKeys"])
+        assert {"pictures/curves", "pictures/second_passes", "loss_surface", "test/confusion_matrix"} == set(
+            media["mediaKeys"]
+        )
         assert best["metrics"] == [f"{metrics[task]}.{'min' if task == 'wikitext' else 'max'}"]
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from callbacks.wandb_run import WandbRun, draw
+from analysis.run_pictures import draw
+from callbacks.wandb_run import WandbRun
 from tests.callbacks.fits import ars2, data, fit, module
 from tests.helpers.commands import AGA, ROOT, TINY, folders, train_py
 from tests.helpers.commands import fit as run
@@ -83,14 +84,14 @@ def test_its_metrics_have_best_values_and_axes(recorded: tuple[Path, list[dict[s
 def test_its_pictures_and_files_are_there(recorded: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, records = recorded
     logged = {item["nested_key"][0] for row in of("history", records) for item in row["item"] if "nested_key" in item}
-    assert {"pictures/curves", "pictures/looks"} <= logged
-    for name in ("curves", "looks"):
+    assert {"pictures/curves", "pictures/second_passes"} <= logged
+    for name in ("curves", "second_passes"):
         assert (folder / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     (artifact,) = of("artifact", records)
     assert artifact["type"] == "run"
     contents = {entry["path"] for entry in artifact["manifest"]["contents"]}
     files = {"config.yaml", "protocol.yaml", "parameters.txt", "metrics.csv", "summary.json"}
-    assert contents == files | {"pictures/curves.png", "pictures/looks.png"}
+    assert contents == files | {"pictures/curves.png", "pictures/second_passes.png"}
 
 
 def test_an_axis_is_in_every_row_that_is_drawn_over_it(recorded: tuple[Path, list[dict[str, Any]]]) -> None:
@@ -107,13 +108,13 @@ def test_an_axis_is_in_every_row_that_is_drawn_over_it(recorded: tuple[Path, lis
 
 def test_without_w_and_b_the_run_is_drawn_too(tmp_path: Path) -> None:
     folder = run(tmp_path, *AGA, *TINY, "--internals.every_n_steps", "1")
-    assert {path.name for path in (folder / "pictures").iterdir()} == {"curves.png", "looks.png"}
+    assert {path.name for path in (folder / "pictures").iterdir()} == {"curves.png", "second_passes.png"}
 
 
 def test_a_trial_and_a_run_without_a_config_are_not_drawn(tmp_path: Path) -> None:
     sweep = ("--sweep.name", "search", "--sweep.optimizer", "aga", "--sweep.trial", "0")
     assert not (run(tmp_path / "trial", *AGA, *TINY, *sweep) / "pictures").exists()
-    fit(module(ars2("aga")), data(), [WandbRun()], tmp_path / "alone", epochs=1)
+    fit(module(ars2("aga")), data(), [WandbRun(draw)], tmp_path / "alone", epochs=1)
     assert not (tmp_path / "alone" / "pictures").exists()
 
 
