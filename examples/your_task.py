@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from datamodules.batches import TensorBatches
-from modules.stage_metrics import Metrics
+from modules.metrics import Metrics
 from modules.two_pass import TwoPassModule
 
 ARMS = 3

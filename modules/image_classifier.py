@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from experiment.library_internals import is_attached
 from modules.cifar_resnet import CIFARResNet18
-from modules.stage_metrics import Metrics
+from modules.metrics import Metrics
 from modules.two_pass import TwoPassModule
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from modules.grokking_transformer import GrokkingTransformer
-from modules.stage_metrics import Metrics
+from modules.metrics import Metrics
 from modules.two_pass import TwoPassModule
 
 

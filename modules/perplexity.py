@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from modules.stage_metrics import MeanLoss
+from modules.metrics import MeanLoss
 
 
 class Perplexity(MeanLoss):

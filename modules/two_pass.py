@@ -2,7 +2,7 @@
 
 Knows nothing of any task and names no optimizer. Both passes see the same batches and the same random numbers;
 buffers (BatchNorm's statistics) and the reported loss come from the first one alone. What is measured is in
-:mod:`modules.measured`, what must not be taken in in :mod:`modules.nonfinite`.
+:mod:`modules.evaluation`, what must not be taken in in :mod:`modules.nonfinite`.
 """
 
 import inspect
@@ -22,12 +22,12 @@ from ars2.param_groups import Policy
 from ars2.replay import random_state
 from experiment.library_internals import is_attached, is_compiled
 from modules.checks import check_callbacks, check_complete
-from modules.measured import MeasuredModule
+from modules.evaluation import MeasuredModule
+from modules.metrics import remember
 from modules.nonfinite import StepRecord, lower_scale
 from modules.optimizer_setup import build_optimizer, build_scheduler
 from modules.saved_arguments import arguments_of, check_same_network, is_plain
 from modules.sharding import shard
-from modules.stage_metrics import remember
 
 # An epoch that ends with so many steps left out in a row ends the run: nothing is learnt any more.
 MOST_SKIPPED = 100

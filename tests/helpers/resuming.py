@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modules.metrics import Metrics
 from modules.modular_addition import ModularAddition
-from modules.stage_metrics import Metrics
 from tests.helpers.commands import Result, call, folders, metrics
 
 STOP_AT = "ARS2_TEST_STOP_AT"

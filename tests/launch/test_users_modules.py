@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import modules
-from modules.measured import MeasuredModule
+from modules.evaluation import MeasuredModule
 from tests.helpers.commands import TINY, Result, call
 
 NUMBERS = itertools.count()

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ars2 import ARS2Neo, Muon
 from datamodules.batches import TensorBatches
-from modules.stage_metrics import Metrics
+from modules.metrics import Metrics
 from modules.two_pass import TwoPassModule
 
 # Every optimizer of the suite, as configs name them: (class, options).

@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modules.stage_metrics import Metrics
+from modules.metrics import Metrics
 from modules.two_pass import TwoPassModule
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from modules.checks import examples_in
+from modules.metrics import MeanLoss, Metrics, load_metric_state, metric_state
 from modules.shares import of_all, own
-from modules.stage_metrics import MeanLoss, Metrics, load_metric_state, metric_state
 
 
 class MeasuredModule(L.LightningModule):
