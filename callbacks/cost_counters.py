@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import torch
 from torch.optim import Optimizer
 
-from modules.shares import of_all, own
+from experiment.distributed import gather_per_rank, local_share
 
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
@@ -155,10 +155,10 @@ class CostCounters(L.Callback):
         self._pause(pl_module)
         if trainer.world_size > 1:
             # Each process has counted its share of the examples and of the optimizer's products.
-            checkpoint["costs"] = of_all(trainer, self.state_dict())
+            checkpoint["costs"] = gather_per_rank(trainer, self.state_dict())
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._share = own(trainer, checkpoint.get("costs", []))
+        self._share = local_share(trainer, checkpoint.get("costs", []))
 
     def state_dict(self) -> dict[str, Any]:
         self._count()

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from experiment.csv_log import RunCSVLogger
+from experiment.distributed import gather_per_rank, local_share
 from experiment.library_internals import is_within_epoch, row_to_come
-from modules.shares import of_all, own
 
 
 def random_states() -> dict[str, Any]:
@@ -62,7 +62,7 @@ class RandomStates(L.Callback):
         self._again: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        states = of_all(trainer, random_states())
+        states = gather_per_rank(trainer, random_states())
         middle = is_within_epoch(trainer)
         checkpoint["random_states"] = {"processes": states, "middle": middle}
 
@@ -70,7 +70,7 @@ class RandomStates(L.Callback):
         if trainer.state.fn != "fit" or "random_states" not in checkpoint:
             return
         saved = checkpoint["random_states"]
-        mine = own(trainer, saved["processes"]) or saved["processes"][0]
+        mine = local_share(trainer, saved["processes"]) or saved["processes"][0]
         set_random_states(mine)
         self._again = mine if saved["middle"] else None
 

@@ -7,11 +7,14 @@ then they must not each find a folder of their own.
 import functools
 import json
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+if TYPE_CHECKING:
+    import lightning.pytorch as L
 
 
 def _started_alike() -> tuple[int, int] | None:
@@ -67,3 +70,20 @@ def _store(rank: int, processes: int) -> torch.distributed.Store:
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
     store, _, _ = next(torch.distributed.rendezvous("env://", rank, processes))
     return torch.distributed.PrefixStore("ars2", store)
+
+
+def gather_per_rank(trainer: "L.Trainer", value: Any) -> list[Any]:
+    """Return the ``value`` of every rank, by rank, on every rank; a collective call."""
+    if trainer.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def local_share(trainer: "L.Trainer", values: Sequence[Any]) -> Any | None:
+    """Return this rank's entry of what :func:`gather_per_rank` returned.
+
+    The result is ``None`` if the values were gathered from another number of ranks.
+    """
+    return values[trainer.global_rank] if len(values) == trainer.world_size else None

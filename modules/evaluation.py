@@ -9,12 +9,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from experiment.distributed import gather_per_rank, local_share
 from modules.checks import examples_in
 from modules.metrics import MeanLoss, Metrics, load_metric_state, metric_state
-from modules.shares import of_all, own
 
 
-class MeasuredModule(L.LightningModule):
+class EvaluatedModule(L.LightningModule):
     """Evaluates and logs; how it is trained is left to a subclass, which updates ``train_metrics`` with every batch.
 
     A subclass that counts other units than examples says with ``same_units`` whether every example has as many.
@@ -136,10 +136,10 @@ class MeasuredModule(L.LightningModule):
         if several:
             # Sums of sums depend on their order: as many processes go on from what each had.
             mine = {name: metric_state(metric, False) for name, metric in self._train_metrics()}
-            checkpoint["train_metric_shares"] = of_all(self.trainer, mine)
+            checkpoint["train_metric_shares"] = gather_per_rank(self.trainer, mine)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = own(self.trainer, checkpoint.get("train_metric_shares", []))
+        saved = local_share(self.trainer, checkpoint.get("train_metric_shares", []))
         if saved is None:
             # Of all processes' sums one takes all: the others start from nothing.
             saved = checkpoint["train_metrics"] if self.trainer.is_global_zero else {}

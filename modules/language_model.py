@@ -10,8 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from experiment.library_internals import is_attached
 from modules.chunked_cross_entropy import chunked_cross_entropy
 from modules.head_projections import split_heads
-from modules.metrics import Metrics
-from modules.perplexity import BitsPerByte, Perplexity, WordPerplexity
+from modules.metrics import BitsPerByte, Metrics, Perplexity, WordPerplexity
 from modules.sampling import continuation
 from modules.two_pass import TwoPassModule
 

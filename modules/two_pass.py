@@ -22,7 +22,7 @@ from ars2.param_groups import Policy
 from ars2.replay import random_state
 from experiment.library_internals import is_attached, is_compiled
 from modules.checks import check_callbacks, check_complete
-from modules.evaluation import MeasuredModule
+from modules.evaluation import EvaluatedModule
 from modules.metrics import remember
 from modules.nonfinite import StepRecord, lower_scale
 from modules.optimizer_setup import build_optimizer, build_scheduler
@@ -33,7 +33,7 @@ from modules.sharding import shard
 MOST_SKIPPED = 100
 
 
-class TwoPassModule(MeasuredModule):
+class TwoPassModule(EvaluatedModule):
     """Base of the task modules: manual optimization, schedulers, clipping and accumulation.
 
     A task module sets ``self.network``, calls :meth:`set_metrics`, and implements :meth:`compute_loss`. An optimizer
@@ -289,7 +289,7 @@ class TwoPassModule(MeasuredModule):
         if self.trainer.world_size == 1:
             return 1.0
         loader: Any = self.trainer.train_dataloader
-        if self.same_units or type(self).batch_size is MeasuredModule.batch_size:
+        if self.same_units or type(self).batch_size is EvaluatedModule.batch_size:
             if isinstance(getattr(loader, "sampler", None), DistributedSampler):
                 return 1.0  # it fills up the last share
             if hasattr(loader, "share_weight"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import modules
-from modules.evaluation import MeasuredModule
+from modules.evaluation import EvaluatedModule
 from tests.helpers.commands import TINY, Result, call
 
 NUMBERS = itertools.count()
@@ -161,9 +161,9 @@ def test_an_error_of_the_suites_own_names_no_file(tmp_path: Path) -> None:
 
 
 def test_batches_of_any_structure_are_counted_by_their_first_tensor() -> None:
-    module, examples = MeasuredModule(), torch.ones(5, 2)
+    module, examples = EvaluatedModule(), torch.ones(5, 2)
     for batch in (examples, (examples, examples), {"image": examples, "label": examples}, [{"x": [examples]}]):
         assert module.batch_size(batch) == 5
     for batch in ({}, "text", ["text"]):
-        with pytest.raises(TypeError, match=r"override batch_size\(batch\) in MeasuredModule"):
+        with pytest.raises(TypeError, match=r"override batch_size\(batch\) in EvaluatedModule"):
             module.batch_size(batch)

@@ -16,7 +16,7 @@ from ars2 import ARS2Neo, param_groups
 from ars2.param_groups import assign
 from callbacks.text_samples import TextSamples
 from modules.language_model import LanguageModel
-from modules.perplexity import Perplexity
+from modules.metrics import Perplexity
 from tests.modules.language import SIZES, data, model, trainer
 from tests.modules.small_task import TWO_PASS, assert_equal_states, make_optimizer, state_of
 
