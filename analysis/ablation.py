@@ -17,7 +17,7 @@ Corner: TypeAlias = tuple[bool, ...]
 _AXIS = "cost/gradient_evaluations"
 
 
-def switches(group: Group) -> Iterator[Table]:
+def ablations(group: Group) -> Iterator[Table]:
     """Yield, for every search that holds all eight corners, the differences that each switch makes, seed by seed.
 
     Nothing where no corners have two seeds in common.

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.runs import AXES
 from experiment.loggers import has_key
-from launch.errors import one_line
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
@@ -44,7 +43,7 @@ def panels(metric: str) -> list[Any]:
         line("training loss", "epoch", "train/loss", log=True),
         line("validation loss", "epoch", "val/loss", log=True),
         line("phi and its threshold", "cost/optimizer_steps", "flatness/phi", "flatness/threshold"),
-        line("looks a step", "cost/optimizer_steps", "flatness/trigger_rate"),
+        line("second-pass rate", "cost/optimizer_steps", "flatness/trigger_rate"),
         line("top Hessian eigenvalue", "cost/optimizer_steps", "flatness/hessian_top", log=True),
         line("size of the update over the weights", "cost/optimizer_steps", "optimizer/update_ratio_matrix", log=True),
         wr.BarPlot(
@@ -104,14 +103,17 @@ def main() -> int:
         parser.error(f"the place is ENTITY/PROJECT, got {options.place}")
     try:
         if not has_key():
-            raise ValueError("there is no key of Weights & Biases: say wandb login, or set WANDB_API_KEY")
+            raise ValueError("there is no key of Weights & Biases: run wandb login, or set WANDB_API_KEY")
         report = dashboard(entity, project, options.tasks)
         report.save()
     except ModuleNotFoundError as error:
         print(f"error: the dashboard needs the package {error.name}: pip install wandb-workspaces", file=sys.stderr)
         return 1
     except Exception as error:  # wandb and its network have dozens of their own
-        print(f"error: the dashboard could not be saved in {options.place}: {one_line(error)}", file=sys.stderr)
+        print(
+            f"error: the dashboard could not be saved in {options.place}: {' '.join(str(error).split())}",
+            file=sys.stderr,
+        )
         return 1
     print(f"dashboard: {report.url}")
     return 0

@@ -1,21 +1,25 @@
 """The report as a folder: ``report.html``, ``report.md``, ``report.tex``, ``runs.csv`` and pictures."""
 
+import csv
+import functools
 import html
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import pandas as pd
+from typing import Any
 
 from analysis import plots
-from analysis.ablation import switches
+from analysis.ablation import ablations
+from analysis.archive import unpacked_path
 from analysis.flatness import MEASURES, flatness
 from analysis.results import baseline, milestones, pairs, published, results, step_cost, to_target
-from analysis.rows import Group, Row
-from analysis.runs import AXES, Problem
+from analysis.rows import Group, Row, check_names, group
+from analysis.runs import AXES, Problem, Run, read
+from analysis.study import Study
 from analysis.tables import Table, median_text, number
-from analysis.tuning_budget import ledgers
+from analysis.tuning_budget import tuning_budgets
 
 _CSS = Path(__file__).with_name("report.css")
 # What Markdown shows, which has no room for a choice of axes.
@@ -48,12 +52,48 @@ class Section:
     standalone: dict[str, str] = field(default_factory=dict)
 
 
+def _no_progress(steps: Sequence[Any], description: str) -> Iterable[Any]:
+    return steps
+
+
+def compare(
+    folders: Sequence[Path],
+    output: Path,
+    study: Study,
+    unfinished: bool = False,
+    progress: Callable[..., Iterable[Any]] = _no_progress,
+) -> str:
+    """Read runs and write their report.
+
+    Args:
+        folders: run folders, folders that contain some, or archives.
+        output: folder to write to, see :func:`write`.
+        study: the report's options.
+        unfinished: whether to include runs that did not finish.
+        progress: yields the steps that it is given, and shows how many are done under a ``description``.
+
+    Returns:
+        What was found, for the terminal.
+
+    Raises:
+        ValueError: there is no finished run, a name in ``study`` is wrong, or ``output`` holds something else.
+    """
+    check_folder(output)
+    runs, problems = read(folders, unfinished, functools.partial(progress, description="reading runs"))
+    groups = group(runs, problems, study.targets, study.labels)
+    if not groups:
+        reasons = f", such as {problems[0].folder}: {problems[0].reason}" if problems else ""
+        raise ValueError(f"there is no finished run in {', '.join(map(str, folders))}{reasons}")
+    check_names(groups, study.baseline, study.targets)
+    write(output, groups, problems, study, functools.partial(progress, description="writing tables and pictures"))
+    return summary(groups, problems)
+
+
 def write(
     folder: Path,
     groups: Sequence[Group],
     problems: Sequence[Problem],
-    title: str,
-    wanted: str | None = None,
+    study: Study,
     progress: Callable[[Sequence[Group]], Iterable[Group]] = iter,
 ) -> None:
     """Write the report, over a former one.
@@ -62,15 +102,14 @@ def write(
         folder: made if it does not exist; of what is in it only a former report's own files are replaced.
         groups: as :func:`analysis.rows.group` returns them.
         problems: folders that are in no table.
-        title: of the report.
-        wanted: label or optimizer of the row that others are compared with.
+        study: title and note of the report, and the row that others are compared with.
         progress: yields the groups that it is given, and shows how many have been written about.
 
     Raises:
         ValueError: the folder holds something and no report.
     """
     check_folder(folder)
-    sections = [_section(group, wanted, index) for index, group in enumerate(progress(groups))]
+    sections = [_section(group, study.baseline, index) for index, group in enumerate(progress(groups))]
     left_out = _left_out(problems)
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures(folder):
@@ -79,11 +118,15 @@ def write(
     for section in sections:
         for name, content in section.standalone.items():
             (folder / "pictures" / name).write_text(content, encoding="utf-8")
-    (folder / "report.html").write_text(_html(title, sections, left_out), encoding="utf-8")
-    (folder / "report.md").write_text(_markdown(title, sections, left_out), encoding="utf-8")
+    (folder / "report.html").write_text(_html(study, sections, left_out), encoding="utf-8")
+    (folder / "report.md").write_text(_markdown(study, sections, left_out), encoding="utf-8")
     tables = [table.latex() for section in sections for table in section.tables]
     (folder / "report.tex").write_text("% Needs \\usepackage{booktabs}.\n" + "\n".join(tables), encoding="utf-8")
-    _numbers(groups).to_csv(folder / "runs.csv", index=False)
+    lines = list(_numbers(groups))
+    with (folder / "runs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(key for line in lines for key in line), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def check_folder(folder: Path) -> None:
@@ -111,8 +154,8 @@ def _section(group: Group, wanted: str | None, index: int) -> Section:
     reference = baseline(group, wanted)
     tables = [published(group), results(group), to_target(group), milestones(group)]
     tables += [] if reference is None else list(pairs(group, reference))
-    tables += [*switches(group), *flatness(group)]
-    tables += [step_cost(group, reference), *ledgers(group), _runs(group)]
+    tables += [*ablations(group), *flatness(group)]
+    tables += [step_cost(group, reference), *tuning_budgets(group), _runs(group)]
     found = [table for table in tables if table is not None and table.rows]
     section = Section(group, f"{group.task}-{group.digest}", list(_headlines(group)), found)
     prefix = f"{index + 1}-{group.task}"
@@ -161,12 +204,20 @@ def _headlines(group: Group) -> Iterator[str]:
 def _runs(group: Group) -> Table:
     """List every run behind the rows, with the command that repeats it."""
     lines = [
-        [row.label, run.identity.seed, str(run.epochs), f"python train.py fit --config {run.shown / 'config.yaml'}"]
+        [row.label, run.identity.seed, str(run.epochs), f"python train.py fit --config {_config(run)}"]
         for row in group.rows
         for run in row.runs.values()
     ]
-    notes = [f"Protocol {group.digest}: " + ", ".join(f"{key} {value}" for key, value in group.protocol.items())]
+    folders = [run.folder for row in group.rows for run in row.runs.values()]
+    archives = {Path(folder.root.filename or "") for folder in folders if isinstance(folder, zipfile.Path)}
+    unpack = [f"python -m zipfile -e {archive} {archive.parent}" for archive in sorted(archives)]
+    notes = [f"First unpack the runs: {', '.join(unpack)}"] if unpack else []
+    notes += [f"Protocol {group.digest}: " + ", ".join(f"{key} {value}" for key, value in group.protocol.items())]
     return Table("Runs, and the command that repeats each", ["row", "seed", "epochs", "command"], lines, notes)
+
+
+def _config(run: Run) -> Path:
+    return Path(str(unpacked_path(run.folder))) / "config.yaml"
 
 
 def _left_out(problems: Sequence[Problem]) -> Table:
@@ -174,26 +225,24 @@ def _left_out(problems: Sequence[Problem]) -> Table:
     return Table("In no table", ["folder", "why"], lines)
 
 
-def _numbers(groups: Sequence[Group]) -> pd.DataFrame:
-    """Return one row a run: what every table was computed from."""
-    lines = []
-    for group in groups:
-        for row in group.rows:
+def _numbers(groups: Sequence[Group]) -> Iterator[dict[str, object]]:
+    """Yield one row a run: the numbers that every table was computed from."""
+    for entry in groups:
+        for row in entry.rows:
             for seed, run in row.runs.items():
-                line: dict[str, object] = {"task": group.task, "protocol": group.digest, "row": row.label, "seed": seed}
-                line |= {"best": run.best(group.metric, group.lower), "last": run.last(group.metric)}
-                line |= {"metric": group.metric, "diverged": run.diverged}
+                line: dict[str, object] = {"task": entry.task, "protocol": entry.digest, "row": row.label, "seed": seed}
+                line |= {"best": run.best(entry.metric, entry.lower), "last": run.last(entry.metric)}
+                line |= {"metric": entry.metric, "diverged": run.diverged}
                 line |= {axis: run.at_end(axis) for axis in AXES}
                 line |= {column: run.last(column) for column in MEASURES if run.has(column)}
-                for target in group.targets:
-                    for axis in group.axes:
+                for target in entry.targets:
+                    for axis in entry.axes:
                         line[f"{target.name}: {AXES[axis]}"] = run.reached(target, axis)
-                lines.append(line | {"folder": str(run.shown)})
-    return pd.DataFrame(lines)
+                yield line | {"folder": str(run.shown)}
 
 
-def _markdown(title: str, sections: Sequence[Section], left_out: Table) -> str:
-    parts = [f"# {title}\n"]
+def _markdown(study: Study, sections: Sequence[Section], left_out: Table) -> str:
+    parts = [f"# {study.title}\n", *([f"{study.note}\n"] if study.note else [])]
     for section in sections:
         parts.append(f"## {section.group.title}, protocol {section.group.digest}\n")
         parts.append("".join(f"* {line}\n" for line in section.headlines))
@@ -206,7 +255,8 @@ def _markdown(title: str, sections: Sequence[Section], left_out: Table) -> str:
     return "\n".join(parts)
 
 
-def _html(title: str, sections: Sequence[Section], left_out: Table) -> str:
+def _html(study: Study, sections: Sequence[Section], left_out: Table) -> str:
+    title, note = html.escape(study.title), f"<p>{html.escape(study.note)}</p>" if study.note else ""
     links = [f'<li><a href="#{s.anchor}">{html.escape(s.group.title)} ({s.group.digest})</a></li>' for s in sections]
     rows, runs = (sum(count) for count in ([len(s.group.rows) for s in sections], [_count(s.group) for s in sections]))
     problems = len(left_out.rows)
@@ -219,8 +269,8 @@ def _html(title: str, sections: Sequence[Section], left_out: Table) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>\n{_CSS.read_text(encoding='utf-8')}{_choices(sections)}</style></head>"
-        f'<body><header><h1>{html.escape(title)}</h1><p class="soft">{counts}</p>'
+        f"<title>{title}</title><style>\n{_CSS.read_text(encoding='utf-8')}{_choices(sections)}</style></head>"
+        f'<body><header><h1>{title}</h1>{note}<p class="soft">{counts}</p>'
         f"<nav><ul>{''.join(links)}</ul></nav></header><main>{body}</main></body></html>\n"
     )
 
@@ -300,9 +350,9 @@ def _wide(table: str) -> str:
 def summary(groups: Sequence[Group], problems: Sequence[Problem]) -> str:
     """Return what was found, for the terminal."""
     lines = []
-    for group in groups:
-        lines.append(f"{group.title}, protocol {group.digest}: {_count(group)} runs in {len(group.rows)} rows")
-        lines += [f"  {line}" for line in _headlines(group)]
+    for entry in groups:
+        lines.append(f"{entry.title}, protocol {entry.digest}: {_count(entry)} runs in {len(entry.rows)} rows")
+        lines += [f"  {line}" for line in _headlines(entry)]
     if problems:
         lines.append(f"{number(len(problems))} folders are in no table; the report says why")
     return "\n".join(lines)

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from analysis.rows import Group, Row, matches
-from analysis.runs import AXES, Target
+from analysis.runs import AXES
 from analysis.statistics import Mean, geometric_interval, holm, mean_interval, paired, race
+from analysis.study import Target
 from analysis.tables import Table, mean_text, median_text, number
 
 
@@ -32,8 +33,8 @@ def _mean(metric: str, values: dict[str, float]) -> Mean:
 
 
 def _row_name(row: Row) -> str:
-    told = row.optimizer in row.label or row.label in row.optimizer
-    return row.label if told else f"{row.label} ({row.optimizer})"
+    named = row.optimizer in row.label or row.label in row.optimizer or row.label != (row.name or row.label)
+    return row.label if named else f"{row.label} ({row.optimizer})"
 
 
 def published(group: Group) -> Table | None:
@@ -155,7 +156,7 @@ def baseline(group: Group, wanted: str | None) -> Row | None:
     if len(group.rows) < 2:
         return None
     if wanted is not None:
-        return next((row for row in group.rows if wanted in (row.label, row.optimizer)), None)
+        return next((row for row in group.rows if wanted in row.names), None)
     return next((row for row in group.rows if row.optimizer == "adamw"), group.rows[0])
 
 

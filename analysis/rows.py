@@ -1,6 +1,7 @@
 """Rows and tables: runs grouped by task and protocol, within these by setting, each setting's runs by seed."""
 
 import difflib
+import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from analysis.runs import AXES, Problem, Run, Target
+from analysis.runs import AXES, Problem, Run
 from analysis.statistics import Mean, Median, Time, mean_interval, median_time
+from analysis.study import Target
 from experiment.identity import RunIdentity
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -24,11 +26,18 @@ class Row:
     Attributes:
         label: its name in every table and picture.
         trials: how many settings were tried to find this one; ``None`` if it is not a search's.
+        name: its label where the report gives it no other.
     """
 
     runs: dict[str, Run]
     label: str
     trials: int | None = None
+    name: str = ""
+
+    @property
+    def names(self) -> set[str]:
+        """The names by which it can be chosen as the baseline."""
+        return {self.label, self.name, self.optimizer} - {""}
 
     @property
     def any(self) -> Run:
@@ -152,7 +161,7 @@ def check_names(groups: Sequence[Group], baseline: str | None, targets: Sequence
         ValueError: such a name, with the nearest valid one.
     """
     rows = [row for entry in groups for row in entry.rows]
-    names = {name for row in rows for name in (row.label, row.optimizer)}
+    names = {name for row in rows for name in row.names}
     if baseline is not None and baseline not in names:
         raise ValueError(f"no row or optimizer is named {baseline}, the --baseline{_nearest(baseline, names)}")
     metrics = {str(column) for row in rows for run in row.runs.values() for column in run.log}
@@ -173,18 +182,24 @@ def matches(options: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     return all(options.get(key) == value for key, value in settings.items())
 
 
-def group(runs: Iterable[Run], problems: Iterable[Problem] = (), targets: Sequence[Target] = ()) -> list[Group]:
+def group(
+    runs: Iterable[Run],
+    problems: Iterable[Problem] = (),
+    targets: Sequence[Target] = (),
+    labels: Mapping[str, str] | None = None,
+) -> list[Group]:
     """Sort runs into groups and rows.
 
     Args:
         runs: of any tasks; trials of a sweep become no rows, they are kept apart.
         problems: folders that no run could be read from; trials among them were spent all the same.
         targets: in place of those that ``published.yaml`` has for the task.
+        labels: how to call rows, by their names.
     """
     by_protocol: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         by_protocol.setdefault((run.identity.task, run.identity.protocol_digest), []).append(run)
-    published = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    published = published_entries()
     lost = [problem.identity for problem in problems if problem.identity and _is_trial(problem.identity)]
     groups = []
     for (task, digest), members in sorted(by_protocol.items()):
@@ -218,19 +233,28 @@ def group(runs: Iterable[Run], problems: Iterable[Problem] = (), targets: Sequen
             if sweep is not None and len(searches) == 1:
                 name = sweep.optimizer  # nothing else to confuse it with
             # Unfinished runs of different lengths are not repeats of each other.
-            name += f", {run.so_far}" if run.so_far else ""
-            row = rows.setdefault((run.identity.setting_digest, of_search, run.so_far), Row({}, name))
+            far = f", {run.so_far}" if run.so_far else ""
+            label = (labels or {}).get(name, name)
+            key = (run.identity.setting_digest, of_search, run.so_far)
+            row = rows.setdefault(key, Row({}, label + far, name=name + far))
             row.runs[run.identity.seed] = run
         for row in rows.values():
             sweep = row.any.identity.sweep
             if sweep is not None:
-                key = sweep.name, sweep.optimizer
-                row.trials = len(found.sweeps.get(key, [])) + found.failed[key]
+                search = sweep.name, sweep.optimizer
+                row.trials = len(found.sweeps.get(search, [])) + found.failed[search]
         found.rows = list(rows.values())
         _tell_apart(found.rows)
         found.rows.sort(key=found.order)
         groups.append(found)
     return groups
+
+
+@functools.cache
+def published_entries() -> dict[str, dict[str, Any]]:
+    """Return what ``published.yaml`` has, by name."""
+    entries: dict[str, dict[str, Any]] = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    return entries
 
 
 def _is_trial(identity: RunIdentity) -> bool:

@@ -1,17 +1,22 @@
 """One finished run, read from the ``config.yaml`` and ``metrics.csv`` in its folder; nothing else is needed."""
 
+import csv
+import functools
 import io
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-import pandas as pd
 import yaml
 
+from analysis.archive import Folder, find, former_folder
+from analysis.study import Target
 from experiment.identity import RunIdentity, contents_of, digest
 
 # Every curve can be drawn over any of these: column of the log, and how it is called.
@@ -26,43 +31,34 @@ AXES = {
 # Ten times as fast where PyYAML was built with libyaml.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-# How the training step says that the loss is not finite; the log may end before that.
+# The training step's message where the loss is not finite; the log may end before that.
 _DIVERGED = "FloatingPointError: "
 
-
-@dataclass(frozen=True)
-class Target:
-    """A level that a metric should reach: at least ``level``, or below it if ``lower`` is better."""
-
-    name: str
-    metric: str
-    level: float
-    lower: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.metric} {'<' if self.lower else '>='} {self.level:g}"
+Log: TypeAlias = dict[str, np.ndarray]
+# Of files that cannot be read, on disk or in an archive.
+_DAMAGE = (ValueError, OSError, zipfile.BadZipFile, zlib.error)
 
 
 class Run:
     """A training run.
 
     Args:
-        folder: with ``config.yaml`` and ``metrics.csv``.
-        shown: what to call the folder; ``None`` is its path.
+        folder: with ``config.yaml`` and ``metrics.csv``, on disk or in an archive.
 
     Attributes:
-        identity: what its config says of it.
-        log: its rows, epochs counted from 1; those of the run that it was resumed from come first.
-        epochs: how many it completed.
+        shown: path of the folder; in an archive the archive's path and the name in it.
+        identity: task, optimizer, seed, protocol and setting, from the config.
+        log: the columns of its rows, epochs counted from 1; those of the run that it was resumed from come first.
+        epochs: the number that it completed.
         diverged: whether it ended because its loss or gradient was not finite any more.
-        finished: whether it came to an end of its own: all its epochs, a milestone, early stopping, or divergence.
+        finished: whether it ended by itself: all its epochs, a milestone, early stopping, or divergence.
 
     Raises:
-        ValueError: it is damaged, or no training run; the message says how.
+        ValueError: it is damaged, or no training run; the message has the reason.
     """
 
-    def __init__(self, folder: Path, shown: Path | None = None) -> None:
-        self.folder, self.shown = folder, shown or folder
+    def __init__(self, folder: Folder) -> None:
+        self.folder, self.shown = folder, Path(str(folder))
         self._curves: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
         config = _mapping(folder / "config.yaml")
         self.summary = _summary(folder / "summary.json")
@@ -70,61 +66,59 @@ class Run:
         self.diverged = _DIVERGED in _text(folder / "error.txt")
         self.log = self._read()
         self.resumed_from = self._join(config.get("ckpt_path"))
-        done = self.log["epoch"][self.log["train/loss"].notna()]
+        done = self.log["epoch"][~np.isnan(self.log["train/loss"])]
         self.epochs = int(done.max()) if len(done) else 0
         ended = self._came_to_an_end()
         self.diverged = self.diverged and not ended
         self.finished = ended or self.diverged
 
-    def _read(self) -> pd.DataFrame:
+    def _read(self) -> Log:
         path = self.folder / "metrics.csv"
         if not path.exists():
             if self.diverged:  # before anything was logged
-                return pd.DataFrame({"epoch": [], "train/loss": []}, dtype=float)
+                return {"epoch": np.empty(0), "train/loss": np.empty(0)}
             raise ValueError("it has no metrics.csv: it ended before its first epoch did")
-        # A run that was killed may have left a part of a line.
-        content, newline, _ = path.read_bytes().rpartition(b"\n")
-        try:
-            cells = pd.read_csv(io.BytesIO(content + newline), dtype=str, keep_default_na=False)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-            raise ValueError(f"metrics.csv cannot be read: {' '.join(str(error).split())}") from error
-        log = cells.apply(pd.to_numeric, errors="coerce")
-        if "train/loss" not in log and any(column.startswith("test/") for column in log):
+        cells = _cells(path.read_bytes())
+        if "train/loss" not in cells and any(column.startswith("test/") for column in cells):
             raise ValueError("it is an evaluation, no training run")
-        if (log.isna() & (cells != "") & (cells != "nan")).to_numpy().any():
-            raise ValueError("metrics.csv has a cell that is no number")
+        log = _numbers(cells)
         if self.diverged:  # maybe before anything of these was logged
-            log = log.reindex(columns=list(dict.fromkeys((*log, "epoch", "train/loss"))))
+            rows = len(next(iter(log.values())))
+            log = {column: np.full(rows, np.nan) for column in ("epoch", "train/loss")} | log
         if not {"epoch", "train/loss"} <= set(log):
             raise ValueError("metrics.csv has no columns epoch and train/loss")
-        placed = log["epoch"].notna()
-        if log["train/loss"][~placed].notna().any():
+        placed, trained = (~np.isnan(log[column]) for column in ("epoch", "train/loss"))
+        if (trained & ~placed).any():
             raise ValueError("metrics.csv has a training loss without its epoch")
-        if log["train/loss"].notna().sum() == 0 and not self.diverged:
+        if not trained.any() and not self.diverged:
             raise ValueError("metrics.csv has no complete epoch")
         # Callbacks that log by themselves, as Lightning's LearningRateMonitor does, leave rows without an epoch.
-        log = log[placed].reset_index(drop=True)
+        log = {column: values[placed] for column, values in log.items()}
         log["epoch"] += 1
-        losses = cells.get("val/loss", cells.get("train/loss", pd.Series(dtype=str)))
-        losses = losses[losses != ""]
-        self.diverged |= len(losses) > 0 and not np.isfinite(float(losses.iloc[-1]))
+        losses = [cell for cell in cells.get("val/loss", cells.get("train/loss", ())) if cell]
+        self.diverged |= bool(losses) and not math.isfinite(float(losses[-1]))
         return log
 
-    def _join(self, checkpoint: str | None) -> Path | None:
-        """Put the rows before a resumed run's first in front; the costs in them go on without a gap."""
-        first = int(self.log["epoch"].min()) if len(self.log) else 1
+    def _join(self, checkpoint: str | None) -> Folder | None:
+        """Put the rows before a resumed run's first in front; the costs in them continue without a gap."""
+        first = int(self.log["epoch"].min()) if len(self.log["epoch"]) else 1
         if checkpoint is None:
             if first > 1:
                 raise ValueError(f"metrics.csv begins with epoch {first}")
             return None
-        folder = Path(checkpoint).parent.parent
+        folder = former_folder(checkpoint, self.folder)
         if not (folder / "metrics.csv").exists():
             raise ValueError(f"it was resumed from {checkpoint}, and the log of that run is not there any more")
         before = Run(folder)
         _complete_contents([before.identity, self.identity])
         if before.identity.protocol_digest != self.identity.protocol_digest:
             raise ValueError(f"it was resumed from {checkpoint}, which is of another protocol")
-        self.log = pd.concat([before.log[before.log["epoch"] < first], self.log], ignore_index=True)
+        earlier = before.log["epoch"] < first
+        absent = np.full(len(earlier), np.nan), np.full(len(self.log["epoch"]), np.nan)
+        self.log = {
+            column: np.concatenate([before.log.get(column, absent[0])[earlier], self.log.get(column, absent[1])])
+            for column in dict.fromkeys((*before.log, *self.log))
+        }
         return folder
 
     def _came_to_an_end(self) -> bool:
@@ -159,7 +153,7 @@ class Run:
 
     def has(self, column: str) -> bool:
         """Return whether anything was logged under ``column``."""
-        return column in self.log and bool(self.log[column].notna().any())
+        return column in self.log and not bool(np.isnan(self.log[column]).all())
 
     def curve(self, column: str, axis: str = "epoch") -> tuple[np.ndarray, np.ndarray]:
         """Return positions on ``axis``, a key of :data:`AXES`, and values; nothing where either was not logged."""
@@ -167,7 +161,7 @@ class Run:
             return np.empty(0), np.empty(0)
         # Every table and picture asks for the same few.
         if (column, axis) not in self._curves:
-            x, y = self.log[axis].to_numpy(float), self.log[column].to_numpy(float)
+            x, y = self.log[axis], self.log[column]
             both = ~(np.isnan(x) | np.isnan(y))
             self._curves[column, axis] = x[both], y[both]
         return self._curves[column, axis]
@@ -185,7 +179,7 @@ class Run:
 
     def at_end(self, axis: str) -> float | None:
         """Return how far the run got on ``axis``, if that was logged."""
-        return float(self.log[axis].max()) if self.has(axis) else None
+        return float(np.nanmax(self.log[axis])) if self.has(axis) else None
 
     def reached(self, target: Target, axis: str = "epoch") -> float | None:
         """Return where on ``axis`` the run first met ``target``, ``None`` if it did not.
@@ -207,32 +201,16 @@ class Problem:
     identity: RunIdentity | None = None
 
 
-def find(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield every run folder at or below ``paths``, in the order of their names; a path that does not exist, itself."""
-    for path in paths:
-        if not path.is_dir():
-            yield path
-            continue
-        for parent, below, files in os.walk(path, followlinks=True):
-            if {"config.yaml", "metrics.csv"} & set(files):
-                below.clear()
-                yield Path(parent)
-            # Weights & Biases keeps a config.yaml of its own.
-            below[:] = sorted(set(below) - {"wandb", "checkpoints"})
-
-
 def read(
     paths: Iterable[Path],
-    shown: Callable[[Path], Path] = lambda path: path,
     unfinished: bool = False,
-    progress: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+    progress: Callable[[Sequence[Folder]], Iterable[Folder]] = iter,
 ) -> tuple[list[Run], list[Problem]]:
     """Read every run at or below ``paths``.
 
     Args:
-        paths: run folders, or folders that hold some.
-        shown: returns what to call a folder, see :func:`analysis.archive.unpacked`.
-        unfinished: whether runs that completed an epoch and did not come to their end count too.
+        paths: run folders, folders that contain some, or archives.
+        unfinished: whether to include runs that completed an epoch and did not come to their end.
         progress: yields the folders that it is given, and shows how many have been read.
 
     Returns:
@@ -242,22 +220,23 @@ def read(
     """
     runs: list[Run] = []
     problems: list[Problem] = []
-    for folder in progress(list(dict.fromkeys(find(paths)))):
+    folders = {str(folder): folder for folder in find(paths)}
+    for name, folder in zip(folders, progress(list(folders.values())), strict=True):
         try:
             if not folder.is_dir():
                 raise ValueError("there is no such folder")
-            runs.append(Run(folder, shown(folder)))
-        except (ValueError, OSError) as error:
-            problems.append(Problem(shown(folder), str(error), _identity(folder)))
+            runs.append(Run(folder))
+        except _DAMAGE as error:
+            problems.append(Problem(Path(name), str(error), _identity(folder)))
     lost = [problem.identity for problem in problems if problem.identity is not None]
     _complete_contents([*(run.identity for run in runs), *lost])
-    continued = {run.resumed_from.resolve(): run.shown for run in runs if run.resumed_from}
+    continued = {_resolved(run.resumed_from): run.shown for run in runs if run.resumed_from}
     kept: dict[tuple[Any, ...], Run] = {}
     for run in sorted(runs, key=lambda run: run.folder.name):
         sweep = run.identity.sweep
         counts = run.finished or (sweep is not None and sweep.trial is not None) or (unfinished and run.epochs > 0)
-        if run.folder.resolve() in continued:
-            problems.append(Problem(run.shown, f"it goes on in {continued[run.folder.resolve()]}, which has its rows"))
+        if (place := _resolved(run.folder)) in continued:
+            problems.append(Problem(run.shown, f"it goes on in {continued[place]}, which has its rows"))
         elif not counts:
             problems.append(Problem(run.shown, f"half-finished: {run.epochs} epochs of {run.limit}"))
         else:
@@ -268,14 +247,17 @@ def read(
     return list(kept.values()), problems
 
 
-def _identify(folder: Path, config: dict[str, Any], summary: dict[str, Any]) -> RunIdentity:
+def _resolved(folder: Folder) -> Path:
+    return Path(str(folder)).resolve()
+
+
+def _identify(folder: Folder, config: dict[str, Any], summary: dict[str, Any]) -> RunIdentity:
     """Return what a run is, its data as it was recorded; refuse a config that was edited afterwards."""
     path = folder / "protocol.yaml"
     stored = _mapping(path) if path.exists() else {}
     identity = RunIdentity.recorded(config, stored)
-    if (
-        "places" not in stored
-    ):  # an older run: its data module's description is in the summary alone, sentences included
+    if "places" not in stored:
+        # An older run: its data module's description is in the summary alone, sentences included.
         description = summary.get("data") or {}
         sentences = [key for key, value in description.items() if isinstance(value, str) and " " in value]
         identity.contents = contents_of(description, sentences)
@@ -305,18 +287,18 @@ def _complete_contents(identities: Iterable[RunIdentity]) -> None:
                 member.contents = fitting[0]
 
 
-def _identity(folder: Path) -> RunIdentity | None:
+def _identity(folder: Folder) -> RunIdentity | None:
     try:
         return _identify(folder, _mapping(folder / "config.yaml"), _summary(folder / "summary.json"))
-    except (ValueError, OSError):
+    except _DAMAGE:
         return None
 
 
-def _mapping(path: Path) -> dict[str, Any]:
+def _mapping(path: Folder) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"it has no {path.name}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _YAML_LOADER)
+        content = _parsed(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path.name} is not valid YAML") from error
     if not isinstance(content, dict):
@@ -324,14 +306,48 @@ def _mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def _text(path: Path) -> str:
+# The runs of a search have the same protocol.
+@functools.lru_cache(maxsize=64)
+def _parsed(text: str) -> Any:
+    return yaml.load(text, _YAML_LOADER)
+
+
+def _text(path: Folder) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _summary(path: Path) -> dict[str, Any]:
-    # A damaged summary is no loss: all that it says is in the log too.
+def _summary(path: Folder) -> dict[str, Any]:
+    # A damaged summary is no loss: everything in it is in the log too.
     try:
         content = json.loads(_text(path))
     except json.JSONDecodeError:
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _cells(content: bytes) -> dict[str, Sequence[str]]:
+    """Return the cells of a log by column.
+
+    Raises:
+        ValueError: it is no table.
+    """
+    # A run that was killed may have left a part of a line.
+    content = content[: content.rfind(b"\n") + 1]
+    try:
+        head, *rows = filter(None, csv.reader(io.StringIO(content.decode("utf-8"), newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"metrics.csv cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError("metrics.csv cannot be read: it is empty") from error
+    if any(len(row) != len(head) for row in rows):
+        raise ValueError("metrics.csv cannot be read: its rows are of different lengths")
+    columns = zip(*rows, strict=True) if rows else [()] * len(head)
+    return dict(zip(head, columns, strict=True))
+
+
+def _numbers(cells: dict[str, Sequence[str]]) -> Log:
+    """Return the columns as numbers, NaN for an empty cell."""
+    try:
+        return {name: np.array([float(cell) if cell else np.nan for cell in column]) for name, column in cells.items()}
+    except ValueError as error:
+        raise ValueError("metrics.csv has a cell that is no number") from error

@@ -28,14 +28,37 @@ class Mean:
         return Mean(self.n, self.mean, max(least, self.low), min(most, self.high))
 
 
+@functools.cache
+def _quantile(degrees: int, confidence: float) -> float:
+    """Return the factor of a two-sided t-interval."""
+    return float(stats.t.ppf((1 + confidence) / 2, degrees))
+
+
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Mean:
-    """Return mean and t-interval of ``values``; those that are not finite are left out. NaN where none is left."""
-    finite = np.asarray([value for value in values if np.isfinite(value)], dtype=float)
+    """Return mean and t-interval of the finite ``values``; NaN where there is none."""
+    finite = np.asarray(values, dtype=float)
+    finite = finite[np.isfinite(finite)]
     n = len(finite)
     if n < 2:
         return Mean(n, float(finite[0]) if n else np.nan, None, None)
-    half = stats.t.ppf((1 + confidence) / 2, n - 1) * finite.std(ddof=1) / np.sqrt(n)
+    half = _quantile(n - 1, confidence) * finite.std(ddof=1) / np.sqrt(n)
     return Mean(n, float(finite.mean()), float(finite.mean() - half), float(finite.mean() + half))
+
+
+def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the means of columns and the limits of their t-intervals, see :func:`mean_interval`.
+
+    Both limits are the mean where a column has fewer than two finite values.
+    """
+    finite = np.isfinite(values)
+    n = finite.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(finite, values, 0.0).sum(axis=0) / n
+        squares = np.where(finite, values - mean, 0.0) ** 2
+        error = np.sqrt(squares.sum(axis=0) / (n - 1) / n)
+    factors = {count: _quantile(int(count) - 1, CONFIDENCE) for count in np.unique(n) if count > 1}
+    half = np.where(n > 1, np.vectorize(lambda count: factors.get(count, 0.0))(n) * error, 0.0)
+    return mean, mean - half, mean + half
 
 
 def geometric_interval(values: Sequence[float]) -> Mean:

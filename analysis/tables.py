@@ -5,8 +5,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import pandas as pd
-
 from analysis.statistics import Mean, Median
 
 # What LaTeX has commands for and fonts may lack.
@@ -43,11 +41,6 @@ class Table:
     notes: list[str] = field(default_factory=list)
     strong: set[int] = field(default_factory=set)
 
-    @property
-    def frame(self) -> pd.DataFrame:
-        """Return the cells, all of them text."""
-        return pd.DataFrame(self.rows, columns=list(self.columns), dtype=str)
-
     def markdown(self, level: int = 3) -> str:
         """Return heading, table and notes in GitHub's Markdown."""
 
@@ -76,11 +69,12 @@ class Table:
 
     def latex(self) -> str:
         """Return a ``table`` environment for the booktabs package, with everything that LaTeX reads as code escaped."""
-        text: str = (
-            self.frame.rename(columns=_latex_text)
-            .map(_latex_text)
-            .to_latex(index=False, escape=False, column_format="l" + "r" * (len(self.columns) - 1))
-        )
+
+        def line(cells: Sequence[str]) -> str:
+            return " & ".join(map(_latex_text, cells)) + " \\\\\n"
+
+        text = f"\\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}\n\\toprule\n{line(self.columns)}\\midrule\n"
+        text += "".join(map(line, self.rows)) + "\\bottomrule\n\\end{tabular}\n"
         notes = " ".join(_latex_text(note) for note in self.notes)
         caption = f"\\caption{{{_latex_text(self.title)}.{' ' + notes if notes else ''}}}"
         return f"\\begin{{table}}\n\\centering\n{caption}\n{text}\\end{{table}}\n"

@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from analysis.rows import Group
-from analysis.runs import Run, Target
+from analysis.runs import Run
+from analysis.study import Target
 from analysis.tables import Table, number
 
 # Options whose sensitivity is of interest: of any track, any optimizer.
 _SENSITIVE = ("lr", "weight_decay", "rho")
 
 
-def ledgers(group: Group) -> Iterator[Table]:
+def tuning_budgets(group: Group) -> Iterator[Table]:
     """Yield, for every search among the trials, what each optimizer was given; unequal budgets are flagged."""
     keys = dict.fromkeys([*group.sweeps, *group.failed])
     for name in dict.fromkeys(name for name, _ in keys):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from analysis.ablation import switches
+from analysis.ablation import ablations
 from analysis.rows import Group, group
 from analysis.runs import read
 from analysis.tables import number
@@ -33,7 +33,7 @@ def last(corners: Path, column: str) -> dict[tuple[bool, bool, bool], np.ndarray
 
 
 def test_differences_are_those_of_the_logs(entry: Group, corners: Path) -> None:
-    (table,) = switches(entry)
+    (table,) = ablations(entry)
     assert table.title == "What each switch does, in corners"
     assert len(table.rows) == 15 and table.strong == {0, 5, 10}
     lines = {line[0]: line for line in table.rows}
@@ -51,7 +51,7 @@ def test_differences_are_those_of_the_logs(entry: Group, corners: Path) -> None:
 
 
 def test_the_mean_is_over_the_four_pairs_and_ratios_are_of_geometric_means(entry: Group, corners: Path) -> None:
-    (table,) = switches(entry)
+    (table,) = ablations(entry)
     lines = {line[0]: line for line in table.rows}
     tops = last(corners, "flatness/hessian_top")
     assert len(tops) == 8
@@ -63,7 +63,7 @@ def test_the_mean_is_over_the_four_pairs_and_ratios_are_of_geometric_means(entry
 
 
 def test_a_search_without_all_corners_has_no_such_table(entry: Group) -> None:
-    assert list(switches(Group(**{**vars(entry), "rows": entry.rows[1:]}))) == []
+    assert list(ablations(Group(**{**vars(entry), "rows": entry.rows[1:]}))) == []
 
 
 def test_rows_of_one_search_alone_are_called_by_their_optimizer(entry: Group) -> None:

@@ -1,43 +1,49 @@
 """compare.py as it is typed."""
 
+import contextlib
+import io
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from compare import main
 from tests.callbacks.test_wandb_run import of, read
-from tests.helpers.commands import AGA, TINY, Result, fit, python
+from tests.helpers.commands import AGA, ROOT, TINY, Result, fit, python
 
 
-def compare(*arguments: object, home: Path) -> Result:
-    return python("compare.py", *arguments, home=home, timeout=120)
+def compare(*arguments: object) -> Result:
+    """Run ``compare.py`` in this process."""
+    out, err, given = io.StringIO(), io.StringIO(), sys.argv
+    code: int | str | None
+    sys.argv = ["compare.py", *map(str, arguments)]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main()
+        except SystemExit as leaving:
+            code = leaving.code
+        finally:
+            sys.argv = given
+    return Result(code, out.getvalue(), err.getvalue())
 
 
-def test_runs_become_a_report(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        fit(tmp_path / "runs", *AGA, *TINY, "--seed_everything", seed, "--data.seed", seed)
-    target = ("--target", "train/loss < 1000", "--title", "Two seeds")
+def test_a_fresh_run_becomes_a_report(tmp_path: Path) -> None:
+    fit(tmp_path / "runs", *AGA, *TINY)
     missing = tmp_path / "missing"
     folders = (tmp_path / "runs", missing, "--output", tmp_path / "out")
-    result = compare(*folders, *target, "--wandb", "mine", home=tmp_path)
+    options = ("--target", "train/loss < 1000", "--title", "One seed", "--wandb", "mine")
+    result = python("compare.py", *folders, *options, home=tmp_path, timeout=120)
     assert result.code == 0
     assert "reading runs" in result.err and "writing tables and pictures" in result.err
-    for option, wrong, right in (("--baseline", "ars_aga", "ars2_aga"), ("--target", "val/acc < 1", "val/accuracy")):
-        refused = compare(tmp_path / "runs", option, wrong, "--output", tmp_path / "refused", home=tmp_path)
-        assert refused.code == 1
-        assert refused.err.splitlines()[-1].endswith(f"{option}; did you mean {right}?")
-    unwritable = compare(tmp_path / "runs", "--output", "/proc/report", home=tmp_path)
-    assert (unwritable.code, unwritable.err.splitlines()[-1]) == (1, "error: /proc/report: No such file or directory")
-    assert not (tmp_path / "refused").exists()
-    assert "2 runs in 1 rows" in result.out
-    assert "At most 2 seeds a row: nothing here is settled." in result.out
-    assert re.search(
-        r"train/loss < 1000 after [\d,]+ \[[\d,]+, [\d,]+\] gradient evaluations \(2 of 2 runs", result.out
-    )
+    assert "1 runs in 1 rows" in result.out
+    assert "At most 1 seed a row: nothing here is settled." in result.out
+    assert re.search(r"train/loss < 1000 after [\d,]+ gradient evaluations \(its one run reached it", result.out)
     *_, place, upload = result.out.splitlines()
     assert place == f"report: {tmp_path / 'out' / 'report.html'}"
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<h1>Two seeds</h1>" in page
+    assert "<h1>One seed</h1>" in page
     assert str(missing) in page
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"report.html", "report.md", "report.tex", "runs.csv", "pictures", "wandb"}
@@ -50,6 +56,88 @@ def test_runs_become_a_report(tmp_path: Path) -> None:
     assert of("run", records)[0]["job_type"] == "report"
 
 
+def test_two_seeds_and_a_target_are_summed_up(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "grok_aga", tmp_path / "grok_aga")
+    shutil.rmtree(next((tmp_path / "grok_aga").glob("*seed2")))
+    result = compare(tmp_path, "--target", "train/loss < 1000", "--output", tmp_path / "out")
+    assert result.code == 0
+    assert "2 runs in 1 rows" in result.out
+    assert "At most 2 seeds a row: nothing here is settled." in result.out
+    assert re.search(
+        r"train/loss < 1000 after [\d,]+ \[[\d,]+, [\d,]+\] gradient evaluations \(2 of 2 runs", result.out
+    )
+
+
+def test_a_wrong_name_is_refused_with_the_nearest_right_one(runs: Path, tmp_path: Path) -> None:
+    for option, wrong, right in (("--baseline", "ars_aga", "ars2_aga"), ("--target", "val/acc < 1", "val/accuracy")):
+        refused = compare(runs / "grok_aga", option, wrong, "--output", tmp_path / "refused")
+        assert refused.code == 1
+        assert refused.err.splitlines()[-1].endswith(f"{option}; did you mean {right}?")
+    assert not (tmp_path / "refused").exists()
+    unwritable = compare(runs / "grok_aga", "--output", "/proc/report")
+    assert (unwritable.code, unwritable.err.splitlines()[-1]) == (1, "error: /proc/report: No such file or directory")
+
+
+STUDY = """
+title: Published & measured
+baseline: grok_aga
+targets: [train/loss < 1000]
+labels: {grok_aga: ARS2-Neo AGA, grok_adamw: AdamW}
+note: Three seeds.
+"""
+
+
+def test_a_study_states_the_options_and_the_command_line_wins(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs, tmp_path / "study")
+    (tmp_path / "study" / "study.yaml").write_text(STUDY)
+    assert compare(tmp_path / "study", "--output", tmp_path / "out").code == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# Published & measured\n\nThree seeds.\n")
+    assert "Paired seeds against ARS2-Neo AGA: train/loss < 1000" in text
+    given = ("--title", "Other", "--baseline", "grok_adamw", "--target", "train/loss < 999")
+    assert compare(tmp_path / "study", *given, "--output", tmp_path / "out").code == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.startswith("# Other\n")
+    assert "Paired seeds against AdamW: train/loss < 999" in text and "< 1000" not in text
+    # Of several folders none speaks for the others.
+    assert compare(tmp_path / "study", tmp_path / "study" / "search", "--output", tmp_path / "out").code == 0
+    assert (tmp_path / "out" / "report.md").read_text().startswith("# Comparison of optimizers\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("titel: a", "study.yaml has the option titel; it may have title, baseline, targets, labels, note"),
+        ("title: [a]", "study.yaml: title cannot be ['a']"),
+        ("labels: {a: 1}", "study.yaml: labels cannot be {'a': 1}"),
+        ("targets: [val/loss is small]", "a target is a metric, >= or <, and a number"),
+        ("- a", "study.yaml has no options"),
+        ("a: [", "study.yaml is not valid YAML"),
+    ],
+)
+def test_a_wrong_study_is_an_error_in_one_sentence(content: str, message: str, runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(content)
+    result = compare(tmp_path, "--output", tmp_path / "out")
+    assert (result.code, message in result.err) == (1, True)
+    assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("study", sorted(path.parent.name for path in (ROOT / "results").glob("*/study.yaml")))
+def test_every_study_can_be_compared_with_its_own_options(study: str) -> None:
+    from analysis.rows import check_names, group
+    from analysis.runs import read
+    from analysis.study import Study
+
+    folder = ROOT / "results" / study
+    options = Study.of([folder])
+    runs, problems = read([folder])
+    (entry,) = group(runs, problems, options.targets, options.labels)
+    assert problems == []
+    check_names([entry], options.baseline, options.targets)
+    assert options.labels.keys() <= {row.name for row in entry.rows}
+    assert f"python compare.py results/{study}" in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -59,7 +147,7 @@ def test_runs_become_a_report(tmp_path: Path) -> None:
     ],
 )
 def test_errors_are_one_sentence(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
-    result = compare(*arguments, "--output", tmp_path / "out", home=tmp_path)
+    result = compare(*arguments, "--output", tmp_path / "out")
     assert result.code == code
     assert message in result.err.splitlines()[-1]
     assert not (tmp_path / "out").exists()

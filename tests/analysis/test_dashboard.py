@@ -77,7 +77,7 @@ def test_every_section_draws_its_metric_over_every_cost(specification: dict[str,
 
 def test_a_missing_key_is_said_in_one_sentence(tmp_path: Path) -> None:
     result = python("-m", "analysis.dashboard", "me/proj", home=tmp_path)
-    said = "there is no key of Weights & Biases: say wandb login, or set WANDB_API_KEY"
+    said = "there is no key of Weights & Biases: run wandb login, or set WANDB_API_KEY"
     assert (result.code, result.err) == (1, f"error: the dashboard could not be saved in me/proj: {said}\n")
 
 

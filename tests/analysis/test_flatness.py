@@ -10,6 +10,7 @@ from analysis.flatness import MEASURES, flatness
 from analysis.report import write
 from analysis.rows import Group, group
 from analysis.runs import read
+from analysis.study import Study
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def test_the_last_values_are_those_of_the_logs(entry: Group) -> None:
     table, _ = flatness(entry)
     assert len(table.rows) == 8 and "at radius 0.05 in" in table.notes[0]
     for row, line in zip(entry.rows, table.rows, strict=True):
-        logs = [pd.read_csv(run.folder / "metrics.csv") for run in row.runs.values()]
+        logs = [pd.read_csv(run.shown / "metrics.csv") for run in row.runs.values()]
         for column, cell in zip(["flatness/probe_loss", *MEASURES], line[2:], strict=True):
             mean = sum(log[column].dropna().iloc[-1] for log in logs) / len(logs)
             assert float(cell.split(" [")[0].replace(",", "")) == pytest.approx(mean, rel=6e-3, abs=1e-12)
@@ -54,7 +55,7 @@ def test_runs_that_were_not_probed_have_no_such_table(runs: Path) -> None:
 
 
 def test_the_report_has_the_tables_and_curves_of_the_probe(entry: Group, tmp_path: Path) -> None:
-    write(tmp_path, [entry], [], "Corners")
+    write(tmp_path, [entry], [], Study(title="Corners"))
     text = (tmp_path / "report.html").read_text()
     for title in ("Flatness at the end", "Does flatter go with better?", "What each switch does, in corners"):
         assert f"<h3>{title}</h3>" in text

@@ -28,11 +28,12 @@ from analysis.results import (
     to_target,
 )
 from analysis.rows import Group, group, value_text
-from analysis.runs import AXES, Problem, Run, Target, read
+from analysis.runs import AXES, Problem, Run, read
 from analysis.statistics import geometric_interval, mean_interval
+from analysis.study import Study, Target
 from analysis.tables import Table
-from analysis.tuning_budget import best_of, ledgers, sensitivities
-from tests.analysis.runs import SEEDS, copy, cut
+from analysis.tuning_budget import best_of, sensitivities, tuning_budgets
+from tests.analysis.runs import SEEDS, copy, cut, unpack
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def groups(runs: Path) -> list[Group]:
 @pytest.fixture(scope="module")
 def page(groups: list[Group], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    write(folder, groups, [Problem(Path("runs/<lost>"), "it has no config.yaml")], "A & B")
+    write(folder, groups, [Problem(Path("runs/<lost>"), "it has no config.yaml")], Study(title="A & B"))
     return folder
 
 
@@ -66,14 +67,26 @@ def test_protocols_never_share_a_table_and_seeds_of_a_setting_share_a_row(groups
     assert sorted(by_label["aga of search"].runs) == ["5"]
 
 
-def test_settings_of_one_name_are_told_apart(runs: Path, tmp_path: Path) -> None:
-    from tests.analysis.runs import LENGTH
-    from tests.helpers.commands import AGA, fit
+def test_settings_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    runs = read([unpack("settings", tmp_path)])[0]
+    for labels, label in (({}, "grok_aga"), ({"grok_aga": "AGA"}, "AGA")):
+        found = {entry.label for entry in group(runs, labels=labels)[0].rows}
+        assert found == {f"{label}, optimizer.lr 0.001", f"{label}, optimizer.lr 0.002"}
 
-    for rate in ("0.001", "0.002"):
-        fit(tmp_path, *AGA, *LENGTH, "--model.optimizer.lr", rate)
-    labels = {entry.label for entry in group(read([tmp_path])[0])[0].rows}
-    assert labels == {"grok_aga, optimizer.lr 0.001", "grok_aga, optimizer.lr 0.002"}
+
+def test_a_study_names_its_rows(groups: list[Group], runs: Path, tmp_path: Path) -> None:
+    found, _ = read([runs])
+    named = max(group(found, labels={"grok_adamw": "AdamW", "grok_aga": "AGA"}), key=lambda entry: len(entry.rows))
+    assert {row.label for row in named.rows} == {"AdamW", "AGA", "aga of search"}
+    for wanted in ("AdamW", "grok_adamw", "adamw"):
+        reference = baseline(named, wanted)
+        assert reference is not None and reference.label == "AdamW"
+    assert [line[0] for line in results(named).rows if line[0].startswith("A")] == [
+        row.label for row in named.rows if row.label.startswith("A")
+    ]
+    write(tmp_path / "report", [named], [], Study(title="A study", note="Five & more."))
+    assert "<p>Five &amp; more.</p>" in (tmp_path / "report" / "report.html").read_text()
+    assert (tmp_path / "report" / "report.md").read_text().startswith("# A study\n\nFive & more.\n")
 
 
 def test_callbacks_are_named_by_their_class_and_options() -> None:
@@ -165,7 +178,7 @@ def test_step_costs_are_ratios_of_the_logs_last_row(groups: list[Group]) -> None
     assert table is not None and reference is not None
     lines = {line[0]: line for line in table.rows}
     run = next(entry for entry in groups[0].rows if entry.label == "aga of search").any
-    last = pd.read_csv(run.folder / "metrics.csv").iloc[-1]
+    last = pd.read_csv(run.shown / "metrics.csv").iloc[-1]
     steps = last["cost/optimizer_steps"]
     assert float(lines["aga of search"][1]) == pytest.approx(1000 * last["cost/training_seconds"] / steps, rel=5e-3)
     assert float(lines["aga of search"][3]) == pytest.approx(last["cost/gradient_evaluations"] / steps, rel=5e-3)
@@ -179,12 +192,12 @@ def test_the_baseline_can_be_chosen(groups: list[Group]) -> None:
     assert baseline(groups[1], None) is None  # a single row has nothing to be compared with
 
 
-def test_the_ledger_counts_every_trial_and_flags_unequal_budgets(
+def test_the_tuning_budget_counts_every_trial_and_flags_unequal_budgets(
     groups: list[Group], runs: Path, tmp_path: Path
 ) -> None:
-    (ledger,) = ledgers(groups[0])
-    assert [line[:5] for line in ledger.rows] == [["adamw", "3", "3", "0", "0"], ["aga", "2", "2", "0", "0"]]
-    assert any(note.startswith("UNEQUAL BUDGETS") for note in ledger.notes)
+    (budget,) = tuning_budgets(groups[0])
+    assert [line[:5] for line in budget.rows] == [["adamw", "3", "3", "0", "0"], ["aga", "2", "2", "0", "0"]]
+    assert any(note.startswith("UNEQUAL BUDGETS") for note in budget.notes)
     costs = [
         pd.read_csv(path / "metrics.csv")["cost/gradient_evaluations"].max() for path in (runs / "search").iterdir()
     ]
@@ -192,7 +205,7 @@ def test_the_ledger_counts_every_trial_and_flags_unequal_budgets(
     assert len(costs) == 5 + winner
     assert in_results(groups[0], "aga of search")[2] == "2"
     # A third trial of AGA that left nothing to read makes the budgets equal; one that was cut short is counted too.
-    trial = next(run.folder for run in groups[0].sweeps["search", "aga"])
+    trial = next(run.shown for run in groups[0].sweeps["search", "aga"])
     folder = copy(trial, tmp_path, "lost")
     config = folder / "config.yaml"
     config.write_text(re.sub(r"trial: \d", "trial: 7", config.read_text()))
@@ -203,15 +216,15 @@ def test_the_ledger_counts_every_trial_and_flags_unequal_budgets(
     cut(short, 10)
     found, problems = read([runs, tmp_path])
     entry = max(group(found, problems), key=lambda entry: len(entry.rows))
-    (ledger,) = ledgers(entry)
-    assert [line[:5] for line in ledger.rows] == [["adamw", "3", "3", "0", "0"], ["aga", "4", "2", "1", "1"]]
+    (budget,) = tuning_budgets(entry)
+    assert [line[:5] for line in budget.rows] == [["adamw", "3", "3", "0", "0"], ["aga", "4", "2", "1", "1"]]
 
 
 def test_equal_budgets_are_not_flagged(groups: list[Group]) -> None:
     entry = groups[0]
     equal = Group(**{**vars(entry), "sweeps": {key: trials[:2] for key, trials in entry.sweeps.items()}})
-    (ledger,) = ledgers(equal)
-    assert not any("UNEQUAL" in note for note in ledger.notes)
+    (budget,) = tuning_budgets(equal)
+    assert not any("UNEQUAL" in note for note in budget.notes)
 
 
 def test_sensitivity_has_a_point_a_trial(groups: list[Group]) -> None:
@@ -295,7 +308,7 @@ def test_a_metric_that_runs_were_stopped_on_is_not_tested(groups: list[Group]) -
     stopped = [Run(run.folder) for run in aga.runs.values()]
     for run in stopped:
         assert run.stopped_at is None
-        run.log["milestone/full"] = float(run.epochs)
+        run.log["milestone/full"] = np.full(len(run.log["epoch"]), float(run.epochs))
         assert run.stopped_at == "full"
     aga = replace(aga, runs={run.identity.seed: run for run in stopped})
     entry = Group(**{**vars(groups[0]), "rows": [adamw, aga]})
@@ -329,7 +342,7 @@ def test_each_figure_is_laid_out_once(groups: list[Group], tmp_path: Path, monke
         save(figure, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", count)
-    write(tmp_path, groups, [], "A & B")
+    write(tmp_path, groups, [], Study(title="A & B"))
     with_legend = len(list((tmp_path / "pictures").glob("*-epoch.svg"))) * 2
     # Only the two that stand alone with a legend are saved again, and nothing is measured before it is saved.
     assert len(saved) == (tmp_path / "report.html").read_text().count("<svg") + with_legend
@@ -420,7 +433,7 @@ def test_the_page_has_every_axis_every_table_and_every_problem(page: Path, group
         assert entry.digest in text
         for found in entry.rows:
             for run in found.runs.values():
-                assert f"python train.py fit --config {run.folder / 'config.yaml'}" in text
+                assert f"python train.py fit --config {run.shown / 'config.yaml'}" in text
     assert 'class="warning"' in text
 
 
@@ -445,7 +458,7 @@ def test_a_report_replaces_its_own_pictures_and_keeps_a_users(groups: list[Group
     (folder / "pictures" / "mine.svg").write_text("kept")
     (folder / "mine.txt").write_text("kept")
     before = {picture.name for picture in pictures(folder)}
-    write(folder, groups[1:], [], "A & B")
+    write(folder, groups[1:], [], Study(title="A & B"))
     after = {picture.name for picture in pictures(folder)}
     assert after and before - after
     assert {picture.name for picture in (folder / "pictures").iterdir()} == after | {"mine.svg"}
@@ -459,7 +472,7 @@ def test_a_users_folder_is_refused_and_left_as_it_was(name: str, groups: list[Gr
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no report: name another folder"):
-        write(tmp_path, groups[1:], [], "A & B")
+        write(tmp_path, groups[1:], [], Study(title="A & B"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
     assert file.read_text() == "mine"
 
@@ -467,7 +480,7 @@ def test_a_users_folder_is_refused_and_left_as_it_was(name: str, groups: list[Gr
 def test_a_file_in_the_place_of_the_folder_is_refused(groups: list[Group], tmp_path: Path) -> None:
     (tmp_path / "report").write_text("mine")
     with pytest.raises(ValueError, match="is no folder"):
-        write(tmp_path / "report", groups[1:], [], "A & B")
+        write(tmp_path / "report", groups[1:], [], Study(title="A & B"))
     assert (tmp_path / "report").read_text() == "mine"
 
 
@@ -478,6 +491,6 @@ def test_costs_that_were_not_logged_leave_their_axis_out(runs: Path, tmp_path: P
     log.to_csv(folder / "metrics.csv", index=False)
     (entry,) = group(read([tmp_path])[0], targets=[Target("any", "val/accuracy", 0.01)])
     assert entry.axes == ["epoch"]
-    write(tmp_path / "report", [entry], [], "Without costs")
+    write(tmp_path / "report", [entry], [], Study(title="Without costs"))
     text = (tmp_path / "report" / "report.html").read_text()
     assert "over epochs" in text and "over FLOPs" not in text and "Step cost" not in text

@@ -1,4 +1,4 @@
-"""Reading run folders: the numbers are those of the log, and what cannot be read is said and not fatal."""
+"""Reading run folders: the numbers are those of the log, and a damaged folder is reported and not fatal."""
 
 import csv
 import json
@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import yaml
 
+from analysis.archive import find
 from analysis.rows import PUBLISHED, group
-from analysis.runs import AXES, Run, Target, find, read
+from analysis.runs import AXES, Run, read
+from analysis.study import Target
 from callbacks.milestones import THRESHOLDS
-from tests.analysis.runs import EPOCHS, LENGTH, copy, cut, seeded
-from tests.helpers.commands import ADAMW, AGA, TINY, call, fit, folders
+from tests.analysis.runs import EPOCHS, TRAINED_IN, copy, cut, unpack
 
 
 def one(runs: Path, experiment: str) -> Path:
@@ -79,10 +80,11 @@ def test_config_and_log_alone_say_the_same(runs: Path, tmp_path: Path) -> None:
     for path in list(folder.iterdir()):
         if path.name not in ("config.yaml", "metrics.csv"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    bare, whole = Run(folder), Run(one(runs, "grok_aga"))
+    bare, complete = Run(folder), Run(one(runs, "grok_aga"))
     assert bare.finished
-    assert bare.log.equals(whole.log)
-    assert bare.identity.protocol_digest == whole.identity.protocol_digest
+    assert bare.log.keys() == complete.log.keys()
+    assert all(np.array_equal(bare.log[name], complete.log[name], equal_nan=True) for name in bare.log)
+    assert bare.identity.protocol_digest == complete.identity.protocol_digest
 
 
 def test_targets_are_reached_where_the_log_first_meets_them(runs: Path) -> None:
@@ -117,7 +119,7 @@ def test_the_reports_targets_are_the_milestones_of_the_run(runs: Path) -> None:
     ]
     assert PUBLISHED.exists()
     checked = 0
-    for folder in folders(runs):
+    for folder in sorted(runs.glob("*/*")):
         run = Run(folder)
         milestones = json.loads((folder / "summary.json").read_text())["milestones"]
         for target in entry.targets:
@@ -128,21 +130,22 @@ def test_the_reports_targets_are_the_milestones_of_the_run(runs: Path) -> None:
     assert checked > 5
 
 
-def test_a_resumed_run_has_the_rows_of_its_beginning(runs: Path, tmp_path: Path) -> None:
-    first = fit(tmp_path, *AGA, *TINY, "--trainer.max_epochs", 3)
-    second = fit(tmp_path, *AGA, *LENGTH, "--ckpt_path", first / "checkpoints" / "last.ckpt")
-    whole = fit(tmp_path / "whole", *AGA, *LENGTH)
-    found, problems = read([tmp_path / "grok_aga"])
+def test_a_resumed_run_has_the_rows_of_its_beginning(tmp_path: Path) -> None:
+    first, second = sorted(unpack("resumed", tmp_path).glob("*/*"))
+    config = second / "config.yaml"
+    config.write_text(config.read_text().replace(str(TRAINED_IN), str(tmp_path)))
+    (continuous,) = unpack("continuous", tmp_path).glob("*/*")
+    found, problems = read([tmp_path / "resumed"])
     assert [run.folder for run in found] == [second]
     assert [(problem.folder, "it goes on in" in problem.reason) for problem in problems] == [(first, True)]
     for column in ("val/accuracy", "train/loss", "cost/gradient_evaluations"):
-        assert found[0].curve(column)[1].tolist() == Run(whole).curve(column)[1].tolist()
+        assert found[0].curve(column)[1].tolist() == Run(continuous).curve(column)[1].tolist()
     shutil.rmtree(first)
     assert "not there any more" in read([second])[1][0].reason
 
 
 def damaged(change: Callable[[Path], object], runs: Path, tmp_path: Path) -> str:
-    """The reason given for a run with this damage; a whole one beside it is still read."""
+    """The reason given for a run with this damage; a good one beside it is still read."""
     change(copy(one(runs, "grok_aga"), tmp_path, "damaged"))
     found, problems = read([one(runs, "grok_adamw"), tmp_path])
     assert [run.identity.optimizer for run in found] == ["adamw"]
@@ -161,6 +164,7 @@ def damaged(change: Callable[[Path], object], runs: Path, tmp_path: Path) -> str
         (lambda folder: (folder / "metrics.csv").write_bytes(b"\xff\xfe\0epoch\n1\n"), "metrics.csv"),
         (lambda folder: (folder / "metrics.csv").write_text("epoch,train/loss\n0,lots\n"), "no number"),
         (lambda folder: (folder / "metrics.csv").write_text("epoch,train/loss\n0,2\n,1\n"), "without its epoch"),
+        (lambda folder: (folder / "metrics.csv").write_text("epoch,train/loss\n0,2\n1\n"), "different lengths"),
         (lambda folder: (folder / "metrics.csv").write_text("a,b\n1,2\n"), "no columns"),
         (lambda folder: (folder / "config.yaml").unlink(), "it has no config.yaml"),
         (lambda folder: (folder / "config.yaml").write_text("a: [1"), "config.yaml is not valid YAML"),
@@ -184,14 +188,7 @@ def test_an_edited_config_is_noticed(runs: Path, tmp_path: Path) -> None:
 
 
 def test_callbacks_that_only_watch_leave_a_run_in_its_row_and_its_numbers_alone(runs: Path, tmp_path: Path) -> None:
-    lightning = "lightning.pytorch.callbacks"
-    added = (
-        *(f"--trainer.callbacks+={lightning}.LearningRateMonitor", "--trainer.callbacks.logging_interval", "step"),
-        *(f"--trainer.callbacks+={lightning}.DeviceStatsMonitor", "--trainer.callbacks.cpu_stats", "false"),
-        f"--trainer.callbacks+={lightning}.ModelSummary",
-        *("--trainer.log_every_n_steps", 1),
-    )
-    folder = fit(tmp_path, *AGA, *LENGTH, *seeded(0), "--internals.every_n_steps", "1", *added)
+    (folder,) = unpack("watched", tmp_path).glob("*/*")
     watched, plain = (
         Run(folder),
         next(run for run in map(Run, (runs / "grok_aga").iterdir()) if run.identity.seed == "0"),
@@ -209,15 +206,15 @@ def test_a_run_that_diverged_after_rows_without_epochs_is_read(runs: Path, tmp_p
     (folder / "metrics.csv").write_text("lr-ARS2Neo,step\n0.1,0\n")
     (folder / "error.txt").write_text("FloatingPointError: the training loss is nan in epoch 1: lower it\n")
     run = Run(folder)
-    assert (run.diverged, run.epochs, len(run.log)) == (True, 0, 0)
+    assert (run.diverged, run.epochs, len(run.log["epoch"])) == (True, 0, 0)
 
 
 def test_half_a_line_at_the_end_is_no_number(runs: Path, tmp_path: Path) -> None:
     folder = copy(one(runs, "grok_aga"), tmp_path, "killed")
     path = folder / "metrics.csv"
     path.write_text(path.read_text()[:-9])
-    rows = len(Run(one(runs, "grok_aga")).log)
-    assert len(Run(folder).log) == rows - 1
+    rows = len(Run(one(runs, "grok_aga")).log["epoch"])
+    assert len(Run(folder).log["epoch"]) == rows - 1
 
 
 def test_a_diverged_run_counts_as_one_that_never_gets_there(runs: Path, tmp_path: Path) -> None:
@@ -235,10 +232,7 @@ def test_a_diverged_run_counts_as_one_that_never_gets_there(runs: Path, tmp_path
 
 
 def test_a_real_run_that_diverges_at_once_is_read_too(tmp_path: Path) -> None:
-    options = ("--model.optimizer.lr", "1e30", "--model.optimizer.weight_decay", "0")
-    result = call("fit", *ADAMW, *TINY, *options, "--runs", tmp_path)
-    assert "the loss is nan" in result.error
-    (run,), problems = read([tmp_path])
+    (run,), problems = read([unpack("diverged", tmp_path)])
     assert problems == []
     assert (run.diverged, run.epochs) == (True, 0)
     compared = group([run])[0]
@@ -263,10 +257,9 @@ def test_a_folder_that_is_not_there_is_listed(tmp_path: Path) -> None:
     assert problems[0].reason == "there is no such folder"
 
 
-def test_an_evaluation_is_no_training_run(runs: Path, tmp_path: Path) -> None:
-    checkpoint = one(runs, "grok_aga") / "checkpoints" / "last.ckpt"
-    assert call("test", *AGA, *TINY[:-4], "--wandb", "false", "--ckpt_path", checkpoint, "--runs", tmp_path).code == 0
-    assert [problem.reason for problem in read([tmp_path])[1]] == ["it is an evaluation, no training run"]
+def test_an_evaluation_is_no_training_run(tmp_path: Path) -> None:
+    problems = read([unpack("evaluation", tmp_path)])[1]
+    assert [problem.reason for problem in problems] == ["it is an evaluation, no training run"]
 
 
 def test_what_w_and_b_keeps_in_a_run_folder_is_no_run(runs: Path, tmp_path: Path) -> None:

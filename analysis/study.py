@@ -1,0 +1,111 @@
+"""What a report is about: its title, its baseline, the targets, the names of the rows, and a note.
+
+A folder of runs may state these in a ``study.yaml``:
+
+    title: Grokking, as published
+    baseline: grok_adamw            # the row or optimizer that the others are compared with
+    targets: [val/accuracy >= 0.9]  # in place of the task's targets
+    labels: {grok_adamw: AdamW}     # how rows are named in tables and pictures
+    note: Settings as published, none of them tuned.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FILE = "study.yaml"
+_TARGET = re.compile(r"([\w/.-]+)\s*(>=|<)\s*(\d[\d.eE+-]*)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A level that a metric should reach: at least ``level``, or below it if ``lower`` is better."""
+
+    name: str
+    metric: str
+    level: float
+    lower: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        """Read a target such as ``val/accuracy >= 0.9``.
+
+        Raises:
+            ValueError: the text is not of this form.
+        """
+        match = _TARGET.fullmatch(text.strip())
+        if match is None:
+            example = "a metric, >= or <, and a number, such as 'val/loss < 0.2'"
+            raise ValueError(f"a target is {example}; got {text!r}")
+        return cls(match[0], match[1], float(match[3]), lower=match[2] == "<")
+
+    def __str__(self) -> str:
+        return f"{self.metric} {'<' if self.lower else '>='} {self.level:g}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """The options of a report.
+
+    Args:
+        title: of the report.
+        baseline: label, name or optimizer of the row that others are compared with; ``None`` is the best AdamW.
+        targets: levels to reach; empty for those of the task.
+        labels: how rows are called, by the name that their runs have.
+        note: a paragraph below the title.
+    """
+
+    title: str = "Comparison of optimizers"
+    baseline: str | None = None
+    targets: Sequence[Target] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @classmethod
+    def of(cls, folders: Sequence[Path]) -> "Study":
+        """Read the ``study.yaml`` of a single folder; the defaults apply to several, and to one without that file.
+
+        Raises:
+            ValueError: the file is damaged, or has an option that there is none of.
+        """
+        file = folders[0] / FILE if len(folders) == 1 else None
+        if file is None or not file.is_file():
+            return cls()
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not valid YAML") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{file} has no options")
+        _check(content, file)
+        return cls(
+            title=content.get("title", cls.title),
+            baseline=content.get("baseline"),
+            targets=tuple(map(Target.parse, content.get("targets", ()))),
+            labels=content.get("labels", {}),
+            note=" ".join(content.get("note", "").split()),
+        )
+
+    def overridden(self, title: str | None, baseline: str | None, targets: Sequence[Target]) -> "Study":
+        """Return the study with the options that were given on the command line."""
+        return Study(
+            title=title or self.title,
+            baseline=baseline or self.baseline,
+            targets=targets or self.targets,
+            labels=self.labels,
+            note=self.note,
+        )
+
+
+def _check(content: dict[Any, Any], file: Path) -> None:
+    kinds = {"title": str, "baseline": str, "targets": list, "labels": dict, "note": str}
+    for key, value in content.items():
+        if key not in kinds:
+            raise ValueError(f"{file} has the option {key}; it may have {', '.join(f.name for f in fields(Study))}")
+        nested = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if not isinstance(value, kinds[key]) or not all(isinstance(part, str) for part in nested):
+            raise ValueError(f"{file}: {key} cannot be {value!r}")
