@@ -41,7 +41,7 @@ def main() -> int:
         print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; go on with: python {' '.join(sys.argv)}", file=sys.stderr)
+        print(f"interrupted; resume with: python {' '.join(sys.argv)}", file=sys.stderr)
         return 130
     return 0
 

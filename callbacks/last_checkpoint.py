@@ -11,7 +11,8 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.lookup import callbacks_of
-from experiment.checkpoints import PARTIAL, PREVIOUS
+from experiment.checkpoints import PARTIAL
+from experiment.folders import PREVIOUS
 from experiment.library_internals import ask_for_no_sigterm
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

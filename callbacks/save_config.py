@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 
 from callbacks.lookup import folder_of
-from experiment.identity import CONTENTS, RunIdentity, contents_of, flatten
+from experiment.identity import CONTENTS, RunIdentity, contents_of, flatten, resolve_config
 
 # Larger folders are told by the names and sizes of their files.
 _MOST_BYTES = 4 << 30
@@ -42,7 +42,7 @@ class SaveConfig(SaveConfigCallback):
 
     def _identity(self, trainer: L.Trainer) -> RunIdentity:
         if self._found is None:  # asked for twice by a run that goes on, and reading the data takes time
-            config = yaml.safe_load(self.parser.dump(self.config, skip_unset=False))
+            config = resolve_config(self.parser, self.config)
             self._found = RunIdentity(config, *recorded_data(vars(trainer).get("datamodule"), config))
         return self._found
 

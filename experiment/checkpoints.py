@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-LAST, PREVIOUS, BEST = "last.ckpt", "last-previous.ckpt", "best.ckpt"
+from experiment.folders import LAST, PREVIOUS
+
 PARTIAL = ".partial"
 
 
@@ -63,18 +64,6 @@ def _os_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return what a run in ``folder`` goes on from: its last checkpoint, or the one before where that is missing."""
-    paths = (folder / "checkpoints" / name for name in (LAST, PREVIOUS))
-    return next((path for path in paths if path.exists()), None)
-
-
-def best_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint of the best epoch of a run in ``folder``, if it has one."""
-    path = folder / "checkpoints" / BEST
-    return path if path.exists() else None
 
 
 def check_checkpoint(path: Path, resume: bool, sharded: bool = False) -> None:

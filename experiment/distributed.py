@@ -1,7 +1,7 @@
-"""Which of a run's processes this is, and how the first one tells the others what it has decided.
+"""The rank of this process, and decisions that rank zero makes for all processes of a run.
 
-Either Lightning starts the others, with the environment of the first; or torchrun or srun start all of them alike, and
-then they must not each find a folder of their own.
+Either Lightning starts the other processes, which inherit the environment of the first one; or torchrun or srun start
+all of them alike, and then only rank zero may create the run's folder.
 """
 
 import functools
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as L
 
 
-def _started_alike() -> tuple[int, int] | None:
+def _rank_and_size() -> tuple[int, int] | None:
     """Return rank and number of processes where torchrun or srun has started several."""
     if TorchElasticEnvironment.detect():
         found = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -28,27 +28,29 @@ def _started_alike() -> tuple[int, int] | None:
     return found if found[1] > 1 else None
 
 
-def is_first() -> bool:
-    """Say whether this process is the one that makes the run's folder and speaks for the others."""
-    alike = _started_alike()
-    return (int(os.environ.get("LOCAL_RANK", 0)) if alike is None else alike[0]) == 0
+def is_rank_zero() -> bool:
+    """Return whether this process creates the run's folder and prints for all."""
+    started = _rank_and_size()
+    return (int(os.environ.get("LOCAL_RANK", 0)) if started is None else started[0]) == 0
 
 
-def from_first(name: str, decide: Callable[[], Any]) -> Any:
-    """Return what ``decide`` returns in the first process, where alone it is called, in all that were started alike.
+def broadcast_from_rank_zero(name: str, decide: Callable[[], Any]) -> Any:
+    """Return what ``decide`` returns in rank zero, in all processes that were started alike.
+
+    Only rank zero calls ``decide``. Where the processes were not started alike, each decides for itself.
 
     Args:
         name: of the decision; every process comes to it once.
-        decide: returns what JSON can hold.
+        decide: returns a value that JSON can represent.
 
     Raises:
-        ValueError: in the others, what ``decide`` raised in the first.
+        ValueError: in the other processes, with the message of what ``decide`` raised in rank zero.
     """
-    alike = _started_alike()
-    if alike is None:
+    started = _rank_and_size()
+    if started is None:
         return decide()
-    store = _store(*alike)
-    if alike[0] == 0:
+    store = _store(*started)
+    if started[0] == 0:
         try:
             decided = decide()
         except Exception as error:
@@ -56,15 +58,15 @@ def from_first(name: str, decide: Callable[[], Any]) -> Any:
             raise
         store.set(name, json.dumps({"decided": decided}))
         return decided
-    said = json.loads(store.get(name))
-    if "error" in said:
-        raise ValueError(said["error"])
-    return said["decided"]
+    answer = json.loads(store.get(name))
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["decided"]
 
 
 @functools.cache
 def _store(rank: int, processes: int) -> torch.distributed.Store:
-    """Return the store at the address where the processes meet later too, to train."""
+    """Return the store at the address where the processes meet again to train."""
     if not TorchElasticEnvironment.detect():
         environment = SLURMEnvironment()
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)

@@ -1,9 +1,10 @@
-"""The folder of a run: made for it alone, held while it lasts, and found again when it is to go on."""
+"""The folder of a run, created once, locked while the run lasts, and found again to resume."""
 
 import contextlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,79 +12,152 @@ import yaml
 
 try:
     import fcntl
-except ImportError:  # not everywhere: there, two runs must not be told to go on with one folder at the same time
+except ImportError:  # Windows has no such locks: two processes must not resume one folder at the same time there
     fcntl = None  # type: ignore[assignment]
 
-FOLDER = "ARS2_RUN_FOLDER"
-# How a run is continued does not make it another run, nor does the task's name, which a run learns from its classes.
+LAST, PREVIOUS, BEST = "last.ckpt", "last-previous.ckpt", "best.ckpt"
+# The hand-over to child processes, which train in the folder of the process that started them.
+_VARIABLE = "ARS2_RUN_FOLDER"
+# Resuming does not make another run of it, nor does the task's name, which a run learns from its classes.
 _NOT_COMPARED = ("ckpt_path", "weights_only", "task")
-_held: list[IO[str]] = []
+_RESULTS = ("summary.json", "metrics.csv", "checkpoints", "wandb")
+_locks: list[IO[str]] = []
 
 
-def run_folder(parent: Path, stem: str) -> Path:
-    """Make a folder of its own for this run, also where two start at once; its other processes are given the same."""
-    if FOLDER in os.environ:
-        return Path(os.environ[FOLDER])
-    for number in range(1000):
-        folder = parent / (stem if number == 0 else f"{stem}-{number}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
-            os.environ[FOLDER] = str(folder)
-            return folder
-    raise FileExistsError(f"{parent} is full of runs named {stem}: name another --runs folder")
+class RunFolder:
+    """A run's folder and the files in it.
+
+    Args:
+        path: of the folder, which exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RunFolder) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @classmethod
+    def create(cls, parent: Path, stem: str) -> "RunFolder":
+        """Make a new folder in ``parent``, with a number behind ``stem`` where two runs start in one second.
+
+        Raises:
+            FileExistsError: a thousand folders have this name.
+        """
+        for number in range(1000):
+            path = parent / (stem if number == 0 else f"{stem}-{number}")
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(parents=True)
+                return cls(path)
+        raise FileExistsError(f"{parent} is full of runs named {stem}: name another --runs folder")
+
+    @classmethod
+    def current(cls) -> "RunFolder | None":
+        """Return the folder of the run that this process takes part in, if it has one yet."""
+        return cls(Path(os.environ[_VARIABLE])) if _VARIABLE in os.environ else None
+
+    def make_current(self) -> None:
+        """Make this the folder of the run of this process and of all that it starts."""
+        os.environ[_VARIABLE] = str(self.path)
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the checkpoint to resume from; the one before the last where the last is missing."""
+        paths = (self.path / "checkpoints" / name for name in (LAST, PREVIOUS))
+        return next((path for path in paths if path.exists()), None)
+
+    def best_checkpoint(self) -> Path | None:
+        """Return the checkpoint of the best epoch, if there is one."""
+        path = self.path / "checkpoints" / BEST
+        return path if path.exists() else None
+
+    def config(self) -> dict[str, Any] | None:
+        """Return the resolved config; ``None`` for a run that was killed before it was saved."""
+        try:
+            saved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return None
+        return saved if isinstance(saved, dict) else None
+
+    def is_finished(self) -> bool:
+        """Return whether the run ended by itself."""
+        try:
+            status = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))["status"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return bool(status != "interrupted")
+
+    def has_results(self) -> bool:
+        """Return whether anything was trained, logged or evaluated."""
+        return any((self.path / name).exists() for name in _RESULTS)
 
 
-def hold(folder: Path) -> bool:
-    """Take ``folder`` for this process until :func:`let_go` or its death; ``False`` if another process has it."""
+def leave_current() -> None:
+    """Forget the current run folder, so that the next run of this process makes its own."""
+    os.environ.pop(_VARIABLE, None)
+
+
+def lock(folder: Path) -> bool:
+    """Lock ``folder`` until :func:`unlock_all` or the end of this process; ``False`` if another process has it."""
     if fcntl is None:
         return True
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(folder / ".lock", "a", encoding="utf-8"))
         try:
-            # Not flock: workers that outlive a killed process for a moment would still hold that.
+            # Not flock: workers that outlive a killed process for a moment would keep that.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError:  # a file system without locks
             return True
         stack.pop_all()
-    _held.append(file)
+    _locks.append(file)
     return True
 
 
-def let_go() -> None:
-    """Give back every folder that this process holds."""
-    while _held:
-        _held.pop().close()
+def unlock_all() -> None:
+    """Unlock every folder that this process has locked."""
+    while _locks:
+        _locks.pop().close()
 
 
-def unfinished_run(parent: Path, config: dict[str, Any]) -> Path | None:
-    """Return, held for this process, the newest run folder in ``parent`` whose run can go on under ``config``.
+def find_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
+    """Return, locked, the newest run in ``parent`` that can be resumed under ``config``.
 
-    That is a run of the same options, seed included, that was killed, stopped or failed, and is not running now.
+    Such a run has the same options, seed included, was killed, stopped or failed, and is not running now.
 
     Args:
         parent: the folder of the experiment.
-        config: the resolved options of this run, as they would be saved in its ``config.yaml``.
+        config: the resolved options of this run, as ``config.yaml`` would have them.
     """
-    names = (path for path in parent.glob(f"*-seed{config.get('seed_everything')}*") if path.is_dir())
-    for folder in sorted(names, key=_age, reverse=True):
-        if _is_finished(folder) or _options(folder) != _comparable(config):
+    for folder in _newest_first(parent, f"*-seed{config.get('seed_everything')}*"):
+        saved = folder.config()
+        if folder.is_finished() or saved is None or _comparable(saved) != _comparable(config):
             continue
-        if hold(folder):
+        if lock(folder.path):
             return folder
     return None
 
 
-def runs_of(parent: Path, config: dict[str, Any]) -> list[Path]:
-    """Return the run folders in ``parent`` of the same model, optimizer and seed as ``config``, the newest first.
+def find_runs(parent: Path, config: Mapping[str, Any]) -> list[RunFolder]:
+    """Return the runs in ``parent`` of the model, optimizer and seed of ``config``, the newest first.
 
-    Options that one of the two does not know do not count: it is of another version.
+    Options that only one of the two configs has are ignored, because another version of the project wrote them.
     """
-    newest_first = sorted((path for path in parent.glob("*-seed*") if path.is_dir()), key=_age, reverse=True)
-    found = ((folder, _options(folder) or {}) for folder in newest_first)
-    compared = ("model", "seed_everything")
-    return [folder for folder, saved in found if all(_agree(saved.get(key), config.get(key)) for key in compared)]
+    return [
+        folder
+        for folder in _newest_first(parent, "*-seed*")
+        if all(_agree((folder.config() or {}).get(key), config.get(key)) for key in ("model", "seed_everything"))
+    ]
+
+
+def _newest_first(parent: Path, pattern: str) -> list[RunFolder]:
+    return [RunFolder(path) for path in sorted(parent.glob(pattern), key=_age, reverse=True) if path.is_dir()]
 
 
 def _agree(one: Any, other: Any) -> bool:
@@ -98,22 +172,5 @@ def _age(folder: Path) -> tuple[str, int]:
     return (folder.name, 0) if match is None else (match[1], int(match[2] or 0))
 
 
-def _is_finished(folder: Path) -> bool:
-    try:
-        status = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return bool(status != "interrupted")
-
-
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _NOT_COMPARED}
-
-
-def _options(folder: Path) -> dict[str, Any] | None:
-    """Return the options of the run in ``folder``; ``None`` where it was killed before it had saved them."""
-    try:
-        saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return _comparable(saved) if isinstance(saved, dict) else None

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 # Classes are read here, and not imported: a report needs no torch.
 ROOT = Path(__file__).parents[1]
 
@@ -75,6 +77,17 @@ class Sweep:
     name: str
     optimizer: str
     trial: int | None = None
+
+
+def resolve_config(parser: Any, config: Any) -> dict[str, Any]:
+    """Return a parsed config as plain nested mappings, every default included, as ``config.yaml`` has it.
+
+    Args:
+        parser: jsonargparse's, of the subcommand.
+        config: what it has parsed.
+    """
+    resolved: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False))
+    return resolved
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

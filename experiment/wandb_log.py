@@ -1,4 +1,4 @@
-"""Weights & Biases as a logger that is never in the way of training, and whose record can always be uploaded."""
+"""Weights & Biases logging that never stops training and leaves a record that can be uploaded later."""
 
 import contextlib
 import os
@@ -12,15 +12,14 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from experiment.wandb_naming import init_arguments
+from experiment.identity import RunIdentity
 
-# Seconds that the server has to answer at first, and to take what is left at the end. WANDB_INIT_TIMEOUT and
-# WANDB_FINISH_TIMEOUT say otherwise.
-_PATIENCE, _LAST_PATIENCE = 10.0, 60.0
+# Seconds; the environment variables WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT take precedence.
+_INIT_TIMEOUT, _FINISH_TIMEOUT = 10.0, 60.0
 
 
 def quiet_wandb() -> Any:
-    """Import wandb, whose messages repeat ours or tell how to log in, and whose own telemetry can hold up the exit.
+    """Import wandb without its console messages and its error telemetry, which can delay the exit.
 
     Raises:
         ValueError: it is not installed.
@@ -37,19 +36,19 @@ def quiet_wandb() -> Any:
 
 
 class RunWandbLogger(WandbLogger):
-    """Lightning's logger for one run, which W&B's failures cost nothing but a line.
+    """Lightning's logger for one run, for which a failure of W&B costs one printed line.
 
-    W&B writes every row to a file of its own before it is sent, and rows never wait for the server. Where the server
-    does not answer or refuses at first, the run is recorded offline; where it fails later, training and the file go on,
-    and the end waits for it only so long. If W&B's own process dies, which writes its file in blocks, all rows go into
-    a new, offline record. In each of these a line tells the command that uploads the record. A run that goes on in its
-    folder has the same id as before.
+    W&B writes every row to a local file before sending it, and training never waits for the server. If the server
+    does not answer or refuses at the start, the run is recorded offline. If it fails later, training and the local
+    file continue, and the end of the run waits for the server only until a timeout. If W&B's own process dies, which
+    writes its file in blocks, all rows go into a new offline record. In each case a line prints the command that
+    uploads the record. A resumed run keeps its id.
 
     Args:
         folder: of the run.
         config: of the run, resolved; the run is named and grouped by it.
-        online: whether there is a key; ``WANDB_MODE`` says otherwise.
-        resumes: whether the run goes on in a folder that has its earlier record.
+        online: whether an API key is configured; ``WANDB_MODE`` takes precedence.
+        resumes: whether the run is resumed in a folder that has its earlier record.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], online: bool, resumes: bool) -> None:
@@ -58,12 +57,12 @@ class RunWandbLogger(WandbLogger):
         self.resume = "allow" if self.run_id else None
         self.mode = os.environ.get("WANDB_MODE", "online" if online else "offline")
         self.died = False
-        # Every row so far, on disk: a long run has many. It has no name there, and so goes with the process.
+        # All rows so far, in an unnamed file that disappears with the process: a long run has too many for memory.
         self._rows = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         super().__init__(experiment=self._begin(), save_dir=str(folder))
 
     def _begin(self) -> Any:
-        quiet_wandb()  # outside the block below: a missing package is no failure of the server
+        quiet_wandb()  # outside the try block, because a missing package is not a failure of the server
         before = set(_records(self.folder))
         try:
             run = self._start()
@@ -76,7 +75,7 @@ class RunWandbLogger(WandbLogger):
             self.mode = "offline"
             run = self._start()
         if self.mode == "offline":
-            print(f"W&B records offline; {self._how_to_upload()}")
+            print(f"W&B records offline; {self._upload_command()}")
         elif run.url:
             print(f"W&B records at {run.url}")
         return run
@@ -87,29 +86,29 @@ class RunWandbLogger(WandbLogger):
             project=os.environ.get("WANDB_PROJECT", "ars2"),
             **init_arguments(self.config),
             id=self.run_id,
-            # An offline record says so too: its rows are then uploaded behind those of the run's earlier records.
+            # Offline too: the upload then appends its rows to those of the run's earlier records.
             resume=self.resume,
             dir=str(self.folder),
             mode=self.mode,
             settings=wandb.Settings(
                 console="off",
                 silent=True,
-                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", _PATIENCE)),
-                finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", _LAST_PATIENCE)),
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", _INIT_TIMEOUT)),
+                finish_timeout=float(os.environ.get("WANDB_FINISH_TIMEOUT", _FINISH_TIMEOUT)),
                 finish_timeout_raises=True,
             ),
         )
 
-    def _how_to_upload(self) -> str:
+    def _upload_command(self) -> str:
         records = [path for path in _records(self.folder) if path.name.startswith("offline-") or self.mode != "offline"]
         online = [] if all(path.name.startswith("offline-") for path in records) else ["--include-online"]
         return " ".join(["upload the run with: wandb sync", *online, *map(str, records)])
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Take in a row."""
+        """Log a row."""
         self.attempt(lambda: super(RunWandbLogger, self).log_metrics(metrics, step))
-        with contextlib.suppress(OSError):  # of a full disk, the log itself will tell
+        with contextlib.suppress(OSError):  # the CSV log reports a full disk
             pickle.dump((dict(metrics), step), self._rows)
 
     @rank_zero_only
@@ -118,7 +117,7 @@ class RunWandbLogger(WandbLogger):
         self.attempt(lambda: super(RunWandbLogger, self).log_hyperparams(params))
 
     def attempt(self, action: Callable[[], Any]) -> None:
-        """Do something with the run; if it fails, with an offline record; if that fails too, nothing from then on."""
+        """Call ``action``; on failure retry with an offline record, and on a second failure disable W&B."""
         if self.died and self.mode != "offline":
             return
         try:
@@ -129,14 +128,14 @@ class RunWandbLogger(WandbLogger):
                 print(f"W&B has failed again ({type(error).__name__}: {error}): it records nothing more of this run")
                 return
             self.died = True
-            self._begin_again(error)
+            self._restart_offline(error)
             self.attempt(action)
 
-    def _begin_again(self, error: Exception) -> None:
+    def _restart_offline(self, error: Exception) -> None:
         print(f"W&B has failed ({type(error).__name__}: {error}): the run is recorded anew, offline")
         run: Any = self._experiment
         self.run_id, self.mode = run.id, "offline"
-        with contextlib.suppress(Exception):  # of what is dead nothing is to be closed
+        with contextlib.suppress(Exception):  # a dead service cannot be closed
             quiet_wandb().teardown()
         try:
             self._experiment = self._begin()
@@ -150,7 +149,7 @@ class RunWandbLogger(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """End the run, and say so if the server has not taken all of it.
+        """Finish the run, and print how to upload it if the server did not receive all of it.
 
         Args:
             status: ``"success"``, or what Lightning calls another end.
@@ -158,13 +157,13 @@ class RunWandbLogger(WandbLogger):
         run: Any = self._experiment
         if self.mode == "gone" or run is None:
             return
-        taken = True
+        finished = True
         try:
             run.finish(exit_code=int(status != "success"))
         except Exception:
-            taken = False
-        if self.mode == "online" and not (taken and _was_taken(Path(run.dir).parent)):
-            print(f"W&B has not taken all of the run; {self._how_to_upload()}")
+            finished = False
+        if self.mode == "online" and not (finished and _was_uploaded(Path(run.dir).parent)):
+            print(f"W&B did not receive all of the run; {self._upload_command()}")
 
 
 def _records(folder: Path) -> list[Path]:
@@ -178,9 +177,46 @@ def _latest_id(folder: Path) -> str | None:
     return records[-1].name.rpartition("-")[2] if records else None
 
 
-def _was_taken(record: Path) -> bool:
-    """Say whether W&B's own log has no refusal that ended the upload; nobody is told of it otherwise."""
+def _was_uploaded(record: Path) -> bool:
+    """Return whether W&B's debug log has no refused upload, which it reports nowhere else."""
     try:
         return "filestream: fatal error" not in (record / "logs/debug-internal.log").read_text(encoding="utf-8")
     except OSError:
         return True
+
+
+def nested(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``config`` without its ``init_args`` levels, a class path under the key ``class``.
+
+    W&B then shows the learning rate as ``model.optimizer.lr``, a number that runs can be filtered by.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "class_path":
+            flat["class"] = value
+        elif isinstance(value, Mapping):
+            flat |= nested(value) if key == "init_args" else {key: nested(value)}
+        else:
+            flat[key] = value
+    return flat
+
+
+def init_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return name, group, tags and config for ``wandb.init``.
+
+    The name is task, optimizer and seed, such as ``cifar-ars2_sync-s0``. The group is everything but the seed, with a
+    digest of the settings. The tags are task, optimizer, protocol, and the search that the run is a trial of. The
+    config also has ``task``, ``optimizer``, ``group``, ``seed`` and ``protocol`` as keys to filter by.
+    """
+    identity = RunIdentity(config)
+    about = {
+        "task": identity.task,
+        "optimizer": identity.optimizer,
+        "group": identity.group,
+        "seed": identity.seed,
+        "protocol": identity.protocol_digest,
+    }
+    tags = [identity.task, identity.optimizer, f"protocol {identity.protocol_digest}"]
+    if identity.sweep is not None:
+        tags.append(f"sweep {identity.sweep.name}"[:64])  # the longest that W&B takes
+    return {"name": identity.name, "group": identity.group, "tags": tags, "config": {**nested(config), **about}}

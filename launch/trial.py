@@ -98,17 +98,18 @@ def _train(arguments: list[str], log: str, environment: dict[str, str], sender: 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(output, stream)
-    from experiment.folders import FOLDER
+    from experiment.folders import RunFolder, leave_current
     from launch.cli import main
 
-    os.environ.pop(FOLDER, None)
+    leave_current()
     sys.argv = ["train.py", *arguments]
     try:
         code = main(arguments)
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else 1
     sys.stdout.flush()
-    sender.send((code, os.environ.get(FOLDER)))
+    folder = RunFolder.current()
+    sender.send((code, None if folder is None else str(folder)))
 
 
 def _end_with_the_starter() -> None:

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from experiment.folders import hold
+from experiment.folders import lock
 from launch.trial import server
 from launch.within_time import Part, Schedule
 
@@ -157,7 +157,7 @@ def main() -> int:
     try:
         places = slots(options.accelerator, options.processes)
         options.output.mkdir(parents=True, exist_ok=True)
-        if not hold(options.output):
+        if not lock(options.output):
             raise ValueError(f"{options.output} is in use by another call: wait for its end, or name another folder")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from experiment import checkpoints
-from experiment.checkpoints import AtomicCheckpointIO, check_checkpoint, last_checkpoint
+from experiment.checkpoints import AtomicCheckpointIO, check_checkpoint
+from experiment.folders import RunFolder
 from tests.helpers.commands import AGA, TINY, call, folders
 from tests.helpers.killing import life
 from tests.helpers.resuming import assert_same_run, checkpoint, fit, only_folder
@@ -147,7 +148,7 @@ def test_if_the_last_one_is_damaged_the_one_before_is_offered(two_checkpoints: P
         assert f"{two_checkpoints / LAST} cannot be read as a checkpoint" in line
         assert f"the one before it is whole: give {two_checkpoints / PREVIOUS}" in line
     (two_checkpoints / LAST).unlink()
-    assert last_checkpoint(two_checkpoints) == two_checkpoints / PREVIOUS
+    assert RunFolder(two_checkpoints).last_checkpoint() == two_checkpoints / PREVIOUS
     assert f"give {two_checkpoints / PREVIOUS}" in fit(runs, *options, "--ckpt_path", two_checkpoints / LAST).error
     # As the message says: without the last one, the same command takes the one before.
     assert checkpoint_step(two_checkpoints / PREVIOUS) == 8

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.folders import _age, hold, let_go, runs_of, unfinished_run
+from experiment.folders import RunFolder, _age, find_runs, find_unfinished, lock, unlock_all
 from tests.helpers.commands import AGA, TINY, folders
 from tests.helpers.killing import begin, context
 from tests.helpers.resuming import fit, only_folder
@@ -27,7 +27,7 @@ def run(
 
 @pytest.fixture(autouse=True)
 def released() -> None:
-    let_go()
+    unlock_all()
 
 
 def test_the_newest_unfinished_run_goes_on(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_the_newest_unfinished_run_goes_on(tmp_path: Path) -> None:
     run(tmp_path, "2026-01-03_00-00-00-seed1", "finished")
     run(tmp_path, "2026-01-04_00-00-00-seed1", "stopped early (milestone)")
     run(tmp_path, "2026-01-05_00-00-00-seed10", config="seed_everything: 10\nmodel: {lr: 0.1}")
-    assert unfinished_run(tmp_path, CONFIG) == newest
+    assert find_unfinished(tmp_path, CONFIG) == RunFolder(newest)
 
 
 @pytest.mark.parametrize(
@@ -55,14 +55,14 @@ def test_a_run_of_other_options_does_not(config: str, tmp_path: Path) -> None:
     run(tmp_path, "2026-01-01_00-00-00-seed1", config=config)
     (tmp_path / "2026-01-02_00-00-00-seed1").mkdir()
     (tmp_path / "2026-01-03_00-00-00-seed1").write_text("a file")
-    assert unfinished_run(tmp_path, CONFIG) is None
-    assert unfinished_run(tmp_path / "nowhere", CONFIG) is None
+    assert find_unfinished(tmp_path, CONFIG) is None
+    assert find_unfinished(tmp_path / "nowhere", CONFIG) is None
 
 
 def test_how_it_is_continued_makes_it_no_other_run(tmp_path: Path) -> None:
     said = "seed_everything: 1\nmodel: {lr: 0.1}\nckpt_path: x.ckpt\nweights_only: true"
     folder = run(tmp_path, "2026-01-01_00-00-00-seed1", config=said)
-    assert unfinished_run(tmp_path, {**CONFIG, "ckpt_path": "last"}) == folder
+    assert find_unfinished(tmp_path, {**CONFIG, "ckpt_path": "last"}) == RunFolder(folder)
 
 
 def test_many_runs_of_one_second_are_in_the_order_of_their_numbers() -> None:
@@ -71,7 +71,7 @@ def test_many_runs_of_one_second_are_in_the_order_of_their_numbers() -> None:
 
 
 def held_elsewhere(folder: str, answers: object) -> None:
-    answers.put(hold(Path(folder)))  # type: ignore[attr-defined]
+    answers.put(lock(Path(folder)))  # type: ignore[attr-defined]
     answers.get()  # type: ignore[attr-defined]
 
 
@@ -81,13 +81,13 @@ def test_a_run_that_another_process_is_at_is_left_alone(tmp_path: Path) -> None:
     process = context.Process(target=held_elsewhere, args=(str(newer), answers))
     process.start()
     assert answers.get() is True
-    assert not hold(newer)
-    assert unfinished_run(tmp_path, CONFIG) == older
-    let_go()
+    assert not lock(newer)
+    assert find_unfinished(tmp_path, CONFIG) == RunFolder(older)
+    unlock_all()
     process.kill()
     process.join()
     # A killed process holds nothing.
-    assert unfinished_run(tmp_path, CONFIG) == newer
+    assert find_unfinished(tmp_path, CONFIG) == RunFolder(newer)
 
 
 def test_two_of_one_command_at_once_are_two_runs(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_run_without_a_checkpoint_begins_again_in_its_folder(tmp_path: Path) -
     for name in ("last.ckpt", "last-previous.ckpt"):
         (folder / "checkpoints" / name).unlink(missing_ok=True)
     again = fit(tmp_path, *options, "--ckpt_path", "last")
-    assert f"going on with {folder} from its beginning" in again.out
+    assert f"resuming {folder} from the beginning" in again.out
     assert only_folder(tmp_path) == folder
     rows = (folder / "metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + 4
@@ -126,5 +126,5 @@ def test_the_runs_of_a_config_are_of_its_model_and_seed(tmp_path: Path) -> None:
     run(tmp_path, "2026-01-04_00-00-00-seed10", config="seed_everything: 10\nmodel: {lr: 0.1}")
     run(tmp_path, "2026-01-05_00-00-00-seed1", config="- 1")
     (tmp_path / "2026-01-06_00-00-00-seed1").write_text("a file")
-    assert runs_of(tmp_path, CONFIG) == [second, first]
-    assert runs_of(tmp_path / "nowhere", CONFIG) == []
+    assert find_runs(tmp_path, CONFIG) == [RunFolder(second), RunFolder(first)]
+    assert find_runs(tmp_path / "nowhere", CONFIG) == []

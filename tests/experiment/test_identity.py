@@ -10,7 +10,7 @@ import yaml
 
 from experiment import identity as identity_module
 from experiment.identity import RunIdentity, digest, flatten
-from experiment.wandb_naming import init_arguments, nested
+from experiment.wandb_log import init_arguments, nested
 from tests.helpers.commands import ADAMW, AGA, TINY, call, fit
 
 

@@ -61,7 +61,7 @@ def test_a_server_that_fails_in_the_middle_of_a_run_costs_a_line(failure: str | 
         assert server.behaviour == failure
     assert time.monotonic() - begin < 90
     assert "W&B records at" in result.out
-    assert "W&B has not taken all of the run; upload the run with: wandb sync --include-online" in result.out
+    assert "W&B did not receive all of the run; upload the run with: wandb sync --include-online" in result.out
     assert "Traceback" not in result.out + result.err
     assert_all_rows([row for row in upload(result.out, tmp_path) if "epoch" in row], folder)
 

@@ -13,8 +13,9 @@ import torch
 import torchmetrics
 import yaml
 
+from experiment.folders import RunFolder
 from experiment.identity import RunIdentity
-from launch import cli
+from launch import cli, console
 from modules.grokking_transformer import GrokkingTransformer
 from tests.helpers.commands import ADAMW, AGA, NETWORK, ROOT, TINY, call, fit, folders, metrics
 
@@ -82,8 +83,8 @@ def test_two_runs_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: 
     assert (first.name, second.name) == ("now-seed42", "now-seed42-1")
     assert metrics(first) == metrics(second)
     # A process that the run started takes part in it.
-    monkeypatch.setenv(cli.FOLDER, str(first))
-    assert cli.run_folder(tmp_path, "now-seed42") == first
+    monkeypatch.setenv("ARS2_RUN_FOLDER", str(first))
+    assert RunFolder.current() == RunFolder(first)
 
 
 @pytest.mark.parametrize("config", ["grok_adamw", "grok_aga", "grok_muon"])
@@ -226,7 +227,7 @@ def messages() -> Iterator[str]:
 
 def test_every_message_that_is_left_out_is_one_that_the_installed_libraries_have() -> None:
     texts = list(messages())
-    for pattern in cli.NOISE:
+    for pattern in console.WARNINGS:
         assert any(re.match(pattern, text, re.IGNORECASE) for text in texts), pattern
-    for beginning in cli.CHATTER:
+    for beginning in console.LOG_LINES:
         assert any(text.startswith(beginning) for text in texts), beginning

@@ -89,7 +89,7 @@ def test_torchrun_starts_them_on_two_machines_and_they_go_on_together(whole: Pat
     assert sum(text.count("no unfinished run of these options") for _, text in stopped) == 1
     finished = torchrun(tmp_path, INTERRUPTED)
     assert [code for code, _ in finished] == [0, 0], finished
-    assert sum(text.count("going on with") for _, text in finished) == 1
+    assert sum(text.count("resuming ") for _, text in finished) == 1
     (folder,) = folders(tmp_path / "runs")
     assert metrics(folder) == metrics(whole)
 
@@ -129,7 +129,7 @@ def test_a_slurm_job_that_is_stopped_goes_on_when_it_is_back(whole: Path, tmp_pa
     finished = sbatch(script)
     assert finished.returncode == 0, finished.stderr
     assert not (tmp_path / "asked").exists()
-    assert finished.stdout.count("going on with") == 1
+    assert finished.stdout.count("resuming ") == 1
     (folder,) = folders(tmp_path / "runs")
     assert metrics(folder) == metrics(whole)
 

@@ -80,12 +80,12 @@ def test_a_stopped_run_goes_on_exactly(whole: tuple[tuple[str, ...], Path], stop
     # There is no run to go on with yet: the very same command begins one.
     stopped = fit(tmp_path, *again, stop=STOPS[stop])
     assert stopped.code == {"middle": 143, "end": 130}[stop], stopped.err
-    assert stopped.out.splitlines()[-1].startswith(f"go on with: python train.py fit --config {options[1]}")
+    assert stopped.out.splitlines()[-1].startswith(f"resume with: python train.py fit --config {options[1]}")
     unfinished = json.loads((only_folder(tmp_path) / "summary.json").read_text())
     assert unfinished["status"] == "interrupted"
     resumed = fit(tmp_path, *again)
     assert resumed.code == 0, resumed.err
-    assert f"going on with {only_folder(tmp_path)}" in resumed.out
+    assert f"resuming {only_folder(tmp_path)}" in resumed.out
     assert_same_run(only_folder(tmp_path), folder)
     summaries = [json.loads((path / "summary.json").read_text()) for path in (only_folder(tmp_path), folder)]
     for key in ("status", "epochs", "metrics", "milestones"):

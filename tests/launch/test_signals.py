@@ -74,11 +74,11 @@ def test_stopping_a_run_keeps_what_it_has(stop: signal.Signals, code: int, tmp_p
     trained = [row for row in metrics(folder) if "train/loss" in row]
     assert len(trained) in (epochs, epochs + 1)
     # The last line is the command that goes on with it.
-    said = re.search(r"^go on with: python train.py (.*)$", out, re.M)
+    said = re.search(r"^resume with: python train.py (.*)$", out, re.M)
     assert said is not None and out.rstrip().endswith(said[0])
     with start(*shlex.split(said[1]), home=tmp_path) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == f"going on with {folder}\n"
+        assert process.stdout.readline() == f"resuming {folder}\n"
         process.kill()
     # It goes on from there.
     more = ("--trainer.max_epochs", epochs + 3, "--ckpt_path", folder / "checkpoints/last.ckpt")
@@ -100,7 +100,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert process.returncode == 130, err
-    assert "go on with: python train.py fit" in out, err
+    assert "resume with: python train.py fit" in out, err
     assert "Traceback" not in out + err
 
 

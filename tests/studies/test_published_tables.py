@@ -132,7 +132,7 @@ def test_two_calls_for_one_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Within one process a lock can be taken again.
-    take = "import sys, pathlib; from experiment.folders import hold; hold(pathlib.Path(sys.argv[1]));"
+    take = "import sys, pathlib; from experiment.folders import lock; lock(pathlib.Path(sys.argv[1]));"
     take += " print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", take, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,0 +1,74 @@
+"""Report an exception as one line on standard error, with the traceback in a file that the line names."""
+
+import contextlib
+import linecache
+import re
+import shutil
+import sys
+import sysconfig
+import traceback
+from pathlib import Path
+
+from experiment.distributed import is_rank_zero
+from experiment.folders import RunFolder
+from launch.errors import one_line, worker_traceback
+
+# The project's packages; users may add their own modules to those of the tasks.
+_PROJECT = {"analysis", "ars2", "callbacks", "datamodules", "experiment", "launch", "modules", "studies", "__main__"}
+_TASKS = ("modules", "datamodules")
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
+
+
+def report(error: Exception) -> int:
+    """Print ``error`` and keep its traceback; returns the exit code.
+
+    A run folder in which nothing was trained yet is removed. The traceback goes into ``error.txt`` in the run folder,
+    or in the data cache where there is none. It is left out where the line says everything.
+    """
+    place = user_code_location(error)
+    folder = RunFolder.current()
+    message = one_line(error, folder) + place
+    if folder is not None and is_rank_zero() and not folder.has_results():
+        shutil.rmtree(folder.path, ignore_errors=True)
+        folder = None
+    if folder is not None or place or not isinstance(error, (ValueError, OSError)):
+        # Imported here because only errors need it.
+        from datamodules.token_cache import default_cache
+
+        details = (default_cache() if folder is None else folder.path) / "error.txt"
+        with contextlib.suppress(OSError):
+            details.parent.mkdir(parents=True, exist_ok=True)
+            details.write_text("".join(traceback.format_exception(error)))
+            message += f" (details in {details})"
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def user_code_location(error: BaseException) -> str:
+    """Return `` (file, line n)`` of the last line of a user's own code in the traceback; empty without any.
+
+    A user's class may be among the suite's tasks, in modules/ or datamodules/. There, a line that raises the exception
+    itself is a deliberate error message, and any other line is a bug.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        places = _places(cause)
+        project = [(name, file, line) for name, file, line in places if not file.startswith(_LIBRARIES)]
+        for name, file, line in reversed(project):
+            package, source = name.partition(".")[0], linecache.getline(file, line).strip()
+            is_last = (name, file, line) == places[-1]
+            is_message = is_last and source.startswith("raise ")
+            is_refused_value = isinstance(cause, (ValueError, OSError)) and not is_last
+            if package not in _PROJECT or (package in _TASKS and not is_message and not is_refused_value):
+                return f" ({file}, line {line})"
+        cause = cause.__cause__ or cause.__context__
+    return ""
+
+
+def _places(error: BaseException) -> list[tuple[str, str, int]]:
+    """Return module, file and line of every frame of the traceback, the outermost first."""
+    names = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
+    # A worker of a data loader leaves only the text of its traceback.
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    frames += [(file, int(line)) for file, line in re.findall(r'File "(.+)", line (\d+)', worker_traceback(error))]
+    return [(names.get(file) or Path(file).stem, file, line) for file, line in frames if Path(file).is_file()]
