@@ -3,7 +3,7 @@
     python sweep.py configs/sweeps/grok.yaml --folder runs/grok --workers 2
     python sweep.py configs/sweeps/grok.yaml --wandb-files runs/grok/wandb
 
-The same command goes on with a sweep that was stopped. launch/sweep_specification.py documents the sweep's file. Every
+The same command resumes a sweep that was stopped. launch/sweep_specification.py documents the sweep's file. Every
 trial is an ordinary run with a folder of its own; `python compare.py runs/grok` makes the tables.
 """
 
@@ -14,13 +14,13 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="the sweep's YAML file")
-    parser.add_argument("--folder", type=Path, help="where to (default: runs/sweeps/<name>)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time (default: the cores)")
+    parser.add_argument("--folder", type=Path, help="folder of the sweep (default: runs/sweeps/<name>)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="concurrent runs (default: all cores)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
-    parser.add_argument("--wandb-files", type=Path, help="only write a W&B sweep file for each optimizer, to there")
+    parser.add_argument("--wandb-files", type=Path, help="folder to which only W&B sweep files are written")
     options = parser.parse_args()
     if min(options.workers, options.threads) < 1:
         parser.error("--workers and --threads must be at least 1")
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Not to wait for the runs that are under way: their processes end with this one.
+    # Do not wait for running trials, whose processes exit with this one.
     sys.stdout.flush()
     code = main()
     sys.stdout.flush()

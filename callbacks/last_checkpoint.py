@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.lookup import callbacks_of
 from experiment.checkpoints import PARTIAL
 from experiment.folders import PREVIOUS
-from experiment.library_internals import ask_for_no_sigterm
+from experiment.library_internals import disable_sigterm_broadcast
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = b"\nstopping: the step under way (or a validation) is finished and saved; once more to leave at once\n"
@@ -48,7 +48,7 @@ class StopSignals(L.Callback):
             for number in SIGNALS:
                 signal.signal(number, self._take)
             # With every batch Lightning's loop asks the first process for a SIGTERM, which is taken here.
-            ask_for_no_sigterm(trainer)
+            disable_sigterm_broadcast(trainer)
 
     def _take(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number)

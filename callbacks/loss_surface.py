@@ -181,7 +181,7 @@ def parameters_in(path: str, pl_module: L.LightningModule) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged, or another program's") from error
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is damaged, or from another program") from error
     for name, param in pl_module.named_parameters():
         if name not in state or state[name].shape != param.shape:
             raise ValueError(f"{path} is of another network: its {name} is missing or of another shape")

@@ -9,7 +9,7 @@ import torch
 
 from experiment.csv_log import RunCSVLogger
 from experiment.distributed import gather_per_rank, local_share
-from experiment.library_internals import is_within_epoch, row_to_come
+from experiment.library_internals import is_within_epoch, pending_row
 
 
 def random_states() -> dict[str, Any]:
@@ -90,7 +90,7 @@ class LogPosition(L.Callback):
     changes_training = False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        row = row_to_come(trainer)
+        row = pending_row(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger):
                 logger.save()
@@ -102,7 +102,7 @@ class LogPosition(L.Callback):
         log = checkpoint["log"]
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger) and logger.resumes:
-                logger.go_back(log["rows"])
+                logger.truncate(log["rows"])
                 if log["row"]:
                     logger.log_metrics(dict(log["row"]), log["step"])
                     logger.save()

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, and read without running any code in them."""
+"""Write checkpoint files atomically, and check them without running code in them."""
 
 import contextlib
 import os
@@ -14,43 +14,43 @@ PARTIAL = ".partial"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the file's place, brings it to the disk, and then renames: there is never half a checkpoint.
+    """Write to a temporary file, flush it to disk and rename it, so that no checkpoint is ever incomplete.
 
-    Lightning's own writes to the system's temporary folder and moves the file from there, which is a plain copy where
-    that is another file system, and leaves the file to the system's cache.
+    Lightning's own plugin writes to the system's temporary folder and moves the file, which is a plain copy across file
+    systems, and does not flush it.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``.
 
         Raises:
-            OSError: it could not be written (a full disk, a folder without permission); what was at ``path`` is as it
-                was, and nothing else is left behind.
+            OSError: it could not be written (full disk, no permission); ``path`` keeps its former content, and no
+                temporary file is left.
         """
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        place = Path(path)
-        partial = place.with_name(place.name + PARTIAL)
+        target = Path(path)
+        partial = target.with_name(target.name + PARTIAL)
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             with open(partial, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, place)
-            bring_to_disk(place.parent)
+            os.replace(partial, target)
+            sync_folder(target.parent)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 partial.unlink()
             if (cause := _os_error(error)) is not None:
-                said = f"the checkpoint could not be written ({cause.strerror}); earlier ones are as they were"
-                raise OSError(cause.errno, said, str(place)) from error
+                message = f"the checkpoint could not be written ({cause.strerror}); earlier ones are unchanged"
+                raise OSError(cause.errno, message, str(target)) from error
             raise
 
 
-def bring_to_disk(folder: Path) -> None:
-    """Make sure that the names in ``folder`` outlast a power failure, where the system can promise that."""
+def sync_folder(folder: Path) -> None:
+    """Flush the directory entries of ``folder``, where the system supports it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -60,53 +60,56 @@ def bring_to_disk(folder: Path) -> None:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """Return the system's error behind what torch raises when a write fails."""
+    """Return the system error behind the exception that torch raises when a write fails."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def check_checkpoint(path: Path, resume: bool, sharded: bool = False) -> None:
-    """Check that ``path`` is a checkpoint that can be loaded, a file without running any code in it.
+    """Check that ``path`` is a checkpoint that can be loaded, without running code in it.
 
-    A folder, of one part a process, is only checked for what a write that was cut short leaves out; torch reads parts
-    of it by pickle, so that loading one of unknown origin can run code.
+    A sharded checkpoint is a folder with one part for each process. It is only checked for being complete; torch reads
+    parts of it by pickle, so loading one of unknown origin can run code.
 
     Args:
         path: of the file or folder.
-        resume: whether training goes on from it, which needs more than the weights.
-        sharded: whether it is loaded by the strategy that writes such folders.
+        resume: whether to resume training from it, which needs more than weights.
+        sharded: whether the strategy loads sharded checkpoints.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: damaged, not a checkpoint of Lightning, without what resuming needs, or a folder that is loaded by
-            another strategy. Where the checkpoint before it is whole, the message offers that one.
+        ValueError: it is damaged, not Lightning's, lacks what resuming needs, or is a folder for another strategy. If
+            the previous checkpoint is intact, the message names it.
     """
     if not path.exists():
         if resume and str(path) == "best":
-            raise ValueError("best.ckpt holds weights alone, no state to resume from: say --ckpt_path last")
+            raise ValueError("best.ckpt holds only weights and no state to resume from: give --ckpt_path last")
         raise FileNotFoundError(f"there is no checkpoint {path}{_offer(path, resume, sharded)}")
     parts = path.is_dir()
     if parts and not sharded:
         raise ValueError(
-            f"{path} is in parts, one a process: lay configs/overlays/fsdp.yaml over the config, or make one file of"
-            f" it: python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
+            f"{path} is a sharded checkpoint: add --config configs/overlays/fsdp.yaml, or make one file of it with"
+            f" python -m lightning.pytorch.utilities.consolidate_checkpoint {path}"
         )
     try:
-        # torch writes .metadata last of the tensors' files, and Lightning what is left after it.
+        # torch writes .metadata after the tensors, and Lightning writes meta.pt after that.
         if parts and not (path / ".metadata").is_file():
             raise FileNotFoundError(path / ".metadata")
         checkpoint = torch.load(path / "meta.pt" if parts else path, map_location="meta", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is damaged, or another program's{_offer(path, resume, sharded)}"
+            f"{path} cannot be read as a checkpoint: it is damaged, or from another program"
+            f"{_offer(path, resume, sharded)}"
         ) from error
     needed = {"pytorch-lightning_version", *(() if parts else ("state_dict",))}
     if not isinstance(checkpoint, dict) or not needed <= set(checkpoint):
-        raise ValueError(f"{path} holds no training run: give a .ckpt file from a run's checkpoints folder")
-    # The optimizers' states are beside meta.pt, not in it; it has the schedulers, if only an empty list of them.
+        raise ValueError(
+            f"{path} is not a checkpoint of a training run: give a .ckpt file from a run's checkpoints folder"
+        )
+    # meta.pt has the schedulers, perhaps an empty list; the optimizers' states are in other files.
     if resume and not ("lr_schedulers" in checkpoint if parts else checkpoint.get("optimizer_states")):
-        raise ValueError(f"{path} holds weights alone, no state to resume from: give the last.ckpt of a run")
+        raise ValueError(f"{path} holds only weights and no state to resume from: give the last.ckpt of a run")
 
 
 def _offer(path: Path, resume: bool, sharded: bool) -> str:
@@ -117,4 +120,4 @@ def _offer(path: Path, resume: bool, sharded: bool) -> str:
         check_checkpoint(previous, resume, sharded)
     except ValueError:
         return ""
-    return f"; the one before it is whole: give {previous}, or delete the last one and say --ckpt_path last"
+    return f"; the previous one is intact: give {previous}, or delete the last one and give --ckpt_path last"

@@ -1,4 +1,4 @@
-"""The CSV file of a run: nothing is lost when the process dies, and a resumed run goes on where its checkpoint was."""
+"""The CSV log of a run, which survives a killed process and rewinds to a checkpoint on resuming."""
 
 import csv
 import os
@@ -13,11 +13,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 class Rows(ExperimentWriter):
-    """Lightning's writer, with whole rows on the disk after every save, and a way back.
+    """Write complete rows durably, and truncate them on resuming.
 
     Args:
         log_dir: folder of the file.
-        keep: whether to go on after the rows that are there; otherwise they are deleted.
+        keep: whether to append to existing rows instead of deleting them.
     """
 
     def __init__(self, log_dir: str, keep: bool) -> None:
@@ -27,18 +27,18 @@ class Rows(ExperimentWriter):
         if not keep:
             self.path.unlink(missing_ok=True)
         elif self.path.exists():
-            self.go_back(len(self._read()))
+            self.truncate(len(self._read()))
 
     def _check_log_dir_exists(self) -> None:
-        """Leave the file alone, which Lightning would delete."""
+        """Keep an existing file, which Lightning would delete."""
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Take in a row."""
+        """Add a row."""
         super().log_metrics(metrics_dict, step)
         self.count += 1
 
     def save(self) -> None:
-        """Bring the rows since the last save to the disk: they are appended, or with new columns all rewritten."""
+        """Append the new rows to the file, or rewrite the file if they have new columns."""
         if not self.metrics:
             return
         try:
@@ -47,16 +47,16 @@ class Rows(ExperimentWriter):
             else:
                 with open(self.path, "a", newline="", encoding="utf-8") as file:
                     csv.DictWriter(file, fieldnames=self.metrics_keys).writerows(self.metrics)
-                    _finish(file)
+                    _flush(file)
         except OSError as error:
-            # Where the disk is full, the system does not say which file it was.
+            # The system does not name the file when the disk is full.
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         finally:
-            # Rows that could not be written once are not tried again in the middle of leaving.
+            # Do not retry rows that could not be written while the process exits.
             self.metrics = []
 
-    def go_back(self, count: int) -> None:
-        """Forget all but the first ``count`` rows, and columns that only the others had."""
+    def truncate(self, count: int) -> None:
+        """Keep the first ``count`` rows, and drop columns that only later rows had."""
         self.save()
         rows = self._read() if self.path.exists() else []
         rows = [{key: value for key, value in row.items() if key and value} for row in rows[:count]]
@@ -77,21 +77,21 @@ class Rows(ExperimentWriter):
             writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
             writer.writeheader()
             writer.writerows(rows)
-            _finish(file)
+            _flush(file)
         os.replace(partial, self.path)
 
 
-def _finish(file: Any) -> None:
+def _flush(file: Any) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
 class RunCSVLogger(CSVLogger):
-    """Lightning's CSV logger for a run folder that a run may go on with.
+    """Lightning's CSV logger for the folder of a run that may be resumed.
 
     Args:
         folder: of the run.
-        resumes: whether the rows in it are this run's.
+        resumes: whether the existing rows belong to this run.
     """
 
     def __init__(self, folder: Path, resumes: bool = False) -> None:
@@ -110,10 +110,10 @@ class RunCSVLogger(CSVLogger):
 
     @property
     def count(self) -> int:
-        """The rows logged so far; 0 on all processes but the first."""
+        """The number of rows logged so far; 0 on all ranks but zero."""
         return 0 if getattr(rank_zero_only, "rank", 0) else self.experiment.count
 
     @rank_zero_only
-    def go_back(self, count: int) -> None:
-        """Forget all but the first ``count`` rows."""
-        self.experiment.go_back(count)
+    def truncate(self, count: int) -> None:
+        """Keep the first ``count`` rows."""
+        self.experiment.truncate(count)

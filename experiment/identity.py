@@ -1,7 +1,7 @@
-"""What a run is, told by its resolved config alone: task, optimizer, seed, setting, and protocol.
+"""Identify a run by its resolved config, as a task, an optimizer, a seed, a setting and a protocol.
 
-Two runs of one *setting* differ in nothing but their seeds and are repeats of each other. Two runs of one *protocol*
-were trained on the same data by the same rules of evaluation, with the same network, and may stand in one table.
+Runs of one *setting* differ only in their seeds and are repeats of each other. Runs of one *protocol* share the data,
+the network and the rules of evaluation, and may be compared in one table.
 """
 
 import ast
@@ -16,33 +16,33 @@ from typing import Any
 
 import yaml
 
-# Classes are read here, and not imported: a report needs no torch.
+# Signatures are parsed from source files here, so that a report needs no torch.
 ROOT = Path(__file__).parents[1]
 
-CONTENTS = "contents."  # what a key of a protocol begins with that is not of the config but of the data itself
-# How optimizers are called in names; any other goes by its class.
+CONTENTS = "contents."  # prefix of the protocol's keys that describe the data itself
+# Short names of optimizers; others use their class name.
 _SHORT = {"ARS2Neo": "ars2"}
-# Options of the data that decide how fast batches come, or where from, and never which numbers are in them.
+# Options of the data that change the speed or source of batches, and never their values.
 _LOGISTICS = {
     *("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "download", "on_device"),
-    # What predict is asked.
+    # Inputs of predict.
     *("questions", "images", "prompts"),
 }
-# Of runs that did not record which of their data's options are places: told by how the names end.
+# Suffixes of the options that are locations, for runs that did not record which options are.
 _PLACES = ("root", "dir", "directory", "folder", "path", "cache", "file")
-# What its options say is how a network is trained, and not what it is.
+# The options of this class describe training, not the network.
 _TRAINING = "modules.two_pass.TwoPassModule"
 _OURS = {"ars2.ARS2Neo": "ars2.ars2_neo.ARS2Neo", "ars2.Muon": "ars2.muon.Muon"}
-# Options of these classes from the beginning: every config states them, and they count at any value. One that came
-# later does not at its default, which must be what was done before, so that runs from then are of the same setting.
+# Options of the first version, which every config states; they count at any value. A later option does not count at its
+# default, which must reproduce the earlier behaviour, so that earlier runs keep their setting.
 _FIRST = {
     *("optimizer", "scheduler", "scheduler_interval", "policy", "matrix", "vector"),
     *("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches"),
     *("lr", "betas", "eps", "weight_decay", "momentum", "nesterov", "rho", "mode", "k", "alpha", "probability", "seed"),
     *("phi_beta", "phi_lambda", "phi_gamma", "ns_steps", "ns_coefficients", "ns_dtype"),
 }
-# Callbacks of Lightning that change nothing of the training. Any other callback is taken to, unless its class says
-# ``changes_training = False``, or names there the option without which it changes nothing.
+# Lightning's callbacks that do not affect training. Any other callback is assumed to, unless its class has
+# ``changes_training = False`` or the name of the option without which it does not.
 _WATCHING = {
     *("DeviceStatsMonitor", "LearningRateMonitor", "ThroughputMonitor", "ModelSummary", "RichModelSummary"),
     *("ProgressBar", "RichProgressBar", "TQDMProgressBar"),
@@ -53,9 +53,9 @@ _EVALUATION = (
     *("val_check_interval", "check_val_every_n_epoch"),
 )
 _SWITCHES = ("model.optimizer.energy", "model.optimizer.geometry")
-# How a step is computed: what comes out differs by rounding alone.
+# Options that change results by rounding only.
 _HOW = ("model.optimizer.ns_algorithm", "model.compile", "model.channels_last")
-# Others that came later, or that say of torch's own optimizers how they compute, where they change nothing.
+# Values at which later options, and torch's implementation choices, change nothing.
 _NEUTRAL = {
     **{"model.optimizer.compile": False, "model.optimizer.capturable": False},
     "callbacks.evaluation_budget.EvaluationBudget.finish_epoch": True,
@@ -66,12 +66,12 @@ _TRAINER = (*_EVALUATION, *_LENGTH, "precision", "devices", "num_nodes", "callba
 
 @dataclass(frozen=True)
 class Sweep:
-    """Marks a run as part of a search over settings.
+    """Mark a run as part of a search over settings.
 
     Args:
-        name: of the search; its trials are counted together.
-        optimizer: the row of the search that the run's cost is charged to.
-        trial: number of the trial; ``None`` for a run of the setting that the search chose.
+        name: of the search.
+        optimizer: the row of the search whose tuning budget the run counts towards.
+        trial: number of the trial; ``None`` for a run of the winning setting.
     """
 
     name: str
@@ -80,18 +80,18 @@ class Sweep:
 
 
 def resolve_config(parser: Any, config: Any) -> dict[str, Any]:
-    """Return a parsed config as plain nested mappings, every default included, as ``config.yaml`` has it.
+    """Return a parsed config as plain nested mappings with every default, as in ``config.yaml``.
 
     Args:
-        parser: jsonargparse's, of the subcommand.
-        config: what it has parsed.
+        parser: of the subcommand.
+        config: parsed by it.
     """
     resolved: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_unset=False))
     return resolved
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values; a class is its path under its own key, its options are directly below it.
+    """Yield dotted keys and values, a class path under the key of the object and its options below.
 
     ``{"optimizer": {"class_path": "ars2.Muon", "init_args": {"lr": 0.1}}}`` is ``optimizer = ars2.Muon`` and
     ``optimizer.lr = 0.1``.
@@ -105,7 +105,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def digest(parts: Mapping[str, Any]) -> str:
-    """Return eight hexadecimal digits of ``parts``, whatever their order; options left at null do not count."""
+    """Return an eight-digit hexadecimal digest that ignores the order of keys and null values."""
     stated = {key: value for key, value in parts.items() if value is not None}
     return hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
@@ -115,16 +115,16 @@ def _last(key: str) -> str:
 
 
 def contents_of(description: Mapping[str, Any], words: Collection[str] = ()) -> dict[str, Any]:
-    """Return what a data module's ``description()`` says of the data itself, by dotted key.
+    """Return a data module's ``description()`` by dotted key, without the entries in ``words``.
 
-    Entries named in ``words`` are for people, and left out.
+    These entries are text for people.
     """
     return dict(flatten({key: value for key, value in description.items() if key not in words}))
 
 
 @functools.cache
 def _definition(path: str, root: Path) -> ast.ClassDef | None:
-    """Return the class of this dotted path as it is written; ``None`` where its file is not found."""
+    """Return the syntax tree of the class at a dotted path; ``None`` if its file is not found."""
     module, _, name = path.rpartition(".")
     for place in (root, *map(Path, sys.path)):
         file = place / f"{module.replace('.', '/')}.py"
@@ -141,11 +141,11 @@ def _literal(node: ast.expr) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        return ...  # equal to nothing that a config holds
+        return ...  # equals no value of a config
 
 
 def _signature(path: str) -> dict[str, Any]:
-    """Return the options of a class with their defaults, ``...`` for one that has none."""
+    """Return the options of a class with their defaults, ``...`` for an option without one."""
     definition = _definition(path, ROOT)
     for node in definition.body if definition else ():
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
@@ -182,7 +182,7 @@ def _is_neutral(key: str, value: Any, neutral: Mapping[str, Any]) -> bool:
 
 
 def _later_options(optimizer: Any) -> dict[str, Any]:
-    """Return the options that came later, of the training step and of one of this project's optimizers."""
+    """Return the options, with defaults, that the training step and the optimizer gained after version one."""
     classes = {"model": _TRAINING, "model.optimizer": _OURS.get(optimizer, "")}
     return {
         f"{section}.{name}": default
@@ -201,22 +201,22 @@ def _without_neutral(callback: Any) -> Any:
 
 
 class RunIdentity:
-    """Reads a resolved config, as it is saved in a run's ``config.yaml``.
+    """The identity of the run of a resolved config.
 
     Args:
-        config: nested mappings, as YAML gives them.
-        contents: what was recorded of the data itself, see :func:`contents_of`; ``None`` if nothing was.
-        places: options of the data, by dotted key, that say where it is; ``None`` goes by how their names end.
+        config: nested mappings, as ``config.yaml`` has them.
+        contents: the recorded description of the data, see :func:`contents_of`; ``None`` if there is none.
+        places: dotted keys of the data's options that are locations; ``None`` recognises them by their suffixes.
 
     Attributes:
         options: the config by dotted key, see :func:`flatten`, without options that change nothing.
-        task: its name, such as ``modular_addition`` or ``cifar``; where none is given, that of the file of the data
-            module's class, without a trailing number.
+        task: its name, such as ``modular_addition`` or ``cifar``; by default the file name of the data module's class
+            without a trailing number.
         optimizer: short name, such as ``adamw``, ``muon``, ``ars2_sync`` or ``ars2_sync_no_geometry``.
-        seed: of the run, as it is written after ``s``: ``7``, or ``7.42`` where the data has another seed (42).
-        experiment: the name given to it.
-        sweep: the search that it is part of, if any.
-        contents: what is known of the data itself, by dotted key; a part of protocol and setting.
+        seed: of the run, such as ``7``, or ``7.42`` where the data has another seed (42).
+        experiment: the name of the experiment.
+        sweep: the search that the run is part of, if any.
+        contents: the description of the data by dotted key; part of protocol and setting.
 
     Raises:
         ValueError: the config names no model, data or optimizer.
@@ -251,23 +251,23 @@ class RunIdentity:
 
     @classmethod
     def recorded(cls, config: Mapping[str, Any], stored: Mapping[str, Any]) -> "RunIdentity":
-        """Return the identity of a run from its config and what its ``protocol.yaml`` holds."""
+        """Return the identity of a run from its config and the contents of its ``protocol.yaml``."""
         contents = {key.removeprefix(CONTENTS): value for key, value in stored.items() if key.startswith(CONTENTS)}
         return cls(config, contents, stored.get("places"))
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What must be equal for two runs to be comparable, by dotted key."""
+        """The options and data that comparable runs share, by dotted key."""
         return self.stated_protocol | {f"{CONTENTS}{key}": value for key, value in self.contents.items()}
 
     @property
     def stated_protocol(self) -> dict[str, Any]:
-        """The part of the protocol that the config states; the rest is the contents of the data."""
+        """The part of the protocol that the config states, without the description of the data."""
         return dict(self._protocol())
 
     @property
     def setting(self) -> dict[str, Any]:
-        """Everything that training depends on, its seeds left out, by dotted key."""
+        """Everything that training depends on except seeds, by dotted key."""
         return dict(self._setting())
 
     def _is_place(self, key: str) -> bool:
@@ -297,17 +297,17 @@ class RunIdentity:
 
     @property
     def protocol_digest(self) -> str:
-        """Runs of different digests are not comparable."""
+        """A digest of the protocol; runs with different digests are not comparable."""
         return digest(self.protocol)
 
     @property
     def setting_digest(self) -> str:
-        """Runs of the same digest are repeats of each other."""
+        """A digest of the setting; runs with the same digest are repeats."""
         return digest(self.setting)
 
     @property
     def group(self) -> str:
-        """Everything but the seed: task, optimizer, and a digest that tells their settings apart."""
+        """Task, optimizer and setting digest, such as ``cifar-ars2_sync-1a2b3c4d``."""
         return f"{self.task}-{self.optimizer}-{self.setting_digest}"
 
     @property

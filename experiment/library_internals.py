@@ -1,7 +1,8 @@
-"""The private names of torch, Lightning, torchmetrics and jsonargparse that nothing public stands for, in one place.
+"""Wrap the private APIs of torch, Lightning, torchmetrics and jsonargparse that have no public equivalent.
 
-Names that a subclass overrides or inherits stay with it, and so do torch's ``_foreach`` functions; the optimizer in
-ars2/ needs torch alone and has its own. tests/test_library_internals.py knows them all, and notices when one goes.
+Private names that a subclass overrides stay with that subclass, and torch's ``_foreach`` functions are used directly.
+ars2/ imports only torch and has its own. tests/experiment/test_library_internals.py lists all of them and fails when a
+library removes one.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,22 +18,22 @@ __all__ = ["NormBase"]
 
 
 def is_compiled(network: nn.Module) -> bool:
-    """Say whether ``network.compile()`` was called."""
+    """Return whether ``network.compile()`` was called."""
     return network._compiled_call_impl is not None
 
 
 def sparse_values(gradient: Tensor) -> Tensor:
-    """Return the values of a sparse tensor, also of one that has an index twice, which ``values()`` refuses."""
+    """Return the values of a sparse tensor, even an uncoalesced one, which ``values()`` refuses."""
     return gradient._values()
 
 
 def set_updates(metric: "Metric", updates: int) -> None:
-    """Say how many updates the state that ``metric`` was given is made of; what it had computed is forgotten."""
+    """Set the number of updates behind a metric's state, and clear its cached result."""
     metric._update_count, metric._computed = updates, None
 
 
-def row_to_come(trainer: "L.Trainer") -> dict[str, float]:
-    """Return the row of an epoch that has ended and is not in the log yet; empty in the middle of one."""
+def pending_row(trainer: "L.Trainer") -> dict[str, float]:
+    """Return the row of a finished epoch that is not logged yet; empty within an epoch."""
     connector = trainer._logger_connector
     if connector._first_loop_iter is not None:
         return {}
@@ -42,22 +43,22 @@ def row_to_come(trainer: "L.Trainer") -> dict[str, float]:
 
 
 def is_within_epoch(trainer: "L.Trainer") -> bool:
-    """Say whether there are more batches in the epoch under way."""
+    """Return whether the current epoch has more batches."""
     return not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
 def is_attached(module: "L.LightningModule") -> bool:
-    """Say whether a Trainer has taken the module, whose ``trainer`` is an error before."""
+    """Return whether the module is attached to a Trainer; ``module.trainer`` raises before that."""
     return module._trainer is not None
 
 
 def has_validated(trainer: "L.Trainer") -> bool:
-    """Say whether a validation was made while training."""
+    """Return whether a validation has run during training."""
     return bool(trainer.fit_loop.epoch_loop.val_loop._has_run)
 
 
-def ask_for_no_sigterm(trainer: "L.Trainer") -> None:
-    """Let the training loop not ask the first process for a SIGTERM with every batch."""
+def disable_sigterm_broadcast(trainer: "L.Trainer") -> None:
+    """Disable the training loop's SIGTERM broadcast with every batch."""
     loop: Any = trainer.fit_loop.epoch_loop
     if hasattr(loop, "_broadcast_sigterm_tensor"):
         loop._broadcast_sigterm_tensor = lambda: None

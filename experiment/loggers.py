@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a CSV file always, Weights & Biases when asked or when a key is configured."""
+"""Create the loggers of a run, a CSV file and optionally Weights & Biases."""
 
 import importlib.util
 import os
@@ -14,14 +14,14 @@ from experiment.wandb_log import RunWandbLogger, quiet_wandb
 
 
 def make_loggers(folder: Path, config: Mapping[str, Any], wandb: bool | None, resumes: bool = False) -> list[Logger]:
-    """Return the loggers of a run; the CSV file comes first, so that the run's folder is the one Lightning writes to.
+    """Return the loggers of a run, the CSV file first, because Lightning writes to the first logger's folder.
 
     Args:
         folder: of the run.
-        config: of the run, resolved; Weights & Biases names and groups the run by it, and records it.
-        wandb: whether to log to Weights & Biases; ``None`` does so only where a key is configured. Without a key, or
-            where the server fails, the run is recorded offline, see :class:`experiment.wandb_log.RunWandbLogger`.
-        resumes: whether the run goes on in a folder that has rows of it.
+        config: of the run, resolved; Weights & Biases records it, and names and groups the run by it.
+        wandb: whether to log to Weights & Biases; ``None`` logs only if a key is configured. Without a key, or if the
+            server fails, the run is recorded offline, see :class:`experiment.wandb_log.RunWandbLogger`.
+        resumes: whether the run is resumed in a folder that has its earlier rows.
 
     Raises:
         ValueError: ``wandb`` is true and its package is not installed.
@@ -31,7 +31,7 @@ def make_loggers(folder: Path, config: Mapping[str, Any], wandb: bool | None, re
         return loggers
     if wandb is None and importlib.util.find_spec("wandb") is None:
         if os.environ.get("WANDB_API_KEY"):
-            print("WANDB_API_KEY is set and the package wandb is not installed: this run is not logged there")
+            print("WANDB_API_KEY is set, but the package wandb is not installed: this run is not logged to W&B")
         return loggers
     key = has_key()
     if wandb or key:
@@ -40,11 +40,11 @@ def make_loggers(folder: Path, config: Mapping[str, Any], wandb: bool | None, re
 
 
 def has_key() -> bool:
-    """Return whether a key of Weights & Biases is configured."""
+    """Return whether an API key of Weights & Biases is configured."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     homes = [os.environ.get("NETRC"), Path.home() / ".netrc", Path.home() / "_netrc"]
     if not any(home and Path(home).is_file() for home in homes):
         return False
-    # In that mode wandb denies that there is a key; who sets it wants a record.
+    # In offline mode wandb reports no key, but the user wants a record.
     return os.environ.get("WANDB_MODE") == "offline" or bool(quiet_wandb().login(prompt=False, verify=False))

@@ -1,8 +1,8 @@
-"""A guard over several configs: an overlay that switches the optimizer must state the new one whole.
+"""Check that an overlay that switches the optimizer states every option of the new one.
 
-Where a later config names another optimizer class, the parser keeps every option of the former one that the new class
-has too. In a comparison of optimizers that is a wrong learning rate or weight decay that nobody wrote down. Callbacks
-are the other way round: a later list replaces the former one, milestones included.
+When a later config names another optimizer class, the parser keeps every option of the former class that the new one
+also has. A comparison of optimizers would then use a learning rate or weight decay that nobody chose. Callbacks are the
+opposite case: a later list replaces the former one, milestones included.
 """
 
 import os
@@ -27,22 +27,22 @@ _SECTIONS = {
     "last_checkpoint": "callbacks.last_checkpoint.LastCheckpoint",
     "internals": "callbacks.optimizer_internals.OptimizerInternals",
 }
-# Where a value may also be the path of a file that holds it.
+# Keys whose value may also be the path of a file that contains it.
 _NESTED = ("model", "model.optimizer")
 
 
 class _Source:
-    """What one config or command-line option says of the optimizer.
+    """What one config or command-line option states about the optimizer.
 
-    ``class_path`` is its class, if named; ``stated`` are the options and tracks it gives; of those in ``anew`` nothing
-    stated before is left.
+    ``class_path`` is its class, if named. ``stated`` are the options and tracks it gives, and those in ``replaced``
+    discard everything that was stated before.
     """
 
     def __init__(self, name: str, settings: dict[str, Any]) -> None:
         self.name = name
         self.class_path: str | None = None
         self.stated: set[str] = set()
-        self.anew: set[str] = set()
+        self.replaced: set[str] = set()
         for key, value in settings.items():
             _, option, *deeper = *key.split("."), ""
             if option == "optimizer" and deeper[0] in ("", "class_path"):
@@ -51,13 +51,13 @@ class _Source:
             name = option if option in _TRACKS else deeper[0]
             if value is not None or option not in _TRACKS:
                 self.stated.add(name)
-            # One key of a track leaves the track's others as they were.
+            # A single key of a track keeps the track's other keys.
             if option not in _TRACKS or not deeper[0]:
-                self.anew.add(name)
+                self.replaced.add(name)
 
 
 def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Walk through nested mappings, dotted keys and files; yield the keys about the optimizer in one spelling."""
+    """Yield the optimizer's keys from nested mappings, dotted keys and files, in one spelling."""
     parts = [part for part in key.split(".") if part and part != "init_args"]
     if parts[:1] and parts[0] in _SUBCOMMANDS:
         parts = parts[1:]
@@ -72,12 +72,12 @@ def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _read(text: str) -> Any:
-    """Return what the file of that name holds, or else what the text itself says."""
+    """Return the parsed content of the file of that name, or else of the text itself."""
     if not os.path.isfile(text):
         try:
             return yaml.safe_load(text)
         except yaml.YAMLError:
-            return None  # the parser says what is wrong with it
+            return None  # the parser reports the error
     try:
         return yaml.safe_load(Path(text).read_text())
     except UnicodeDecodeError as error:
@@ -89,7 +89,7 @@ def _read(text: str) -> Any:
 
 
 def _sources(arguments: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
-    """Yield for each config or option its name, what it holds, and the key at which that is."""
+    """Yield name, content and key of each config or option."""
     for argument, following in pairwise([*arguments, ""]):
         if argument in ("--config", "-c"):
             yield following, _read(following), ""
@@ -100,7 +100,7 @@ def _sources(arguments: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
 
 
 def _callbacks(value: Any, key: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Walk through nested mappings and dotted keys; yield every list of callbacks with its key, as class names."""
+    """Yield every list of callbacks with its key, as class names."""
     parts = [part for part in key.split(".") if part]
     name = ".".join(parts[1:] if parts[:1] and parts[0] in _SUBCOMMANDS else parts)
     if isinstance(value, dict) and name in ("", "trainer"):
@@ -113,11 +113,11 @@ def _callbacks(value: Any, key: str = "") -> Iterator[tuple[str, list[str]]]:
 
 
 def _options_kept(class_path: str, stated: set[str]) -> set[str]:
-    """Return which of the options ``stated`` the class has too: the parser drops the others."""
+    """Return the options in ``stated`` that the class also has, because the parser drops the others."""
     if "." in class_path:
         return stated & {*_TRACKS, *names} if (names := option_names(class_path)) else set()
     kinds = [kind for kind in _subclasses(torch.optim.Optimizer) if kind.__name__ == class_path]
-    if not kinds:  # perhaps one that is imported later
+    if not kinds:  # the class may be imported later
         return stated
     return stated & {*_TRACKS}.union(*(option_names(f"{kind.__module__}.{class_path}") for kind in kinds))
 
@@ -132,16 +132,16 @@ def _subclasses(kind: type) -> Iterator[type]:
 def check_overlays(arguments: Sequence[str]) -> None:
     """Check that no source mixes two optimizers or drops the callbacks of another one.
 
-    The last source that switches the optimizer's class may leave no option of the former one in force. A list of
-    callbacks may replace an earlier one if it has one of its classes again, so that it is clear that all are meant, or
-    is empty. A search's own config is not checked for that.
+    The last source that switches the optimizer's class must override every option of the former class. A list of
+    callbacks may replace an earlier one if it is empty or repeats one of its classes, which shows that the replacement
+    is deliberate. The config of a search is not checked for this.
 
     Args:
         arguments: of the command line, in their order.
 
     Raises:
-        ValueError: one does; the message names both classes, the options, and the source that must state them, or
-            the callbacks. Or a config is not valid YAML.
+        ValueError: a source does; the message names the classes, the options and the source that must state them, or
+            the callbacks. Also if a config is not valid YAML.
     """
     sources = list(_sources(arguments))
     if not any(argument.startswith("--sweep.name") for argument in arguments):
@@ -158,8 +158,8 @@ def _check_callbacks(sources: list[tuple[str, Any, str]]) -> None:
                 continue
             if kept and given and not set(kept) & set(given):
                 raise ValueError(
-                    f"{source} replaces trainer.callbacks by {', '.join(given)}, and {', '.join(kept)} would be gone:"
-                    " write callbacks+ to add to the list, or name in it what is to stay (null for none)"
+                    f"{source} replaces trainer.callbacks by {', '.join(given)}, which drops {', '.join(kept)}:"
+                    " write callbacks+ to add to the list, or repeat in it what is to stay (null for none)"
                 )
             kept = given
 
@@ -173,24 +173,24 @@ def _check_optimizer(sources: list[_Source]) -> None:
                 switch = (source.name, class_path, source.class_path)
                 stated = inherited = _options_kept(source.class_path, stated)
             class_path = source.class_path
-        inherited = inherited - source.anew
-        stated = (stated - source.anew) | source.stated
+        inherited = inherited - source.replaced
+        stated = (stated - source.replaced) | source.stated
     if inherited:
         name, former, new = switch
         raise ValueError(
             f"{name} switches the optimizer from {former} to {new}, which would inherit {', '.join(sorted(inherited))}:"
-            f" state every one of them anew, or name one config that states the optimizer whole"
+            f" state every one of them again, or give one config that states the complete optimizer"
         )
 
 
 def check_values(config: Mapping[str, Any]) -> None:
-    """Check what the parser lets through: sections that are no mappings, and options left empty that need a value.
+    """Check that sections are mappings and that options which need a value have one.
 
     Args:
         config: of a subcommand, resolved, as nested mappings.
 
     Raises:
-        ValueError: there is such a section or option; the message names it.
+        ValueError: a section or option fails the check; the message names it.
     """
     for name, class_path in _SECTIONS.items():
         if not isinstance(config.get(name), Mapping):

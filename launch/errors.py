@@ -1,4 +1,4 @@
-"""Errors for people: the parser's long messages and any exception as one line, with the nearest valid name."""
+"""Turn parser errors and exceptions into one clear line, with the nearest valid name."""
 
 import contextlib
 import difflib
@@ -20,11 +20,11 @@ _NO_CLASS = r"Expected a dot import path string: (.+)"
 
 
 def one_line(error: BaseException, folder: Any = None) -> str:
-    """Return the exception's message on one line; its type comes first where the message alone says too little.
+    """Return the exception's message on one line, with its type where the message alone is unclear.
 
     Args:
         error: the exception.
-        folder: of the run, named where the system does not say which file it could not write.
+        folder: of the run, named if the system does not name the file that it could not write.
     """
     text = str(error)
     if written := worker_traceback(error):
@@ -33,7 +33,7 @@ def one_line(error: BaseException, folder: Any = None) -> str:
         text = str(error.args[0])  # a sentence, not a key
     elif "Does not validate against" in text:
         text = explain(text, None)
-        # What was made failed, and not what was given.
+        # The value was valid, and creating the object from it failed.
         if made := next((e for e in _before(error) if " ".join(str(e).split()) == text), None):
             return one_line(made, folder)
     elif "loading state_dict" in text:
@@ -43,7 +43,7 @@ def one_line(error: BaseException, folder: Any = None) -> str:
     elif isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     elif isinstance(error, OSError) and error.strerror:
-        # The system names no file where the disk is full; perhaps something that failed before it does.
+        # The system names no file when the disk is full; an earlier exception may.
         named = (e for e in _before(error) if isinstance(e, OSError) and e.filename and e.strerror)
         return one_line(next(named, OSError(error.errno, error.strerror, str(folder or "a file of the run"))))
     text = " ".join(text.split())
@@ -55,13 +55,13 @@ def one_line(error: BaseException, folder: Any = None) -> str:
 
 
 def worker_traceback(error: BaseException) -> str:
-    """Return what a process of a data loader has written of an error in it; empty for any other error."""
+    """Return the traceback text of a data loader's worker; empty for any other error."""
     text = str(error).rstrip()
     return text if re.match(r"Caught \w+ in DataLoader worker process", text) else ""
 
 
 def _before(error: BaseException) -> Iterator[BaseException]:
-    """Go through the exceptions that were being handled when ``error`` was raised, the latest first."""
+    """Yield the exceptions that were being handled when ``error`` was raised, the latest first."""
     earlier = error.__cause__ or error.__context__
     while earlier is not None:
         yield earlier
@@ -69,7 +69,7 @@ def _before(error: BaseException) -> Iterator[BaseException]:
 
 
 def _other_network(message: str) -> str:
-    """Shorten what torch says of a checkpoint that does not fit: it goes through all tensors."""
+    """Shorten torch's message about a checkpoint of another network, which lists all tensors."""
     shapes = re.findall(r"size mismatch for (\S+): .*?Size\((.*?)\) from checkpoint.*?Size\((.*?)\)", message)
     parts = [f"{name} is {there} there and {here} here" for name, there, here in shapes[:1]]
     for kind, phrase in (("Missing", "it lacks"), ("Unexpected", "it also has")):
@@ -80,7 +80,7 @@ def _other_network(message: str) -> str:
 
 
 def _not_logged(message: str) -> str:
-    """Shorten what Lightning says of a checkpoint's metric that nobody logs."""
+    """Shorten Lightning's message about a monitored metric that is not logged."""
     found = re.search(r"monitor='(.*?)'.*?metrics: \[(.*?)\]", message)
     if found is None:
         return message
@@ -90,11 +90,11 @@ def _not_logged(message: str) -> str:
 
 
 def explain(message: str, parser: Any) -> str:
-    """Return a parser's message on one line: where, what is wrong, and the nearest valid name if there is one.
+    """Return a parser's message as one line with the place, the fault and the nearest valid name.
 
     Args:
-        message: jsonargparse's message, nested over many lines.
-        parser: the parser it comes from, if any; its keys are the valid names.
+        message: jsonargparse's nested message of many lines.
+        parser: that raised it, if any; its keys are the valid names.
     """
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     place = ".".join(re.findall(r'Parser key "([^"]+)"', message))
@@ -122,7 +122,7 @@ def explain(message: str, parser: Any) -> str:
 
 
 def _keys(parser: Any, subcommand: str = "") -> set[str]:
-    """Return the keys that a parser, or one of its subcommands, knows; none without a parser."""
+    """Return the keys of a parser or one of its subcommands; empty without a parser."""
     for action in [] if parser is None else actions_of(parser):
         if isinstance(action.choices, dict) and subcommand in action.choices:
             return _keys(action.choices[subcommand])
@@ -130,7 +130,7 @@ def _keys(parser: Any, subcommand: str = "") -> set[str]:
 
 
 def _nearest(message: str, parser: Any) -> str | None:
-    """Return the valid name most like the one that was refused."""
+    """Return the valid name nearest to the refused one."""
     if match := re.search(r"Literal\[(.*)\].*Got value: (\w+)", message):
         wrong, candidates = match[2], set(re.findall(r"'(\w+)'", match[1]))
     elif match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
@@ -151,7 +151,7 @@ def _nearest(message: str, parser: Any) -> str | None:
 
 
 def _corrected(wrong: str, candidates: set[str]) -> str | None:
-    """Return a dotted name with its first unknown part replaced by the nearest that is known there."""
+    """Return a dotted name with its first unknown part replaced by the nearest known one."""
     before = ""
     parts = wrong.split(".")
     for index, part in enumerate(parts):
@@ -164,12 +164,12 @@ def _corrected(wrong: str, candidates: set[str]) -> str | None:
 
 
 def option_names(class_path: str) -> set[str]:
-    """Return the names of a class's options, its base classes' included; none if there is no such class."""
+    """Return the option names of a class and its base classes; empty if there is no such class."""
     return {parameter.name for parameter in _options(class_path)} - {"self", "args", "kwargs", "options"}
 
 
 def needed_options(class_path: str) -> set[str]:
-    """Return the names of a class's options that cannot be ``None``, as far as their types say so."""
+    """Return the option names of a class whose types exclude ``None``."""
     found: dict[str, inspect.Parameter] = {}
     for parameter in _options(class_path):
         found.setdefault(parameter.name, parameter)

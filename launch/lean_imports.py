@@ -1,4 +1,4 @@
-"""A faster start: keep torchmetrics from importing packages only because they are installed."""
+"""Keep torchmetrics from importing heavy packages only because they are installed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ _HEAVY = ("torchvision", "transformers", "matplotlib", "scipy")
 
 @contextmanager
 def without_heavy_packages() -> Iterator[None]:
-    """A block in which Lightning's and torchmetrics' own questions after a heavy package are answered with no.
+    """Make Lightning and torchmetrics treat heavy packages as not installed within the block.
 
-    They would import it, three seconds at every start, for metrics that are not used here. A task that needs such a
-    package imports it itself.
+    They would import them at every start, which takes three seconds, for metrics that are not used here. A task that
+    needs such a package imports it itself.
     """
     check_requirement, package_available = RequirementCache._check_requirement, imports.package_available
 

@@ -1,4 +1,4 @@
-"""Running a sweep: Optuna remembers every trial in one file, so a sweep that was killed goes on where it was."""
+"""Run a sweep with Optuna, whose journal file lets the same command resume a killed sweep."""
 
 import json
 import math
@@ -18,14 +18,14 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from launch import trial
-from launch.sweep_specification import Contender, Dimension, Sweep
+from launch.sweep_specification import Dimension, OptimizerSpec, Sweep
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 Job = Callable[[], None]
 
 
 class StatedOptions(optuna.samplers.BaseSampler):
-    """Gives a trial's parameters the values that it was enqueued with, so that Optuna's own tools see them."""
+    """Give a trial's parameters their enqueued values, so that Optuna's own tools see them."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -43,12 +43,12 @@ class StatedOptions(optuna.samplers.BaseSampler):
 
 
 def suggest(asked: optuna.Trial, space: dict[str, Dimension]) -> None:
-    """Make the options that a trial was enqueued with its parameters, each with its range or choices."""
+    """Register the enqueued options of a trial as its parameters, with their ranges or choices."""
     for name, dimension in space.items():
         if dimension.choices is not None:
             asked.suggest_categorical(name, list(dict.fromkeys(map(_text, dimension.choices))))
         elif dimension.low is not None and dimension.high is not None:
-            # A value is rounded, and so may be a little outside of its range.
+            # Rounding can bring a value slightly outside of its range.
             low, high = min(dimension.low, dimension.at(0.0)), max(dimension.high, dimension.at(1.0))
             asked.suggest_float(name, low, high, log=dimension.log)
 
@@ -59,34 +59,34 @@ def _text(value: Any) -> str:
 
 
 class Search:
-    """A sweep under way in a folder.
+    """The state of a sweep in its folder.
 
     The folder gets ``trials.journal`` (Optuna's storage: one study an optimizer, and one an optimizer's final runs),
-    ``<optimizer>.yaml`` (what its runs have in common), ``<optimizer>-winner.yaml`` (the best trial's model
-    and optimizer, as a config to lay over the others), ``logs/``, and the run folders ``<optimizer>/<time>-seed<seed>``
-    and, of the winners' runs, ``<optimizer>-final/...``.
+    ``<optimizer>.yaml`` (the common options of its runs), ``<optimizer>-winner.yaml`` (model and optimizer of the best
+    trial, as an overlay), ``logs/``, the run folders ``<optimizer>/<time>-seed<seed>``, and the winners' runs in
+    ``<optimizer>-final/``.
 
     Args:
-        sweep: what to run.
+        sweep: the specification.
         folder: of the sweep.
         context: of the runs' processes, see :func:`launch.trial.server`.
-        told: called with a line whenever a run has ended.
+        report: called with a line whenever a run has ended.
     """
 
-    def __init__(self, sweep: Sweep, folder: Path, context: Any, told: Callable[[str], None]) -> None:
-        self.sweep, self.folder, self.context, self.told = sweep, folder, context, told
+    def __init__(self, sweep: Sweep, folder: Path, context: Any, report: Callable[[str], None]) -> None:
+        self.sweep, self.folder, self.context, self.report = sweep, folder, context, report
         folder.mkdir(parents=True, exist_ok=True)
-        for left_by_a_killed_sweep in folder.glob("*.tmp"):
-            left_by_a_killed_sweep.unlink(missing_ok=True)
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink(missing_ok=True)
         journal = str(folder / "trials.journal")
         self.storage = JournalStorage(JournalFileBackend(journal, lock_obj=JournalFileOpenLock(journal)))
-        self.lock = threading.Lock()  # one process, several threads: a study is asked and told by one at a time
+        self.lock = threading.Lock()  # several threads share the studies
         self.studies = {name: self._study(name, sweep.points(name)) for name in sweep.optimizers}
-        for name, contender in sweep.optimizers.items():
-            self._write(f"{name}.yaml", merged(contender.options, sweep.common))
+        for name, spec in sweep.optimizers.items():
+            self._write(f"{name}.yaml", merged(spec.options, sweep.common))
 
     def _study(self, name: str, points: list[dict[str, Any]]) -> optuna.Study:
-        """Open or make a study with one waiting trial for each point that has none that ended or waits."""
+        """Open or create a study, and enqueue the points that have no finished or waiting trial."""
         study = optuna.create_study(
             storage=self.storage,
             study_name=name,
@@ -114,7 +114,7 @@ class Search:
         return study
 
     def trials(self) -> Iterator[Job]:
-        """Yield a job for each trial that is still to run, the optimizers taking turns."""
+        """Yield a job for each waiting trial, the optimizers taking turns."""
 
         def waiting(name: str) -> Iterator[Job]:
             study = self.studies[name]
@@ -124,15 +124,15 @@ class Search:
         yield from _in_turns([waiting(name) for name in self.sweep.optimizers])
 
     def finals(self) -> Iterator[Job]:
-        """Yield a job for each run of a winner that is still to do."""
+        """Yield a job for each waiting run of a winner."""
 
         def waiting(name: str) -> Iterator[Job]:
             best = self.best(name)
             if best is None or not self.sweep.final_seeds:
                 return
             options = {key: json.loads(value) for key, value in best.user_attrs["options"].items()}
-            # The whole model, not the searched options alone: a config that is laid over others replaces a track's
-            # options, where an option of the command line adds to them.
+            # The complete model and not only the searched options, because an overlay replaces a track's options where
+            # the command line adds to them.
             saved = yaml.safe_load((Path(best.user_attrs["folder"]) / "config.yaml").read_text(encoding="utf-8"))
             self._write(f"{name}-winner.yaml", {"model": saved["model"]})
             study = self._study(f"{name}-final", [{"seed": seed, **options} for seed in self.sweep.final_seeds])
@@ -142,12 +142,12 @@ class Search:
         yield from _in_turns([waiting(name) for name in self.sweep.optimizers])
 
     def best(self, name: str) -> optuna.trial.FrozenTrial | None:
-        """Return the best trial of an optimizer, ``None`` if none reached the objective nor has what counts then."""
+        """Return the best trial, by the objective or else by the fallback metric; ``None`` without either."""
         if reached := self._best_that_reached(name):
             return reached
         missed = self.studies[name].get_trials(deepcopy=False, states=(TrialState.PRUNED,))
-        merits = [(self.sweep.objective.merit(trial.summary(one.user_attrs["folder"])), one) for one in missed]
-        judged = [(merit, one) for merit, one in merits if merit is not None]
+        values = [(self.sweep.objective.fallback_value(trial.summary(one.user_attrs["folder"])), one) for one in missed]
+        judged = [(value, one) for value, one in values if value is not None]
         return max(judged, key=lambda pair: pair[0])[1] if judged else None
 
     def _best_that_reached(self, name: str) -> optuna.trial.FrozenTrial | None:
@@ -156,11 +156,11 @@ class Search:
         return min(done, key=lambda one: sign * (one.value or 0.0), default=None)
 
     def _budget(self, name: str) -> int | None:
-        """Return the gradient evaluations at which a trial gives up, ``None`` while there is no such limit."""
-        if self.sweep.give_up_at is None:
+        """Return the gradient evaluations at which a trial is stopped; ``None`` without such a limit."""
+        if self.sweep.early_stop_factor is None:
             return None
         best = self._best_that_reached(name)
-        return None if best is None or best.value is None else math.ceil(self.sweep.give_up_at * best.value)
+        return None if best is None or best.value is None else math.ceil(self.sweep.early_stop_factor * best.value)
 
     def _run_one(
         self, study: optuna.Study, name: str, experiment: str, seed: int | None, final: dict[str, Any]
@@ -172,17 +172,17 @@ class Search:
         index = asked.user_attrs["index"]
         options = {key: json.loads(value) for key, value in asked.user_attrs["options"].items()}
         seed = options.pop("seed") if seed is None else seed
-        contender = self.sweep.optimizers[name]
+        spec = self.sweep.optimizers[name]
         log = self.folder / "logs" / f"{experiment}-{index:03d}.log"
-        arguments = self._arguments(name, contender, experiment, index, seed, options, final)
+        arguments = self._arguments(name, spec, experiment, index, seed, options, final)
         if budget is not None:
             arguments += ["--trainer.callbacks+", "callbacks.evaluation_budget.EvaluationBudget"]
             arguments += ["--trainer.callbacks.gradient_evaluations", str(budget)]
         outcome = trial.run(self.context, arguments, log)
         if outcome.code != 0 and not (outcome.folder and Path(outcome.folder).is_dir()):
-            # Nothing came of it: not a trial that diverged, but options that no run can have.
-            said = log.read_text(encoding="utf-8").strip().splitlines() or ["it was killed"]
-            raise ValueError(f"{experiment} {index} could not start: {said[-1].removeprefix('error: ')}")
+            # No run folder, so the run did not diverge: its options are invalid.
+            lines = log.read_text(encoding="utf-8").strip().splitlines() or ["it was killed"]
+            raise ValueError(f"{experiment} {index} could not start: {lines[-1].removeprefix('error: ')}")
         value = None
         if outcome.code == 0:
             value = self.sweep.objective.value(outcome.summary)
@@ -191,17 +191,17 @@ class Search:
             if outcome.code == 0 and value is not None:
                 study.tell(asked.number, value)
             else:
-                # A run that went wrong (it diverged) counts as a trial all the same: it did not reach the target.
+                # A diverged run counts as a trial that did not reach the target.
                 study.tell(asked.number, state=TrialState.PRUNED)
         reached = "did not reach it" if value is None else f"{value:.6g}"
-        self.told(
+        self.report(
             f"{experiment} {index}: {reached}" if outcome.code == 0 else f"{experiment} {index}: ended, see {log}"
         )
 
     def _arguments(
         self,
         name: str,
-        contender: Contender,
+        spec: OptimizerSpec,
         experiment: str,
         index: int,
         seed: int,
@@ -209,7 +209,7 @@ class Search:
         final: dict[str, Any],
     ) -> list[str]:
         arguments = ["fit"]
-        for config in (*contender.configs, str(self.folder / f"{name}.yaml")):
+        for config in (*spec.configs, str(self.folder / f"{name}.yaml")):
             arguments += ["--config", config]
         if final:
             self._write("final.yaml", final)
@@ -235,7 +235,7 @@ def _in_turns(sources: list[Iterator[Job]]) -> Iterator[Job]:
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``over`` laid over it, mappings key by key."""
+    """Return ``base`` with ``over`` merged into it recursively."""
     result = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
@@ -244,7 +244,7 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_jobs(jobs: Iterator[Job], workers: int, advanced: Callable[[], None]) -> None:
-    """Run jobs, ``workers`` at a time; the first error stops what has not begun and is raised."""
+    """Run jobs, ``workers`` at a time; the first error cancels the waiting ones and is raised."""
     with ThreadPoolExecutor(workers) as pool:
         running: set[Future[None]] = set()
         try:

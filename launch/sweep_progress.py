@@ -1,4 +1,4 @@
-"""A sweep on the screen: what is done, the best so far, the time left; a table at the end."""
+"""Show the progress of a sweep, and a table of the winners at the end."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from launch.sweep_specification import Sweep
 
 
 def run(sweep: Sweep, folder: Path, workers: int) -> None:
-    """Run all trials, then the winners on the fresh seeds, and print the table of winners."""
+    """Run all trials, then the winners on fresh seeds, and print the table of winners."""
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
@@ -27,15 +27,19 @@ def run(sweep: Sweep, folder: Path, workers: int) -> None:
 
 
 def table(search: Search) -> Table:
-    """Lay out each optimizer's trials, how many reached the objective, and the best one's options."""
+    """Return a table of trials, trials that reached the objective, and the best options by optimizer."""
     rows = Table(title=f"Sweep {search.sweep.name}: {search.sweep.objective}", title_justify="left")
-    for heading in ("optimizer", "trials", "reached", "best", "its options"):
+    for heading in ("optimizer", "trials", "reached", "best", "best options"):
         rows.add_column(heading)
     for name, study in search.studies.items():
         ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         reached = sum(one.state == TrialState.COMPLETE for one in ended)
         best = search.best(name)
-        said = "" if best is None else ", ".join(f"{key} {value}" for key, value in best.user_attrs["options"].items())
+        options = (
+            "" if best is None else ", ".join(f"{key} {value}" for key, value in best.user_attrs["options"].items())
+        )
         value = "none" if best is None or best.value is None else f"{best.value:.6g}"
-        rows.add_row(name, str(len(ended)), str(reached), value, said)
+        rows.add_row(
+            name, str(len(ended)), str(reached), value, ", ".join(f"{key} {given}" for key, given in options.items())
+        )
     return rows

@@ -1,4 +1,4 @@
-"""What a sweep is: one YAML file, checked whole before anything is run."""
+"""Read the YAML file of a sweep, and check all of it before anything runs."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from scipy.stats import qmc
 
 @dataclass(frozen=True)
 class Dimension:
-    """One option of the search: a range, on a logarithmic scale or a plain one, or a list of choices.
+    """One searched option, with a linear or logarithmic range or a list of choices.
 
     Args:
         low, high: of a range, ``low < high``.
@@ -47,8 +47,14 @@ class Dimension:
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One optimizer of a sweep: configs it starts from, options that stay, and the options that are searched."""
+class OptimizerSpec:
+    """One optimizer of a sweep.
+
+    Args:
+        configs: of its runs.
+        space: the options that are searched.
+        options: laid over the configs as a nested mapping.
+    """
 
     configs: tuple[str, ...]
     space: dict[str, Dimension]
@@ -57,25 +63,25 @@ class Contender:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a trial is judged by: the cost at which a milestone was reached, or the best or last value of a metric.
+    """The objective of the trials, either the cost of a milestone or a value of a metric.
 
     Args:
-        milestone: a milestone of the run's summary; fewer ``cost`` is better, and a run without it did not finish.
+        milestone: a milestone of the run's summary; a lower ``cost`` is better, and a run without it is pruned.
         cost: ``gradient_evaluations``, ``optimizer_steps`` or ``epoch``.
-        otherwise: of an optimizer of which no trial reached the milestone, the trial with the best of this validation
-            metric is the winner; without it such an optimizer has none.
+        fallback_metric: validation metric that decides the winner of an optimizer of which no trial reached the
+            milestone; ``None`` leaves such an optimizer without a winner.
         metric: instead of a milestone, a validation metric of the summary, such as ``val/accuracy``.
         statistic: ``best`` or ``last`` of that metric.
         direction: ``minimize`` or ``maximize`` it.
 
     Raises:
-        ValueError: both or neither of ``milestone`` and ``metric``, ``otherwise`` without a milestone, or a value that
-            is not one of those named.
+        ValueError: both or neither of ``milestone`` and ``metric``, ``fallback_metric`` without a milestone, or a value
+            that is not one of those named.
     """
 
     milestone: str | None = None
     cost: str = "gradient_evaluations"
-    otherwise: str | None = None
+    fallback_metric: str | None = None
     metric: str | None = None
     statistic: str = "best"
     direction: Literal["minimize", "maximize"] = "minimize"
@@ -92,31 +98,31 @@ class Objective:
                 raise ValueError(f"objective: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         if self.milestone is not None and self.direction != "minimize":
             raise ValueError("objective: the cost of a milestone is minimized")
-        if self.otherwise is not None and self.milestone is None:
-            raise ValueError("objective: otherwise is for a milestone that no trial reached, and there is none")
+        if self.fallback_metric is not None and self.milestone is None:
+            raise ValueError("objective: fallback_metric needs a milestone")
 
     def value(self, summary: dict[str, Any]) -> float | None:
-        """Return what a finished run's ``summary.json`` says; ``None`` if the milestone was not reached.
+        """Return the objective's value from ``summary.json``; ``None`` if the milestone was not reached.
 
         Raises:
-            KeyError: the run knows no such milestone or metric; a sentence that names those it has.
+            KeyError: the run has no such milestone or metric; the message names those it has.
         """
         if self.milestone:
             return self._read(summary, "milestones", self.milestone, self.cost)
         return self._read(summary, "metrics", str(self.metric), self.statistic)
 
-    def merit(self, summary: dict[str, Any]) -> float | None:
-        """Return what counts for a run without the milestone, more being better; ``None`` if there is nothing.
+    def fallback_value(self, summary: dict[str, Any]) -> float | None:
+        """Return the fallback metric of a run without the milestone, with the sign that makes more better.
 
-        That is so without ``otherwise``, and for a run that diverged, whose summary is empty.
+        It is ``None`` without a ``fallback_metric``, and for a run that diverged, whose summary is empty.
 
         Raises:
             KeyError: as :meth:`value`.
         """
-        if self.otherwise is None or not summary:
+        if self.fallback_metric is None or not summary:
             return None
-        found = self._read(summary, "metrics", self.otherwise, "best")
-        lower = self.otherwise.endswith(("loss", "perplexity", "bits_per_byte"))
+        found = self._read(summary, "metrics", self.fallback_metric, "best")
+        lower = self.fallback_metric.endswith(("loss", "perplexity", "bits_per_byte"))
         return -found if found is not None and lower else found
 
     @staticmethod
@@ -134,7 +140,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A whole sweep.
+    """The specification of a sweep.
 
     Args:
         name: of the sweep, a folder's name.
@@ -144,16 +150,16 @@ class Sweep:
         final_seeds: fresh seeds that each winner is run with.
         seeded: the options that take a run's seed.
         objective: what trials are judged by.
-        optimizers: the contenders by name.
+        optimizers: the specifications by name.
         common: options of every run as a config, nested; rules that stop a run early belong here.
         final: options of the winners' runs on top, nested, such as a larger budget.
-        give_up_at: a trial ends in the epoch in which it has spent this many times the gradient evaluations that the
-            best trial of its optimizer so far needed to reach the milestone; at least 1, so that the winner stays the
-            same. ``None`` (default): only ``common`` ends a trial.
+        early_stop_factor: a trial ends in the epoch in which it has spent this many times the gradient evaluations
+            of the best trial of its optimizer so far; at least 1, so that no winner is lost. ``None`` (default): only
+            ``common`` ends a trial.
 
     Raises:
-        ValueError: a name is none of a folder, ``trials`` is below 1, a seed below 0, a final one that of the trials,
-            ``give_up_at`` is below 1, or the objective is no milestone at a cost in gradient evaluations.
+        ValueError: a name is not valid for a folder, ``trials`` is below 1, a seed is below 0, a final seed is that of
+            the trials, or ``early_stop_factor`` is below 1 or lacks a milestone counted in gradient evaluations.
     """
 
     name: str
@@ -163,44 +169,46 @@ class Sweep:
     final_seeds: tuple[int, ...]
     seeded: tuple[str, ...]
     objective: Objective
-    optimizers: dict[str, Contender]
+    optimizers: dict[str, OptimizerSpec]
     common: dict[str, Any]
     final: dict[str, Any]
-    give_up_at: float | None = None
+    early_stop_factor: float | None = None
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.optimizers):
             if not re.fullmatch(r"[^\s/\\][^/\\]*", name) or name in (".", ".."):
-                raise ValueError(f"a sweep's name and its optimizers' are names of folders, which {name!r} is not")
+                raise ValueError(f"the name of a sweep or optimizer must be valid for a folder, got {name!r}")
         if self.trials < 1:
             raise ValueError(f"trials must be an integer of at least 1, got {self.trials}")
         if min(self.sequence_seed, self.trial_seed, *self.final_seeds) < 0:
             raise ValueError("sequence_seed, trial_seed and final_seeds must be at least 0")
         if self.trial_seed in self.final_seeds:
             raise ValueError(f"final_seeds must be fresh, but {self.trial_seed} is the seed of the trials")
-        if self.give_up_at is not None:
+        if self.early_stop_factor is not None:
             if self.objective.milestone is None or self.objective.cost != "gradient_evaluations":
-                raise ValueError("give_up_at needs an objective of gradient_evaluations to a milestone")
-            if self.give_up_at < 1:
-                raise ValueError(f"give_up_at must be at least 1, got {self.give_up_at}")
+                raise ValueError("early_stop_factor needs an objective of gradient_evaluations to a milestone")
+            if self.early_stop_factor < 1:
+                raise ValueError(f"early_stop_factor must be at least 1, got {self.early_stop_factor}")
 
     def points(self, optimizer: str) -> list[dict[str, Any]]:
-        """Return the trials' options for ``optimizer``, in their order.
+        """Return the options of the trials of ``optimizer``, in order.
 
         Every optimizer reads the same sequence: its first searched option takes the first coordinate, and so on.
         """
-        dimensions = max(len(contender.space) for contender in self.optimizers.values())
+        dimensions = max(len(spec.space) for spec in self.optimizers.values())
         sequence = qmc.Sobol(dimensions, scramble=True, rng=self.sequence_seed)
         units = sequence.random_base2((self.trials - 1).bit_length())[: self.trials]
         space = self.optimizers[optimizer].space
         return [{name: d.at(u) for (name, d), u in zip(space.items(), unit, strict=False)} for unit in units]
 
 
+# Keys of earlier sweep files.
+_FORMER_KEYS = {"otherwise": "fallback_metric", "give_up_at": "early_stop_factor"}
 _NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", dict: "a mapping"}
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Say whether a value is of the type that a field of the dataclasses above has."""
+    """Return whether a value has the type of a dataclass field."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -233,12 +241,14 @@ def _converted(value: Any, kind: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, str) and float in get_args(kind) and re.fullmatch(r"[-+.\d]+[eE][-+]?\d+", value):
-        return float(value)  # YAML takes 1e-4 for a text, and only 1.0e-4 for a number
+        return float(value)  # YAML 1.1 reads 1e-4 as text, and only 1.0e-4 as a number
     return value
 
 
 def _build(kind: type, content: Any, where: str) -> Any:
-    """Make a dataclass from a mapping; errors name the place, the key and the keys that are allowed."""
+    """Build a dataclass from a mapping; errors name the place, the key and the allowed keys."""
+    if isinstance(content, dict):
+        content = {_FORMER_KEYS.get(key, key): value for key, value in content.items()}
     types = {field.name: field.type for field in fields(kind)}
     allowed = list(types)
     if not isinstance(content, dict):
@@ -270,19 +280,19 @@ def read(path: Path) -> Sweep:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance(content.get("optimizers"), dict) or not content["optimizers"]:
         raise ValueError(f"{path}: a sweep needs 'optimizers', a mapping from names to their configs and space")
-    contenders = {}
+    specs = {}
     for name, item in content["optimizers"].items():
         where = f"{path}: optimizers.{name}"
         if not isinstance(item, dict) or not isinstance(item.get("space"), dict) or not item["space"]:
             raise ValueError(f"{where} needs 'space', a mapping from options to their ranges or choices")
         space = {key: _build(Dimension, d, f"{where}.space.{key}") for key, d in item["space"].items()}
-        contenders[name] = _build(Contender, {"options": {}, **item, "space": space}, where)
-        for config in contenders[name].configs:
+        specs[name] = _build(OptimizerSpec, {"options": {}, **item, "space": space}, where)
+        for config in specs[name].configs:
             if not Path(config).is_file():
                 raise ValueError(f"{where}: there is no config {config}")
     objective = _build(Objective, content.get("objective"), f"{path}: objective")
     defaults: dict[str, Any] = {"sequence_seed": 0, "trial_seed": 1000, "final_seeds": [], "common": {}, "final": {}}
     defaults["seeded"] = ["seed_everything"]
-    whole = {**defaults, **content, "optimizers": contenders, "objective": objective}
+    whole = {**defaults, **content, "optimizers": specs, "objective": objective}
     sweep: Sweep = _build(Sweep, whole, str(path))
     return sweep

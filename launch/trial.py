@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run: its exit code, its folder (``None`` if it made none) and its summary (empty if none)."""
+    """The exit code of a run, its folder (``None`` without one) and its summary (empty without one)."""
 
     code: int
     folder: str | None
@@ -26,22 +26,22 @@ def server(*modules: str) -> Any:
     """Return the multiprocessing context whose processes are forked from one that has imported the command line.
 
     Args:
-        modules: imported too, such as those of a task that take seconds. None of them may touch a GPU.
+        modules: further modules to import, such as slow ones of a task; none may initialise a GPU.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["launch.cli", *modules])
-    ensure_running()  # it imports while the caller goes on
+    ensure_running()  # it imports while the caller continues
     return context
 
 
 class Trial:
-    """Start a run of ``python train.py`` in a separate process.
+    """A run of ``python train.py`` in a separate process.
 
     Args:
         context: see :func:`server`.
         arguments: of the command line.
-        log: file for what it prints.
-        environment: variables that are set for it.
+        log: file for its output.
+        environment: additional environment variables.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class Trial:
         return bool(self._process.is_alive())
 
     def stop(self) -> None:
-        """Let it finish its step, save and leave; before training has begun it leaves at once."""
+        """Ask the run to finish its step, save and exit; before training it exits at once."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """End it at once; it can resume from its last checkpoint."""
+        """Kill the run; it can resume from its last checkpoint."""
         self._process.kill()
 
     def outcome(self) -> Outcome:
-        """Wait for its end and return what came of it."""
+        """Wait for the end of the run and return its outcome."""
         try:
             code, folder = self._receiver.recv()
         except EOFError:  # killed
@@ -79,22 +79,22 @@ class Trial:
 
 
 def run(context: Any, arguments: Sequence[str], log: Path) -> Outcome:
-    """Run ``python train.py`` with ``arguments`` to its end; what it prints goes to ``log``."""
+    """Run ``python train.py`` with ``arguments`` to its end, its output going to ``log``."""
     return Trial(context, arguments, log).outcome()
 
 
 def summary(folder: str | None) -> dict[str, Any]:
-    """Return what a run says of itself at its end; nothing for one that did not get there."""
+    """Return the summary of a finished run; empty for one that did not finish."""
     path = Path(folder) / "summary.json" if folder else None
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
     return found
 
 
 def _train(arguments: list[str], log: str, environment: dict[str, str], sender: Connection) -> None:
-    """Run the command line in the process of a run."""
-    os.setsid()  # a Ctrl-C is for the program that started it, which then asks it to stop
+    """Run the command line in the run's own process."""
+    os.setsid()  # Ctrl-C goes to the program that started this run, which then stops it
     os.environ.update(environment)
-    threading.Thread(target=_end_with_the_starter, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for stream in (1, 2):
         os.dup2(output, stream)
@@ -105,15 +105,15 @@ def _train(arguments: list[str], log: str, environment: dict[str, str], sender: 
     sys.argv = ["train.py", *arguments]
     try:
         code = main(arguments)
-    except SystemExit as leaving:
-        code = leaving.code if isinstance(leaving.code, int) else 1
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
     sys.stdout.flush()
     folder = RunFolder.current()
     sender.send((code, None if folder is None else str(folder)))
 
 
-def _end_with_the_starter() -> None:
-    """End this process with the one that started it, so that no run is left behind that nobody waits for."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process ends, so that no orphaned run remains."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

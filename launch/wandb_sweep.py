@@ -1,4 +1,4 @@
-"""The same search as W&B sweep files, for those who run agents on several machines."""
+"""Write a sweep as W&B sweep files, for agents on several machines."""
 
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,19 @@ def _parameter(dimension: Dimension) -> dict[str, Any]:
 def write(sweep: Sweep, folder: Path) -> None:
     """Write ``<optimizer>.yaml`` for ``wandb sweep``, and the configs that its runs read, to ``folder``.
 
-    W&B draws its own points, at random and not the quasi-random ones; the number of trials (``run_cap``) is the same.
+    W&B draws random points of its own instead of the quasi-random ones; the number of trials (``run_cap``) is the same.
 
     Raises:
-        ValueError: a file of such a name holds something else.
+        ValueError: a file of this name exists with other contents.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, contender in sweep.optimizers.items():
+    for name, spec in sweep.optimizers.items():
         base = folder / f"{name}-base.yaml"
-        _write(base, merged(contender.options, sweep.common))
+        _write(base, merged(spec.options, sweep.common))
         objective = sweep.objective
-        # W&B's own summary keeps the last value of what was logged.
+        # W&B's summary keeps the last logged value.
         metric = f"milestone/{objective.milestone}" if objective.milestone else objective.metric
-        configs = [part for config in (*contender.configs, base) for part in ("--config", str(config))]
+        configs = [part for config in (*spec.configs, base) for part in ("--config", str(config))]
         seeds = [part for option in sweep.seeded for part in (f"--{option}", str(sweep.trial_seed))]
         content = {
             "program": "train.py",
@@ -39,7 +39,7 @@ def write(sweep: Sweep, folder: Path) -> None:
             "method": "random",
             "run_cap": sweep.trials,
             "metric": {"name": metric, "goal": objective.direction},
-            "parameters": {key: _parameter(dimension) for key, dimension in contender.space.items()},
+            "parameters": {key: _parameter(dimension) for key, dimension in spec.space.items()},
             "command": ["${interpreter}", "${program}", "fit", *configs, *seeds, "--wandb", "true", "${args}"],
         }
         _write(folder / f"{name}.yaml", content)
@@ -48,5 +48,5 @@ def write(sweep: Sweep, folder: Path) -> None:
 def _write(file: Path, content: dict[str, Any]) -> None:
     text = yaml.safe_dump(content, sort_keys=False)
     if file.exists() and file.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{file} exists and would be another file: delete it, or name another folder")
+        raise ValueError(f"{file} exists with other contents: delete it, or name another folder")
     file.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Train many runs within a given time, the most valuable first, and save what is running when it is over."""
+"""Train many runs within a time limit, in order of priority, and save those still running at its end."""
 
 import csv
 import signal
@@ -12,29 +12,28 @@ from typing import Any
 
 from launch.trial import Trial
 
-# Runs get SAVING seconds to save and leave; another REST seconds are left to the caller. Together at most a third of
-# the time.
+# Seconds for the runs to save and exit, and seconds left to the caller; together at most a third of the time.
 SAVING, REST = 25.0, 5.0
 POLLING = 0.5
 SECONDS_BETWEEN_LINES = 10.0
-# Exit codes of a run that was asked to stop: it had just finished, it saved, or it had not begun to train.
+# Exit codes of a stopped run: just finished, saved, or not training yet.
 STOPPED = (0, 128 + signal.SIGTERM, -1)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Name a run and the epochs of it that are wanted before the next part has its turn.
+    """A run and the epochs of it to complete before the next part starts.
 
     Args:
         row: name of the experiment; a run folder is ``<runs>/<row>/<time>-seed<seed>``.
         seed: of the run.
-        epochs: completed epochs at which the part is done.
-        total_epochs: epochs at which the run ends by itself.
+        epochs: number of completed epochs at which the part is done.
+        total_epochs: number of epochs at which the run ends by itself.
         arguments: of ``python train.py``; the same for every part of one run.
         metric: the validation metric to show.
-        lower: whether less of it is better.
-        cost: of an epoch, relative to other rows of the same ``task``; for the remaining time.
-        task: rows of one task share a pace.
+        lower: whether a lower value is better.
+        cost: of an epoch relative to other rows of the same ``task``, to estimate the remaining time.
+        task: rows of one task share the estimate.
     """
 
     row: str
@@ -49,7 +48,7 @@ class Part:
 
     @property
     def run(self) -> tuple[str, int]:
-        """Return what identifies its run."""
+        """Return the row and seed that identify the run."""
         return self.row, self.seed
 
     def __str__(self) -> str:
@@ -58,9 +57,9 @@ class Part:
 
 @dataclass
 class _Running:
-    """Keep the process of a part.
+    """The process of a part.
 
-    ``mark`` is the time at which ``epochs`` were completed, ``printed`` that of the last line about it.
+    ``epochs`` were completed at the time ``mark``; ``printed`` is the time of the last printed line.
     """
 
     trial: Trial
@@ -71,7 +70,7 @@ class _Running:
     asked_to_stop: bool = False
 
     def stop(self) -> None:
-        """Ask it to save and leave; a second request would make it leave without saving."""
+        """Ask the run once to save and exit; a second request would make it exit without saving."""
         if not self.asked_to_stop:
             self.asked_to_stop = True
             self.trial.stop()
@@ -89,19 +88,19 @@ def validated(runs: Path, part: Part) -> list[float]:
 
 
 class Schedule:
-    """Run parts, several at once, until all are done or the time is over.
+    """Run parts, several at once, until all are done or the time is up.
 
     Args:
-        parts: in the order in which they begin; of one run a later part continues an earlier one.
+        parts: in the order in which they start; a later part of a run continues an earlier one.
         runs: folder that the run folders are in.
         logs: folder for the output of the runs.
         context: of the runs' processes, see :func:`launch.trial.server`.
         slots: for each concurrent run, the environment variables that are set for it, such as its GPU.
-        seconds: that everything may take.
+        seconds: the time limit for everything.
         ended: called whenever a run has ended.
 
     Attributes:
-        failed: rows of which a run ended with an error; they are not begun again.
+        failed: rows of which a run ended with an error; they are not started again.
         over: runs that ended by themselves before their last epoch.
     """
 
@@ -126,15 +125,15 @@ class Schedule:
 
     @property
     def elapsed(self) -> float:
-        """Return the seconds since it was made."""
+        """Return the seconds since the schedule was created."""
         return time.monotonic() - self.start
 
     def is_done(self, part: Part) -> bool:
-        """Return whether as many epochs as the part wants are completed."""
+        """Return whether the part's epochs are completed."""
         return len(self.values[part.run]) >= part.epochs
 
     def run(self) -> None:
-        """Run parts until none is left or it is time to save, then let the running ones save and leave."""
+        """Run parts until none is left or it is time to save, then stop the running ones."""
         try:
             while self.elapsed < self.seconds - min(SAVING + REST, self.seconds / 3):
                 self._poll()
@@ -147,7 +146,7 @@ class Schedule:
             self._leave()
 
     def _next(self) -> Part | None:
-        """Return the first part that is not done and may begin."""
+        """Return the first part that is not done and may start."""
         busy = {part.run for part in self.running} | self.over
         waiting = (p for p in self.parts if not self.is_done(p) and p.run not in busy and p.row not in self.failed)
         return next(waiting, None)
@@ -162,7 +161,7 @@ class Schedule:
         self._print(f"{part}: begins after epoch {epochs} of {part.total_epochs}{place}")
 
     def _poll(self) -> None:
-        """Read how far each run is, stop those whose part is done, and remove those that have ended."""
+        """Update the progress of each run, stop those whose part is done, and remove ended ones."""
         for part, run in list(self.running.items()):
             ended = not run.trial.running
             values = self.values[part.run] = validated(self.runs, part)
@@ -182,14 +181,14 @@ class Schedule:
                 self.ended()
 
     def _judge(self, part: Part, run: _Running) -> None:
-        """Note and print how a run has ended if it was not to end like that."""
+        """Record and print an unexpected end of a run."""
         code, log = run.trial.outcome().code, run.trial.log
         if code not in (STOPPED if run.asked_to_stop else (0,)):
             self.failed[part.row] = log
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             self._print(f"{part}: FAILED: {lines[-1] if lines else 'it was killed'} (see {log})")
         elif code == 0 and not self.is_done(part):
-            self.over.add(part.run)  # it would end like this again
+            self.over.add(part.run)  # it would end the same way again
             self._print(f"{part}: ended by itself after epoch {run.epochs} of {part.total_epochs} (see {log})")
 
     def _leave(self) -> None:
@@ -200,7 +199,7 @@ class Schedule:
             time.sleep(POLLING / 5)
         for part, run in self.running.items():
             run.trial.kill()
-            self._print(f"{part}: killed, for it did not save in time; it resumes from its last checkpoint")
+            self._print(f"{part}: killed because it did not save in time; it resumes from its last checkpoint")
         while self.running:
             self._poll()
             time.sleep(POLLING / 5)
@@ -220,7 +219,7 @@ class Schedule:
         )
 
     def remaining_seconds(self) -> float | None:
-        """Return the time that the remaining parts take at the pace so far; ``None`` until each task has a pace."""
+        """Return the remaining seconds at the pace so far; ``None`` until each task has a pace."""
         epochs: dict[tuple[str, int], tuple[Part, int]] = {}
         for part in self.parts:
             left = part.epochs - len(self.values[part.run])

@@ -57,7 +57,7 @@ def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_one_before(tmp_pat
     command += ["--trainer.callbacks+=tests.helpers.resuming.Interrupt"]
     assert life(command, output, largest_file=size // 2) == 1
     line = error_in(output)
-    assert "the checkpoint could not be written (File too large); earlier ones are as they were" in line
+    assert "the checkpoint could not be written (File too large); earlier ones are unchanged" in line
     after = whole_files(folder)
     # The best is smaller, and may have been written again.
     assert after.keys() == before.keys()
@@ -104,7 +104,7 @@ def test_a_folder_without_permission_is_one_sentence(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(checkpoints, "open", refuse, raising=False)
     result = call("fit", *OPTIONS, "--runs", tmp_path)
-    assert "the checkpoint could not be written (Permission denied); earlier ones are as they were" in result.error
+    assert "the checkpoint could not be written (Permission denied); earlier ones are unchanged" in result.error
 
 
 class Unpicklable:
@@ -146,7 +146,7 @@ def test_if_the_last_one_is_damaged_the_one_before_is_offered(two_checkpoints: P
     for path in ("last", two_checkpoints / LAST):
         line = fit(runs, *options, "--ckpt_path", path).error
         assert f"{two_checkpoints / LAST} cannot be read as a checkpoint" in line
-        assert f"the one before it is whole: give {two_checkpoints / PREVIOUS}" in line
+        assert f"the previous one is intact: give {two_checkpoints / PREVIOUS}" in line
     (two_checkpoints / LAST).unlink()
     assert RunFolder(two_checkpoints).last_checkpoint() == two_checkpoints / PREVIOUS
     assert f"give {two_checkpoints / PREVIOUS}" in fit(runs, *options, "--ckpt_path", two_checkpoints / LAST).error

@@ -45,12 +45,12 @@ def test_a_new_run_begins_an_empty_file_and_a_resumed_one_keeps_its_rows(tmp_pat
 def test_going_back_forgets_rows_and_the_columns_that_came_with_them(tmp_path: Path) -> None:
     folder = tmp_path / "runs/mine/one"
     logger = log(folder, {"a": 1}, {"a": 2}, {"a": 3, "late": 4})
-    logger.go_back(2)
+    logger.truncate(2)
     assert (folder / "metrics.csv").read_text().splitlines() == ["a,step", "1,0", "2,1"]
     logger.log_metrics({"a": 5}, 2)
     logger.save()
     assert [row["a"] for row in rows(folder)] == ["1", "2", "5"]
-    logger.go_back(0)
+    logger.truncate(0)
     assert not (folder / "metrics.csv").exists()
 
 
@@ -61,7 +61,7 @@ def test_a_row_that_was_torn_by_a_kill_is_dropped(torn: str, tmp_path: Path) -> 
     with open(folder / "metrics.csv", "a") as file:
         file.write(torn)
     logger = RunCSVLogger(folder, resumes=True)
-    logger.go_back(2)
+    logger.truncate(2)
     logger.log_metrics({"a": 3}, 2)
     logger.save()
     assert rows(folder) == [{"a": str(n), "step": str(n - 1)} for n in (1, 2, 3)]

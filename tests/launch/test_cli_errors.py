@@ -58,7 +58,7 @@ def refused(runs: Path, subcommand: str, *arguments: object, config: tuple[str, 
             ["--trainer.accumulate_grad_batches", "2", "--model.accumulate_grad_batches", "3"],
             ["trainer.accumulate_grad_batches is 2 and model.accumulate_grad_batches is 3"],
         ),
-        (["--ckpt_path", "best"], ["best.ckpt holds weights alone", "--ckpt_path last"]),
+        (["--ckpt_path", "best"], ["best.ckpt holds only weights", "--ckpt_path last"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
@@ -165,7 +165,9 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
     assert str(foreign) in refused(tmp_path / "runs", "fit", "--ckpt_path", foreign)
     for content in ({"weights": torch.zeros(3)}, torch.zeros(3), [1, 2]):
         torch.save(content, foreign)
-        assert f"{foreign} holds no training run" in refused(tmp_path / "runs", "predict", "--ckpt_path", foreign)
+        assert f"{foreign} is not a checkpoint of a training run" in refused(
+            tmp_path / "runs", "predict", "--ckpt_path", foreign
+        )
 
 
 class Trap:
@@ -221,7 +223,7 @@ def test_details_of_early_errors_are_in_one_place(tmp_path: Path, monkeypatch: p
 
 def test_weights_alone_are_nothing_to_resume_from(checkpoint: Path, tmp_path: Path) -> None:
     best = checkpoint.with_name("best.ckpt")
-    assert f"{best} holds weights alone" in refused(tmp_path / "runs", "fit", "--ckpt_path", best)
+    assert f"{best} holds only weights" in refused(tmp_path / "runs", "fit", "--ckpt_path", best)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def test_workers_share_the_machine_as_asked(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["sweep.yaml"]
 
 
-def test_an_optimizer_that_never_reached_the_milestone_runs_its_best_trial_by_what_counts_otherwise(
+def test_an_optimizer_that_never_reached_the_milestone_runs_its_best_trial_by_the_fallback_metric(
     tmp_path: Path,
 ) -> None:
     callbacks = [{"class_path": "callbacks.milestones.GrokkingMilestones"}]

@@ -43,7 +43,7 @@ def parts(tmp_path: Path) -> Path:
 
 def test_a_folder_of_parts_goes_on_under_its_strategy_alone(parts: Path) -> None:
     check_checkpoint(parts, resume=True, sharded=True)
-    with pytest.raises(ValueError, match=r"is in parts, one a process: lay configs/overlays/fsdp\.yaml over"):
+    with pytest.raises(ValueError, match=r"is a sharded checkpoint: add --config configs/overlays/fsdp\.yaml"):
         check_checkpoint(parts, resume=True)
     assert "is in parts" in call("fit", *AGA, *TINY, "--ckpt_path", parts).error
 
@@ -52,14 +52,14 @@ def test_a_folder_of_parts_goes_on_under_its_strategy_alone(parts: Path) -> None
 def test_a_folder_that_was_cut_short_is_damaged(missing: str, parts: Path) -> None:
     shutil.copytree(parts, parts.with_name("last-previous.ckpt"))
     (parts / missing).unlink()
-    with pytest.raises(ValueError, match=r"is damaged, .*; the one before it is whole: give .*last-previous\.ckpt"):
+    with pytest.raises(ValueError, match=r"is damaged, .*; the previous one is intact: give .*last-previous\.ckpt"):
         check_checkpoint(parts, resume=True, sharded=True)
 
 
 def test_weights_alone_are_no_state_in_parts_either(parts: Path) -> None:
     torch.save({"pytorch-lightning_version": "2.6.6"}, parts / "meta.pt")
     check_checkpoint(parts, resume=False, sharded=True)
-    with pytest.raises(ValueError, match="holds weights alone"):
+    with pytest.raises(ValueError, match="holds only weights"):
         check_checkpoint(parts, resume=True, sharded=True)
 
 

@@ -81,17 +81,17 @@ def test_the_cost_of_a_milestone_is_the_objective_and_a_miss_is_none() -> None:
         objective.value({"milestones": {"grok": reached}})
 
 
-def test_runs_that_missed_the_milestone_are_judged_by_what_is_said_to_count_otherwise() -> None:
+def test_runs_that_missed_the_milestone_are_judged_by_the_fallback_metric() -> None:
     summary = {
         "milestones": {"full": {"epoch": None}},
         "metrics": {"val/accuracy": {"best": 0.4}, "val/loss": {"best": 2.0}},
     }
-    assert Objective(milestone="full", otherwise="val/accuracy").merit(summary) == 0.4
-    assert Objective(milestone="full", otherwise="val/loss").merit(summary) == -2.0
-    assert Objective(milestone="full").merit(summary) is None
-    assert Objective(milestone="full", otherwise="val/loss").merit({}) is None
+    assert Objective(milestone="full", fallback_metric="val/accuracy").fallback_value(summary) == 0.4
+    assert Objective(milestone="full", fallback_metric="val/loss").fallback_value(summary) == -2.0
+    assert Objective(milestone="full").fallback_value(summary) is None
+    assert Objective(milestone="full", fallback_metric="val/loss").fallback_value({}) is None
     with pytest.raises(KeyError, match="no metric val/perplexity: it has val/accuracy, val/loss"):
-        Objective(milestone="full", otherwise="val/perplexity").merit(summary)
+        Objective(milestone="full", fallback_metric="val/perplexity").fallback_value(summary)
 
 
 def test_every_shipped_sweep_can_be_read() -> None:
@@ -116,7 +116,7 @@ def test_every_shipped_sweep_can_be_read() -> None:
         ({"final_seeds": [0, "1"]}, "final_seeds must be a list, each an integer, got [0, '1']"),
         ({"seeded": "data.seed"}, "seeded must be a list, each a text, got 'data.seed'"),
         ({"common": None}, "common must be a mapping, got null"),
-        ({"give_up_at": "often"}, "give_up_at must be a finite number, got 'often'"),
+        ({"early_stop_factor": "often"}, "early_stop_factor must be a finite number, got 'often'"),
         ({"objective": None}, "objective must be a mapping with the keys milestone"),
         ({"objective": {"metric": ["val/loss"]}}, "objective: metric must be a text, got ['val/loss']"),
         (
@@ -143,7 +143,7 @@ def test_every_shipped_sweep_can_be_read() -> None:
         ({"optimizers": {}}, "needs 'optimizers'"),
         ({"objective": {}}, "objective needs either a milestone or a metric"),
         ({"objective": {"metric": "val/loss", "statistic": "mean"}}, "statistic must be one of best, last, got 'mean'"),
-        ({"objective": {"metric": "val/loss", "otherwise": "val/loss"}}, "otherwise is for a milestone"),
+        ({"objective": {"metric": "val/loss", "fallback_metric": "val/loss"}}, "fallback_metric needs a milestone"),
         ({"optimizers": {"a": {"configs": [], "space": {}}}}, "optimizers.a needs 'space'"),
         ({"optimizers": {"a": {"configs": ["no.yaml"], "space": {"x": {"low": 0, "high": 1}}}}}, "no config no.yaml"),
         ({"optimizers": {"a": {"configs": [], "space": {"x": {"low": 2, "high": 1}}}}}, "space.x: needs low < high"),

@@ -16,6 +16,6 @@ def test_files_are_written_again_and_over_nobody_elses(tmp_path: Path) -> None:
     wandb_sweep.write(sweep, folder)
     assert {path.name for path in folder.iterdir()} == names
     (folder / "sync.yaml").write_text("mine: 1\n")
-    with pytest.raises(ValueError, match=r"sync.yaml exists and would be another file"):
+    with pytest.raises(ValueError, match=r"sync.yaml exists with other contents"):
         wandb_sweep.write(sweep, folder)
     assert (folder / "sync.yaml").read_text() == "mine: 1\n"
