@@ -35,11 +35,8 @@ def table(search: Search) -> Table:
         ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         reached = sum(one.state == TrialState.COMPLETE for one in ended)
         best = search.best(name)
-        options = (
-            "" if best is None else ", ".join(f"{key} {value}" for key, value in best.user_attrs["options"].items())
-        )
+        options = {} if best is None else best.user_attrs["options"]
         value = "none" if best is None or best.value is None else f"{best.value:.6g}"
-        rows.add_row(
-            name, str(len(ended)), str(reached), value, ", ".join(f"{key} {given}" for key, given in options.items())
-        )
+        settings = ", ".join(f"{key} {given}" for key, given in options.items())
+        rows.add_row(name, str(len(ended)), str(reached), value, settings)
     return rows
