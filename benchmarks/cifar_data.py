@@ -1,4 +1,4 @@
-"""CIFAR-10's data path alone: images per second against torchvision's per-sample pipeline, and its share of a step.
+"""Measure the CIFAR-10 data path against torchvision's per-sample pipeline.
 
     python -m benchmarks.cifar_data [--batches 40] [--rounds 3]
 
@@ -33,7 +33,7 @@ LEAST_SPEEDUP, LARGEST_SHARE = 10, 0.05
 
 
 class Cutout:
-    """One 16 x 16 square of zeros around a uniform centre, clipped at the border."""
+    """Set a 16 x 16 square around a uniform centre to zero, clipped at the border."""
 
     def __call__(self, image: Tensor) -> Tensor:
         row, column = torch.randint(32, (2,)).tolist()
@@ -42,7 +42,7 @@ class Cutout:
 
 
 class PerSample(Dataset[tuple[Tensor, int]]):
-    """As torchvision's CIFAR10 does it: a PIL image from an array, then the transforms."""
+    """Apply the transforms to a PIL image, as torchvision's CIFAR10 does."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.arrays, self.labels = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()
@@ -65,7 +65,7 @@ class PerSample(Dataset[tuple[Tensor, int]]):
 
 
 def rate(batches: Iterable[object], count: int) -> float:
-    """Return images per second over ``count`` batches, the two before them left out."""
+    """Return images per second over ``count`` batches after two warm-up batches."""
     iterator: Iterator[object] = iter(batches)
     for _ in range(2):
         next(iterator)
@@ -87,7 +87,7 @@ def seconds_of_a_step(repeats: int) -> float:
 
 
 def main() -> int:
-    """Measure and print; returns the exit code."""
+    """Measure and print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)

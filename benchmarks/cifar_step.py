@@ -1,4 +1,4 @@
-"""What Lightning costs at full width: a training step of configs/cifar_base.yaml against a hand-written loop.
+"""Measure a training step of configs/cifar_base.yaml under Lightning against a hand-written loop.
 
     python -m benchmarks.cifar_step [--steps 4] [--rounds 3]
 
@@ -40,20 +40,20 @@ VECTOR = {"weight_decay": 0.01}
 
 
 class RandomImages(CIFAR10Data):
-    """CIFAR10Data over random bytes."""
+    """Provide random images in the place of CIFAR-10."""
 
     def prepare_data(self) -> None:
-        """Nothing to fetch."""
+        """Download nothing."""
 
     def setup(self, stage: str) -> None:
-        """Make the images."""
+        """Create the images."""
         torch.manual_seed(0)
         images = torch.randint(256, (BATCH * 8, 3, 32, 32), dtype=torch.uint8)
         self.train_set = self.val_set = images, torch.randint(10, (len(images),))
 
 
 class StepClock(L.Callback):
-    """Takes the time between the ends of steps."""
+    """Time the intervals between the ends of steps."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -67,7 +67,7 @@ class StepClock(L.Callback):
 
 
 def suite(steps: int) -> list[float]:
-    """Train by Lightning; returns the seconds of all steps but the first."""
+    """Train with Lightning, and return the seconds of all steps but the first."""
     torch.manual_seed(42)
     clock = StepClock()
     trainer = L.Trainer(
@@ -86,7 +86,7 @@ def suite(steps: int) -> list[float]:
 
 
 def by_hand(steps: int) -> list[float]:
-    """Train by the loop one would write; returns the seconds of all steps but the first."""
+    """Train with a hand-written loop, and return the seconds of all steps but the first."""
     torch.manual_seed(42)
     data, network = RandomImages(batch_size=BATCH), CIFARResNet18()
     data.setup("fit")
@@ -111,7 +111,7 @@ def by_hand(steps: int) -> list[float]:
 
 
 def main() -> int:
-    """Let the two sides take turns and print; returns the exit code."""
+    """Alternate between both loops, print the ratio, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against the plain one, at the published size of WikiText-2: peak memory and time.
+"""Measure peak memory and time of the chunked cross-entropy against the plain one.
 
     python -m benchmarks.cross_entropy [--width 512] [--rounds 5] [--device cpu]
 
@@ -27,7 +27,7 @@ LARGEST_SHARE = 0.5
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
-    """Return the loss as one would write it."""
+    """Return the plain loss."""
     return F.cross_entropy(F.linear(hidden, weight).float(), targets)
 
 
@@ -43,7 +43,7 @@ def step(
     vocabulary: int = VOCABULARY,
     tokens: int = TOKENS,
 ) -> Callable[[], None]:
-    """Return one forward and backward pass to call; the chunked kind makes ``chunk`` logits at a time."""
+    """Return a function that makes one forward and backward pass, in chunks of ``chunk`` logits."""
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width).to(device).requires_grad_()
     weight = (0.02 * torch.randn(vocabulary, width)).to(device).requires_grad_()
@@ -59,7 +59,7 @@ def step(
 
 
 def highest_resident() -> float:
-    """Return the most MiB this process has held so far (Linux, macOS)."""
+    """Return the peak memory of this process in MiB (Linux, macOS)."""
     if sys.platform == "linux":
         # Not getrusage: there a process's peak begins at what its parent held when it started it.
         with open("/proc/self/status") as status:
@@ -68,7 +68,7 @@ def highest_resident() -> float:
 
 
 def peak(kind: str, width: int, half: bool, device: str = "cpu") -> float:
-    """Return the MiB that the largest moment of one pass adds to this process, on CUDA to the device's memory."""
+    """Return the peak memory in MiB that one pass adds, on CUDA that of the device."""
     # The libraries' own first-time buffers are not the pass's.
     F.cross_entropy(torch.randn(64, 64, requires_grad=True) @ torch.randn(64, 64), torch.zeros(64).long()).backward()
     run = step(kind, width, half, device)
@@ -81,7 +81,7 @@ def peak(kind: str, width: int, half: bool, device: str = "cpu") -> float:
 
 
 def seconds(width: int, half: bool, rounds: int, device: str = "cpu") -> dict[str, float]:
-    """Let the two take turns; returns the median seconds of each."""
+    """Alternate between both, and return the median seconds of each."""
     steps = {kind: step(kind, width, half, device) for kind in KINDS}
     clock = device_timing.clock_of(device)
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -95,7 +95,7 @@ def seconds(width: int, half: bool, rounds: int, device: str = "cpu") -> dict[st
 
 
 def main() -> int:
-    """Measure and print; returns the exit code."""
+    """Measure and print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,4 +1,4 @@
-"""What the suite's loop costs: seconds per epoch of configs/grok_base.yaml against a hand-written loop, in one run.
+"""Measure an epoch of configs/grok_base.yaml under the suite against a hand-written loop.
 
     python -m benchmarks.loop_overhead [--epochs 20] [--rounds 3]
 
@@ -32,7 +32,7 @@ LARGEST_RATIO = 1.25
 
 
 class EpochClock(L.Callback):
-    """Takes the time between the starts of epochs."""
+    """Time the intervals between the starts of epochs."""
 
     seconds: list[float] = []  # noqa: RUF012  (one list: the command line makes the callback)
 
@@ -47,7 +47,7 @@ class EpochClock(L.Callback):
 
 
 def suite(epochs: int) -> list[float]:
-    """Train by the command line; returns the seconds of all epochs but the first and the last."""
+    """Train with train.py, and return the seconds of all epochs but the first and the last."""
     EpochClock.seconds.clear()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         arguments = ["fit", "--config", "configs/grok_base.yaml", "--runs", folder, "--wandb", "false"]
@@ -60,7 +60,7 @@ def suite(epochs: int) -> list[float]:
 
 
 def by_hand(epochs: int) -> list[float]:
-    """Train by the loop one would write; returns the seconds of all epochs but the first."""
+    """Train with a hand-written loop, and return the seconds of all epochs but the first."""
     torch.manual_seed(42)
     data, network = ModularAdditionData(), GrokkingTransformer(114)
     groups = param_groups(network, "all", vector={"betas": (0.9, 0.999), "weight_decay": 0.01})
@@ -89,7 +89,7 @@ def by_hand(epochs: int) -> list[float]:
 
 
 def run(epochs: int, rounds: int) -> dict[str, float]:
-    """Let the two sides take turns; returns median milliseconds per epoch and their ratio."""
+    """Alternate between both loops, and return median milliseconds per epoch and their ratio."""
     times: dict[str, list[float]] = {"suite": [], "by_hand": []}
     for _ in range(rounds):
         times["by_hand"] += by_hand(epochs)

@@ -1,4 +1,4 @@
-"""Where the Gram algorithm overtakes the standard Newton-Schulz iteration: time and error of both, by shape and dtype.
+"""Measure time and error of the Gram and the standard Newton-Schulz algorithm by shape and dtype.
 
     python -m benchmarks.newton_schulz [--rows 64 128 256 512] [--aspects 1 2 3 4 6 9] [--matrices 1] [--device cpu]
         [--json]
@@ -30,7 +30,7 @@ ALGORITHMS = ("standard", "gram", "auto")
 
 
 def kinds(rows: int, columns: int, seed: int) -> Iterator[Tensor]:
-    """Random, of low rank, ill-conditioned and tiny matrices, float64."""
+    """Return random, low-rank, ill-conditioned and tiny matrices in float64."""
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
     u, _, v_transposed = torch.linalg.svd(matrix, full_matrices=False)
@@ -43,7 +43,7 @@ def kinds(rows: int, columns: int, seed: int) -> Iterator[Tensor]:
 def relative_errors(
     rows: int, columns: int, dtype: torch.dtype, algorithm: str, seed: int, device: str = "cpu"
 ) -> list[float]:
-    """Error of one algorithm on each kind of matrix, relative to the size of the float64 result."""
+    """Return the relative error of one algorithm against float64 on each kind of matrix."""
     errors = []
     for matrix in kinds(rows, columns, seed):
         given = matrix.float().to(device)
@@ -56,7 +56,7 @@ def relative_errors(
 def milliseconds(
     calls: Mapping[str, Callable[[], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Median time of each call, all taking turns for ``seconds``, five times at least.
+    """Return the median time of each call, alternating for ``seconds`` and at least five times.
 
     On CUDA ``clock`` has to wait for the device.
     """

@@ -1,4 +1,4 @@
-"""What an optimizer step costs, beside other optimizers, on the real parameter shapes of the tasks and of GPT-2 small.
+"""Measure an optimizer step beside other optimizers on the parameter shapes of the tasks and GPT-2.
 
     python -m benchmarks.optimizer_step [--networks grokking resnet18 qwen3 gpt2] [--seconds 5] [--device cpu] [--json]
 
@@ -44,7 +44,7 @@ Competitor = Callable[[list[dict[str, Any]]], tuple[Step, Callable[[], list[Tens
 
 
 def groups_of(name: str, device: str = "cpu", small: bool = False) -> list[dict[str, Any]]:
-    """The groups of a network under policy "all", on tensors of its shapes with random values and gradients."""
+    """Return the groups of a network under policy "all", with random values and gradients."""
     with torch.device("meta"):
         groups = param_groups(build(name, small), "all")
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def groups_of(name: str, device: str = "cpu", small: bool = False) -> list[dict[
 
 
 def matrices_of(name: str, device: str = "cpu", small: bool = False) -> list[dict[str, Any]]:
-    """The matrix track of a network as one group of 2-D tensors."""
+    """Return the matrix track of a network as one group of 2-D tensors."""
     with torch.device("meta"):
         groups = [group for group in param_groups(build(name, small), "all") if group["track"] == "matrix"]
     torch.manual_seed(0)
@@ -88,7 +88,7 @@ def _state_of(optimizer: Any) -> Callable[[], list[Tensor]]:
 
 
 def plain(make: Callable[..., Any], **options: Any) -> Competitor:
-    """An optimizer whose ``step()`` is all there is."""
+    """An optimizer that is measured by its ``step()`` alone."""
 
     def competitor(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], list[Tensor]]]:
         optimizer = make(groups, **options)
@@ -103,8 +103,10 @@ def per_tensor(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], list[Te
 
 
 def parts(looks: bool, **options: Any) -> Competitor:
-    """ARS2-Neo by its parts, all steps but the first with a second look or all without; the passes themselves cost
-    nothing here, gradients are put in place."""
+    """ARS2-Neo split into its phases, with a second pass in every step but the first, or in none.
+
+    The passes themselves cost nothing here, because gradients are assigned.
+    """
 
     def competitor(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], list[Tensor]]]:
         optimizer = ARS2Neo(groups, **options)
@@ -179,7 +181,7 @@ MATRICES: dict[str, Competitor] = {
 
 
 def peak_bytes(step: Step, device: str = "cpu") -> int:
-    """Most bytes that ``step`` holds at a time beyond what was there before it, as the allocator counts them."""
+    """Return the peak of bytes that ``step`` allocates, as the allocator counts them."""
     if device == "cuda":
         return device_timing.peak_bytes(step)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -194,13 +196,15 @@ def peak_bytes(step: Step, device: str = "cpu") -> int:
 
 
 def use_the_allocator_as_training_does() -> None:
-    """Free 31 MB once. In any process that trains, tensors of that size are freed in the first step, and glibc then
-    keeps freed memory for the next ones instead of handing it back page by page, which is slow and a matter of luck."""
+    """Allocate and free 31 MB once, so that glibc keeps freed memory as it does in a training process.
+
+    glibc raises its mmap threshold when a large block is freed for the first time, which the first training step does.
+    """
     torch.empty(31 << 18)
 
 
 def turn(step: Step, clock: Callable[[], float]) -> list[float]:
-    """Make steps for a twentieth of a second, one at least; returns the milliseconds of each that counts."""
+    """Make steps for a twentieth of a second, and return the milliseconds of each measured one."""
     times: list[float] = []
     end = time.perf_counter() + 0.05
     while not times or time.perf_counter() < end:
@@ -217,7 +221,7 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     device: str = "cpu",
 ) -> dict[str, dict[str, float]]:
-    """Let the competitors take turns; returns for each its median milliseconds a step and its bytes.
+    """Alternate between the optimizers, and return the median milliseconds and peak bytes of each.
 
     On CUDA ``clock`` has to wait for the device, as that of :func:`benchmarks.device_timing.clock_of` does.
     """
@@ -240,7 +244,7 @@ def measure(
 
 
 def table(title: str, results: dict[str, dict[str, float]], against: str) -> str:
-    """The results as text; "faster" is how many times faster than ``against`` a step is."""
+    """Return the results as text, with the speed relative to ``against`` as "faster"."""
     lines = [f"{title:<40} {'ms/step':>9} {'faster':>8} {'peak MB':>9} {'state MB':>9}"]
     for name, row in results.items():
         ratio = results[against]["ms"] / row["ms"]

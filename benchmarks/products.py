@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices of the optimizer's shapes: the floor under a Newton-Schulz step.
+"""Measure matrix products of the optimizer's shapes, a lower bound of a Newton-Schulz step.
 
     python -m benchmarks.products [--seconds 0.5]
 

@@ -1,4 +1,4 @@
-"""From one to two processes: how much faster a step is in each mode, and what the processes tell each other for it.
+"""Measure the speed-up from one to two processes in each mode, and the bytes that they exchange.
 
     python -m benchmarks.scaling [--tasks grokking cifar] [--seconds 4] [--json]
 
@@ -58,7 +58,7 @@ def task(name: str) -> tuple[nn.Module, Callable[[nn.Module, slice], Tensor], in
 
 
 class Sent:
-    """Counts the bytes that this process gives to collectives."""
+    """Count the bytes that this process sends to collectives."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -75,7 +75,7 @@ class Sent:
 
 
 class Steps:
-    """Trains one network, alone or with the other process, and takes the time of its steps."""
+    """Train one network, alone or with the other process, and time its steps."""
 
     def __init__(self, name: str, mode: str, rank: int | None, sent: Sent) -> None:
         network, self.loss, size = task(name)
@@ -112,7 +112,7 @@ class Steps:
 
 
 def measure(name: str, mode: str, rank: int, seconds: float, sent: Sent) -> dict[str, Any]:
-    """Take turns with the other process for about so many seconds; what it returns on rank 0 counts."""
+    """Alternate between steps alone and steps with the other process for about ``seconds``."""
     alone, together = Steps(name, mode, None, sent), Steps(name, mode, rank, sent)
     over = torch.tensor(0)
     begin, steps = time.perf_counter(), 0
@@ -147,7 +147,7 @@ def measure(name: str, mode: str, rank: int, seconds: float, sent: Sent) -> dict
 
 
 def work(rank: int, port: int, tasks: list[str], seconds: float, results: Any) -> None:
-    """Be one of the two processes."""
+    """Run one of the two processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     sent = Sent()

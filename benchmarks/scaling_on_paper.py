@@ -1,4 +1,4 @@
-"""What a step would take on up to 64 GPUs, from the bytes and operations of each mode; nothing here is measured.
+"""Estimate a step on up to 64 GPUs from the bytes and operations of each mode, without measuring.
 
     python -m benchmarks.scaling_on_paper
 
@@ -32,7 +32,7 @@ BATCH = {"resnet18": "256 images", "qwen3": "8 x 255 tokens"}
 
 
 class Mode(NamedTuple):
-    """What a mode does in a step, on average."""
+    """The average work of a mode in a step."""
 
     passes: float
     averaged: float
@@ -49,7 +49,7 @@ MODES = {
 
 
 class Network(NamedTuple):
-    """What of a network and its batch decides the cost of a step."""
+    """The sizes of a network and its batch that decide the cost of a step."""
 
     parameters: int
     matrices: int
@@ -58,7 +58,7 @@ class Network(NamedTuple):
 
 
 def network(name: str) -> Network:
-    """Count what the network ``name`` of benchmarks/networks.py costs; nothing is computed for it."""
+    """Count the cost of the network ``name`` of benchmarks/networks.py without running it."""
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model = build(name)
         loss_function(name, model)().backward()

@@ -1,4 +1,4 @@
-"""What a whole training step costs in each mode, against AdamW's, split into its parts.
+"""Measure a full training step of each mode against AdamW, split into its phases.
 
     python -m benchmarks.step_cost [--networks grokking resnet18 qwen3] [--seconds 2] [--device cpu] [--json]
         [--picture FILE]
@@ -37,7 +37,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 class Trainer:
-    """One network with one optimizer; times the parts of its steps.
+    """Time the phases of the steps of one network and optimizer.
 
     Args:
         name: of the network.
@@ -108,14 +108,14 @@ class Trainer:
 def measure(
     name: str, seconds: float, clock: Callable[[], float] = time.perf_counter, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """Let AdamW and every mode take turns on one task; returns the parts of each one's step."""
+    """Alternate between AdamW and every mode on one task, and return the phases of each step."""
     chunk = 0 if device == "cuda" else None
     trainers = {mode: Trainer(name, mode, clock, device, chunk=chunk) for mode in ("AdamW", *MODES)}
     return measure_in_turns(trainers, seconds)
 
 
 def measure_in_turns(trainers: dict[str, Trainer], seconds: float) -> dict[str, dict[str, float]]:
-    """Let the trainers take turns for ``seconds`` each; returns the parts of each one's step."""
+    """Alternate between the trainers for ``seconds`` each, and return the phases of each step."""
     for trainer in trainers.values():
         trainer.step(record=False)
     end, count = time.perf_counter() + seconds * len(trainers), 0
@@ -128,7 +128,7 @@ def measure_in_turns(trainers: dict[str, Trainer], seconds: float) -> dict[str, 
 
 
 def picture(found: dict[str, Any], file: Path) -> None:
-    """Draw a stacked bar a mode and task, in units of AdamW's whole step."""
+    """Draw a stacked bar for each mode and task, relative to AdamW's step."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""What the data of WikiText-2 costs: tokenizing it, loading it from the cache, and batches against the model's pace.
+"""Measure tokenizing, cache loading and batches of WikiText-2 against the model's speed.
 
     ARS2_WIKITEXT2_ROOT=<folder> python -m benchmarks.wikitext2_data [--protocol packed] [--vocabulary 40479]
 
@@ -24,7 +24,7 @@ LEAST_PACE = 50.0
 
 
 def load(options: argparse.Namespace, cache: str) -> tuple[WikiText2Data, float]:
-    """Return the data, set up, and the seconds it took."""
+    """Return the prepared data and the seconds that it took."""
     start = time.perf_counter()
     data = WikiText2Data(options.vocabulary, options.context, options.protocol, options.batch_size, cache=cache)
     data.prepare_data()
@@ -33,7 +33,7 @@ def load(options: argparse.Namespace, cache: str) -> tuple[WikiText2Data, float]
 
 
 def in_a_process(cache: str) -> tuple[float, float]:
-    """Return the seconds of loading in a process of its own, and of that whole process."""
+    """Return the seconds of loading in a new process, and of that entire process."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "benchmarks.wikitext2_data", *sys.argv[1:], "--only-load", cache]
     process = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -49,7 +49,7 @@ def pace_of_batches(data: WikiText2Data) -> float:
 
 
 def pace_of_model(data: WikiText2Data, options: argparse.Namespace) -> float:
-    """Return predicted tokens per second of forward and backward passes, the first one left out."""
+    """Return predicted tokens per second of forward and backward passes after a warm-up pass."""
     from modules.language_model import LanguageModel
 
     model = LanguageModel(optimizer=torch.optim.AdamW, vocabulary=options.vocabulary, context=options.context)
@@ -66,7 +66,7 @@ def pace_of_model(data: WikiText2Data, options: argparse.Namespace) -> float:
 
 
 def main() -> int:
-    """Measure and print; returns the exit code."""
+    """Measure and print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=40_479)
     parser.add_argument("--context", type=int, default=255)

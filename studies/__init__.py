@@ -1,1 +1,1 @@
-"""Studies: one question each, one script, one command, and what came of it under results/."""
+"""Scripts that answer one question each, with their outcome under results/."""

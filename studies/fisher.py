@@ -1,4 +1,4 @@
-"""Exact curvature of a small network's mean cross-entropy: Fisher matrix, Gauss-Newton matrix, Hessian, damped steps.
+"""Compute the exact Fisher matrix, Gauss-Newton matrix and Hessian of a small network's cross-entropy.
 
 Everything is dense: n parameters make n x n matrices, so this is for networks of up to a few thousand parameters.
 Parameters are one flat vector; ``logits`` maps it and the inputs (examples, ...) to logits (examples, classes).
@@ -64,7 +64,7 @@ def spectrum(matrix: Tensor) -> Spectrum:
 
 
 def damping(values: Tensor, factor: float) -> float:
-    """Return what is added to a spectrum: ``factor`` times the largest absolute eigenvalue.
+    """Return the damping of a spectrum, ``factor`` times the largest absolute eigenvalue.
 
     Where the smallest eigenvalue is negative, its size is added too: the damped matrix is then positive definite, and
     its step goes downhill.

@@ -1,4 +1,4 @@
-"""Does diagonal Fisher times orthogonalisation come close to the natural gradient? Measured where the Fisher is exact.
+"""Measure how close ARS2's direction comes to the natural gradient, where the Fisher is exact.
 
     python -m studies.natural_gradient                       # all of results/natural_gradient, about six minutes
     python -m studies.natural_gradient --report              # only the table and the picture, from cosines.csv
@@ -57,7 +57,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any], dict[str, 
 
 
 class Network(nn.Module):
-    """Logits (examples, p) of x + y from two one-hot numbers, as inputs (examples, 2p)."""
+    """Return logits (examples, p) of x + y from two one-hot numbers, as inputs (examples, 2p)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def flat(tensors: Any) -> Tensor:
 
 
 class Observer:
-    """One optimizer with a network of its own, which it is put in front of a trajectory with."""
+    """An optimizer with its own network, which makes steps along another optimizer's trajectory."""
 
     def __init__(self, name: str) -> None:
         kind, options, vector = OPTIMIZERS[name]
@@ -91,7 +91,7 @@ class Observer:
         self.optimizer = kind(param_groups(self.network, "all", vector=vector), **options)
 
     def step(self, at: Tensor, inputs: Tensor, answers: Tensor) -> Tensor:
-        """Make one step from the parameters ``at`` on one batch; returns the parameters after it."""
+        """Make one step from the parameters ``at`` on one batch, and return the new parameters."""
         # A copy: parameters that are views of the vector would write their update into everybody's.
         nn.utils.vector_to_parameters(at.clone(), self.network.parameters())
 
@@ -107,7 +107,7 @@ class Observer:
 
 
 def trajectory(driver: str, seed: int, steps: int) -> Iterator[tuple[int, Tensor, dict[str, Tensor], Tensor]]:
-    """Train with ``driver`` while the others look on.
+    """Train with ``driver`` while the others make their steps from its parameters.
 
     Yields, for each step from 1: its number, the parameters before it, every optimizer's update over its learning rate
     (to be subtracted), and Adam's bias-corrected second moment after it.
@@ -128,7 +128,7 @@ def trajectory(driver: str, seed: int, steps: int) -> Iterator[tuple[int, Tensor
 
 
 class Layout:
-    """Where each tensor of the network is in the flat vector."""
+    """The position of each tensor of the network in the flat vector."""
 
     def __init__(self) -> None:
         self.network = Network()
@@ -146,7 +146,7 @@ class Layout:
         return logits
 
     def orthogonal(self, vector: Tensor) -> Tensor:
-        """Return ``vector`` with each weight matrix x replaced by ``|x| NS(x)``, as ARS2 does; biases as they are."""
+        """Return ``vector`` with each weight matrix x replaced by ``|x| NS(x)``, as ARS2 does, and equal biases."""
         result = vector.clone()
         for name, s in self.slices.items():
             if name.endswith("weight"):
@@ -167,7 +167,7 @@ class Layout:
 def shapes(
     gradient: Tensor, second_moment: Tensor, diagonal: Tensor, delta: float, layout: Layout
 ) -> dict[str, Tensor]:
-    """Return the candidates that are made of the whole gradient alone, see the top of this file."""
+    """Return the candidates that depend only on the full gradient, see the top of this file."""
     plain = {
         "gradient": gradient,
         "Adam": gradient / (second_moment.sqrt() + EPS),
@@ -214,7 +214,7 @@ def look(at: Tensor, steps: dict[str, Tensor], second_moment: Tensor, data: tupl
 
 
 def study(seeds: int, checkpoints: tuple[int, ...]) -> Rows:
-    """Run everything; returns one row a seed, driver, step, target, damping and candidate."""
+    """Run everything, and return one row for each seed, driver, step, target, damping and candidate."""
     rows: Rows = []
     for seed in range(seeds):
         for driver in OPTIMIZERS:

@@ -1,4 +1,4 @@
-"""Table and picture of studies/natural_gradient.py, from its rows."""
+"""Make the table and the picture of studies/natural_gradient.py from its rows."""
 
 import csv
 import math
@@ -28,7 +28,7 @@ PAIRS = (
 
 
 def save(rows: Rows, path: Path) -> None:
-    """Write the rows as CSV, four digits a number."""
+    """Write the rows as CSV with four digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -74,7 +74,7 @@ def cell(values: list[float], signed: bool = False) -> str:
 
 
 def grid(title: str, first: str, columns: list[str], lines: list[list[str]]) -> str:
-    """Lay out one table under its title; each line begins with its name."""
+    """Return one Markdown table with its title."""
     head = ["| " + " | ".join([first, *columns]) + " |", "| --- " * (len(columns) + 1) + "|"]
     return "\n".join([f"## {title}", "", *head, *("| " + " | ".join(line) + " |" for line in lines), ""])
 
@@ -88,7 +88,7 @@ def table(rows: Rows) -> str:
         candidates.setdefault((row["kind"], row["candidate"]), []).append(row)
 
     def lines(columns: list[tuple[str, dict[str, Any]]], signed: bool = False) -> list[list[str]]:
-        """One line a candidate, one cell a (column of the rows, chosen fields)."""
+        """Return a line for each candidate, with a cell for each pair of column and chosen fields."""
         return [
             [f"{kind}: {name}"] + [cell(by_seed(own, column, **chosen), signed) for column, chosen in columns]
             for (kind, name), own in candidates.items()
@@ -135,7 +135,7 @@ def table(rows: Rows) -> str:
 
 
 def picture(rows: Rows, path: Path) -> None:
-    """Draw the cosines over the damping, with 95 % intervals, steps above and shapes below, natural left."""
+    """Draw the cosines over the damping with 95 % intervals."""
     from matplotlib.figure import Figure
 
     dampings = sorted({row["damping"] for row in rows})

@@ -1,4 +1,4 @@
-"""How low is a perplexity? What counting alone reaches on the very rows a language model is validated on.
+"""Compute the perplexity of n-gram counts on the rows that a language model is validated on.
 
     ARS2_WIKITEXT2_ROOT=<folder> python -m studies.ngram_perplexity [--protocol packed] [--context 128]
 
@@ -20,7 +20,7 @@ from datamodules.wikitext2 import ROOT, WikiText2Data
 
 
 def pairs(batches: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
-    """Return the tokens seen and those they predict, each (tokens,): within a row, every token predicts the next."""
+    """Return the context tokens and their targets, each (tokens,), without pairs across rows."""
     rows = [rows for (rows,) in batches]
     return (
         torch.cat([part[:, :-1].flatten().long() for part in rows]),
@@ -29,14 +29,14 @@ def pairs(batches: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
 
 
 def unigram(vocabulary: int, targets: Tensor, at: Tensor) -> Tensor:
-    """Return the probabilities (tokens,) of the tokens ``at``, counted on ``targets``, one added to every count."""
+    """Return the add-one-smoothed unigram probabilities (tokens,) of ``at``, counted on ``targets``."""
     counts = torch.bincount(targets, minlength=vocabulary).double() + 1
     probabilities: Tensor = counts / counts.sum()
     return probabilities[at]
 
 
 def bigram(vocabulary: int, train: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the probabilities (tokens,) of ``at[1]`` after ``at[0]``; what was never seen falls back on the unigram.
+    """Return the probabilities (tokens,) of ``at[1]`` after ``at[0]``, with unigram back-off.
 
     With c the count of a pair, n that of its first token and d the number of different tokens seen after it:
     ``(c + d * unigram) / (n + d)``.
@@ -53,12 +53,12 @@ def bigram(vocabulary: int, train: tuple[Tensor, Tensor], at: tuple[Tensor, Tens
 
 
 def perplexity(probabilities: Tensor) -> float:
-    """Return exp of the mean negative logarithm."""
+    """Return the exponential of the mean negative logarithm."""
     return math.exp(-probabilities.log().mean().item())
 
 
 def main() -> int:
-    """Count, and print; returns the exit code."""
+    """Count and print, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocabulary", type=int, default=40_479)
     parser.add_argument("--context", type=int, default=128)

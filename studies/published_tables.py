@@ -1,4 +1,4 @@
-"""Repeat the published tables of WikiText-2 and CIFAR-10 on the GPUs of this machine, as far as the time allows.
+"""Repeat the published WikiText-2 and CIFAR-10 tables on this machine's GPUs within a time limit.
 
     python -m studies.published_tables --minutes 9 --output tables
     python -m studies.published_tables --minutes 5 --output rehearsal --accelerator cpu --rehearse
@@ -59,7 +59,7 @@ MODULES = ("modules.image_classifier", "modules.language_model", "datamodules.ci
 
 
 def all_parts(options: argparse.Namespace) -> list[Part]:
-    """Return the parts of all rows and seeds that ``options`` name, the most valuable first."""
+    """Return the parts of all rows and seeds in ``options``, in order of priority."""
 
     def in_order() -> Iterator[Part]:
         for seed in options.seeds:
@@ -72,7 +72,7 @@ def all_parts(options: argparse.Namespace) -> list[Part]:
 
 
 def part(row: str, seed: int, epochs: int | None, options: argparse.Namespace) -> Part:
-    """Return the part of a row's run that ends with so many epochs; ``None`` is all of them."""
+    """Return the part of a row's run up to a number of epochs; ``None`` is all of them."""
     config: dict[str, Any] = yaml.safe_load(Path(f"configs/{row}.yaml").read_text(encoding="utf-8"))
     task, _, optimizer = row.partition("_")
     total: int = config["trainer"]["max_epochs"]
@@ -105,7 +105,7 @@ def arguments(row: str, seed: int, options: argparse.Namespace) -> list[str]:
 
 
 def slots(accelerator: str, processes: int) -> list[Mapping[str, str]]:
-    """Return the environment of each run at a time: ``processes`` of them a GPU.
+    """Return the environment of each concurrent run, ``processes`` of them on a GPU.
 
     Raises:
         ValueError: there is no GPU, and one is wanted.
@@ -146,13 +146,13 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 
 def print_end_of(log: Path, lines: int = 15) -> None:
-    """Print the last lines of a log, which may stay behind on a rented machine."""
+    """Print the last lines of a log, which a rented machine may not return."""
     print(f"\nthe end of {log}:")
     print("\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]))
 
 
 def main() -> int:
-    """Train what the time allows and pack it; returns the exit code: 1 where a run failed, 128 + n after signal n."""
+    """Train within the time limit, pack the runs, and return the exit code."""
     start, options, code = time.monotonic(), read_options(), 0
     try:
         places = slots(options.accelerator, options.processes)
@@ -171,7 +171,7 @@ def main() -> int:
     runs, archive = options.output / "runs", options.archive or options.output / "runs.zip"
 
     def keep() -> int | None:
-        """Pack the runs and return their number; ``None`` where that fails, which must not stop the running ones."""
+        """Pack the runs and return their number; ``None`` if that fails, which must not stop running ones."""
         try:
             return pack(runs, archive)
         except OSError as error:

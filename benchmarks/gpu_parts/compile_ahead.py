@@ -1,4 +1,4 @@
-"""Compile for later parts, and leave the seconds it took beside the results.
+"""Compile for later parts, and record the seconds beside the results.
 
     python -m benchmarks.gpu_parts.compile_ahead JOB DEVICE SMALL
 
