@@ -107,8 +107,8 @@ def test_every_shipped_sweep_can_be_read() -> None:
     ("changes", "said"),
     [
         ({"name": None}, "name must be a text, got null"),
-        ({"name": ""}, "names of folders, which '' is not"),
-        ({"name": "../x"}, "names of folders, which '../x' is not"),
+        ({"name": ""}, "must be valid for a folder"),
+        ({"name": "../x"}, "must be valid for a folder"),
         ({"name": 3}, "name must be a text, got 3"),
         ({"trials": "8"}, "trials must be an integer, got '8'"),
         ({"trials": True}, "trials must be an integer, got True"),
