@@ -61,13 +61,13 @@ class CommandLine(LightningCLI):
     resumes = False  # whether the run resumes in a folder that has its checkpoints and rows
 
     def __init__(self, *, args: Sequence[str], **options: Any) -> None:
-        self.asked = args[0] if args else ""
+        self.requested = args[0] if args else ""
         super().__init__(args=list(args), **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the asked subcommand alone, if it comes first: the options of each take a tenth of a second."""
-        every = LightningCLI.subcommands()
-        return {self.asked: every[self.asked]} if self.asked in every else every
+        """Return only the requested subcommand if it is the first argument, because building each takes 0.1 s."""
+        subcommands = LightningCLI.subcommands()
+        return {self.requested: subcommands[self.requested]} if self.requested in subcommands else subcommands
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--experiment", type=str, default="run", help="Name of the experiment: a folder and group.")

@@ -76,7 +76,7 @@ def test_a_precision_that_would_be_another_one_is_refused(accelerator: str, prec
     options = ("--trainer.accelerator", accelerator, "--trainer.precision", precision)
     assert refused(tmp_path / "runs", "fit", *options) == (
         "error: trainer.precision 16-mixed is not available on a CPU, where Lightning would use bf16-mixed:"
-        " say --trainer.precision bf16-mixed, or 32-true"
+        " give --trainer.precision bf16-mixed, or 32-true"
     )
 
 
