@@ -107,6 +107,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
 def test_giving_up_while_it_starts_is_no_crash(tmp_path: Path) -> None:
     """The imports take seconds; here the signal comes at the first one."""
     (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/__init__.py").touch()
     (tmp_path / "launch/cli.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     (tmp_path / "train.py").write_text((ROOT / "train.py").read_text())
     command = [sys.executable, str(tmp_path / "train.py"), "fit"]
