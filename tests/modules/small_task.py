@@ -26,6 +26,8 @@ OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "random": (ARS2Neo, {"lr": 1e-2, "mode": "random", "probability": 0.4}),
 }
 TWO_PASS = ("sync", "aga", "periodic", "random")
+# One of every kind, where only the kind matters: torch's, one pass, always two, and two at some steps.
+CORE = ("adamw", "muon", "sync", "aga")
 EXAMPLES, BATCH = 22, 4
 
 

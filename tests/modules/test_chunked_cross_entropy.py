@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.optimizer_step import peak_bytes
 from modules.chunked_cross_entropy import chunked_cross_entropy
 from tests.helpers.commands import ROOT
 
@@ -123,6 +124,17 @@ def test_shapes_that_do_not_fit_are_refused(
         chunked_cross_entropy(torch.zeros(hidden), torch.zeros(weight), torch.zeros(targets, dtype=torch.int64))
 
 
+def test_peak_memory_is_at_most_half_of_the_plain_ones() -> None:
+    peaks = []
+    for function in (plain, chunked_cross_entropy):
+        arguments = example(torch.float32, tokens=512, width=8, vocabulary=5000)
+        chunk = () if function is plain else (500_000,)
+        peaks.append(peak_bytes(lambda: function(*arguments, *chunk).backward()))  # noqa: B023
+    assert peaks[0] > 2 * 512 * 5000 * 4, "the plain one holds its logits more than once"
+    assert peaks[1] <= 0.5 * peaks[0], peaks
+
+
+@pytest.mark.slow
 def test_peak_memory_is_at_most_half_of_the_plain_ones_at_the_published_size() -> None:
     """Vocabulary 40,479, 8 x 255 tokens; each in a process of its own, over what it held before."""
     peaks = {}

@@ -18,7 +18,7 @@ from callbacks.text_samples import TextSamples
 from modules.language_model import LanguageModel
 from modules.metrics import Perplexity
 from tests.modules.language import SIZES, data, model, trainer
-from tests.modules.small_task import TWO_PASS, assert_equal_states, make_optimizer, state_of
+from tests.modules.small_task import assert_equal_states, make_optimizer, state_of
 
 
 def rows(batch: int = 4, vocabulary: int = 320) -> torch.Tensor:
@@ -139,7 +139,7 @@ def test_each_head_is_orthogonalised_for_itself_only_per_head() -> None:
         assert (off_diagonal.norm() < 1e-2 * gram.norm()) == by_head
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "base", *TWO_PASS])
+@pytest.mark.parametrize("name", ["adamw", "muon", "aga"])
 def test_every_optimizer_lowers_the_loss_of_the_text(name: str, tmp_path: Path) -> None:
     module = model(name)
     fit = trainer(max_epochs=2)
@@ -147,12 +147,11 @@ def test_every_optimizer_lowers_the_loss_of_the_text(name: str, tmp_path: Path) 
     assert fit.callback_metrics["val/loss"] < math.log(320) - 0.5
 
 
-@pytest.mark.parametrize("name", ["adamw", "sync"])
-def test_mixed_precision_trains_as_well(name: str, tmp_path: Path) -> None:
+def test_mixed_precision_trains_as_well(tmp_path: Path) -> None:
     losses = []
     for precision in ("32-true", "bf16-mixed"):
         fit = trainer(max_epochs=1, limit_train_batches=3, precision=precision)
-        fit.fit(model(name), data(tmp_path))
+        fit.fit(model("sync"), data(tmp_path))
         losses.append(fit.callback_metrics["val/loss"].item())
     assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
 
@@ -204,8 +203,8 @@ class StopInMidEpoch(L.Callback):
             trainer.should_stop = True
 
 
-@pytest.mark.parametrize("name", ["adamw", "sync", "aga"])
-def test_resuming_in_mid_epoch_changes_nothing(name: str, tmp_path: Path) -> None:
+def test_resuming_in_mid_epoch_changes_nothing(tmp_path: Path) -> None:
+    name = "aga"
     whole = model(name)
     trainer(max_epochs=2).fit(whole, data(tmp_path))
     stop = StopInMidEpoch(5, tmp_path / "stopped.ckpt")

@@ -9,7 +9,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from modules.nonfinite import SMALLEST_SCALE
 from tests.modules.by_hand import Loop
-from tests.modules.small_task import OPTIMIZERS, TWO_PASS, SmallTask, assert_equal_states, fit, make_optimizer, state_of
+from tests.modules.small_task import CORE, SmallTask, assert_equal_states, fit, make_optimizer, state_of
 
 # By name it is bf16-mixed on a CPU, which the command line refuses; Lightning's plugin and torch's scaler work there.
 scaler = functools.partial(torch.amp.GradScaler, "cpu", growth_interval=3)
@@ -19,7 +19,7 @@ def half(scaler: torch.amp.GradScaler) -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", scaler=scaler)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", CORE)
 def test_bf16_mixed_is_autocast_around_both_passes(name: str) -> None:
     module = SmallTask(optimizer=make_optimizer(name))
     fit(module, precision="bf16-mixed")
@@ -27,7 +27,7 @@ def test_bf16_mixed_is_autocast_around_both_passes(name: str) -> None:
     assert all(param.dtype == torch.float32 for param in module.network.parameters())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", CORE)
 def test_bf16_true_trains_bf16_parameters(name: str) -> None:
     module = SmallTask(optimizer=make_optimizer(name))
     fit(module, precision="bf16-true")
@@ -35,7 +35,7 @@ def test_bf16_true_trains_bf16_parameters(name: str) -> None:
     assert all(param.dtype == torch.bfloat16 for param in module.network.parameters())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", CORE)
 def test_16_mixed_unscales_once_whatever_the_passes(name: str) -> None:
     module = SmallTask(optimizer=make_optimizer(name))
     mine, theirs = scaler(init_scale=2.0**10), scaler(init_scale=2.0**10)
@@ -46,9 +46,9 @@ def test_16_mixed_unscales_once_whatever_the_passes(name: str) -> None:
     assert module.skipped_steps == 0
 
 
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-@pytest.mark.parametrize("clip_first_pass", [False, True])
-@pytest.mark.parametrize("name", ["sync", "aga"])
+@pytest.mark.parametrize(
+    ("name", "clip_first_pass", "algorithm"), [("sync", True, "norm"), ("sync", False, "value"), ("aga", True, "value")]
+)
 def test_16_mixed_clips_unscaled_gradients(name: str, clip_first_pass: bool, algorithm: Any) -> None:
     options = {"clip_first_pass": clip_first_pass}
     module = SmallTask(
@@ -59,7 +59,7 @@ def test_16_mixed_clips_unscaled_gradients(name: str, clip_first_pass: bool, alg
     assert_equal_states(state_of(module), loop.train())
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", CORE)
 def test_16_mixed_leaves_out_steps_until_the_scale_is_low_enough(name: str) -> None:
     """At this scale the backward pass in half precision overflows by itself."""
     module = SmallTask(optimizer=make_optimizer(name))
@@ -83,7 +83,7 @@ class OtherStrides(SmallTask):
         assert not any(p.is_contiguous() for p in self.network.parameters() if p.ndim > 1)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", CORE)
 def test_16_mixed_leaves_out_steps_whatever_the_strides_of_the_parameters(name: str) -> None:
     module, plain = OtherStrides(optimizer=make_optimizer(name)), SmallTask(optimizer=make_optimizer(name))
     mine, theirs = scaler(init_scale=2.0**22), scaler(init_scale=2.0**22)
@@ -109,9 +109,10 @@ class Damaged(SmallTask):
         return loss * (self.factor if self.begun - 1 in self.steps and this_pass == self.in_pass else 1.0)
 
 
-@pytest.mark.parametrize("in_pass", [1, 2])
-@pytest.mark.parametrize("factor", [torch.inf, torch.nan], ids=str)
-@pytest.mark.parametrize("name", TWO_PASS)
+@pytest.mark.parametrize(
+    ("name", "factor", "in_pass"),
+    [("sync", torch.inf, 1), ("sync", torch.nan, 2), ("aga", torch.nan, 1), ("aga", torch.inf, 2)],
+)
 def test_a_value_that_is_not_finite_in_either_pass_leaves_out_the_step_and_lowers_the_scale(
     name: str, factor: float, in_pass: int
 ) -> None:

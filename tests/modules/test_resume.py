@@ -9,7 +9,7 @@ import torch
 
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
-from tests.modules.small_task import OPTIMIZERS, assert_equal_states, make_optimizer, state_of
+from tests.modules.small_task import CORE, assert_equal_states, make_optimizer, state_of
 
 
 class Recorder(L.Callback):
@@ -58,19 +58,19 @@ def train(name: str, epochs: int, recorder: Recorder, ckpt_path: Path | None = N
     return module
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", CORE)
 def test_resuming_at_an_epochs_end_changes_nothing(name: str, tmp_path: Path) -> None:
     whole, first, second = Recorder(), Recorder(path=tmp_path / "half.ckpt"), Recorder()
-    expected = train(name, 6, whole)
-    train(name, 3, first)
+    expected = train(name, 4, whole)
+    train(name, 2, first)
     torch.manual_seed(99)  # resuming depends on nothing that is left in the process
-    resumed = train(name, 6, second, first.path)
+    resumed = train(name, 4, second, first.path)
     assert_equal_states(state_of(resumed), state_of(expected))
     assert resumed.gradient_evaluations == expected.gradient_evaluations
     assert {**first.metrics, **second.metrics} == whole.metrics
 
 
-@pytest.mark.parametrize(("name", "other"), [("base", "adamw"), ("adamw", "muon"), ("muon", "base")])
+@pytest.mark.parametrize(("name", "other"), [("base", "adamw"), ("adamw", "muon")])
 def test_going_on_under_another_optimizer_is_refused(name: str, other: str, tmp_path: Path) -> None:
     first = Recorder(path=tmp_path / "run.ckpt")
     train(name, 1, first)
@@ -80,8 +80,8 @@ def test_going_on_under_another_optimizer_is_refused(name: str, other: str, tmp_
 
 @pytest.mark.parametrize("name", ["adamw", "aga"])
 def test_resuming_in_the_middle_of_an_epoch_goes_on_with_the_next_batch(name: str, tmp_path: Path) -> None:
-    expected = train(name, 4, Recorder())
+    expected = train(name, 3, Recorder())
     first = Recorder(save_at=7, path=tmp_path / "middle.ckpt")  # five batches an epoch
-    train(name, 4, first)
-    resumed = train(name, 4, Recorder(), first.path)
+    train(name, 3, first)
+    resumed = train(name, 3, Recorder(), first.path)
     assert_equal_states(state_of(resumed), state_of(expected))
