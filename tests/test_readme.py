@@ -1,30 +1,142 @@
-"""What the README says works: its code runs, its links and commands lead somewhere."""
+"""The README's code and commands run as they are written; links of all pages lead to files."""
 
 import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+import venv
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parent.parent
+import compare
+import sweep
+from tests.helpers.commands import ROOT, TINY, call
+
 README = (ROOT / "README.md").read_text()
+INDEX = (ROOT / "docs/index.md").read_text()
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+]
 
 
-def test_the_plain_loops_run_one_after_the_other_and_learn(capsys: pytest.CaptureFixture[str]) -> None:
-    loop, parts = re.findall(r"```python\n(.*?)```", README, re.S)
-    names: dict[str, object] = {}
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
+
+
+def commands() -> dict[str, list[list[str]]]:
+    """The words of every shell command of the README, by its program; ``uv run`` is left out."""
+    found: dict[str, list[list[str]]] = {}
+    for line in "".join(blocks(README, "bash")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        words = words[2:] if words[:2] == ["uv", "run"] else words
+        if words:
+            program = " ".join(words[: 2 if words[0] == "python" else 1])
+            found.setdefault(program, []).append(words)
+    return found
+
+
+COMMANDS = commands()
+
+
+def test_every_command_is_one_of_those_that_are_run_below() -> None:
+    assert set(COMMANDS) == {
+        "make",
+        "source",
+        "uv",
+        "pip",
+        "python train.py",
+        "python sweep.py",
+        "python compare.py",
+    }
+
+
+def test_commands_of_the_suite_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _, _, subcommand, *options in COMMANDS["python train.py"]:
+        result = call(subcommand, *options, *TINY, "--trainer.max_epochs", "1", "--runs", tmp_path / "runs")
+        assert result.code == 0, result.err
+    # Beside runs/, as a person is who has trained something.
+    monkeypatch.chdir(tmp_path)
+    for command in COMMANDS["python compare.py"]:
+        monkeypatch.setattr("sys.argv", command[1:])
+        assert compare.main() == 0
+    assert (tmp_path / "report/report.html").exists()
+
+
+def test_the_sweep_is_read_and_given_its_folder_and_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[Any, ...]] = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # which the command sets
+    monkeypatch.setattr("launch.sweep_progress.run", lambda *arguments: started.append(arguments))
+    for command in COMMANDS["python sweep.py"]:
+        monkeypatch.setattr("sys.argv", command[1:])
+        assert sweep.main() == 0
+    ((specification, folder, workers),) = started
+    assert (specification.name, folder, workers) == ("grok", Path("runs/grok"), 2)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_has_a_recipe_for_every_target() -> None:
+    for command in COMMANDS["make"]:
+        subprocess.run([command[0], "--dry-run", *command[1:]], cwd=ROOT, capture_output=True, check=True)
+
+
+def test_the_environment_is_active_after_its_command(tmp_path: Path) -> None:
+    venv.create(tmp_path / ".venv", symlinks=True)
+    for command in COMMANDS["source"]:
+        line = f"{shlex.join(command)} && python -c 'import sys; print(sys.prefix)'"
+        shown = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert shown.stdout.strip() == str(tmp_path / ".venv")
+
+
+def test_uv_installs_by_default_what_the_suite_needs() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert COMMANDS["uv"] == [["uv", "sync"]]
+    assert project["dependency-groups"]["dev"] == ["ars2[dev]"]
+    extras = [Requirement(line).extras for line in project["project"]["optional-dependencies"]["dev"]]
+    assert any("suite" in names for names in extras)
+
+
+def test_pip_installs_what_the_tests_of_the_wheel_build() -> None:
+    assert COMMANDS["pip"] == [["pip", "install", "."]]  # tests/ars2/test_package.py
+
+
+def test_the_plain_loops_run_one_after_the_other_and_learn() -> None:
+    one_pass, two_passes = blocks(README, "python")
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec(one_pass, names)
+    inputs, targets, model = names["inputs"], names["targets"], names["model"]
+    assert names["loss"].item() < 0.5 * targets.var().item()
+    for layer in (model[0], model[-1]):
+        layer.reset_parameters()
+    exec(two_passes, names)
+    assert names["optimizer"].diagnostics()["gradient_evaluations"] == 300
+    assert torch.nn.functional.mse_loss(model(inputs), targets).item() < 0.5 * targets.var().item()
+
+
+def test_the_loops_of_the_documentation_run_one_after_the_other_and_learn(capsys: pytest.CaptureFixture[str]) -> None:
+    loop, parts = blocks(INDEX, "python")
+    names: dict[str, Any] = {}
     exec(loop, names)
     printed = capsys.readouterr().out
     match = re.search(r"loss ([\d.]+) after (\d+) gradient evaluations", printed)
     assert match is not None and int(match[2]) == 400
     model, inputs, targets = names["model"], names["inputs"], names["targets"]
-    assert float(match[1]) < 0.5 * targets.var().item()  # type: ignore[attr-defined]
+    assert float(match[1]) < 0.5 * targets.var().item()
     assert "policy hidden leaves out every output head" in printed
-    before = [param.clone() for param in model.parameters()]  # type: ignore[attr-defined]
+    before = [param.clone() for param in model.parameters()]
     exec(parts, names)
-    moved = [not before[i].equal(param) for i, param in enumerate(model.parameters())]  # type: ignore[attr-defined]
-    assert all(moved) and model(inputs).shape == targets.shape  # type: ignore[operator, attr-defined]
+    moved = [not before[i].equal(param) for i, param in enumerate(model.parameters())]
+    assert all(moved) and model(inputs).shape == targets.shape
 
 
 class Recording(torch.nn.Dropout):
@@ -38,58 +150,52 @@ class Recording(torch.nn.Dropout):
         return output
 
 
-def test_both_passes_of_the_plain_loops_drop_the_same_and_only_the_first_moves_running_statistics() -> None:
-    loop, parts = re.findall(r"```python\n(.*?)```", README, re.S)
-    replaced = loop.replace("torch.nn.Tanh()", "torch.nn.BatchNorm1d(64), Recording(0.5)").replace("200", "1")
-    assert loop.count("torch.nn.Tanh()") == loop.count("200") == 1
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_both_passes_of_the_loops_drop_the_same_and_only_the_first_moves_running_statistics(page: str) -> None:
     names: dict[str, Any] = {"Recording": Recording}
-    for steps, code in enumerate((replaced, parts), start=1):
+    steps = 0
+    for code in blocks((ROOT / page).read_text(), "python"):
         Recording.masks.clear()
+        code = code.replace("torch.nn.Tanh()", "torch.nn.BatchNorm1d(64), Recording(0.5)")
+        code = re.sub(r"range\(\d+\)", "range(1)", code)
         exec(code, names)
-        first, second = Recording.masks
-        assert torch.equal(first, second) and first.any() and not first.all()
+        steps += 1
         assert names["model"][1].num_batches_tracked == steps
+        if 'mode="base"' not in code:
+            first, second = Recording.masks
+            assert torch.equal(first, second) and first.any() and not first.all()
+    assert steps == 2
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))
-def test_links_lead_to_files(target: str) -> None:
-    assert (ROOT / target).exists()
+def anchors(page: Path) -> set[str]:
+    """What links may name after "#": the headings, as the code host and mkdocs spell them."""
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize(
-    "path", sorted(set(re.findall(r"(?<!tests/)(?:configs|modules|ars2|results|benchmarks)/[\w/]+\.\w+", README)))
-)
-def test_named_files_exist(path: str) -> None:
-    assert (ROOT / path).is_file()
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings(page: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", (ROOT / page).read_text()):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
 
 
-def test_every_module_is_on_the_map() -> None:
-    tree = README.split("```text")[1].split("```")[0]
-    folders = ("ars2", "modules", "datamodules", "benchmarks")
-    files = [path for folder in folders for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]
-    # The networks and tasks are named together with their folder.
-    missing = [path.name for path in files if path.name not in tree and path.name != "grokking_transformer.py"]
+@pytest.mark.parametrize("page", PAGES)
+def test_named_files_and_make_targets_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    folders = "configs|modules|datamodules|ars2|results|benchmarks|studies|analysis|launch|experiment|examples"
+    missing = {
+        path for path in re.findall(rf"(?<![\w/.])(?:{folders})/[\w/]+\.\w+", text) if not (ROOT / path).is_file()
+    }
     assert not missing
-
-
-def test_named_make_targets_exist() -> None:
+    targets = set(re.findall(r"^make ([\w-]+)|`make ([\w-]+)", text, re.M))
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", "\n".join(re.findall(r"`make \w+`|^make \w+", README, re.M))):
-        assert re.search(rf"^{target}:", makefile, re.M), target
+    assert all(re.search(rf"^{first or second}:", makefile, re.M) for first, second in targets)
 
 
-def test_every_feature_in_the_table_names_the_file_that_tests_it() -> None:
-    table = re.search(r"^\| feature \| modes \| tested how \|\n(.*?)\n\n", README, re.M | re.S)
-    assert table is not None
-    for row in table[1].splitlines()[1:]:
-        named = re.findall(r"\]\((tests/[\w/]+\.py)\)", row)
-        assert named, row
-        for path in named:
-            assert "def test_" in (ROOT / path).read_text(), path
-
-
-def test_environment_variables_named_are_read_somewhere() -> None:
-    sources = "\n".join(path.read_text() for path in ROOT.glob("*.py"))
-    sources += "\n".join(path.read_text() for path in ROOT.glob("datamodules/*.py"))
-    for name in set(re.findall(r"\b(?:ARS2|WANDB)_[A-Z0-9_]+\b", README)):
-        assert name in sources, name
+def test_the_tree_names_every_folder_of_code_and_none_that_is_not_there() -> None:
+    (tree,) = blocks(README, "text")
+    named = set(re.findall(r"^(\w+)/ ", tree, re.M))
+    assert all((ROOT / folder).is_dir() for folder in named)
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} <= named

@@ -14,7 +14,7 @@ import pytest
 from tests.helpers.commands import ROOT, TINY, clean_environment, folders, metrics, train_py
 from tests.helpers.resuming import STOP_AT
 
-README = (ROOT / "README.md").read_text()
+PAGE = (ROOT / "docs/several_processes.md").read_text()
 TASK = ("--config", "configs/grok_aga.yaml", *TINY, "--data.train_fraction", "0.6", "--trainer.callbacks", "null")
 OVERLAY = ("--config", "configs/overlays/ddp.yaml", "--trainer.accelerator", "cpu")
 INTERRUPTED = "--trainer.callbacks+=tests.helpers.resuming.Interrupt"
@@ -62,8 +62,8 @@ def test_questions_are_answered_once_in_the_order_asked(whole: Path, tmp_path: P
 
 
 def torchrun(home: Path, *options: object, stop: str = "") -> list[tuple[int, str]]:
-    """Run the README's line on two machines, of one process each, that are this one; returns what each has said."""
-    (line,) = re.findall(r"^torchrun (?:.*\\\n)*.*$", README, re.M)
+    """Run the documented line on two machines, of one process each, that are this one; returns what each printed."""
+    (line,) = re.findall(r"^torchrun (?:.*\\\n)*.*$", PAGE, re.M)
     line = re.sub(r"<.*?>:\d+", f"127.0.0.1:{free_port()}", line.replace("\\\n", "")).replace("8 --rdzv", "1 --rdzv")
     line = line.replace("configs/cifar_sync.yaml", "configs/grok_aga.yaml")
     command = [sys.executable, "-m", "torch.distributed.run", *line.split()[1:], *TASK[2:], *OVERLAY[2:]]
@@ -95,8 +95,8 @@ def test_torchrun_starts_them_on_two_machines_and_they_go_on_together(whole: Pat
 
 
 def job(folder: Path) -> Path:
-    """The README's SLURM job, beside stand-ins for SLURM's own programs."""
-    (script,) = re.findall(r"^#!/bin/bash\n#SBATCH.*?(?=```)", README, re.M | re.S)
+    """The SLURM job of the documentation, beside stand-ins for SLURM's own programs."""
+    (script,) = re.findall(r"^#!/bin/bash\n#SBATCH.*?(?=```)", PAGE, re.M | re.S)
     for name, text in {
         "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
         "srun": SRUN.format(python=sys.executable),
