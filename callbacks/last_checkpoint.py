@@ -1,4 +1,4 @@
-"""The checkpoint to resume from: where training really ended, and every so often on the way there."""
+"""Save the checkpoint to resume from: regularly, at the end of training, and on a signal."""
 
 import os
 import shutil
@@ -11,16 +11,20 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.lookup import callbacks_of
+from callbacks.module_protocol import TrainedModule
 from experiment.checkpoints import PARTIAL
 from experiment.folders import PREVIOUS
 from experiment.library_internals import disable_sigterm_broadcast
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-NOTICE = b"\nstopping: the step under way (or a validation) is finished and saved; once more to leave at once\n"
+NOTICE = b"\nStopping after this step and saving a checkpoint. Press Ctrl-C again to quit now.\n"
 
 
 class Stopped(SystemExit):
-    """A signal stopped training, after a checkpoint was written; its exit code is the signal's."""
+    """Report that a signal stopped training after a checkpoint was written.
+
+    The exit code is that of the signal.
+    """
 
     def __init__(self, received: signal.Signals, saved: str) -> None:
         super().__init__(128 + received)
@@ -28,10 +32,10 @@ class Stopped(SystemExit):
 
 
 class StopSignals(L.Callback):
-    """Waits for SIGINT and SIGTERM while a model trains; :class:`LastCheckpoint` saves.
+    """Catch SIGINT and SIGTERM during training, so that :class:`LastCheckpoint` saves first.
 
-    The first signal lets training come to where a checkpoint is whole: the end of a window of batches, or of the
-    epoch's validation. A second one is handled as if this callback were not there.
+    After the first signal, training continues to the next place where a checkpoint is complete: the end of a window of
+    batches, or of the epoch's validation. A second signal acts as if this callback did not exist.
     """
 
     changes_training = False
@@ -39,51 +43,54 @@ class StopSignals(L.Callback):
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.saved: str | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Here, after Lightning's own handler of SIGTERM, which would also stop in the middle of a validation.
+        # This hook comes after Lightning has set its own SIGTERM handler, which would also stop within a validation.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+            self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
             for number in SIGNALS:
-                signal.signal(number, self._take)
-            # With every batch Lightning's loop asks the first process for a SIGTERM, which is taken here.
+                signal.signal(number, self._on_signal)
+            # Lightning's loop would ask rank zero for a SIGTERM in every batch, which is handled here.
             disable_sigterm_broadcast(trainer)
 
-    def _take(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         self.received = signal.Signals(number)
-        self._put_back()
-        os.write(2, NOTICE)  # print() may have been interrupted in the middle of itself
+        self._restore_handlers()
+        os.write(2, NOTICE)  # The signal may have interrupted print(), which must not be entered again.
 
-    def _put_back(self) -> None:
-        for number, handler in self._before.items():
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._handlers = {}
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        self._leave()
-        pl_module.stop_asked = self.received is not None
+        self._raise_if_saved()
+        module: TrainedModule = pl_module
+        module.stop_asked = self.received is not None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._leave()
+        self._raise_if_saved()
 
-    def _leave(self) -> None:
+    def _raise_if_saved(self) -> None:
         if self.saved is not None and self.received is not None:
             raise Stopped(self.received, self.saved)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._put_back()
+        self._restore_handlers()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._put_back()
+        self._restore_handlers()
 
 
 def asked_to_stop(trainer: L.Trainer, agreed: bool | None = None) -> list[StopSignals]:
-    """Return the callbacks that were told to stop, in this process or another; call it in all of them at once.
+    """Return the trainer's signal callbacks if any rank received a signal, else none.
+
+    Unless ``agreed`` is given this is a collective: all ranks must call it.
 
     Args:
-        trainer: whose callbacks they are.
-        agreed: whether any process was, as all of them know already; ``None`` asks them.
+        trainer: whose callbacks are meant.
+        agreed: whether any rank received a signal, if all ranks know already; ``None`` reduces over them.
     """
     callbacks = callbacks_of(trainer, StopSignals)
     asked = any(callback.received is not None for callback in callbacks)
@@ -95,19 +102,19 @@ def asked_to_stop(trainer: L.Trainer, agreed: bool | None = None) -> list[StopSi
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt``: of every n-th epoch's end, of every n-th step if wanted, and of the end of training.
+    """Write ``last.ckpt`` every n epochs, every n steps if wanted, and when training ends.
 
-    It is also written when a signal asks training to stop, and when training stops for a loss or gradient that is not
-    finite, before that has touched anything. The one before it stays as ``last-previous.ckpt``. Where ``max_steps``
-    ends training within an epoch, it is of the last step, not of the end that Lightning then makes of that epoch: from
-    there training goes on as if it had not ended.
+    It is also written when a signal stops training. If a loss or gradient that is not finite stops training, it holds
+    the state before that step. The checkpoint before it stays as ``last-previous.ckpt``. Where ``max_steps`` ends
+    training within an epoch, it is written after the last step, not after the epoch end that Lightning then runs early.
+    A resumed run continues from it as if training had not ended.
 
-    Lightning's own ``save_last`` follows its other saves: with a period above 1 it leaves the last multiple of it.
+    ``ModelCheckpoint.save_last`` is no replacement: it is written only when another checkpoint is due.
 
     Args:
-        every_n_epochs: epochs from one save to the next, at least 1; what a killed run can lose.
-        dirpath: where to; ``None`` is ``checkpoints`` in the run folder.
-        every_n_steps: optimizer steps after which to save in between too, at least 1; ``None`` does not.
+        every_n_epochs: epochs from one save to the next, at least 1; a killed run loses at most these.
+        dirpath: the folder of the checkpoints; ``None`` is ``checkpoints`` in the run folder.
+        every_n_steps: optimizer steps after which to save within an epoch, at least 1; ``None`` does not.
 
     Raises:
         ValueError: ``every_n_epochs`` or ``every_n_steps`` below 1.
@@ -133,23 +140,24 @@ class LastCheckpoint(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and self.dirpath:
-            for left_by_a_killed_process in Path(self.dirpath).glob(f"*{PARTIAL}"):
-                left_by_a_killed_process.unlink(missing_ok=True)
+            # A killed process may have left them.
+            for partial in Path(self.dirpath).glob(f"*{PARTIAL}"):
+                partial.unlink(missing_ok=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._saved_at_step = trainer.global_step
-        self._last_global_step_saved = 0  # by another fit with this object
+        self._last_global_step_saved = 0  # An earlier fit with this object may have set it.
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if not getattr(pl_module, "between_steps", True):
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        module: TrainedModule = pl_module
+        if not module.between_steps:
             return
-        stopping = asked_to_stop(trainer, getattr(pl_module, "stop_agreed", None))
-        if getattr(pl_module, "damage", None) is not None:
+        stopping = asked_to_stop(trainer, module.stop_agreed)
+        if module.damage is not None:
             self._save(trainer)
-        # After an epoch's last batch come its validation and its row in the log: the epoch's end saves them too.
+        # The last batch of an epoch is followed by its validation and its row in the log. The save at the epoch's end
+        # includes both.
         elif not trainer.is_last_batch and (stopping or self._is_due(trainer) or _ends_within_epoch(trainer)):
             self._save(trainer)
             for callback in stopping:
@@ -182,7 +190,7 @@ class LastCheckpoint(ModelCheckpoint):
         new, previous = place.with_name(f"{place.stem}-new{place.suffix}"), place.with_name(PREVIOUS)
         super()._save_checkpoint(trainer, str(new))
         if trainer.is_global_zero:
-            # Killed in between, a run goes on from the previous one.
+            # A run that is killed between the two moves resumes from the previous checkpoint.
             if place.exists():
                 if previous.is_dir():
                     shutil.rmtree(previous)
@@ -193,5 +201,5 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def _ends_within_epoch(trainer: L.Trainer) -> bool:
-    """Say whether ``max_steps`` ends training after the last batch so far, and there are more in its epoch."""
+    """Return whether ``max_steps`` ends training now, with batches left in the epoch."""
     return 0 <= trainer.max_steps <= trainer.global_step and not trainer.is_last_batch

@@ -1,4 +1,4 @@
-"""Save in every checkpoint what Lightning leaves out: random states and the length of the log."""
+"""Save in every checkpoint what Lightning omits: random states, and how long the log is."""
 
 import random
 from typing import Any
@@ -13,7 +13,10 @@ from experiment.library_internals import is_within_epoch, pending_row
 
 
 def random_states() -> dict[str, Any]:
-    """Return the states of all generators of this process, in types that the safe loader of checkpoints reads."""
+    """Return the states of all generators of this process.
+
+    Their types can be read by ``torch.load`` with ``weights_only=True``.
+    """
     algorithm, keys, *rest = np.random.get_state()
     states: dict[str, Any] = {
         "python": random.getstate(),
@@ -27,7 +30,7 @@ def random_states() -> dict[str, Any]:
 
 
 def _accelerator() -> tuple[str, list[torch.device]] | None:
-    """Return the kind of the machine's accelerator (cuda, mps, xpu, ...) and its devices; None without any."""
+    """Return the kind of accelerator (cuda, mps, xpu, ...) and its devices, or ``None``."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or not hasattr(torch.get_device_module(accelerator.type), "get_rng_state"):
         return None
@@ -35,7 +38,7 @@ def _accelerator() -> tuple[str, list[torch.device]] | None:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put all generators back to what :func:`random_states` returned."""
+    """Set all generators to what :func:`random_states` returned."""
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
     algorithm, numbers, *rest = states["numpy"]
@@ -49,11 +52,11 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 class RandomStates(L.Callback):
-    """Saves the random states of every process with each checkpoint, and goes on from them.
+    """Save the random states of every process in each checkpoint, and restore them.
 
-    They are put back before loaders make their iterators, which may draw from them as they did at the epoch's start;
-    and in the middle of an epoch, where that draw was made long ago, once more after it. A run that goes on with
-    another number of processes gets the first one's states in all of them.
+    They are restored before data loaders make their iterators, which draw from them as they did at the epoch's start.
+    Within an epoch, where that draw came long before the checkpoint, they are restored once more after it. A run that
+    resumes with another number of processes gets the states of rank zero in all of them.
     """
 
     changes_training = False
@@ -70,9 +73,9 @@ class RandomStates(L.Callback):
         if trainer.state.fn != "fit" or "random_states" not in checkpoint:
             return
         saved = checkpoint["random_states"]
-        mine = local_share(trainer, saved["processes"]) or saved["processes"][0]
-        set_random_states(mine)
-        self._again = mine if saved["middle"] else None
+        states = local_share(trainer, saved["processes"]) or saved["processes"][0]
+        set_random_states(states)
+        self._again = states if saved["middle"] else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._again is not None:
@@ -81,10 +84,11 @@ class RandomStates(L.Callback):
 
 
 class LogPosition(L.Callback):
-    """Keeps in every checkpoint the number of rows in the run's CSV file, and puts the file back to it on resuming.
+    """Save the number of rows in the run's CSV log, and cut the log to it on resuming.
 
-    A checkpoint at an epoch's end is older than the epoch's own row, which Lightning writes after the last hook; so
-    that row goes into the checkpoint. Only a run that goes on in its own folder touches rows that are there already.
+    A resumed run then neither doubles nor misses a row. Lightning writes the row of an epoch after the last hook of
+    that epoch. A checkpoint at an epoch's end is older than that row and therefore contains it. Only a run that resumes
+    in its original folder changes rows in the log.
     """
 
     changes_training = False

@@ -79,7 +79,7 @@ def test_a_full_disk_is_one_sentence(small_disk: Path, tmp_path: Path) -> None:
             file.write(b"0" * 4096)
     failed = fit(runs, *OPTIONS, "--ckpt_path", "last")
     assert failed.code == 1
-    lines = [line for line in failed.err.splitlines() if "stopping" not in line]
+    lines = [line for line in failed.err.splitlines() if "Stopping" not in line]
     assert len(lines) == 1 and "No space left on device" in lines[0] and str(folder) in lines[0]
     assert whole_files(folder) == before
     (small_disk / "filler").unlink()

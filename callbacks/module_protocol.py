@@ -1,0 +1,28 @@
+"""Declare what callbacks use of the module that is trained, beyond Lightning's own."""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ars2.param_groups import Policy
+
+
+class TrainedModule(Protocol):
+    """List the members that callbacks read; ``stop_asked`` is the only one they write.
+
+    :class:`modules.two_pass.TwoPassModule` documents and provides them.
+    """
+
+    network: nn.Module
+    policy: Policy
+    val_metrics: nn.ModuleDict
+    unit: str
+    gradient_evaluations: int
+    damage: str | None
+    stop_asked: bool
+    stop_agreed: bool | None
+
+    @property
+    def between_steps(self) -> bool: ...
+    def batch_size(self, batch: Any) -> int: ...
+    def compute_loss(self, batch: Any, metrics: None) -> Tensor: ...
