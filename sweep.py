@@ -1,4 +1,4 @@
-"""Search every optimizer's settings under one budget, then run each winner on fresh seeds.
+"""Search each optimizer's settings, then run the winners on fresh seeds.
 
     python sweep.py configs/sweeps/grok.yaml --folder runs/grok --workers 2
     python sweep.py configs/sweeps/grok.yaml --wandb-files runs/grok/wandb

@@ -1,4 +1,4 @@
-"""Measure a training step of configs/cifar_base.yaml under Lightning against a hand-written loop.
+"""Measure Lightning's training step on CIFAR-10 against a hand-written loop.
 
     python -m benchmarks.cifar_step [--steps 4] [--rounds 3]
 
@@ -86,7 +86,10 @@ def suite(steps: int) -> list[float]:
 
 
 def by_hand(steps: int) -> list[float]:
-    """Train with a hand-written loop, and return the seconds of all steps but the first."""
+    """Train with a hand-written loop, and return the seconds of later steps.
+
+    The first step is left out.
+    """
     torch.manual_seed(42)
     data, network = RandomImages(batch_size=BATCH), CIFARResNet18()
     data.setup("fit")

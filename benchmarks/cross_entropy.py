@@ -43,7 +43,7 @@ def step(
     vocabulary: int = VOCABULARY,
     tokens: int = TOKENS,
 ) -> Callable[[], None]:
-    """Return a function that makes one forward and backward pass, in chunks of ``chunk`` logits."""
+    """Return a function that makes one forward and backward pass in chunks."""
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width).to(device).requires_grad_()
     weight = (0.02 * torch.randn(vocabulary, width)).to(device).requires_grad_()

@@ -1,4 +1,4 @@
-"""Measure an epoch of configs/grok_base.yaml under the suite against a hand-written loop.
+"""Measure an epoch of the grokking task against a hand-written loop.
 
     python -m benchmarks.loop_overhead [--epochs 20] [--rounds 3]
 
@@ -47,7 +47,10 @@ class EpochClock(L.Callback):
 
 
 def suite(epochs: int) -> list[float]:
-    """Train with train.py, and return the seconds of all epochs but the first and the last."""
+    """Train with train.py, and return the seconds of the inner epochs.
+
+    The first and the last epoch are left out.
+    """
     EpochClock.seconds.clear()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         arguments = ["fit", "--config", "configs/grok_base.yaml", "--runs", folder, "--wandb", "false"]
@@ -60,7 +63,10 @@ def suite(epochs: int) -> list[float]:
 
 
 def by_hand(epochs: int) -> list[float]:
-    """Train with a hand-written loop, and return the seconds of all epochs but the first."""
+    """Train with a hand-written loop, and return the seconds of later epochs.
+
+    The first epoch is left out.
+    """
     torch.manual_seed(42)
     data, network = ModularAdditionData(), GrokkingTransformer(114)
     groups = param_groups(network, "all", vector={"betas": (0.9, 0.999), "weight_decay": 0.01})
@@ -89,7 +95,10 @@ def by_hand(epochs: int) -> list[float]:
 
 
 def run(epochs: int, rounds: int) -> dict[str, float]:
-    """Alternate between both loops, and return median milliseconds per epoch and their ratio."""
+    """Alternate between both loops, and return median times and their ratio.
+
+    The times are milliseconds per epoch.
+    """
     times: dict[str, list[float]] = {"suite": [], "by_hand": []}
     for _ in range(rounds):
         times["by_hand"] += by_hand(epochs)

@@ -1,4 +1,4 @@
-"""Build the networks that the benchmarks measure, with a batch and a loss for each.
+"""Build the networks of the benchmarks, with a batch and a loss for each.
 
 grokking    the transformer of configs/grok_*.yaml, batch 512
 resnet18    torchvision's ResNet-18 with the CIFAR stem (3x3, stride 1, no max-pool), 10 classes, batch 256
@@ -67,7 +67,7 @@ def build(name: str, small: bool = False) -> nn.Module:
 def loss_function(
     name: str, network: nn.Module, small: bool = False, half: bool = False, chunk: int | None = None
 ) -> Callable[[], Tensor]:
-    """Return a function that makes one forward pass on a fixed random batch and returns the loss.
+    """Return a function that computes the loss of a fixed random batch.
 
     Args:
         name, small: of the network, as for :func:`build`.

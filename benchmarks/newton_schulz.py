@@ -1,4 +1,4 @@
-"""Measure time and error of the Gram and the standard Newton-Schulz algorithm by shape and dtype.
+"""Measure time and error of the Newton-Schulz algorithms by shape and dtype.
 
     python -m benchmarks.newton_schulz [--rows 64 128 256 512] [--aspects 1 2 3 4 6 9] [--matrices 1] [--device cpu]
         [--json]
@@ -43,7 +43,7 @@ def kinds(rows: int, columns: int, seed: int) -> Iterator[Tensor]:
 def relative_errors(
     rows: int, columns: int, dtype: torch.dtype, algorithm: str, seed: int, device: str = "cpu"
 ) -> list[float]:
-    """Return the relative error of one algorithm against float64 on each kind of matrix."""
+    """Return an algorithm's relative error against float64 by kind of matrix."""
     errors = []
     for matrix in kinds(rows, columns, seed):
         given = matrix.float().to(device)
@@ -56,7 +56,7 @@ def relative_errors(
 def milliseconds(
     calls: Mapping[str, Callable[[], object]], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, float]:
-    """Return the median time of each call, alternating for ``seconds`` and at least five times.
+    """Return the median time of each call, alternating at least five times.
 
     On CUDA ``clock`` has to wait for the device.
     """

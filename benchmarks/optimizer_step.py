@@ -1,4 +1,4 @@
-"""Measure an optimizer step beside other optimizers on the parameter shapes of the tasks and GPT-2.
+"""Measure optimizer steps on the parameter shapes of the tasks and GPT-2.
 
     python -m benchmarks.optimizer_step [--networks grokking resnet18 qwen3 gpt2] [--seconds 5] [--device cpu] [--json]
 
@@ -44,7 +44,7 @@ Competitor = Callable[[list[dict[str, Any]]], tuple[Step, Callable[[], list[Tens
 
 
 def groups_of(name: str, device: str = "cpu", small: bool = False) -> list[dict[str, Any]]:
-    """Return the groups of a network under policy "all", with random values and gradients."""
+    """Return a network's groups under policy "all", with random gradients."""
     with torch.device("meta"):
         groups = param_groups(build(name, small), "all")
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def per_tensor(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], list[Te
 
 
 def parts(looks: bool, **options: Any) -> Competitor:
-    """ARS2-Neo split into its phases, with a second pass in every step but the first, or in none.
+    """ARS2-Neo split into its phases, for steps with or without a second pass.
 
     The passes themselves cost nothing here, because gradients are assigned.
     """
@@ -196,7 +196,7 @@ def peak_bytes(step: Step, device: str = "cpu") -> int:
 
 
 def use_the_allocator_as_training_does() -> None:
-    """Allocate and free 31 MB once, so that glibc keeps freed memory as it does in a training process.
+    """Make glibc keep freed memory, as it does in a training process.
 
     glibc raises its mmap threshold when a large block is freed for the first time, which the first training step does.
     """
@@ -204,7 +204,7 @@ def use_the_allocator_as_training_does() -> None:
 
 
 def turn(step: Step, clock: Callable[[], float]) -> list[float]:
-    """Make steps for a twentieth of a second, and return the milliseconds of each measured one."""
+    """Make steps for 50 ms, and return the milliseconds of each measured one."""
     times: list[float] = []
     end = time.perf_counter() + 0.05
     while not times or time.perf_counter() < end:
@@ -221,7 +221,7 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     device: str = "cpu",
 ) -> dict[str, dict[str, float]]:
-    """Alternate between the optimizers, and return the median milliseconds and peak bytes of each.
+    """Alternate between optimizers, and return median milliseconds and peak bytes.
 
     On CUDA ``clock`` has to wait for the device, as that of :func:`benchmarks.device_timing.clock_of` does.
     """

@@ -1,4 +1,4 @@
-"""Implement ARS2-Neo tensor by tensor, as the reference of benchmarks/optimizer_step.py.
+"""Implement ARS2-Neo tensor by tensor, as a reference for optimizer_step.py.
 
 One pass a step (mode "base"). A stack of matrices is orthogonalised by batched products; nothing else is joined.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def newton_schulz(u: Tensor, steps: int = 5) -> Tensor:
-    """Make five quintic Newton-Schulz steps in bfloat16 on a matrix or a stack of matrices."""
+    """Make five quintic Newton-Schulz steps in bfloat16 on a stack of matrices."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = (u / (u.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
     if tall := x.shape[-2] > x.shape[-1]:
@@ -23,7 +23,10 @@ def newton_schulz(u: Tensor, steps: int = 5) -> Tensor:
 
 
 class PerTensorARS2:
-    """ARS2-Neo Base with separate operations for every tensor, on groups of :func:`ars2.param_groups`."""
+    """ARS2-Neo Base with separate operations for every tensor.
+
+    It takes the groups of :func:`ars2.param_groups`.
+    """
 
     def __init__(
         self,

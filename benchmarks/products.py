@@ -1,4 +1,4 @@
-"""Measure matrix products of the optimizer's shapes, a lower bound of a Newton-Schulz step.
+"""Measure matrix products, a lower bound of a Newton-Schulz step.
 
     python -m benchmarks.products [--seconds 0.5]
 

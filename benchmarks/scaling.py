@@ -1,4 +1,4 @@
-"""Measure the speed-up from one to two processes in each mode, and the bytes that they exchange.
+"""Measure the speed-up of a second process, and the bytes exchanged.
 
     python -m benchmarks.scaling [--tasks grokking cifar] [--seconds 4] [--json]
 
@@ -112,7 +112,7 @@ class Steps:
 
 
 def measure(name: str, mode: str, rank: int, seconds: float, sent: Sent) -> dict[str, Any]:
-    """Alternate between steps alone and steps with the other process for about ``seconds``."""
+    """Alternate between steps alone and steps with the other process."""
     alone, together = Steps(name, mode, None, sent), Steps(name, mode, rank, sent)
     over = torch.tensor(0)
     begin, steps = time.perf_counter(), 0

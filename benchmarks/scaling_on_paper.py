@@ -1,4 +1,4 @@
-"""Estimate a step on up to 64 GPUs from the bytes and operations of each mode, without measuring.
+"""Estimate a step on up to 64 GPUs from its bytes and operations.
 
     python -m benchmarks.scaling_on_paper
 
@@ -58,7 +58,7 @@ class Network(NamedTuple):
 
 
 def network(name: str) -> Network:
-    """Count the cost of the network ``name`` of benchmarks/networks.py without running it."""
+    """Count the cost of a network of benchmarks/networks.py without running it."""
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model = build(name)
         loss_function(name, model)().backward()

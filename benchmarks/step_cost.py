@@ -108,14 +108,14 @@ class Trainer:
 def measure(
     name: str, seconds: float, clock: Callable[[], float] = time.perf_counter, device: str = "cpu"
 ) -> dict[str, dict[str, float]]:
-    """Alternate between AdamW and every mode on one task, and return the phases of each step."""
+    """Alternate between AdamW and all modes, and return the phases of each step."""
     chunk = 0 if device == "cuda" else None
     trainers = {mode: Trainer(name, mode, clock, device, chunk=chunk) for mode in ("AdamW", *MODES)}
     return measure_in_turns(trainers, seconds)
 
 
 def measure_in_turns(trainers: dict[str, Trainer], seconds: float) -> dict[str, dict[str, float]]:
-    """Alternate between the trainers for ``seconds`` each, and return the phases of each step."""
+    """Alternate between the trainers, and return the phases of each step."""
     for trainer in trainers.values():
         trainer.step(record=False)
     end, count = time.perf_counter() + seconds * len(trainers), 0

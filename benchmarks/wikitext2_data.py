@@ -1,4 +1,4 @@
-"""Measure tokenizing, cache loading and batches of WikiText-2 against the model's speed.
+"""Measure the data path of WikiText-2 against the model's speed.
 
     ARS2_WIKITEXT2_ROOT=<folder> python -m benchmarks.wikitext2_data [--protocol packed] [--vocabulary 40479]
 
@@ -41,7 +41,7 @@ def in_a_process(cache: str) -> tuple[float, float]:
 
 
 def pace_of_batches(data: WikiText2Data) -> float:
-    """Return predicted tokens per second of one epoch's batches, int64 as the model takes them."""
+    """Return predicted tokens per second of one epoch's int64 batches."""
     start, tokens = time.perf_counter(), 0
     for (rows,) in data.train_dataloader():
         tokens += rows.long()[:, 1:].numel()
@@ -49,7 +49,7 @@ def pace_of_batches(data: WikiText2Data) -> float:
 
 
 def pace_of_model(data: WikiText2Data, options: argparse.Namespace) -> float:
-    """Return predicted tokens per second of forward and backward passes after a warm-up pass."""
+    """Return predicted tokens per second of training passes after a warm-up pass."""
     from modules.language_model import LanguageModel
 
     model = LanguageModel(optimizer=torch.optim.AdamW, vocabulary=options.vocabulary, context=options.context)

@@ -14,7 +14,7 @@ PARTIAL = ".partial"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write to a temporary file, flush it to disk and rename it, so that no checkpoint is ever incomplete.
+    """Write to a temporary file, flush and rename it, so that none is incomplete.
 
     Lightning's own plugin writes to the system's temporary folder and moves the file, which is a plain copy across file
     systems, and does not flush it.
@@ -60,14 +60,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """Return the system error behind the exception that torch raises when a write fails."""
+    """Return the system error behind torch's exception about a failed write."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def check_checkpoint(path: Path, resume: bool, sharded: bool = False) -> None:
-    """Check that ``path`` is a checkpoint that can be loaded, without running code in it.
+    """Check that a checkpoint can be loaded, without running code in it.
 
     A sharded checkpoint is a folder with one part for each process. It is only checked for being complete; torch reads
     parts of it by pickle, so loading one of unknown origin can run code.

@@ -1,4 +1,4 @@
-"""The CSV log of a run, which survives a killed process and rewinds to a checkpoint on resuming."""
+"""Log to a CSV file that survives kills and rewinds to a checkpoint."""
 
 import csv
 import os

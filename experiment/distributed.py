@@ -1,4 +1,4 @@
-"""The rank of this process, and decisions that rank zero makes for all processes of a run.
+"""Find this process' rank, and let rank zero decide for all processes.
 
 Either Lightning starts the other processes, which inherit the environment of the first one; or torchrun or srun start
 all of them alike, and then only rank zero may create the run's folder.
@@ -35,7 +35,7 @@ def is_rank_zero() -> bool:
 
 
 def broadcast_from_rank_zero(name: str, decide: Callable[[], Any]) -> Any:
-    """Return what ``decide`` returns in rank zero, in all processes that were started alike.
+    """Return rank zero's decision in all processes that were started alike.
 
     Only rank zero calls ``decide``. Where the processes were not started alike, each decides for itself.
 

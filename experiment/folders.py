@@ -1,4 +1,4 @@
-"""The folder of a run, created once, locked while the run lasts, and found again to resume."""
+"""Create, lock and find the folders of runs."""
 
 import contextlib
 import json
@@ -45,7 +45,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, parent: Path, stem: str) -> "RunFolder":
-        """Make a new folder in ``parent``, with a number behind ``stem`` where two runs start in one second.
+        """Create a folder in ``parent``, numbered if its name is taken.
 
         Raises:
             FileExistsError: a thousand folders have this name.
@@ -67,7 +67,7 @@ class RunFolder:
         os.environ[_VARIABLE] = str(self.path)
 
     def last_checkpoint(self) -> Path | None:
-        """Return the checkpoint to resume from; the one before the last where the last is missing."""
+        """Return the last checkpoint, or the previous one where that is missing."""
         paths = (self.path / "checkpoints" / name for name in (LAST, PREVIOUS))
         return next((path for path in paths if path.exists()), None)
 
@@ -77,7 +77,7 @@ class RunFolder:
         return path if path.exists() else None
 
     def config(self) -> dict[str, Any] | None:
-        """Return the resolved config; ``None`` for a run that was killed before it was saved."""
+        """Return the resolved config; ``None`` if the run was killed before saving it."""
         try:
             saved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
@@ -98,12 +98,15 @@ class RunFolder:
 
 
 def leave_current() -> None:
-    """Forget the current run folder, so that the next run of this process makes its own."""
+    """Forget the current run folder, so that the next run creates its own."""
     os.environ.pop(_VARIABLE, None)
 
 
 def lock(folder: Path) -> bool:
-    """Lock ``folder`` until :func:`unlock_all` or the end of this process; ``False`` if another process has it."""
+    """Lock ``folder``; ``False`` if another process has locked it.
+
+    The lock lasts until :func:`unlock_all` or the end of this process.
+    """
     if fcntl is None:
         return True
     with contextlib.ExitStack() as stack:
@@ -127,7 +130,7 @@ def unlock_all() -> None:
 
 
 def find_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None:
-    """Return, locked, the newest run in ``parent`` that can be resumed under ``config``.
+    """Return, locked, the newest run that can be resumed under ``config``.
 
     Such a run has the same options, seed included, was killed, stopped or failed, and is not running now.
 
@@ -145,7 +148,9 @@ def find_unfinished(parent: Path, config: Mapping[str, Any]) -> RunFolder | None
 
 
 def find_runs(parent: Path, config: Mapping[str, Any]) -> list[RunFolder]:
-    """Return the runs in ``parent`` of the model, optimizer and seed of ``config``, the newest first.
+    """Return the runs of the model, optimizer and seed of ``config``.
+
+    The newest run comes first.
 
     Options that only one of the two configs has are ignored, because another version of the project wrote them.
     """
@@ -167,7 +172,7 @@ def _agree(one: Any, other: Any) -> bool:
 
 
 def _age(folder: Path) -> tuple[str, int]:
-    """Order folders by the time in their names, and those of one second by their numbers."""
+    """Order folders by the time in their names, then by their number."""
     match = re.fullmatch(r"(.*-seed-?\w+?)(?:-(\d+))?", folder.name)
     return (folder.name, 0) if match is None else (match[1], int(match[2] or 0))
 

@@ -1,4 +1,4 @@
-"""Identify a run by its resolved config, as a task, an optimizer, a seed, a setting and a protocol.
+"""Identify a run by its task, optimizer, seed, setting and protocol.
 
 Runs of one *setting* differ only in their seeds and are repeats of each other. Runs of one *protocol* share the data,
 the network and the rules of evaluation, and may be compared in one table.
@@ -80,7 +80,7 @@ class Sweep:
 
 
 def resolve_config(parser: Any, config: Any) -> dict[str, Any]:
-    """Return a parsed config as plain nested mappings with every default, as in ``config.yaml``.
+    """Return a parsed config as plain nested mappings, with every default.
 
     Args:
         parser: of the subcommand.
@@ -91,7 +91,7 @@ def resolve_config(parser: Any, config: Any) -> dict[str, Any]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values, a class path under the key of the object and its options below.
+    """Yield dotted keys and values, with a class path under its object's key.
 
     ``{"optimizer": {"class_path": "ars2.Muon", "init_args": {"lr": 0.1}}}`` is ``optimizer = ars2.Muon`` and
     ``optimizer.lr = 0.1``.
@@ -105,7 +105,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def digest(parts: Mapping[str, Any]) -> str:
-    """Return an eight-digit hexadecimal digest that ignores the order of keys and null values."""
+    """Return eight hexadecimal digits that ignore key order and null values."""
     stated = {key: value for key, value in parts.items() if value is not None}
     return hashlib.sha256(json.dumps(stated, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
@@ -115,7 +115,7 @@ def _last(key: str) -> str:
 
 
 def contents_of(description: Mapping[str, Any], words: Collection[str] = ()) -> dict[str, Any]:
-    """Return a data module's ``description()`` by dotted key, without the entries in ``words``.
+    """Return a data module's description by dotted key, without ``words``.
 
     These entries are text for people.
     """
@@ -124,7 +124,7 @@ def contents_of(description: Mapping[str, Any], words: Collection[str] = ()) -> 
 
 @functools.cache
 def _definition(path: str, root: Path) -> ast.ClassDef | None:
-    """Return the syntax tree of the class at a dotted path; ``None`` if its file is not found."""
+    """Return the syntax tree of a class; ``None`` if its file is not found."""
     module, _, name = path.rpartition(".")
     for place in (root, *map(Path, sys.path)):
         file = place / f"{module.replace('.', '/')}.py"
@@ -145,7 +145,7 @@ def _literal(node: ast.expr) -> Any:
 
 
 def _signature(path: str) -> dict[str, Any]:
-    """Return the options of a class with their defaults, ``...`` for an option without one."""
+    """Return the options of a class with their defaults, ``...`` without one."""
     definition = _definition(path, ROOT)
     for node in definition.body if definition else ():
         if isinstance(node, ast.FunctionDef) and node.name == "__init__":
@@ -182,7 +182,7 @@ def _is_neutral(key: str, value: Any, neutral: Mapping[str, Any]) -> bool:
 
 
 def _later_options(optimizer: Any) -> dict[str, Any]:
-    """Return the options, with defaults, that the training step and the optimizer gained after version one."""
+    """Return later options of the training step and optimizer, with defaults."""
     classes = {"model": _TRAINING, "model.optimizer": _OURS.get(optimizer, "")}
     return {
         f"{section}.{name}": default
@@ -251,7 +251,7 @@ class RunIdentity:
 
     @classmethod
     def recorded(cls, config: Mapping[str, Any], stored: Mapping[str, Any]) -> "RunIdentity":
-        """Return the identity of a run from its config and the contents of its ``protocol.yaml``."""
+        """Return a run's identity from its config and its ``protocol.yaml``."""
         contents = {key.removeprefix(CONTENTS): value for key, value in stored.items() if key.startswith(CONTENTS)}
         return cls(config, contents, stored.get("places"))
 
@@ -262,7 +262,7 @@ class RunIdentity:
 
     @property
     def stated_protocol(self) -> dict[str, Any]:
-        """The part of the protocol that the config states, without the description of the data."""
+        """The protocol without the description of the data."""
         return dict(self._protocol())
 
     @property

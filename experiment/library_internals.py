@@ -1,4 +1,4 @@
-"""Wrap the private APIs of torch, Lightning, torchmetrics and jsonargparse that have no public equivalent.
+"""Wrap private APIs of libraries that have no public equivalent.
 
 Private names that a subclass overrides stay with that subclass, and torch's ``_foreach`` functions are used directly.
 ars2/ imports only torch and has its own. tests/experiment/test_library_internals.py lists all of them and fails when a
@@ -23,7 +23,7 @@ def is_compiled(network: nn.Module) -> bool:
 
 
 def sparse_values(gradient: Tensor) -> Tensor:
-    """Return the values of a sparse tensor, even an uncoalesced one, which ``values()`` refuses."""
+    """Return the values of a sparse tensor, even of an uncoalesced one."""
     return gradient._values()
 
 
@@ -33,7 +33,7 @@ def set_updates(metric: "Metric", updates: int) -> None:
 
 
 def pending_row(trainer: "L.Trainer") -> dict[str, float]:
-    """Return the row of a finished epoch that is not logged yet; empty within an epoch."""
+    """Return the unlogged row of a finished epoch; empty within an epoch."""
     connector = trainer._logger_connector
     if connector._first_loop_iter is not None:
         return {}
@@ -48,7 +48,7 @@ def is_within_epoch(trainer: "L.Trainer") -> bool:
 
 
 def is_attached(module: "L.LightningModule") -> bool:
-    """Return whether the module is attached to a Trainer; ``module.trainer`` raises before that."""
+    """Return whether a module has a Trainer; ``module.trainer`` raises without."""
     return module._trainer is not None
 
 

@@ -14,7 +14,9 @@ from experiment.wandb_log import RunWandbLogger, quiet_wandb
 
 
 def make_loggers(folder: Path, config: Mapping[str, Any], wandb: bool | None, resumes: bool = False) -> list[Logger]:
-    """Return the loggers of a run, the CSV file first, because Lightning writes to the first logger's folder.
+    """Return the loggers of a run, the CSV file first.
+
+    Lightning writes its files to the folder of the first logger.
 
     Args:
         folder: of the run.

@@ -1,4 +1,4 @@
-"""Weights & Biases logging that never stops training and leaves a record that can be uploaded later."""
+"""Log to Weights & Biases without ever stopping training."""
 
 import contextlib
 import os
@@ -19,7 +19,9 @@ _INIT_TIMEOUT, _FINISH_TIMEOUT = 10.0, 60.0
 
 
 def quiet_wandb() -> Any:
-    """Import wandb without its console messages and its error telemetry, which can delay the exit.
+    """Import wandb without console messages and error telemetry.
+
+    The telemetry can delay the exit.
 
     Raises:
         ValueError: it is not installed.
@@ -36,7 +38,7 @@ def quiet_wandb() -> Any:
 
 
 class RunWandbLogger(WandbLogger):
-    """Lightning's logger for one run, for which a failure of W&B costs one printed line.
+    """Lightning's logger, for which a failure of W&B costs one printed line.
 
     W&B writes every row to a local file before sending it, and training never waits for the server. If the server
     does not answer or refuses at the start, the run is recorded offline. If it fails later, training and the local
@@ -117,7 +119,7 @@ class RunWandbLogger(WandbLogger):
         self.attempt(lambda: super(RunWandbLogger, self).log_hyperparams(params))
 
     def attempt(self, action: Callable[[], Any]) -> None:
-        """Call ``action``; on failure retry with an offline record, and on a second failure disable W&B."""
+        """Call ``action``; retry it offline once, then disable W&B."""
         if self.died and self.mode != "offline":
             return
         try:
@@ -149,7 +151,7 @@ class RunWandbLogger(WandbLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Finish the run, and print how to upload it if the server did not receive all of it.
+        """Finish the run, and print how to upload it if the upload is incomplete.
 
         Args:
             status: ``"success"``, or what Lightning calls another end.
@@ -178,7 +180,7 @@ def _latest_id(folder: Path) -> str | None:
 
 
 def _was_uploaded(record: Path) -> bool:
-    """Return whether W&B's debug log has no refused upload, which it reports nowhere else."""
+    """Return whether W&B's debug log, the only source, has no refused upload."""
     try:
         return "filestream: fatal error" not in (record / "logs/debug-internal.log").read_text(encoding="utf-8")
     except OSError:
@@ -186,7 +188,7 @@ def _was_uploaded(record: Path) -> bool:
 
 
 def nested(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``config`` without its ``init_args`` levels, a class path under the key ``class``.
+    """Return ``config`` without ``init_args`` levels, class paths as ``class``.
 
     W&B then shows the learning rate as ``model.optimizer.lr``, a number that runs can be filtered by.
     """

@@ -1,1 +1,1 @@
-"""The search for each optimizer's settings: the same number of trials, the same points, the same rules."""
+"""Start runs from the command line, in sweeps, and within a time limit."""

@@ -1,4 +1,4 @@
-"""The command line: Lightning's CLI with a folder for every run, checked configs and one-line errors."""
+"""Run Lightning's CLI with run folders, checked configs and one-line errors."""
 
 import shlex
 import signal
@@ -42,7 +42,7 @@ with without_heavy_packages():
 
 
 class Parser(LightningArgumentParser):
-    """Report errors in one line with the nearest valid name, and refuse abbreviated options."""
+    """Report errors in one line, and refuse abbreviated options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["allow_abbrev"] = False
@@ -56,7 +56,7 @@ class Parser(LightningArgumentParser):
 
 
 class CommandLine(LightningCLI):
-    """Give every run of LightningCLI the folder ``<runs>/<experiment>/<time>-seed<seed>``."""
+    """Give every run a folder ``<runs>/<experiment>/<time>-seed<seed>``."""
 
     resumes = False  # whether the run resumes in a folder that has its checkpoints and rows
 
@@ -65,7 +65,7 @@ class CommandLine(LightningCLI):
         super().__init__(args=list(args), **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return only the requested subcommand if it is the first argument, because building each takes 0.1 s."""
+        """Return only the requested subcommand, because building each takes 0.1 s."""
         subcommands = LightningCLI.subcommands()
         return {self.requested: subcommands[self.requested]} if self.requested in subcommands else subcommands
 
@@ -125,7 +125,7 @@ class CommandLine(LightningCLI):
         config.weights_only = True
 
     def _newest(self, config: Any) -> str:
-        """Return the checkpoint (last or best) of the newest run of this config that has one."""
+        """Return the last or best checkpoint of the newest run that has one."""
         parent = Path(config.runs) / config.experiment
         for folder in find_runs(parent, self._resolved(config)):
             path = folder.last_checkpoint() if config.ckpt_path == "last" else folder.best_checkpoint()
@@ -139,7 +139,7 @@ class CommandLine(LightningCLI):
         )
 
     def _resume(self, config: Any) -> str | None:
-        """Take the folder of the unfinished run of this command, and return its last checkpoint if it has one."""
+        """Take over the unfinished run of this command, and return its checkpoint."""
 
         def find() -> dict[str, str | None]:
             # A process that Lightning has started inherits the folder.
@@ -163,7 +163,7 @@ class CommandLine(LightningCLI):
         return checkpoint
 
     def _run_folder(self, config: Any) -> RunFolder:
-        """Return this run's folder, which rank zero creates and locks unless the run is resumed."""
+        """Return this run's folder, which rank zero locks and, if new, creates."""
 
         def create() -> str:
             stem = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-seed{config.seed_everything}"

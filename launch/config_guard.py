@@ -1,4 +1,4 @@
-"""Check that an overlay that switches the optimizer states every option of the new one.
+"""Check that an overlay which switches the optimizer states all its options.
 
 When a later config names another optimizer class, the parser keeps every option of the former class that the new one
 also has. A comparison of optimizers would then use a learning rate or weight decay that nobody chose. Callbacks are the
@@ -57,7 +57,7 @@ class _Source:
 
 
 def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the optimizer's keys from nested mappings, dotted keys and files, in one spelling."""
+    """Yield the optimizer's keys in one spelling, from mappings and files."""
     parts = [part for part in key.split(".") if part and part != "init_args"]
     if parts[:1] and parts[0] in _SUBCOMMANDS:
         parts = parts[1:]
@@ -113,7 +113,7 @@ def _callbacks(value: Any, key: str = "") -> Iterator[tuple[str, list[str]]]:
 
 
 def _options_kept(class_path: str, stated: set[str]) -> set[str]:
-    """Return the options in ``stated`` that the class also has, because the parser drops the others."""
+    """Return the options in ``stated`` that the class has and the parser keeps."""
     if "." in class_path:
         return stated & {*_TRACKS, *names} if (names := option_names(class_path)) else set()
     kinds = [kind for kind in _subclasses(torch.optim.Optimizer) if kind.__name__ == class_path]

@@ -1,4 +1,4 @@
-"""Report an exception as one line on standard error, with the traceback in a file that the line names."""
+"""Report an exception as one line, with its traceback in a file."""
 
 import contextlib
 import linecache
@@ -45,7 +45,7 @@ def report(error: Exception) -> int:
 
 
 def user_code_location(error: BaseException) -> str:
-    """Return `` (file, line n)`` of the last line of a user's own code in the traceback; empty without any.
+    """Return `` (file, line n)`` of the user's code in the traceback, if any.
 
     A user's class may be among the suite's tasks, in modules/ or datamodules/. There, a line that raises the exception
     itself is a deliberate error message, and any other line is a bug.
@@ -66,7 +66,7 @@ def user_code_location(error: BaseException) -> str:
 
 
 def _places(error: BaseException) -> list[tuple[str, str, int]]:
-    """Return module, file and line of every frame of the traceback, the outermost first."""
+    """Return module, file and line of the traceback's frames, outermost first."""
     names = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
     # A worker of a data loader leaves only the text of its traceback.
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]

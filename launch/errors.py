@@ -1,4 +1,4 @@
-"""Turn parser errors and exceptions into one clear line, with the nearest valid name."""
+"""Turn errors into one clear line, with the nearest valid name."""
 
 import contextlib
 import difflib
@@ -20,7 +20,7 @@ _NO_CLASS = r"Expected a dot import path string: (.+)"
 
 
 def one_line(error: BaseException, folder: Any = None) -> str:
-    """Return the exception's message on one line, with its type where the message alone is unclear.
+    """Return the message on one line, with its type where that is needed.
 
     Args:
         error: the exception.
@@ -61,7 +61,7 @@ def worker_traceback(error: BaseException) -> str:
 
 
 def _before(error: BaseException) -> Iterator[BaseException]:
-    """Yield the exceptions that were being handled when ``error`` was raised, the latest first."""
+    """Yield the causes and contexts of ``error``, the latest first."""
     earlier = error.__cause__ or error.__context__
     while earlier is not None:
         yield earlier
@@ -69,7 +69,7 @@ def _before(error: BaseException) -> Iterator[BaseException]:
 
 
 def _other_network(message: str) -> str:
-    """Shorten torch's message about a checkpoint of another network, which lists all tensors."""
+    """Shorten torch's message about a checkpoint of another network."""
     shapes = re.findall(r"size mismatch for (\S+): .*?Size\((.*?)\) from checkpoint.*?Size\((.*?)\)", message)
     parts = [f"{name} is {there} there and {here} here" for name, there, here in shapes[:1]]
     for kind, phrase in (("Missing", "it lacks"), ("Unexpected", "it also has")):
@@ -90,7 +90,7 @@ def _not_logged(message: str) -> str:
 
 
 def explain(message: str, parser: Any) -> str:
-    """Return a parser's message as one line with the place, the fault and the nearest valid name.
+    """Return a parser's message as one line, with the nearest valid name.
 
     Args:
         message: jsonargparse's nested message of many lines.
@@ -151,7 +151,7 @@ def _nearest(message: str, parser: Any) -> str | None:
 
 
 def _corrected(wrong: str, candidates: set[str]) -> str | None:
-    """Return a dotted name with its first unknown part replaced by the nearest known one."""
+    """Return a dotted name with its first unknown part corrected."""
     before = ""
     parts = wrong.split(".")
     for index, part in enumerate(parts):
@@ -164,7 +164,7 @@ def _corrected(wrong: str, candidates: set[str]) -> str | None:
 
 
 def option_names(class_path: str) -> set[str]:
-    """Return the option names of a class and its base classes; empty if there is no such class."""
+    """Return the option names of a class and its bases; empty without the class."""
     return {parameter.name for parameter in _options(class_path)} - {"self", "args", "kwargs", "options"}
 
 

@@ -11,7 +11,7 @@ _HEAVY = ("torchvision", "transformers", "matplotlib", "scipy")
 
 @contextmanager
 def without_heavy_packages() -> Iterator[None]:
-    """Make Lightning and torchmetrics treat heavy packages as not installed within the block.
+    """Treat heavy packages as not installed within the block.
 
     They would import them at every start, which takes three seconds, for metrics that are not used here. A task that
     needs such a package imports it itself.

@@ -1,4 +1,4 @@
-"""Run a sweep with Optuna, whose journal file lets the same command resume a killed sweep."""
+"""Run a sweep with Optuna, and resume it from Optuna's journal file."""
 
 import json
 import math
@@ -25,7 +25,7 @@ Job = Callable[[], None]
 
 
 class StatedOptions(optuna.samplers.BaseSampler):
-    """Give a trial's parameters their enqueued values, so that Optuna's own tools see them."""
+    """Give a trial's parameters their enqueued values, for Optuna's own tools."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -43,7 +43,7 @@ class StatedOptions(optuna.samplers.BaseSampler):
 
 
 def suggest(asked: optuna.Trial, space: dict[str, Dimension]) -> None:
-    """Register the enqueued options of a trial as its parameters, with their ranges or choices."""
+    """Register the enqueued options of a trial as its parameters."""
     for name, dimension in space.items():
         if dimension.choices is not None:
             asked.suggest_categorical(name, list(dict.fromkeys(map(_text, dimension.choices))))
@@ -86,7 +86,7 @@ class Search:
             self._write(f"{name}.yaml", merged(spec.options, sweep.common))
 
     def _study(self, name: str, points: list[dict[str, Any]]) -> optuna.Study:
-        """Open or create a study, and enqueue the points that have no finished or waiting trial."""
+        """Open or create a study, and enqueue the points that have no trial yet."""
         study = optuna.create_study(
             storage=self.storage,
             study_name=name,
@@ -142,7 +142,7 @@ class Search:
         yield from _in_turns([waiting(name) for name in self.sweep.optimizers])
 
     def best(self, name: str) -> optuna.trial.FrozenTrial | None:
-        """Return the best trial, by the objective or else by the fallback metric; ``None`` without either."""
+        """Return the best trial, by the objective or else by the fallback metric."""
         if reached := self._best_that_reached(name):
             return reached
         missed = self.studies[name].get_trials(deepcopy=False, states=(TrialState.PRUNED,))
@@ -156,7 +156,7 @@ class Search:
         return min(done, key=lambda one: sign * (one.value or 0.0), default=None)
 
     def _budget(self, name: str) -> int | None:
-        """Return the gradient evaluations at which a trial is stopped; ``None`` without such a limit."""
+        """Return the gradient evaluations at which a trial is stopped, if any."""
         if self.sweep.early_stop_factor is None:
             return None
         best = self._best_that_reached(name)
@@ -244,7 +244,7 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_jobs(jobs: Iterator[Job], workers: int, advanced: Callable[[], None]) -> None:
-    """Run jobs, ``workers`` at a time; the first error cancels the waiting ones and is raised."""
+    """Run jobs concurrently; the first error cancels waiting ones and is raised."""
     with ThreadPoolExecutor(workers) as pool:
         running: set[Future[None]] = set()
         try:

@@ -27,7 +27,7 @@ def run(sweep: Sweep, folder: Path, workers: int) -> None:
 
 
 def table(search: Search) -> Table:
-    """Return a table of trials, trials that reached the objective, and the best options by optimizer."""
+    """Return a table of the trials and the best options of each optimizer."""
     rows = Table(title=f"Sweep {search.sweep.name}: {search.sweep.objective}", title_justify="left")
     for heading in ("optimizer", "trials", "reached", "best", "best options"):
         rows.add_column(heading)

@@ -63,7 +63,7 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class Objective:
-    """The objective of the trials, either the cost of a milestone or a value of a metric.
+    """The objective of trials, the cost of a milestone or a value of a metric.
 
     Args:
         milestone: a milestone of the run's summary; a lower ``cost`` is better, and a run without it is pruned.
@@ -102,7 +102,7 @@ class Objective:
             raise ValueError("objective: fallback_metric needs a milestone")
 
     def value(self, summary: dict[str, Any]) -> float | None:
-        """Return the objective's value from ``summary.json``; ``None`` if the milestone was not reached.
+        """Return the objective's value; ``None`` if the milestone was not reached.
 
         Raises:
             KeyError: the run has no such milestone or metric; the message names those it has.
@@ -112,7 +112,7 @@ class Objective:
         return self._read(summary, "metrics", str(self.metric), self.statistic)
 
     def fallback_value(self, summary: dict[str, Any]) -> float | None:
-        """Return the fallback metric of a run without the milestone, with the sign that makes more better.
+        """Return the fallback metric, with the sign that makes more better.
 
         It is ``None`` without a ``fallback_metric``, and for a run that diverged, whose summary is empty.
 
@@ -246,7 +246,7 @@ def _converted(value: Any, kind: Any) -> Any:
 
 
 def _build(kind: type, content: Any, where: str) -> Any:
-    """Build a dataclass from a mapping; errors name the place, the key and the allowed keys."""
+    """Build a dataclass from a mapping; errors name the place and the key."""
     if isinstance(content, dict):
         content = {_FORMER_KEYS.get(key, key): value for key, value in content.items()}
     types = {field.name: field.type for field in fields(kind)}

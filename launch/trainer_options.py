@@ -1,4 +1,4 @@
-"""Trainer options that a two-pass module takes over, and precisions that an accelerator lacks."""
+"""Check the trainer's options, and move some to a two-pass module."""
 
 import importlib
 import inspect
@@ -24,7 +24,7 @@ PRECISIONS = {
 
 
 def move_update_options(config: Any) -> None:
-    """Move clipping and accumulation from the trainer's options to a module that updates itself.
+    """Move clipping and accumulation from the trainer's options to the module.
 
     Lightning refuses these options under manual optimization; a run is the same whichever name is given.
 

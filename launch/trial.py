@@ -1,4 +1,4 @@
-"""Run ``python train.py`` in a separate process that starts with everything imported."""
+"""Run train.py in separate processes that start with everything imported."""
 
 import json
 import multiprocessing
@@ -15,7 +15,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """The exit code of a run, its folder (``None`` without one) and its summary (empty without one)."""
+    """The exit code of a run, its folder and its summary.
+
+    Without a folder, ``folder`` is ``None`` and ``summary`` empty.
+    """
 
     code: int
     folder: str | None
@@ -23,7 +26,7 @@ class Outcome:
 
 
 def server(*modules: str) -> Any:
-    """Return the multiprocessing context whose processes are forked from one that has imported the command line.
+    """Return a context whose processes are forked after all imports.
 
     Args:
         modules: further modules to import, such as slow ones of a task; none may initialise a GPU.
@@ -79,7 +82,7 @@ class Trial:
 
 
 def run(context: Any, arguments: Sequence[str], log: Path) -> Outcome:
-    """Run ``python train.py`` with ``arguments`` to its end, its output going to ``log``."""
+    """Run ``python train.py`` to its end, with its output in ``log``."""
     return Trial(context, arguments, log).outcome()
 
 

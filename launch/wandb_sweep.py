@@ -17,7 +17,7 @@ def _parameter(dimension: Dimension) -> dict[str, Any]:
 
 
 def write(sweep: Sweep, folder: Path) -> None:
-    """Write ``<optimizer>.yaml`` for ``wandb sweep``, and the configs that its runs read, to ``folder``.
+    """Write a file for ``wandb sweep`` and the base config of each optimizer.
 
     W&B draws random points of its own instead of the quasi-random ones; the number of trials (``run_cap``) is the same.
 

@@ -1,4 +1,4 @@
-"""Train many runs within a time limit, in order of priority, and save those still running at its end."""
+"""Train many runs within a time limit, in order of priority."""
 
 import csv
 import signal
@@ -70,14 +70,14 @@ class _Running:
     asked_to_stop: bool = False
 
     def stop(self) -> None:
-        """Ask the run once to save and exit; a second request would make it exit without saving."""
+        """Ask the run to save and exit, once, because a second request only exits."""
         if not self.asked_to_stop:
             self.asked_to_stop = True
             self.trial.stop()
 
 
 def validated(runs: Path, part: Part) -> list[float]:
-    """Return the metric after each completed epoch of the newest run of a part, as logged so far."""
+    """Return the logged metric of each epoch of the newest run of a part."""
     folders = sorted((runs / part.row).glob(f"*-seed{part.seed}"))
     values: dict[int, float] = {}
     with suppress(OSError, IndexError, csv.Error, ValueError), open(folders[-1] / "metrics.csv", newline="") as file:
@@ -161,7 +161,7 @@ class Schedule:
         self._print(f"{part}: begins after epoch {epochs} of {part.total_epochs}{place}")
 
     def _poll(self) -> None:
-        """Update the progress of each run, stop those whose part is done, and remove ended ones."""
+        """Update the progress of each run, stop finished parts, remove ended runs."""
         for part, run in list(self.running.items()):
             ended = not run.trial.running
             values = self.values[part.run] = validated(self.runs, part)
@@ -219,7 +219,7 @@ class Schedule:
         )
 
     def remaining_seconds(self) -> float | None:
-        """Return the remaining seconds at the pace so far; ``None`` until each task has a pace."""
+        """Return the remaining seconds; ``None`` until each task has been timed."""
         epochs: dict[tuple[str, int], tuple[Part, int]] = {}
         for part in self.parts:
             left = part.epochs - len(self.values[part.run])

@@ -1,4 +1,4 @@
-"""Compute the exact Fisher matrix, Gauss-Newton matrix and Hessian of a small network's cross-entropy.
+"""Compute the exact Fisher, Gauss-Newton and Hessian matrix of a small network.
 
 Everything is dense: n parameters make n x n matrices, so this is for networks of up to a few thousand parameters.
 Parameters are one flat vector; ``logits`` maps it and the inputs (examples, ...) to logits (examples, classes).
@@ -20,7 +20,7 @@ def mean_loss(logits: Logits, parameters: Tensor, inputs: Tensor, answers: Tenso
 
 
 def fisher(logits: Logits, parameters: Tensor, inputs: Tensor) -> Tensor:
-    """Return the exact Fisher matrix (n, n), the mean over inputs of ``sum_c p_c s_c s_c^T``.
+    """Return the exact Fisher matrix (n, n), mean of ``sum_c p_c s_c s_c^T``.
 
     ``p`` is what the model predicts, ``s_c`` the gradient of ``log p_c``: the expectation is over the model's own
     answers, not over those in the data (which would make the empirical Fisher).
@@ -52,7 +52,7 @@ def hessian(logits: Logits, parameters: Tensor, inputs: Tensor, answers: Tensor)
 
 
 class Spectrum(NamedTuple):
-    """A symmetric matrix as ``vectors @ diag(values) @ vectors.T``, values (n,) ascending."""
+    """The eigenvalues (n,), ascending, and eigenvectors of a symmetric matrix."""
 
     values: Tensor
     vectors: Tensor
@@ -64,7 +64,7 @@ def spectrum(matrix: Tensor) -> Spectrum:
 
 
 def damping(values: Tensor, factor: float) -> float:
-    """Return the damping of a spectrum, ``factor`` times the largest absolute eigenvalue.
+    """Return ``factor`` times the largest absolute eigenvalue.
 
     Where the smallest eigenvalue is negative, its size is added too: the damped matrix is then positive definite, and
     its step goes downhill.

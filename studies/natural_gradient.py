@@ -1,4 +1,4 @@
-"""Measure how close ARS2's direction comes to the natural gradient, where the Fisher is exact.
+"""Measure how close ARS2's direction comes to the exact natural gradient.
 
     python -m studies.natural_gradient                       # all of results/natural_gradient, about six minutes
     python -m studies.natural_gradient --report              # only the table and the picture, from cosines.csv
@@ -57,7 +57,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any], dict[str, 
 
 
 class Network(nn.Module):
-    """Return logits (examples, p) of x + y from two one-hot numbers, as inputs (examples, 2p)."""
+    """Return logits (examples, p) of x + y for one-hot inputs (examples, 2p)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def flat(tensors: Any) -> Tensor:
 
 
 class Observer:
-    """An optimizer with its own network, which makes steps along another optimizer's trajectory."""
+    """An optimizer that makes steps along another optimizer's trajectory."""
 
     def __init__(self, name: str) -> None:
         kind, options, vector = OPTIMIZERS[name]
@@ -91,7 +91,7 @@ class Observer:
         self.optimizer = kind(param_groups(self.network, "all", vector=vector), **options)
 
     def step(self, at: Tensor, inputs: Tensor, answers: Tensor) -> Tensor:
-        """Make one step from the parameters ``at`` on one batch, and return the new parameters."""
+        """Make one step from the parameters ``at``, and return the new parameters."""
         # A copy: parameters that are views of the vector would write their update into everybody's.
         nn.utils.vector_to_parameters(at.clone(), self.network.parameters())
 
@@ -146,7 +146,10 @@ class Layout:
         return logits
 
     def orthogonal(self, vector: Tensor) -> Tensor:
-        """Return ``vector`` with each weight matrix x replaced by ``|x| NS(x)``, as ARS2 does, and equal biases."""
+        """Return ``vector`` with each weight matrix x replaced by ``|x| NS(x)``.
+
+        Biases stay as they are, as in ARS2.
+        """
         result = vector.clone()
         for name, s in self.slices.items():
             if name.endswith("weight"):
@@ -167,7 +170,7 @@ class Layout:
 def shapes(
     gradient: Tensor, second_moment: Tensor, diagonal: Tensor, delta: float, layout: Layout
 ) -> dict[str, Tensor]:
-    """Return the candidates that depend only on the full gradient, see the top of this file."""
+    """Return the candidates that depend only on the full gradient."""
     plain = {
         "gradient": gradient,
         "Adam": gradient / (second_moment.sqrt() + EPS),
@@ -188,7 +191,10 @@ def compare(candidate: Tensor, target: Tensor, layout: Layout) -> dict[str, floa
 
 
 def look(at: Tensor, steps: dict[str, Tensor], second_moment: Tensor, data: tuple[Tensor, Tensor]) -> Rows:
-    """Compare all candidates with the natural gradient and the damped Newton step at the parameters ``at``."""
+    """Compare all candidates with the targets at the parameters ``at``.
+
+    The targets are the natural gradient and the damped Newton step.
+    """
     layout = Layout()
     inputs, answers = data
     at = at.clone().requires_grad_()
@@ -214,7 +220,7 @@ def look(at: Tensor, steps: dict[str, Tensor], second_moment: Tensor, data: tupl
 
 
 def study(seeds: int, checkpoints: tuple[int, ...]) -> Rows:
-    """Run everything, and return one row for each seed, driver, step, target, damping and candidate."""
+    """Run everything, and return one row for each measurement."""
     rows: Rows = []
     for seed in range(seeds):
         for driver in OPTIMIZERS:

@@ -47,7 +47,10 @@ def read(path: Path) -> Rows:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean of independent ``values`` (two or more) and half the width of its 95 % interval (Student's t)."""
+    """Return the mean of two or more values and half of its 95 % interval.
+
+    The interval is Student's t.
+    """
     from scipy.stats import t
 
     quantile = float(t.ppf(0.975, len(values) - 1))
@@ -55,7 +58,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def by_seed(rows: Rows, column: str, **chosen: Any) -> list[float]:
-    """Return, for each seed, the mean of ``column`` over the rows that have the ``chosen`` fields.
+    """Return the mean of ``column`` over the chosen rows, for each seed.
 
     Of a ratio of lengths the decimal logarithm is averaged.
     """
@@ -88,7 +91,7 @@ def table(rows: Rows) -> str:
         candidates.setdefault((row["kind"], row["candidate"]), []).append(row)
 
     def lines(columns: list[tuple[str, dict[str, Any]]], signed: bool = False) -> list[list[str]]:
-        """Return a line for each candidate, with a cell for each pair of column and chosen fields."""
+        """Return a line for each candidate, with a cell for each choice of rows."""
         return [
             [f"{kind}: {name}"] + [cell(by_seed(own, column, **chosen), signed) for column, chosen in columns]
             for (kind, name), own in candidates.items()

@@ -1,4 +1,4 @@
-"""Compute the perplexity of n-gram counts on the rows that a language model is validated on.
+"""Compute the validation perplexity of n-gram counts.
 
     ARS2_WIKITEXT2_ROOT=<folder> python -m studies.ngram_perplexity [--protocol packed] [--context 128]
 
@@ -20,7 +20,7 @@ from datamodules.wikitext2 import ROOT, WikiText2Data
 
 
 def pairs(batches: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
-    """Return the context tokens and their targets, each (tokens,), without pairs across rows."""
+    """Return context tokens and targets, each (tokens,), without pairs across rows."""
     rows = [rows for (rows,) in batches]
     return (
         torch.cat([part[:, :-1].flatten().long() for part in rows]),
@@ -29,14 +29,14 @@ def pairs(batches: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor]:
 
 
 def unigram(vocabulary: int, targets: Tensor, at: Tensor) -> Tensor:
-    """Return the add-one-smoothed unigram probabilities (tokens,) of ``at``, counted on ``targets``."""
+    """Return add-one unigram probabilities (tokens,) of ``at``."""
     counts = torch.bincount(targets, minlength=vocabulary).double() + 1
     probabilities: Tensor = counts / counts.sum()
     return probabilities[at]
 
 
 def bigram(vocabulary: int, train: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor]) -> Tensor:
-    """Return the probabilities (tokens,) of ``at[1]`` after ``at[0]``, with unigram back-off.
+    """Return bigram probabilities (tokens,) with unigram back-off.
 
     With c the count of a pair, n that of its first token and d the number of different tokens seen after it:
     ``(c + d * unigram) / (n + d)``.

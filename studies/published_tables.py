@@ -1,4 +1,4 @@
-"""Repeat the published WikiText-2 and CIFAR-10 tables on this machine's GPUs within a time limit.
+"""Repeat the published tables on this machine's GPUs within a time limit.
 
     python -m studies.published_tables --minutes 9 --output tables
     python -m studies.published_tables --minutes 5 --output rehearsal --accelerator cpu --rehearse
@@ -72,7 +72,7 @@ def all_parts(options: argparse.Namespace) -> list[Part]:
 
 
 def part(row: str, seed: int, epochs: int | None, options: argparse.Namespace) -> Part:
-    """Return the part of a row's run up to a number of epochs; ``None`` is all of them."""
+    """Return the part of a row's run up to a number of epochs (``None`` is all)."""
     config: dict[str, Any] = yaml.safe_load(Path(f"configs/{row}.yaml").read_text(encoding="utf-8"))
     task, _, optimizer = row.partition("_")
     total: int = config["trainer"]["max_epochs"]
@@ -171,7 +171,7 @@ def main() -> int:
     runs, archive = options.output / "runs", options.archive or options.output / "runs.zip"
 
     def keep() -> int | None:
-        """Pack the runs and return their number; ``None`` if that fails, which must not stop running ones."""
+        """Pack the runs and return their number; ``None`` if that fails."""
         try:
             return pack(runs, archive)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Draw the README's picture: validation accuracy over gradient evaluations, of four rows of its table.
+"""Draw the README's curves of validation accuracy.
 
     python -m studies.readme_picture
 

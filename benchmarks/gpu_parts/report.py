@@ -29,7 +29,7 @@ def shown(value: Any, form: str = ".3f") -> str:
 
 
 def seconds_file(job: str) -> Path:
-    """Return the file that has the seconds of a compilation once it is done, in the cache that all parts share."""
+    """Return the file, in the shared cache, that gets the seconds of a compilation."""
     return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ".")) / f"{job.replace(' ', '-')}.seconds"
 
 
