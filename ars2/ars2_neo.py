@@ -22,7 +22,7 @@ from torch import Tensor
 from ars2 import flatness, sharded_flatness, updates, validation
 from ars2.batch import Batch
 from ars2.capturable import to_device_
-from ars2.two_pass import Pass, TwoPassOptimizer
+from ars2.two_pass import StepState, TwoPassOptimizer
 from ars2.updates import Tensors
 
 Mode = Literal["base", "sync", "aga", "periodic", "random"]
@@ -169,49 +169,51 @@ class ARS2Neo(TwoPassOptimizer):
                 or the parameters are still moved.
         """
         self._refuse_while_moved("step()")
-        now, result = self._pass, None
+        state, result = self._step_state, None
         if closure is not None:
-            if now.stage == "idle" and self.param_groups[0]["mode"] != "base":
+            if state.stage == "idle" and self.param_groups[0]["mode"] != "base":
                 return self._step_by_closure(closure)
             with torch.enable_grad():
                 result = closure()
-        elif now.stage == "idle" and self.param_groups[0]["mode"] != "base" and self._check_gradients():
+        elif state.stage == "idle" and self.param_groups[0]["mode"] != "base" and self._check_gradients():
             raise RuntimeError(
                 f"step() without a closure in mode {self.param_groups[0]['mode']!r}: pass step(closure), or call"
                 " wants_second_pass(), and if it says so perturb() and restore(), before it"
             )
-        if now.stage == "decided" and now.wanted:
+        if state.stage == "decided" and state.wanted:
             raise RuntimeError("step(): a second pass was wanted and not made: call perturb(), backward and restore()")
         if self._check_gradients():
             self._update()
-        elif now.stage == "restored":
+        elif state.stage == "restored":
             raise RuntimeError(
                 "step(): the second pass left no gradient: call backward() between perturb() and restore()"
             )
         else:
-            self._pass.become(Pass())
+            self._step_state.assign(StepState())
         return result
 
     def _update(self) -> None:
         """Take the gradients that are there into the moments and move the parameters; ends the step."""
-        now, main = replace(self._pass), self.param_groups[0]
-        self._pass.become(Pass())
-        synced, t = now.stage == "restored", main["step"] + 1
-        alpha = main["alpha"] * (1 + max(0.0, now.phi)) ** main["phi_gamma"] if main["mode"] == "aga" else main["alpha"]
+        state, main = replace(self._step_state), self.param_groups[0]
+        self._step_state.assign(StepState())
+        synced, t = state.stage == "restored", main["step"] + 1
+        alpha = (
+            main["alpha"] * (1 + max(0.0, state.phi)) ** main["phi_gamma"] if main["mode"] == "aga" else main["alpha"]
+        )
         keeps = "shear" in self._state_keys(main)
         injected_alpha = alpha if keeps and not synced else 0.0
         self._count_gradients()
         with self._without_autocast():
-            for group, batch in self._batches(now, keeps and synced, injected_alpha):
+            for group, batch in self._batches(state, keeps and synced, injected_alpha):
                 if batch.params:
                     self._move(group, batch, injected_alpha if self._shards is None else 0.0)
         if synced:
             main["sync_steps"] += 1
             main["last_sync"] += t - main["last_sync"]  # in place where it is a tensor
-        main["phi"], main["phi_variance"] = now.phi, now.variance
+        main["phi"], main["phi_variance"] = state.phi, state.variance
         main["injected_alpha"] = injected_alpha
 
-    def _batches(self, now: Pass, keeps: bool, alpha: float) -> Iterator[tuple[dict[str, Any], Batch]]:
+    def _batches(self, state: StepState, keeps: bool, alpha: float) -> Iterator[tuple[dict[str, Any], Batch]]:
         """Yield each group with its batches, shear forces kept if this step was a two-pass step.
 
         Sharded gradients have the shear forces injected already if ``alpha`` > 0.
@@ -220,60 +222,62 @@ class ARS2Neo(TwoPassOptimizer):
             pairs = [(group, batch) for group in self.param_groups for batch in self._batches_by_count(group)]
             batches = [batch for _, batch in pairs]
             if keeps:
-                sharded_flatness.keep_shears_(batches, now.first_gradients, self._shards)
+                sharded_flatness.keep_shears_(batches, state.first_gradients, self._shards)
             injected = sharded_flatness.injected(batches, alpha, self._shards) if alpha > 0 else batches
             for (group, _), batch in zip(pairs, injected, strict=True):
                 yield group, batch
             return
         for group in self.param_groups:
-            run = self._run(group)
+            maybe_compile = self._maybe_compile(group)
             for batch in self._batches_by_count(group):
-                for part in self._parts(batch) if keeps else ():
-                    flatness.keep_shear_(part.params, part.grads, part.states, now.first_gradients, run)
+                for chunk in self._chunks(batch) if keeps else ():
+                    flatness.keep_shear_(chunk.params, chunk.grads, chunk.states, state.first_gradients, maybe_compile)
                 yield group, batch
 
     def _move(self, group: dict[str, Any], batch: Batch, alpha: float) -> None:
         """Move the parameters of one group, shear forces injected into their gradients first if ``alpha`` > 0."""
         if group["track"] == "matrix" and (group["geometry"] or not group["energy"]):
-            for part in self._matrix_parts(group, batch):
+            for chunk in self._matrix_chunks(group, batch):
                 if alpha > 0:
-                    part = self._with_shears(group, part, self._injection_scales(group, part, alpha))
-                self._move_matrices(group, part)
+                    chunk = self._with_shears(group, chunk, self._injection_scales(group, chunk, alpha))
+                self._move_matrices(group, chunk)
         elif alpha == 0:
             self._move_vectors(group, batch)
         else:
-            for part in self._parts(batch):
-                scales = self._injection_scales(group, part, alpha)
-                for piece in self._pieces(part):
-                    self._move_vectors(group, self._with_shears(group, piece, scales))
+            for chunk in self._chunks(batch):
+                scales = self._injection_scales(group, chunk, alpha)
+                for flat_chunk in self._flat_chunks(chunk):
+                    self._move_vectors(group, self._with_shears(group, flat_chunk, scales))
 
-    def _injection_scales(self, group: dict[str, Any], part: Batch, alpha: float) -> Tensor:
-        norms = self._run(group)(flatness.norms)
-        return flatness.injection_scales(alpha, norms(part.grads), norms(part.state("shear")))
+    def _injection_scales(self, group: dict[str, Any], chunk: Batch, alpha: float) -> Tensor:
+        norms = self._maybe_compile(group)(flatness.norms)
+        return flatness.injection_scales(alpha, norms(chunk.grads), norms(chunk.state("shear")))
 
-    def _with_shears(self, group: dict[str, Any], part: Batch, scales: Tensor) -> Batch:
-        return part._replace(grads=self._run(group)(flatness.with_shears)(part.grads, part.state("shear"), scales))
+    def _with_shears(self, group: dict[str, Any], chunk: Batch, scales: Tensor) -> Batch:
+        return chunk._replace(
+            grads=self._maybe_compile(group)(flatness.with_shears)(chunk.grads, chunk.state("shear"), scales)
+        )
 
     def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:
-        run = self._run(group)
+        maybe_compile = self._maybe_compile(group)
         if group["energy"]:
-            directions: Tensors = run(updates.adam_directions)(
+            directions: Tensors = maybe_compile(updates.adam_directions)(
                 *(batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq")),
                 *(group["betas"], batch.step, group["eps"]),
             )
         else:
             numels = [shape.numel() for shape in batch.shapes]
-            directions = run(updates.momentum_directions)(
+            directions = maybe_compile(updates.momentum_directions)(
                 batch.grads, batch.state("exp_avg"), group["betas"][0], numels=numels, shards=self._shards
             )
         energies = None
         if group["geometry"]:
-            energies = run(updates.energies)(directions, self._shards)
+            energies = maybe_compile(updates.frobenius_norms)(directions, self._shards)
             updates.orthogonalize_(
                 *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
                 *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),
-                ranks=self._ranks,
-                run=run,
+                layout=self._layout,
+                maybe_compile=maybe_compile,
                 shapes=batch.shapes,
             )
         self._apply(group, batch, directions, energies)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 # Gives the function that is called in the place of another one: itself, or compiled.
-Run = Callable[[Callable[..., Any]], Callable[..., Any]]
+MaybeCompile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def directly(function: Callable[..., Any]) -> Callable[..., Any]:
+def eager(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``function``: the step is not compiled."""
     return function
 

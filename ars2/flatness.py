@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ars2.batch import cut
-from ars2.compiled import Run, directly
+from ars2.batch import split_flat
+from ars2.compiled import MaybeCompile, eager
 from ars2.sharded import Shards, local
-from ars2.sharing import Ranks
+from ars2.sharing import Replicas
 from ars2.updates import LEAST_NORM, Number, Tensors
 
 
@@ -25,26 +25,26 @@ def norms(tensors: Tensors) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors))
 
 
-def move_to_adversarial_point_(params: Tensors, grads: Tensors, roots: Tensors | None, rho: Number) -> None:
+def move_to_adversarial_point_(params: Tensors, grads: Tensors, denominators: Tensors | None, rho: Number) -> None:
     """Move each parameter by ``rho * n / |n|`` with ``n = g / root * |p|``, in place.
 
     Args:
         params: tensors of any dtype.
-        grads: gradients at any scale, on which the move does not depend, in the dtype of ``roots``.
-        roots: ``sqrt(v_hat) + eps`` of the second moment before this step; ``None`` where there is none, which
+        grads: gradients at any scale, on which the move does not depend, in the dtype of ``denominators``.
+        denominators: ``sqrt(v_hat) + eps`` of the second moment before this step; ``None`` where there is none, which
             counts as 1.
         rho: length of each tensor's move.
     """
-    offsets = adversarial_offsets(params, grads, roots)
+    offsets = adversarial_offsets(params, grads, denominators)
     move_along_(params, offsets, norms(offsets), rho)
 
 
-def adversarial_offsets(params: Tensors, grads: Tensors, roots: Tensors | None) -> Tensors:
+def adversarial_offsets(params: Tensors, grads: Tensors, denominators: Tensors | None) -> Tensors:
     """Return ``n = g / root * |p|`` of each parameter, see :func:`move_to_adversarial_point_`."""
     magnitudes = torch._foreach_abs(params)
-    if roots is None:
+    if denominators is None:
         return torch._foreach_mul(grads, magnitudes)
-    offsets = torch._foreach_div(grads, roots)
+    offsets = torch._foreach_div(grads, denominators)
     torch._foreach_mul_(offsets, magnitudes)
     return offsets
 
@@ -91,24 +91,24 @@ def keep_shear_(
     grads: Tensors,
     states: list[dict[str, Tensor]],
     first: dict[Tensor, Tensor],
-    run: Run = directly,
+    maybe_compile: MaybeCompile = eager,
 ) -> None:
     """Put the shear force of each parameter that has a first gradient too into its state; the others keep theirs.
 
     Args:
         params, grads, states: parameters, their second gradients in the state's dtype, and their states.
         first: gradients of the first pass by parameter, at any scale.
-        run: how the part that works on tensors is called.
+        maybe_compile: how the part that works on tensors is called.
     """
     second, firsts, kept = both_gradients(params, grads, states, first)
     if not second:
         return
-    if run is not directly:
-        torch._foreach_copy_(kept, run(shear_forces)(second, firsts))
+    if maybe_compile is not eager:
+        torch._foreach_copy_(kept, maybe_compile(shear_forces)(second, firsts))
         return
     products, lengths = inner_products(second, firsts), norms(firsts)
-    for seconds_cut, firsts_cut, kept_cut in cut(second, firsts, kept):
-        torch._foreach_copy_(kept_cut, without_parallel(seconds_cut, firsts_cut, products, lengths))
+    for second_chunk, first_chunk, kept_chunk in split_flat(second, firsts, kept):
+        torch._foreach_copy_(kept_chunk, without_parallel(second_chunk, first_chunk, products, lengths))
 
 
 def both_gradients(
@@ -144,8 +144,8 @@ def products_and_lengths(pairs: list[tuple[Tensors, Tensors]]) -> Tensor:
 
 def global_cosine(
     pairs: Sequence[tuple[Tensors, Tensors]],
-    run: Run = directly,
-    ranks: Ranks | Shards | None = None,
+    maybe_compile: MaybeCompile = eager,
+    layout: Replicas | Shards | None = None,
 ) -> float:
     """Return phi, the cosine of all gradients with all cached shear forces, each side taken as one long vector.
 
@@ -153,20 +153,20 @@ def global_cosine(
 
     Args:
         pairs: lists of gradients (at any scale) and of their shear forces, in any number of pieces.
-        run: how the part that works on tensors is called.
-        ranks: the processes that hold the other rows of the tensors, where they are sharded, or all of the same
+        maybe_compile: how the part that works on tensors is called.
+        layout: the processes that hold the other rows of the tensors, where they are sharded, or all of the same
             tensors; every one returns the same number, to the bit.
     """
     pairs = [(grads, shears) for grads, shears in pairs if grads]
     if not pairs:
         return 0.0
-    numbers: Tensor = run(products_and_lengths)(pairs)
-    if isinstance(ranks, Shards):
-        products_of_whole, lengths_of_whole = ranks.whole([numbers[:1]], [numbers[1:]])
+    numbers: Tensor = maybe_compile(products_and_lengths)(pairs)
+    if isinstance(layout, Shards):
+        products_of_whole, lengths_of_whole = layout.all_reduce_norms([numbers[:1]], [numbers[1:]])
         numbers = torch.cat([*products_of_whole, *lengths_of_whole])
-    elif ranks is not None:
+    elif layout is not None:
         # Kernels may round differently from process to process, and one that decides otherwise waits forever.
-        dist.broadcast(numbers, group=ranks.group, group_src=0)
+        dist.broadcast(numbers, group=layout.group, group_src=0)
     inner, grad_lengths, shear_lengths = numbers.tolist()
     known = [index for index, length in enumerate(shear_lengths) if length != 0]
     grad_length: float = math.sqrt(math.fsum(grad_lengths[index] ** 2 for index in known))
@@ -192,7 +192,7 @@ def next_variance(group: dict[str, Any], phi: float, t: int) -> float:
     return variance
 
 
-def looks_again(group: dict[str, Any], t: int, phi: float, variance: float) -> bool:
+def is_sync_step(group: dict[str, Any], t: int, phi: float, variance: float) -> bool:
     """Decide whether step ``t`` (counted from 1) evaluates a second gradient, by the mode of ``group``."""
     mode, k = group["mode"], int(group["k"])
     if mode == "sync":

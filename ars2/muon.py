@@ -100,19 +100,21 @@ class Muon(TrackedOptimizer):
                     if group["track"] == "vector" and batch.params:
                         self._move_vectors(group, batch)
                     elif batch.params:
-                        for part in self._matrix_parts(group, batch):
-                            self._move_matrices(group, part)
+                        for chunk in self._matrix_chunks(group, batch):
+                            self._move_matrices(group, chunk)
         return result
 
     def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:
-        run = self._run(group)
+        maybe_compile = self._maybe_compile(group)
         buffers, nesterov = batch.state("momentum_buffer"), group["nesterov"]
-        directions: Tensors = run(updates.momenta)(batch.grads, buffers, group["momentum"], nesterov=nesterov)
+        directions: Tensors = maybe_compile(updates.momentum_update_)(
+            batch.grads, buffers, group["momentum"], nesterov=nesterov
+        )
         updates.orthogonalize_(
             *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
             *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),
-            ranks=self._ranks,
-            run=run,
+            layout=self._layout,
+            maybe_compile=maybe_compile,
             shapes=batch.shapes,
         )
         shapes = [updates.stack_shape(shape, group["flatten"]) for shape in batch.shapes]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 Result = TypeVar("Result")
 
 
-class Kept(NamedTuple):
+class BufferBackup(NamedTuple):
     """A buffer, its contents and the version that they are of."""
 
     buffer: Tensor
@@ -38,50 +38,50 @@ class Buffers:
 
     def __init__(self, module: nn.Module) -> None:
         self._modules = [m for m in module.modules() if m._buffers]
-        self._kept: dict[tuple[nn.Module, str], Kept] = {}
+        self._backups: dict[tuple[nn.Module, str], BufferBackup] = {}
 
-    def keep(self) -> None:
+    def save(self) -> None:
         """Remember the buffers as they are now."""
-        before, self._kept = self._kept, {}
-        stale: list[Kept] = []
+        before, self._backups = self._backups, {}
+        stale: list[BufferBackup] = []
         for module in self._modules:
             for name, buffer in module.named_buffers(recurse=False):
                 kept = before.get((module, name))
                 if kept is None or kept.buffer is not buffer:
-                    kept = Kept(buffer, torch.empty_like(buffer), -1)
+                    kept = BufferBackup(buffer, torch.empty_like(buffer), -1)
                 if _may_have_changed(module, name, kept):
                     kept = kept._replace(version=_version(buffer))
                     stale.append(kept)
-                self._kept[module, name] = kept
+                self._backups[module, name] = kept
         _copy([kept.copy for kept in stale], [kept.buffer for kept in stale])
 
-    def put_back(self) -> None:
-        """Make the buffers what they were when :meth:`keep` was called; the same tensors, written in place."""
-        stale: list[Kept] = []
-        for (module, name), kept in self._kept.items():
+    def restore(self) -> None:
+        """Make the buffers what they were when :meth:`save` was called; the same tensors, written in place."""
+        stale: list[BufferBackup] = []
+        for (module, name), kept in self._backups.items():
             if getattr(module, name) is not kept.buffer:
                 setattr(module, name, kept.buffer)
             if _may_have_changed(module, name, kept):
                 stale.append(kept)
         _copy([kept.buffer for kept in stale], [kept.copy for kept in stale])
-        for slot, kept in self._kept.items():
-            self._kept[slot] = kept._replace(version=_version(kept.buffer))
+        for slot, kept in self._backups.items():
+            self._backups[slot] = kept._replace(version=_version(kept.buffer))
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
         """Put the buffers back at the end of a block, on every way out."""
-        self.keep()
+        self.save()
         try:
             yield
         finally:
-            self.put_back()
+            self.restore()
 
 
 def _version(buffer: Tensor) -> int:
     return 0 if buffer.is_inference() else buffer._version
 
 
-def _may_have_changed(module: nn.Module, name: str, kept: Kept) -> bool:
+def _may_have_changed(module: nn.Module, name: str, kept: BufferBackup) -> bool:
     buffer = kept.buffer
     # Nothing writes to a tensor that was made in inference mode, or whose entries share their memory.
     if buffer.is_inference() or (
@@ -128,12 +128,12 @@ def random_state(*devices: torch.device) -> Callable[[], None]:
         else:
             states.append((set_state, get_state(device), device))
 
-    def go_back() -> None:
+    def restore() -> None:
         torch.set_rng_state(host)
         for set_state, state, device in states:
             set_state(state, device)
 
-    return go_back
+    return restore
 
 
 def repeatable(closure: Callable[[], Result], model: nn.Module) -> Callable[[], Result]:

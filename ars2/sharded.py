@@ -62,7 +62,9 @@ class Shards(NamedTuple):
         most, width = -(-shape[0] // ranks), torch.Size(shape[1:]).numel()
         return [max(0, min(most, shape[0] - rank * most)) * width for rank in range(ranks)]
 
-    def whole(self, products: Sequence[Tensor], lengths: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def all_reduce_norms(
+        self, products: Sequence[Tensor], lengths: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Turn numbers about this process' rows into those about whole tensors; one all-reduce, in float64.
 
         Every process gets the same, to the bit.

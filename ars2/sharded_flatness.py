@@ -24,7 +24,7 @@ class Move(NamedTuple):
 
 def move_all_(moves: list[Move], shards: Shards) -> None:
     """Move all groups to the adversarial point; one all-reduce."""
-    _, lengths = shards.whole([], [flatness.norms(move.offsets) for move in moves])
+    _, lengths = shards.all_reduce_norms([], [flatness.norms(move.offsets) for move in moves])
     for move, length in zip(moves, lengths, strict=True):
         flatness.move_along_(move.params, move.offsets, length, move.rho)
 
@@ -39,7 +39,7 @@ def keep_shears_(batches: list[Batch], first: dict[Tensor, Tensor], shards: Shar
     """
     found = [flatness.both_gradients(batch.sources, batch.grads, batch.states, first) for batch in batches]
     found = [lists for lists in found if lists[0]]
-    products, lengths = shards.whole(
+    products, lengths = shards.all_reduce_norms(
         [flatness.inner_products(second, firsts) for second, firsts, _ in found],
         [flatness.norms(firsts) for _, firsts, _ in found],
     )
@@ -52,7 +52,7 @@ def keep_shears_(batches: list[Batch], first: dict[Tensor, Tensor], shards: Shar
 def injected(batches: list[Batch], alpha: float, shards: Shards) -> Iterator[Batch]:
     """Yield the batches with the shear forces in their gradients; one all-reduce."""
     lists = [tensors for batch in batches if batch.params for tensors in (batch.grads, batch.state("shear"))]
-    lengths = iter(shards.whole([], [flatness.norms(tensors) for tensors in lists])[1])
+    lengths = iter(shards.all_reduce_norms([], [flatness.norms(tensors) for tensors in lists])[1])
     for batch in batches:
         if batch.params:
             scales = flatness.injection_scales(alpha, next(lengths), next(lengths))

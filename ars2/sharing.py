@@ -15,7 +15,7 @@ from torch import Tensor
 Orthogonalize = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
-class Ranks(NamedTuple):
+class Replicas(NamedTuple):
     """The processes that share the work, and the dtype that results are gathered in (``None``: their own)."""
 
     group: dist.ProcessGroup
@@ -28,18 +28,18 @@ def newton_schulz_cost(matrices: int, rows: int, cols: int) -> int:
     return matrices * small * small * (2 * large + small)
 
 
-def owners(costs: Sequence[int], ranks: int) -> list[int]:
+def assign_to_ranks(costs: Sequence[int], ranks: int) -> list[int]:
     """Return the rank that takes each piece of work, so that the greatest sum of costs is small.
 
     The most costly piece left goes to the rank with the least so far (Graham 1969: at most a third above the best
     there is). The same on every rank, since it depends on the arguments alone.
     """
     loads = [0] * ranks
-    taken = [0] * len(costs)
+    owner = [0] * len(costs)
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        taken[index] = min(range(ranks), key=lambda rank: (loads[rank], rank))
-        loads[taken[index]] += costs[index]
-    return taken
+        owner[index] = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        loads[owner[index]] += costs[index]
+    return owner
 
 
 def orthogonalize_replicated(
@@ -57,7 +57,7 @@ def orthogonalize_replicated(
         One tensor of ``dtype`` for each stack, of its shape.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    owner = owners([newton_schulz_cost(*stack.shape) for stack in stacks], ranks)
+    owner = assign_to_ranks([newton_schulz_cost(*stack.shape) for stack in stacks], ranks)
     mine = [index for index, one in enumerate(owner) if one == rank]
     lengths = [sum(stacks[i].numel() for i, one in enumerate(owner) if one == r) for r in range(ranks)]
     # Gathered parts must be of one length; gloo takes no other.
@@ -98,7 +98,7 @@ def orthogonalize_sharded(
         One flat tensor of ``dtype`` for each shard, with as many entries.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    owner = owners([newton_schulz_cost(*shape) for shape in shapes], ranks)
+    owner = assign_to_ranks([newton_schulz_cost(*shape) for shape in shapes], ranks)
     by_owner = [[index for index, one in enumerate(owner) if one == r] for r in range(ranks)]
     order = [index for owned in by_owner for index in owned]
     to_owners = [sum(shards[index].numel() for index in owned) for owned in by_owner]

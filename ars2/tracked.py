@@ -19,11 +19,11 @@ from torch.optim import Optimizer
 
 from ars2 import capturable, updates, validation
 from ars2.batch import Batch
-from ars2.compiled import Compiler, Run, directly
+from ars2.compiled import Compiler, MaybeCompile, eager
 from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
 from ars2.param_groups import LARGEST_MATRIX_DIMENSION, is_matrix
 from ars2.sharded import Shards, find_shards, like, local, same_layout
-from ars2.sharing import Ranks
+from ars2.sharing import Replicas
 
 TRACKS = ("matrix", "vector")
 # No options, but no mistakes in a group either: what schedulers, weight averaging and layer-wise decay keep there, a
@@ -52,7 +52,7 @@ class TrackedOptimizer(Optimizer):
         # These say how a step runs, not what it does: they are no part of the saved state.
         self._compile, self._capturable = compile, capturable
         self._compilers: dict[int, Compiler] = {}
-        self._exchange: list[Ranks | Shards | None] = [None]
+        self._exchange: list[Replicas | Shards | None] = [None]
         self._loaded: dict[Tensor, dict[str, Tensor]] | None = None
         defaults = validation.plain_numbers({"track": "matrix", "flatten": False, **defaults})
         self._check_host_options(defaults)
@@ -146,7 +146,7 @@ class TrackedOptimizer(Optimizer):
             group["lr"] = group["lr"].clone()  # a scheduler changes each group's in place
         super().add_param_group(group)
         if shards is not None:
-            self._ranks = self._shards or shards
+            self._layout = self._shards or shards
         if self._capturable:
             capturable.to_device_(self.param_groups[-1])
         for param in group["params"]:
@@ -257,7 +257,7 @@ class TrackedOptimizer(Optimizer):
         # A copy starts alone, unless it has a part of the parameters; loading a state leaves the ranks as they are.
         if "_exchange" not in self.__dict__:
             self._exchange = [None]
-            self._ranks = self._find_shards(self.param_groups)
+            self._layout = self._find_shards(self.param_groups)
 
     def _adopt_parameters(self) -> None:
         """Make state for parameters that somebody has put into a group in the place of others, whose state goes."""
@@ -270,7 +270,7 @@ class TrackedOptimizer(Optimizer):
             for param in group["params"]:
                 if not self.state.get(param):
                     self._make_state(param, group)
-        self._ranks = self._shards_of(self.param_groups) or self._ranks
+        self._layout = self._shards_of(self.param_groups) or self._layout
 
     def distribute(self, group: dist.ProcessGroup | None, gather: Literal["exact", "bfloat16"] = "exact") -> None:
         """Share the Newton-Schulz iterations out among processes that hold the same parameters and gradients (DDP).
@@ -292,11 +292,11 @@ class TrackedOptimizer(Optimizer):
         validation.check_choice({"gather": gather}, "gather", ("exact", "bfloat16"))
         dtype = None if gather == "exact" else torch.bfloat16
         if (shards := self._shards) is not None:
-            self._ranks = shards._replace(dtype=dtype)
+            self._layout = shards._replace(dtype=dtype)
         elif group is None:
             raise ValueError("distribute() needs the group of the processes, for the parameters are not sharded")
         else:
-            self._ranks = Ranks(group, dtype)
+            self._layout = Replicas(group, dtype)
 
     def _shards_of(self, groups: list[dict[str, Any]]) -> Shards | None:
         shards = self._find_shards(groups)
@@ -308,17 +308,17 @@ class TrackedOptimizer(Optimizer):
         return shards
 
     @property
-    def _ranks(self) -> Ranks | Shards | None:
+    def _layout(self) -> Replicas | Shards | None:
         """The processes to exchange with, in a list that a wrapper of the optimizer finds too."""
         return self._exchange[0]
 
-    @_ranks.setter
-    def _ranks(self, ranks: Ranks | Shards | None) -> None:
-        self._exchange[0] = ranks
+    @_layout.setter
+    def _layout(self, layout: Replicas | Shards | None) -> None:
+        self._exchange[0] = layout
 
     @property
     def _shards(self) -> Shards | None:
-        return self._ranks if isinstance(self._ranks, Shards) else None
+        return self._layout if isinstance(self._layout, Shards) else None
 
     @staticmethod
     def _find_shards(groups: list[dict[str, Any]]) -> Shards | None:
@@ -329,21 +329,21 @@ class TrackedOptimizer(Optimizer):
                 named.append(item if isinstance(item, tuple) else (names[index], item))
         return find_shards(named)
 
-    def _run(self, group: dict[str, Any]) -> Run:
+    def _maybe_compile(self, group: dict[str, Any]) -> MaybeCompile:
         """How the functions that work on the tensors of ``group`` are called."""
-        return self._compilers.setdefault(id(group), Compiler()) if self._compile else directly
+        return self._compilers.setdefault(id(group), Compiler()) if self._compile else eager
 
-    def _parts(self, batch: Batch) -> Iterable[Batch]:
+    def _chunks(self, batch: Batch) -> Iterable[Batch]:
         """The parts of a batch that are worked on one after the other; a compiler joins the whole by itself."""
-        return batch.parts() if not self._compile else [batch] if batch.params else []
+        return batch.chunks() if not self._compile else [batch] if batch.params else []
 
-    def _pieces(self, part: Batch) -> Iterable[Batch]:
+    def _flat_chunks(self, part: Batch) -> Iterable[Batch]:
         """A part, or the flat pieces of one that is a large tensor; a compiler takes it whole."""
-        return part.pieces() if not self._compile else [part]
+        return part.flat_chunks() if not self._compile else [part]
 
-    def _matrix_parts(self, group: dict[str, Any], batch: Batch) -> Iterable[Batch]:
+    def _matrix_chunks(self, group: dict[str, Any], batch: Batch) -> Iterable[Batch]:
         """The parts of a batch of matrices that are moved one after the other; several processes share one whole."""
-        return batch.matrix_parts(group["flatten"]) if self._ranks is None and not self._compile else [batch]
+        return batch.matrix_chunks(group["flatten"]) if self._layout is None and not self._compile else [batch]
 
     def _batch(self, group: dict[str, Any]) -> Batch:
         """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype and strides."""
@@ -373,7 +373,7 @@ class TrackedOptimizer(Optimizer):
             by_count.setdefault(int(step), []).append(index)
         if len(by_count) == 1:
             return [batch._replace(gradient_count=count) for count in by_count]
-        return [batch.of(indices, count) for count, indices in sorted(by_count.items())]
+        return [batch.subset(indices, count) for count, indices in sorted(by_count.items())]
 
     def _count_gradients(self) -> None:
         """Count the gradients that are there, for each parameter and each group."""
@@ -386,7 +386,7 @@ class TrackedOptimizer(Optimizer):
 
     def _move_vectors(self, group: dict[str, Any], batch: Batch) -> None:
         """AdamW for the parameters of one vector group."""
-        run = self._run(group)
+        maybe_compile = self._maybe_compile(group)
         adam = (
             batch.grads,
             batch.state("exp_avg"),
@@ -396,9 +396,9 @@ class TrackedOptimizer(Optimizer):
             group["eps"],
         )
         if all(p.dtype == g.dtype and p.stride() == g.stride() for p, g in zip(batch.params, batch.grads, strict=True)):
-            run(updates.adamw_)(batch.params, *adam, group["lr"], group["weight_decay"])
+            maybe_compile(updates.adamw_)(batch.params, *adam, group["lr"], group["weight_decay"])
         else:
-            directions = run(updates.adam_directions)(*adam)
+            directions = maybe_compile(updates.adam_directions)(*adam)
             self._apply(group, batch, directions, None)
 
     def _apply(
@@ -416,7 +416,7 @@ class TrackedOptimizer(Optimizer):
         moved = list(batch.params)
         for index, tensor in zip(half, exact, strict=True):
             moved[index] = tensor
-        self._run(group)(updates.apply_)(moved, directions, scales, group["lr"], group["weight_decay"])
+        self._maybe_compile(group)(updates.apply_)(moved, directions, scales, group["lr"], group["weight_decay"])
         updates.round_(params, remainders, exact)
 
     def _check_gradients(self) -> bool:

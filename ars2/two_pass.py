@@ -16,8 +16,8 @@ from ars2.sharded import local
 from ars2.tracked import TrackedOptimizer
 
 
-class Saved(NamedTuple):
-    """Parameters and copies of them; with ``start`` the copy is of a piece of the only one, from that entry on."""
+class Backup(NamedTuple):
+    """Parameters and copies of them; with ``start`` the copy is of a flat_chunk of the only one, from that entry on."""
 
     params: list[Tensor]
     copies: list[Tensor]
@@ -25,7 +25,7 @@ class Saved(NamedTuple):
 
 
 @dataclass
-class Pass:
+class StepState:
     """What is known of the step under way; none of it outlives the step, none of it is saved.
 
     An optimizer has one for good: Fabric's and Lightning's wrappers find it, but an attribute set on them stays theirs.
@@ -35,12 +35,12 @@ class Pass:
     wanted: bool = False
     phi: float = 0.0
     variance: float = 0.0
-    saved: list[Saved] = field(default_factory=list)
+    backups: list[Backup] = field(default_factory=list)
     first_gradients: dict[Tensor, Tensor] = field(default_factory=dict)
 
-    def become(self, other: "Pass") -> None:
+    def assign(self, other: "StepState") -> None:
         self.stage, self.wanted, self.phi, self.variance = other.stage, other.wanted, other.phi, other.variance
-        self.saved, self.first_gradients = other.saved, other.first_gradients
+        self.backups, self.first_gradients = other.backups, other.first_gradients
 
 
 class TwoPassOptimizer(TrackedOptimizer):
@@ -52,7 +52,7 @@ class TwoPassOptimizer(TrackedOptimizer):
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], compile: bool = False, capturable: bool = False
     ) -> None:
-        self._pass = Pass()
+        self._step_state = StepState()
         if defaults["mode"] != "base" and _is_made_by_zero():
             raise ValueError(
                 "ZeroRedundancyOptimizer gives each process an optimizer of a part of the parameters, which alone would"
@@ -75,19 +75,19 @@ class TwoPassOptimizer(TrackedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._pass = Pass()
+        self._step_state = StepState()
 
     def _refuse_while_moved(self, what: str) -> None:
-        if self._pass.stage == "moved":
+        if self._step_state.stage == "moved":
             raise RuntimeError(f"{what} while the parameters are at the adversarial point: call restore() first")
 
     @property
-    def always_looks_twice(self) -> bool:
+    def always_two_pass(self) -> bool:
         """Whether every step wants a second pass, so that the first one need not be shared among processes."""
         return bool(self.param_groups[0]["mode"] == "sync")
 
     @property
-    def never_looks_twice(self) -> bool:
+    def never_two_pass(self) -> bool:
         """Whether no step wants a second pass, so that nothing need be kept for one."""
         return bool(self.param_groups[0]["mode"] == "base")
 
@@ -98,12 +98,12 @@ class TwoPassOptimizer(TrackedOptimizer):
         AGA's depends on how phi is rounded, which they share after :meth:`distribute`, and always where the parameters
         are sharded.
         """
-        return bool(self.param_groups[0]["mode"] != "aga" or self._ranks is not None)
+        return bool(self.param_groups[0]["mode"] != "aga" or self._layout is not None)
 
     @property
     def first_gradients(self) -> dict[Tensor, Tensor]:
         """The gradients of the first pass by parameter, from :meth:`perturb` until :meth:`step`; otherwise empty."""
-        return self._pass.first_gradients
+        return self._step_state.first_gradients
 
     @torch.no_grad()
     def wants_second_pass(self, grad_scale: float = 1.0) -> bool:
@@ -121,22 +121,22 @@ class TwoPassOptimizer(TrackedOptimizer):
         """
         self._refuse_while_moved("wants_second_pass()")
         if not self._check_gradients():
-            self._pass.become(Pass())
+            self._step_state.assign(StepState())
             return False
         main = self.param_groups[0]
         t = main["step"] + 1
-        now = Pass(stage="decided")
+        state = StepState(stage="decided")
         if main["mode"] == "aga":
             if main["sync_steps"] > 0:
-                parts = [part for group in self.param_groups for part in self._parts(self._batch(group))]
+                chunks = [chunk for group in self.param_groups for chunk in self._chunks(self._batch(group))]
                 pairs: list[tuple[updates.Tensors, updates.Tensors]] = [
-                    (part.grads, part.state("shear")) for part in parts
+                    (chunk.grads, chunk.state("shear")) for chunk in chunks
                 ]
-                now.phi = flatness.global_cosine(pairs, self._run(main), self._ranks)
-            now.variance = flatness.next_variance(main, now.phi, t)
-        now.wanted = flatness.looks_again(main, t, now.phi, now.variance)
-        self._pass.become(now)
-        return now.wanted
+                state.phi = flatness.global_cosine(pairs, self._maybe_compile(main), self._layout)
+            state.variance = flatness.next_variance(main, state.phi, t)
+        state.wanted = flatness.is_sync_step(main, t, state.phi, state.variance)
+        self._step_state.assign(state)
+        return state.wanted
 
     @torch.no_grad()
     def perturb(self) -> None:
@@ -145,29 +145,29 @@ class TwoPassOptimizer(TrackedOptimizer):
         Raises:
             RuntimeError: :meth:`wants_second_pass` was not called in this step, or the parameters are moved already.
         """
-        now = self._pass
-        if now.stage != "decided":
+        state = self._step_state
+        if state.stage != "decided":
             raise RuntimeError("perturb() needs wants_second_pass() right before it, once in each step")
-        now.stage = "moved"
+        state.stage = "moved"
         try:
             moves: list[sharded_flatness.Move] = []
             for group in self.param_groups:
-                for part in [part for batch in self._batches_by_count(group) for part in self._parts(batch)]:
+                for chunk in [chunk for batch in self._batches_by_count(group) for chunk in self._chunks(batch)]:
                     if self._shards is None:
-                        self._move_to_adversarial_point(group, part)
+                        self._move_to_adversarial_point(group, chunk)
                         continue
-                    now.saved.append(Saved(part.params, [p.clone() for p in part.params]))
-                    moves.append(sharded_flatness.Move(part.params, self._offsets(group, part), group["rho"]))
+                    state.backups.append(Backup(chunk.params, [p.clone() for p in chunk.params]))
+                    moves.append(sharded_flatness.Move(chunk.params, self._offsets(group, chunk), group["rho"]))
             if self._shards is not None:
                 sharded_flatness.move_all_(moves, self._shards)
-            now.first_gradients = {
+            state.first_gradients = {
                 # A view, such as into a bucket of gradients, is written over by the next backward pass.
                 param: param.grad.clone() if param.grad._is_view() else param.grad
                 for group in self.param_groups
                 for param in group["params"]
                 if param.grad is not None
             }
-            for param in now.first_gradients:
+            for param in state.first_gradients:
                 param.grad = None
             # Autocast keeps cast copies of the weights while its block lasts: they would hide the move.
             torch.clear_autocast_cache()
@@ -175,31 +175,33 @@ class TwoPassOptimizer(TrackedOptimizer):
             self._abandon()
             raise
 
-    def _move_to_adversarial_point(self, group: dict[str, Any], part: Batch) -> None:
-        now, pieces = self._pass, list(self._pieces(part))
-        if len(pieces) == 1:
-            now.saved.append(Saved(part.params, [p.clone() for p in part.params]))
-            move = self._run(group)(flatness.move_to_adversarial_point_)
-            move(part.params, part.grads, self._roots(group, part), group["rho"])
+    def _move_to_adversarial_point(self, group: dict[str, Any], chunk: Batch) -> None:
+        state, flat_chunks = self._step_state, list(self._flat_chunks(chunk))
+        if len(flat_chunks) == 1:
+            state.backups.append(Backup(chunk.params, [p.clone() for p in chunk.params]))
+            move = self._maybe_compile(group)(flatness.move_to_adversarial_point_)
+            move(chunk.params, chunk.grads, self._adam_denominators(group, chunk), group["rho"])
             return
         # Offsets of a large tensor are computed twice, which costs less than to keep them.
-        lengths = flatness.norms([flatness.norms(self._offsets(group, piece)) for piece in pieces])
+        lengths = flatness.norms([flatness.norms(self._offsets(group, flat_chunk)) for flat_chunk in flat_chunks])
         length = torch.linalg.vector_norm(lengths, keepdim=True)
         start = 0
-        for piece in pieces:
-            now.saved.append(Saved(part.params, [p.clone() for p in piece.params], start))
-            start += piece.params[0].numel()
-            flatness.move_along_(piece.params, self._offsets(group, piece), length, group["rho"])
+        for flat_chunk in flat_chunks:
+            state.backups.append(Backup(chunk.params, [p.clone() for p in flat_chunk.params], start))
+            start += flat_chunk.params[0].numel()
+            flatness.move_along_(flat_chunk.params, self._offsets(group, flat_chunk), length, group["rho"])
 
-    def _roots(self, group: dict[str, Any], part: Batch) -> updates.Tensors | None:
+    def _adam_denominators(self, group: dict[str, Any], chunk: Batch) -> updates.Tensors | None:
         if "exp_avg_sq" not in self._state_keys(group):
             return None
-        root = self._run(group)(updates.second_moment_root)
-        roots: updates.Tensors = root(part.state("exp_avg_sq"), group["betas"][1], part.step, group["eps"])
-        return roots
+        adam_denominator = self._maybe_compile(group)(updates.adam_denominator)
+        denominators: updates.Tensors = adam_denominator(
+            chunk.state("exp_avg_sq"), group["betas"][1], chunk.step, group["eps"]
+        )
+        return denominators
 
-    def _offsets(self, group: dict[str, Any], part: Batch) -> updates.Tensors:
-        return flatness.adversarial_offsets(part.params, part.grads, self._roots(group, part))
+    def _offsets(self, group: dict[str, Any], chunk: Batch) -> updates.Tensors:
+        return flatness.adversarial_offsets(chunk.params, chunk.grads, self._adam_denominators(group, chunk))
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -208,15 +210,15 @@ class TwoPassOptimizer(TrackedOptimizer):
         Raises:
             RuntimeError: the parameters are not at the adversarial point.
         """
-        now = self._pass
-        if now.stage != "moved":
+        state = self._step_state
+        if state.stage != "moved":
             raise RuntimeError("restore(): the parameters are where they belong; it needs perturb() before it")
-        for params, copies, start in now.saved:
+        for params, copies, start in state.backups:
             if start is not None:
                 params = [params[0].view(-1)[start : start + copies[0].numel()]]
             torch._foreach_copy_(params, copies)
-        now.saved.clear()
-        now.stage = "restored"
+        state.backups.clear()
+        state.stage = "restored"
         torch.clear_autocast_cache()
 
     def _step_by_closure(self, closure: Callable[[], Any]) -> Any:
@@ -272,13 +274,13 @@ class TwoPassOptimizer(TrackedOptimizer):
 
     def _abandon(self) -> None:
         """End a step that failed: the parameters where they belong, the first gradients in ``.grad`` again."""
-        if self._pass.stage == "moved":
+        if self._step_state.stage == "moved":
             self.restore()
-        if first := self._pass.first_gradients:
+        if first := self._step_state.first_gradients:
             for group in self.param_groups:
                 for param in group["params"]:
                     param.grad = first.get(param)
-        self._pass.become(Pass())
+        self._step_state.assign(StepState())
 
     def _update(self) -> None:
         """Take the gradients that are there into the moments and move the parameters; ends the step."""

@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ars2.compiled import Run, directly
+from ars2.compiled import MaybeCompile, eager
 from ars2.orthogonalize import orthogonalize_all
 from ars2.sharded import Shards
-from ars2.sharing import Ranks, orthogonalize_replicated, orthogonalize_sharded
+from ars2.sharing import Replicas, orthogonalize_replicated, orthogonalize_sharded
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 # A tensor without dimensions where the step is compiled or captured: then its value is read on the device alone.
@@ -19,7 +19,7 @@ Number: TypeAlias = float | Tensor
 LEAST_NORM = 1e-30
 
 
-def _take_in_(means: Tensors, values: Tensors, beta: Number) -> None:
+def ema_update_(means: Tensors, values: Tensors, beta: Number) -> None:
     """Take ``values`` into decaying means, in place: ``m <- beta m + (1-beta) value``."""
     if isinstance(beta, Tensor):
         torch._foreach_mul_(means, beta)
@@ -28,7 +28,7 @@ def _take_in_(means: Tensors, values: Tensors, beta: Number) -> None:
         torch._foreach_lerp_(means, values, 1 - beta)
 
 
-def _seen(beta: Number, step: Number) -> Any:
+def bias_correction(beta: Number, step: Number) -> Any:
     """Return ``1 - beta^step``, the part of a decaying mean that comes from ``step`` values.
 
     For a ``step`` (tensors,) it is a list, of one scalar tensor each.
@@ -36,22 +36,22 @@ def _seen(beta: Number, step: Number) -> Any:
     if not isinstance(step, Tensor):
         return 1 - beta**step
     # In float32 a beta near 1 would leave few digits of it.
-    seen = 1 - beta ** step.double()
-    return list(seen.unbind()) if step.ndim else seen
+    correction = 1 - beta ** step.double()
+    return list(correction.unbind()) if step.ndim else correction
 
 
-def second_moment_root(exp_avg_sqs: Tensors, beta: Number, step: Number, eps: Number) -> Tensors:
-    """Return ``sqrt(v / (1 - beta^step)) + eps``; at step 0 nothing was seen, and the root is zero."""
-    root = torch._foreach_sqrt(exp_avg_sqs)
-    seen = _seen(beta, step)
-    if isinstance(seen, list):
-        torch._foreach_div_(root, [part.sqrt().clamp_min(1e-30) for part in seen])
-    elif isinstance(seen, Tensor):
-        torch._foreach_div_(root, seen.sqrt().clamp_min(1e-30))
+def adam_denominator(exp_avg_sqs: Tensors, beta: Number, step: Number, eps: Number) -> Tensors:
+    """Return ``sqrt(v / (1 - beta^step)) + eps``; zero moments at step 0."""
+    denominator = torch._foreach_sqrt(exp_avg_sqs)
+    correction = bias_correction(beta, step)
+    if isinstance(correction, list):
+        torch._foreach_div_(denominator, [part.sqrt().clamp_min(1e-30) for part in correction])
+    elif isinstance(correction, Tensor):
+        torch._foreach_div_(denominator, correction.sqrt().clamp_min(1e-30))
     elif step > 0:
-        torch._foreach_div_(root, math.sqrt(seen))
-    torch._foreach_add_(root, eps)
-    return root
+        torch._foreach_div_(denominator, math.sqrt(correction))
+    torch._foreach_add_(denominator, eps)
+    return denominator
 
 
 def adam_directions(
@@ -63,10 +63,10 @@ def adam_directions(
     tensors of one index must have the same dtype and strides.
     """
     if torch.compiler.is_compiling():  # which joins plain operations, and can join nothing to the kernel below
-        _take_in_(exp_avgs, grads, betas[0])
-        _take_in_(exp_avg_sqs, torch._foreach_mul(grads, grads), betas[1])
-        roots = second_moment_root(exp_avg_sqs, betas[1], step, eps)
-        return torch._foreach_div(torch._foreach_div(exp_avgs, _seen(betas[0], step)), roots)
+        ema_update_(exp_avgs, grads, betas[0])
+        ema_update_(exp_avg_sqs, torch._foreach_mul(grads, grads), betas[1])
+        denominators = adam_denominator(exp_avg_sqs, betas[1], step, eps)
+        return torch._foreach_div(torch._foreach_div(exp_avgs, bias_correction(betas[0], step)), denominators)
     directions = [torch.zeros_like(exp_avg) for exp_avg in exp_avgs]
     # An AdamW step from zero with learning rate -1 and no decay leaves u: one pass over memory instead of ten.
     adamw_(directions, grads, exp_avgs, exp_avg_sqs, betas, step, eps, lr=-1.0, weight_decay=0.0)
@@ -81,8 +81,8 @@ def momentum_directions(
     Its root mean square is 1, so its norm is that of Adam's direction at the first step, whose entries are 1 or -1.
     ``numels`` are those of the whole tensors, of which ``shards`` hold the rows if they are sharded.
     """
-    _take_in_(exp_avgs, grads, beta)
-    lengths = torch._foreach_clamp_min(energies(exp_avgs, shards), LEAST_NORM)
+    ema_update_(exp_avgs, grads, beta)
+    lengths = torch._foreach_clamp_min(frobenius_norms(exp_avgs, shards), LEAST_NORM)
     directions = torch._foreach_div(exp_avgs, lengths)
     torch._foreach_mul_(directions, [math.sqrt(numel) for numel in numels])
     return directions
@@ -116,8 +116,8 @@ def adamw_(
             p, g, m, v = ([tensors[index] for index in indices] for tensors in lists)
             lists = p, g, m, v
         if isinstance(step, Tensor) and step.ndim:
-            of_all = step.unbind()
-            counts = [of_all[index] for index in indices]
+            all_counts = step.unbind()
+            counts = [all_counts[index] for index in indices]
         else:
             count = step if isinstance(step, Tensor) else torch.full((), float(step), device=device)
             counts = [count] * len(indices)
@@ -138,9 +138,9 @@ def adamw_(
         )
 
 
-def momenta(grads: Tensors, buffers: Tensors, momentum: Number, *, nesterov: bool) -> Tensors:
+def momentum_update_(grads: Tensors, buffers: Tensors, momentum: Number, *, nesterov: bool) -> Tensors:
     """Take ``grads`` into ``buffers``, in place; return copies of them, or with Nesterov what they look ahead to."""
-    _take_in_(buffers, grads, momentum)
+    ema_update_(buffers, grads, momentum)
     if not nesterov:
         return [buffer.clone() for buffer in buffers]
     if isinstance(momentum, Tensor):
@@ -170,33 +170,33 @@ def orthogonalize_(
     coefficients: str,
     dtype: torch.dtype,
     algorithm: str,
-    ranks: Ranks | Shards | None = None,
-    run: Run = directly,
+    layout: Replicas | Shards | None = None,
+    maybe_compile: MaybeCompile = eager,
     shapes: Sequence[torch.Size] = (),
 ) -> None:
     """Turn each direction into its orthogonal factor, in ``dtype``, stacks matrix by matrix, in place.
 
-    With ``ranks`` the directions are the same on all of them, which share the work out; with shards each has its rows
-    of them, and ``shapes`` are those of the whole ones. ``run`` says how the iteration is called.
+    With ``layout`` the directions are the same on all of them, which share the work out; with shards each has its rows
+    of them, and ``shapes`` are those of the whole ones. ``maybe_compile`` says how the iteration is called.
     """
 
     def orthogonalize(stacks: list[Tensor]) -> list[Tensor]:
         options = {"steps": steps, "coefficients": coefficients, "dtype": dtype, "algorithm": algorithm}
         # A compiled function would have to copy back what it writes over.
-        factors: list[Tensor] = run(orthogonalize_all)(stacks, **options, overwrite=run is directly)
+        factors: list[Tensor] = maybe_compile(orthogonalize_all)(stacks, **options, overwrite=maybe_compile is eager)
         return factors
 
-    if isinstance(ranks, Shards):
-        sent = directions if ranks.dtype is None else [direction.to(ranks.dtype) for direction in directions]
-        stacked, numels = [stack_shape(shape, flatten) for shape in shapes], [ranks.numels(shape) for shape in shapes]
-        factors = orthogonalize_sharded(sent, stacked, numels, orthogonalize, ranks.dtype or dtype, ranks.group)
+    if isinstance(layout, Shards):
+        sent = directions if layout.dtype is None else [direction.to(layout.dtype) for direction in directions]
+        stacked, numels = [stack_shape(shape, flatten) for shape in shapes], [layout.numels(shape) for shape in shapes]
+        factors = orthogonalize_sharded(sent, stacked, numels, orthogonalize, layout.dtype or dtype, layout.group)
         _copy_(directions, factors)
         return
     stacks = [as_stack(direction, flatten) for direction in directions]
-    if ranks is None:
+    if layout is None:
         factors = orthogonalize(stacks)
     else:
-        factors = orthogonalize_replicated(stacks, orthogonalize, ranks.dtype or dtype, ranks.group)
+        factors = orthogonalize_replicated(stacks, orthogonalize, layout.dtype or dtype, layout.group)
     _copy_(directions, factors)
 
 
@@ -204,13 +204,13 @@ def _copy_(tensors: Tensors, values: Tensors) -> None:
     torch._foreach_copy_(tensors, [value.reshape(t.shape) for t, value in zip(tensors, values, strict=True)])
 
 
-def energies(directions: Tensors, shards: Shards | None = None) -> Tensors:
+def frobenius_norms(directions: Tensors, shards: Shards | None = None) -> Tensors:
     """Return each tensor's Frobenius norm, a scalar tensor: one energy for the whole tensor, stacks included.
 
     With ``shards`` the directions are the rows that this process holds of the whole ones.
     """
     lengths = torch._foreach_norm(directions)
-    return lengths if shards is None else shards.whole([], lengths)[1]
+    return lengths if shards is None else shards.all_reduce_norms([], lengths)[1]
 
 
 def with_remainders(params: Tensors, remainders: Tensors) -> Tensors:

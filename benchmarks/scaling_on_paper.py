@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ars2 import param_groups
-from ars2.sharing import newton_schulz_cost, owners
+from ars2.sharing import assign_to_ranks, newton_schulz_cost
 from ars2.updates import as_stack
 from benchmarks.networks import build, loss_function
 
@@ -84,7 +84,7 @@ def sent(net: Network, mode: Mode, gpus: int) -> float:
 
 def seconds(net: Network, mode: Mode, gpus: int) -> float:
     """Return the time of a step."""
-    owner = owners(net.iteration, gpus)
+    owner = assign_to_ranks(net.iteration, gpus)
     greatest = max(sum(c for c, one in zip(net.iteration, owner, strict=True) if one == gpu) for gpu in range(gpus))
     return (
         mode.passes * net.operations / (PEAK * OF_PASSES)

@@ -154,7 +154,7 @@ class LastCheckpoint(ModelCheckpoint):
         if not module.between_steps:
             return
         stopping = asked_to_stop(trainer, module.stop_agreed)
-        if module.damage is not None:
+        if module.fatal_error is not None:
             self._save(trainer)
         # The last batch of an epoch is followed by its validation and its row in the log. The save at the epoch's end
         # includes both.

@@ -18,7 +18,7 @@ class TrainedModule(Protocol):
     val_metrics: nn.ModuleDict
     unit: str
     gradient_evaluations: int
-    damage: str | None
+    fatal_error: str | None
     stop_asked: bool
     stop_agreed: bool | None
 

@@ -21,7 +21,7 @@ def norm(tensors: list[Tensor], shards: Shards | None) -> Tensor:
     ``shards`` are the processes that hold the other rows of them, if there are any.
     """
     length = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).norm()
-    return length if shards is None else shards.whole([], [length])[1][0]
+    return length if shards is None else shards.all_reduce_norms([], [length])[1][0]
 
 
 def cosine(pairs: list[tuple[Tensor, Tensor]], shards: Shards | None) -> Tensor:
@@ -29,7 +29,7 @@ def cosine(pairs: list[tuple[Tensor, Tensor]], shards: Shards | None) -> Tensor:
     firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
     product = torch.stack([(first.float() * second.float()).sum() for first, second in pairs]).sum()
     if shards is not None:
-        product = shards.whole([product], [])[0][0]
+        product = shards.all_reduce_norms([product], [])[0][0]
     return product / (norm(firsts, shards) * norm(seconds, shards))
 
 

@@ -22,12 +22,12 @@ def unchanged(pl_module: TwoPassModule) -> Iterator[None]:
     tensors = [*pl_module.parameters(), *pl_module.buffers()]
     kept = [tensor.detach().clone() for tensor in tensors]
     gradients = [(param, param.grad) for param in pl_module.parameters()]
-    go_back = random_state(pl_module.device)  # isolate_rng knows of CPU and CUDA alone
+    restore = random_state(pl_module.device)  # isolate_rng knows of CPU and CUDA alone
     try:
         with isolate_rng(), frozen_statistics(pl_module.network), twice_differentiable():
             yield
     finally:
-        go_back()
+        restore()
         with torch.no_grad():
             for tensor, copy in zip(tensors, kept, strict=True):
                 tensor.copy_(copy)

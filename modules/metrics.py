@@ -76,20 +76,20 @@ class BitsPerByte(_PerText):
         return self.nats() / math.log(2)
 
 
-def remember(metrics: Iterable[Metric]) -> Callable[[], None]:
+def snapshot(metrics: Iterable[Metric]) -> Callable[[], None]:
     """Keep what ``metrics`` have gathered; calling the result, once, makes them forget what came after."""
     kept = [
         (metric, metric.update_count, {name: _copy(value) for name, value in metric.metric_state.items()})
         for metric in metrics
     ]
 
-    def forget() -> None:
+    def restore() -> None:
         for metric, updates, state in kept:
             for name, value in state.items():
                 setattr(metric, name, value)
             set_updates(metric, updates)
 
-    return forget
+    return restore
 
 
 def _copy(state: list[Tensor] | Tensor) -> list[Tensor] | Tensor:

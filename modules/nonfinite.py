@@ -103,17 +103,17 @@ class StepRecord:
         """Forget the last step; ``network`` is the same each time, on the device where it is trained."""
         self.losses = [], []
         self._buffers = self._buffers or Buffers(network)
-        self._buffers.keep()
+        self._buffers.save()
 
     def frozen_statistics(self, network: nn.Module) -> AbstractContextManager[None]:
         """Leave the buffers of ``network``, such as running statistics, alone in a block: that of the second pass."""
         self._buffers_between = self._buffers_between or Buffers(network)
         return self._buffers_between.unchanged()
 
-    def take_back(self) -> None:
+    def restore_batchnorm(self) -> None:
         """Make the buffers, such as running statistics, what they were when the step began."""
         if self._buffers is not None:
-            self._buffers.put_back()
+            self._buffers.restore()
 
     def is_finite(self, optimizer: Any) -> Tensor:
         """Look, once a step and before anything is updated, at the losses and gradients of both passes.

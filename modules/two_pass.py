@@ -23,7 +23,7 @@ from ars2.replay import random_state
 from experiment.library_internals import is_attached, is_compiled
 from modules.checks import check_callbacks, check_complete
 from modules.evaluation import EvaluatedModule
-from modules.metrics import remember
+from modules.metrics import snapshot
 from modules.nonfinite import StepRecord, lower_scale
 from modules.optimizer_setup import build_optimizer, build_scheduler
 from modules.saved_arguments import arguments_of, check_same_network, is_plain
@@ -38,7 +38,7 @@ class TwoPassModule(EvaluatedModule):
 
     A task module sets ``self.network``, calls :meth:`set_metrics`, and implements :meth:`compute_loss`. An optimizer
     that has the parts of a two-pass step (``wants_second_pass``, ``perturb``, ``restore``) is driven through them; any
-    other gets one pass. Where it also has ``never_looks_twice``, ``always_looks_twice`` or ``decides_alike``, see
+    other gets one pass. Where it also has ``never_two_pass``, ``always_two_pass`` or ``decides_alike``, see
     :class:`ars2.two_pass.TwoPassOptimizer`, batches are not kept, and processes need not vote on second passes.
 
     Args:
@@ -110,7 +110,7 @@ class TwoPassModule(EvaluatedModule):
         self.local_first_pass, self.gather = local_first_pass, gather
         self.gradient_evaluations = self.skipped_steps = self._skipped_in_a_row = 0
         # Why training cannot go on, from the step that found it until the batch's end, when it is raised.
-        self.damage: str | None = None
+        self.fatal_error: str | None = None
         # Whether this process is to stop, and whether any was at the last update; None where there is no other.
         self.stop_asked = False
         self.stop_agreed: bool | None = None
@@ -120,7 +120,7 @@ class TwoPassModule(EvaluatedModule):
         self._window: list[tuple[Any, Tensor | float, Callable[[], None]]] = []
         self._record = StepRecord()
         self._is_second_pass = False
-        self._forget: Callable[[], None] = lambda: None
+        self._restore_metrics: Callable[[], None] = lambda: None
         self._has_exchanged = False
         self._is_elsewhere = False  # where its optimizer trains and is not to be evaluated
 
@@ -193,16 +193,16 @@ class TwoPassModule(EvaluatedModule):
         if self.between_steps:
             optimizer.zero_grad()
             self._record.begin(self.network)
-            self._forget = remember(metric for _, metric in self._train_metrics())
+            self._restore_metrics = snapshot(metric for _, metric in self._train_metrics())
         weight = self._weight(batch)
         self._batches_so_far += 1
-        if two_pass and not getattr(optimizer, "never_looks_twice", False):
+        if two_pass and not getattr(optimizer, "never_two_pass", False):
             self._window.append((batch, weight, random_state(self.device)))
         is_last = self._batches_so_far == self.accumulate_grad_batches or self.trainer.is_last_batch
         loss = self.checked_loss(batch, self.train_metrics)
         self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch))
         self._record.losses[0].append(loss.detach())
-        local = self.local_first_pass and getattr(optimizer, "always_looks_twice", False)
+        local = self.local_first_pass and getattr(optimizer, "always_two_pass", False)
         self._backward(loss * weight, sync=is_last and not local)
         if not is_last:
             return loss.detach()
@@ -221,7 +221,7 @@ class TwoPassModule(EvaluatedModule):
             if self.scheduler_interval == "step":
                 self._step_scheduler()
         else:
-            self._leave_out(optimizer)
+            self._skip_step(optimizer)
         return loss.detach()
 
     def log(self, *args: Any, **options: Any) -> None:
@@ -299,19 +299,19 @@ class TwoPassModule(EvaluatedModule):
         torch.distributed.all_reduce(mean)
         return mine * self.trainer.world_size / mean
 
-    def _leave_out(self, optimizer: Any) -> None:
+    def _skip_step(self, optimizer: Any) -> None:
         """Go on as if the step's batches had not been, and say so where the run is to stop for it."""
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
-        self._record.take_back()
-        self._forget()
+        self._record.restore_batchnorm()
+        self._restore_metrics()
         # An epoch that had nothing else has a mean all the same, over no examples.
         self.train_metrics["loss"].update(torch.zeros((), device=self.device), 0)
         # Under a scaler the scale may be what is wrong.
         hopeless = self._scaler is None or lower_scale(self._scaler, optimizer)
         if hopeless and self.nonfinite == "stop":
             where = f"step {self.trainer.global_step + 1} in epoch {self.current_epoch + 1}"
-            self.damage = self._record.describe(self.network, optimizer, where)
+            self.fatal_error = self._record.describe(self.network, optimizer, where)
 
     def on_fit_start(self) -> None:
         # Where it replaces configure_optimizers(), nothing has looked before.
@@ -352,9 +352,9 @@ class TwoPassModule(EvaluatedModule):
         self._move_optimizers("eval")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
-        if self.damage is not None:
-            damage, self.damage = self.damage, None
-            raise FloatingPointError(damage)
+        if self.fatal_error is not None:
+            error, self.fatal_error = self.fatal_error, None
+            raise FloatingPointError(error)
         # Here, not at the epoch's end: callbacks read the epoch's metrics there, before this module's turn.
         if self.trainer.is_last_batch:
             self._log_epoch()
@@ -364,7 +364,7 @@ class TwoPassModule(EvaluatedModule):
     def on_train_epoch_end(self) -> None:
         if not self.between_steps:  # training ended before the window was full
             self._close_window()
-            self._forget()
+            self._restore_metrics()
         self._log_epoch()
         if self.scheduler_interval == "epoch":
             self._step_scheduler()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ars2 import ARS2Neo
-from ars2.flatness import looks_again
+from ars2.flatness import is_sync_step
 from tests.ars2.problems import SmallProblem, gradients, problem_groups
 from tests.ars2.reference import ReferenceARS2
 from tests.ars2.training import (
@@ -45,7 +45,7 @@ class Comparison:
         self.reference_groups = problem_groups(self.reference_model, matrix, vector)
         draw: dict[str, Any] = {}
         if options["mode"] == "random":
-            draw["looks"] = lambda t: looks_again({"k": 0, **options}, t, 0.0, 0.0)
+            draw["looks"] = lambda t: is_sync_step({"k": 0, **options}, t, 0.0, 0.0)
         plain = {name: value for name, value in options.items() if name != "seed"}
         self.reference = ReferenceARS2(self.reference_groups, **plain, **draw)
         self.model = SmallProblem(dtype)

@@ -17,9 +17,9 @@ def batch_of(*numels: int, device: str = "cpu") -> Batch:
 
 
 def test_parts_are_runs_that_fit_or_single_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_PART_NUMEL", 10)
+    monkeypatch.setattr(batch, "_CHUNK_NUMEL", 10)
     whole = batch_of(4, 6, 1, 20, 3, 3)
-    parts = list(whole.parts())
+    parts = list(whole.chunks())
     assert [[p.numel() for p in part.params] for part in parts] == [[4, 6], [1], [20], [3, 3]]
     for field in range(4):
         joined = [item for part in parts for item in part[field]]
@@ -27,18 +27,18 @@ def test_parts_are_runs_that_fit_or_single_tensors(monkeypatch: pytest.MonkeyPat
 
 
 def test_parts_are_larger_on_a_device_that_is_not_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_PART_NUMEL", 10)
-    assert [len(part.params) for part in batch_of(8, 8, 8, device="meta").parts()] == [3]
-    monkeypatch.setattr(batch, "_NUMEL_ELSEWHERE", 16)
-    assert [len(part.params) for part in batch_of(8, 8, 8, device="meta").parts()] == [2, 1]
-    assert [piece.params[0].numel() for piece in batch_of(20, device="meta").pieces()] == [16, 4]
+    monkeypatch.setattr(batch, "_CHUNK_NUMEL", 10)
+    assert [len(part.params) for part in batch_of(8, 8, 8, device="meta").chunks()] == [3]
+    monkeypatch.setattr(batch, "_CHUNK_NUMEL_ELSEWHERE", 16)
+    assert [len(part.params) for part in batch_of(8, 8, 8, device="meta").chunks()] == [2, 1]
+    assert [piece.params[0].numel() for piece in batch_of(20, device="meta").flat_chunks()] == [16, 4]
 
 
 def test_a_large_tensor_is_cut_into_flat_views_that_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_PIECE_NUMEL", 10)
+    monkeypatch.setattr(batch, "_FLAT_CHUNK_NUMEL", 10)
     param = torch.arange(24.0).view(4, 6)
     whole = Batch([param], [param + 1], [{"exp_avg": param + 2, "shear": param + 3}], [param])
-    pieces = list(whole.pieces())
+    pieces = list(whole.flat_chunks())
     assert [piece.params[0].numel() for piece in pieces] == [10, 10, 4]
     for added, views in enumerate(
         zip(*((*p.params, *p.grads, *p.state("exp_avg"), *p.state("shear")) for p in pieces), strict=True)
@@ -49,18 +49,18 @@ def test_a_large_tensor_is_cut_into_flat_views_that_follow_one_another(monkeypat
 
 
 def test_small_and_several_and_strided_tensors_are_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_PIECE_NUMEL", 10)
+    monkeypatch.setattr(batch, "_FLAT_CHUNK_NUMEL", 10)
     strided = torch.zeros(6, 4).mT
     for whole in (
         *(batch_of(10), batch_of(20, 20)),
         Batch([strided], [strided], [{"exp_avg": strided}], [strided]),
     ):
-        (piece,) = whole.pieces()
+        (piece,) = whole.flat_chunks()
         assert all(a is b for a, b in zip(piece.params, whole.params, strict=True))
 
 
 def test_a_step_with_a_large_tensor_holds_one_copy_of_it_and_pieces() -> None:
-    large, piece_bytes = 40 * batch._PIECE_NUMEL, 4 * batch._PIECE_NUMEL
+    large, piece_bytes = 40 * batch._FLAT_CHUNK_NUMEL, 4 * batch._FLAT_CHUNK_NUMEL
     param = nn.Parameter(torch.ones(large))
     optimizer = ARS2Neo([{"params": [param], "track": "vector"}], mode="periodic", k=2)
 
@@ -85,7 +85,7 @@ def test_a_step_with_a_large_tensor_holds_one_copy_of_it_and_pieces() -> None:
 
 
 def test_an_empty_batch_has_no_parts() -> None:
-    assert list(batch_of().parts()) == []
+    assert list(batch_of().chunks()) == []
 
 
 def test_matrices_of_one_shape_or_its_transpose_are_neighbours_and_fit_or_are_alone(
@@ -93,10 +93,10 @@ def test_matrices_of_one_shape_or_its_transpose_are_neighbours_and_fit_or_are_al
 ) -> None:
     params = [torch.zeros(shape) for shape in ((2, 3), (5, 5), (3, 2), (4, 5), (2, 1, 3), (2, 3))]
     whole = Batch(params, [p + 1 for p in params], [{"exp_avg": p} for p in params], params)
-    (unsorted,) = whole.matrix_parts(flatten=True)
+    (unsorted,) = whole.matrix_chunks(flatten=True)
     assert all(a is b for a, b in zip(unsorted.params, params, strict=True))
-    monkeypatch.setattr(batch, "_MATRIX_PART_NUMEL", 12)
-    parts = list(whole.matrix_parts(flatten=True))
+    monkeypatch.setattr(batch, "_MATRIX_CHUNK_NUMEL", 12)
+    parts = list(whole.matrix_chunks(flatten=True))
     assert [[tuple(p.shape) for p in part.params] for part in parts] == [
         *([(5, 5)], [(4, 5)], [(2, 3), (3, 2)], [(2, 1, 3), (2, 3)]),
     ]
@@ -127,6 +127,6 @@ def test_a_step_in_parts_is_the_step_as_a_whole_to_the_bit(mode: str, monkeypatc
         return [p.detach() for p in network.parameters()] + [s for p in optimizer.state.values() for s in p.values()]
 
     whole = trained()
-    monkeypatch.setattr(batch, "_PART_NUMEL", 1)
-    monkeypatch.setattr(batch, "_MATRIX_PART_NUMEL", 1)
+    monkeypatch.setattr(batch, "_CHUNK_NUMEL", 1)
+    monkeypatch.setattr(batch, "_MATRIX_CHUNK_NUMEL", 1)
     assert all(torch.equal(a, b) for a, b in zip(whole, trained(), strict=True))

@@ -89,7 +89,7 @@ def test_any_order_of_calls_is_an_error_or_trains(mode: str, has_gradient: bool)
                 before, steps_done = after, steps_done + 1
             elif name == "restore":
                 assert same(before, model.parameters()), order
-        if optimizer._pass.stage == "moved":
+        if optimizer._step_state.stage == "moved":
             optimizer.restore()
             assert same(before, model.parameters()), order
     assert steps_done > 50 and errors > 100

@@ -128,13 +128,13 @@ def group(**options: Any) -> dict[str, Any]:
 
 
 def test_base_never_looks_and_sync_always() -> None:
-    assert not any(flatness.looks_again(group(mode="base"), t, -1.0, 0.0) for t in range(1, 50))
-    assert all(flatness.looks_again(group(mode="sync"), t, 1.0, 0.0) for t in range(1, 50))
+    assert not any(flatness.is_sync_step(group(mode="base"), t, -1.0, 0.0) for t in range(1, 50))
+    assert all(flatness.is_sync_step(group(mode="sync"), t, 1.0, 0.0) for t in range(1, 50))
 
 
 @pytest.mark.parametrize(("k", "expected"), [(1, [1, 2, 3, 4, 5, 6, 7]), (2, [1, 3, 5, 7]), (3, [1, 4, 7]), (9, [1])])
 def test_periodic_looks_at_steps_one_k_plus_one_and_so_on(k: int, expected: list[int]) -> None:
-    looks = [t for t in range(1, 8) if flatness.looks_again(group(mode="periodic", k=k), t, 0.0, 0.0)]
+    looks = [t for t in range(1, 8) if flatness.is_sync_step(group(mode="periodic", k=k), t, 0.0, 0.0)]
     assert looks == expected
     model = SmallProblem()
     optimizer = ARS2Neo(problem_groups(model), mode="periodic", k=k)
@@ -143,7 +143,7 @@ def test_periodic_looks_at_steps_one_k_plus_one_and_so_on(k: int, expected: list
 
 def test_aga_looks_first_when_phi_drops_and_after_k_steps() -> None:
     def looks(t: int, phi: float, variance: float, **options: Any) -> bool:
-        return flatness.looks_again(group(mode="aga", **options), t, phi, variance)
+        return flatness.is_sync_step(group(mode="aga", **options), t, phi, variance)
 
     assert looks(1, 0.0, 0.0)
     assert looks(5, -0.51, 1.0) and not looks(5, -0.5, 1.0) and not looks(5, 0.9, 1.0)
@@ -160,7 +160,7 @@ def test_the_variance_starts_at_the_first_step_and_skips_the_step_after_a_look()
 
 def draws(seed: int, probability: float = 0.3, steps: int = 4000) -> list[bool]:
     options = group(mode="random", seed=seed, probability=probability)
-    return [flatness.looks_again(options, t, 0.0, 0.0) for t in range(1, steps + 1)]
+    return [flatness.is_sync_step(options, t, 0.0, 0.0) for t in range(1, steps + 1)]
 
 
 def test_random_looks_at_the_first_step_whatever_the_probability() -> None:

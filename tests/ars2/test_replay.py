@@ -84,11 +84,11 @@ def test_buffers_come_back_as_often_as_they_are_kept(name: str) -> None:
     network = NETWORKS[name]()
     buffers = Buffers(network)
     for _ in range(3):
-        buffers.keep()
+        buffers.save()
         before = [buffer.clone() for buffer in network.buffers()]
         for _ in range(2):
             network(images())
-        buffers.put_back()
+        buffers.restore()
         assert all(torch.equal(a, b) for a, b in zip(network.buffers(), before, strict=True))
         network(images())  # another step, whose statistics are kept
 
@@ -117,14 +117,14 @@ def test_tables_that_do_not_change_are_copied_once() -> None:
     network[0].register_buffer("rotary", torch.randn(1000), persistent=False)
     buffers = Buffers(network)
     with Copies() as copies:
-        buffers.keep()
+        buffers.save()
     assert copies.numbers == 1000 + 4 + 4 + 1
     with Copies() as copies:
         for _ in range(5):
             network(torch.randn(3, 4))
-            buffers.keep()
+            buffers.save()
             network(torch.randn(3, 4))
-            buffers.put_back()
+            buffers.restore()
     assert copies.numbers == 5 * 2 * (4 + 4 + 1)
 
 
@@ -174,9 +174,9 @@ def test_the_random_state_of_every_device_comes_back(kind: str, monkeypatch: pyt
     def draw() -> list[Tensor]:
         return [torch.rand(3), *(torch.rand(3, generator=generators.of[device]) for device in devices)]
 
-    go_back = random_state(torch.device("cpu"), *devices)
+    restore = random_state(torch.device("cpu"), *devices)
     first, other = draw(), draw()
-    go_back()
+    restore()
     assert all(torch.equal(a, b) for a, b in zip(draw(), first, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
@@ -186,9 +186,9 @@ def test_a_device_whose_random_state_cannot_be_read_is_named(backend: Any, monke
     if backend is not None:
         monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
     with pytest.warns(UserWarning, match="random state of devices of type '.*' cannot be read: there the second pass"):
-        go_back = random_state(torch.device("privateuseone", 0))
+        restore = random_state(torch.device("privateuseone", 0))
     first = torch.rand(3)
-    go_back()
+    restore()
     assert torch.equal(torch.rand(3), first)  # the host's is replayed all the same
 
 

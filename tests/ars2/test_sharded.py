@@ -203,10 +203,10 @@ def test_whole_state_is_loaded_into_shards_and_training_goes_on(mesh: DeviceMesh
 
 def test_a_copy_knows_that_its_parameters_are_sharded(mesh: DeviceMesh) -> None:
     optimizer = ARS2Neo(problem_groups(sharded_problem(mesh)))
-    assert isinstance(optimizer._ranks, Shards)
+    assert isinstance(optimizer._layout, Shards)
     optimizer.distribute(None, "bfloat16")
-    assert optimizer._ranks.dtype is torch.bfloat16
-    assert isinstance(deepcopy(optimizer)._ranks, Shards)
+    assert optimizer._layout.dtype is torch.bfloat16
+    assert isinstance(deepcopy(optimizer)._layout, Shards)
 
 
 @pytest.mark.parametrize("option", ["compile", "capturable"])

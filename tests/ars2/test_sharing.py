@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ars2.orthogonalize import orthogonalize_all
-from ars2.sharing import newton_schulz_cost, orthogonalize_replicated, orthogonalize_sharded, owners
+from ars2.sharing import assign_to_ranks, newton_schulz_cost, orthogonalize_replicated, orthogonalize_sharded
 from tests.helpers.launching import become, launch
 
 # Fewer tensors than ranks is a case too; 2 rows over 3 ranks leave one without any.
@@ -79,8 +79,8 @@ def test_every_rank_gets_what_one_process_computes(ranks: int, tmp_path: Path) -
 
 def test_work_is_shared_out_by_cost_and_not_by_count() -> None:
     costs = [newton_schulz_cost(1, 512, 4608), *[newton_schulz_cost(1, 64, 64)] * 6]
-    taken = owners(costs, 2)
-    assert taken[0] == 0 and set(taken[1:]) == {1}
+    owner = assign_to_ranks(costs, 2)
+    assert owner[0] == 0 and set(owner[1:]) == {1}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -88,13 +88,13 @@ def test_no_rank_has_a_third_more_work_than_need_be(ranks: int) -> None:
     generator = torch.Generator().manual_seed(ranks)
     for _ in range(20):
         costs: list[int] = torch.randint(1, 100, (6,), generator=generator).tolist()
-        taken = owners(costs, ranks)
+        owner = assign_to_ranks(costs, ranks)
 
-        def greatest(taken: tuple[int, ...] | list[int], costs: list[int] = costs) -> int:
-            return max(sum(cost for cost, one in zip(costs, taken, strict=True) if one == r) for r in range(ranks))
+        def greatest(owner: tuple[int, ...] | list[int], costs: list[int] = costs) -> int:
+            return max(sum(cost for cost, one in zip(costs, owner, strict=True) if one == r) for r in range(ranks))
 
         best = min(greatest(other) for other in product(range(ranks), repeat=6))
-        assert greatest(taken) <= (4 / 3 - 1 / (3 * ranks)) * best
+        assert greatest(owner) <= (4 / 3 - 1 / (3 * ranks)) * best
 
 
 def test_the_cost_of_a_matrix_is_that_of_its_transpose() -> None:

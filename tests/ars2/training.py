@@ -40,8 +40,8 @@ def setup(
 
 def cut_in_pieces(monkeypatch: pytest.MonkeyPatch, numel: int = 7) -> None:
     """Let the optimizer work tensor by tensor, on pieces of so many entries where tensors are larger."""
-    monkeypatch.setattr(batch, "_PART_NUMEL", 1)
-    monkeypatch.setattr(batch, "_PIECE_NUMEL", numel)
+    monkeypatch.setattr(batch, "_CHUNK_NUMEL", 1)
+    monkeypatch.setattr(batch, "_FLAT_CHUNK_NUMEL", numel)
 
 
 def closure_of(model: SmallProblem, optimizer: Optimizer, step: int) -> Callable[[], Tensor]:
