@@ -1,8 +1,8 @@
 """Measure how close ARS2's direction comes to the exact natural gradient.
 
     python -m studies.natural_gradient                       # all of results/natural_gradient, about six minutes
-    python -m studies.natural_gradient --report              # only the table and the picture, from cosines.csv
-    python -m studies.natural_gradient --seeds 2 --steps 30  # a quick look, printed and not written
+    python -m studies.natural_gradient --report              # only the table and the picture, from cosines.csv.gz
+    python -m studies.natural_gradient --seeds 2 --steps 30  # a quick try, printed and not written
 
 The network is a two-layer MLP (tanh, 22-24-11, 827 parameters) on the sum of two one-hot numbers modulo 11, trained on
 80 % of the 121 pairs in batches of 32, in float64, without weight decay. Five optimizers train it in turn. On each
@@ -236,15 +236,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=math.inf, help="leave out checkpoints after this step")
-    parser.add_argument("--report", action="store_true", help="write table and picture from cosines.csv")
+    parser.add_argument("--report", action="store_true", help="write table and picture from cosines.csv.gz")
     options = parser.parse_args()
     if options.report:
-        report.write(report.read(FOLDER / "cosines.csv"), FOLDER)
+        report.write(report.read(FOLDER / "cosines.csv.gz"), FOLDER)
     else:
         chosen = tuple(step for step in CHECKPOINTS if step <= options.steps)
         rows = study(options.seeds, chosen)
         if options.seeds >= 5 and chosen == CHECKPOINTS:
-            report.save(rows, FOLDER / "cosines.csv")
-            report.write(report.read(FOLDER / "cosines.csv"), FOLDER)
+            report.save(rows, FOLDER / "cosines.csv.gz")
+            report.write(report.read(FOLDER / "cosines.csv.gz"), FOLDER)
         else:
             print(report.table(rows))

@@ -1,6 +1,8 @@
 """Make the table and the picture of studies/natural_gradient.py from its rows."""
 
 import csv
+import gzip
+import io
 import math
 import statistics
 from pathlib import Path
@@ -28,18 +30,19 @@ PAIRS = (
 
 
 def save(rows: Rows, path: Path) -> None:
-    """Write the rows as CSV with four digits."""
+    """Write the rows as gzipped CSV with four digits, the same bytes for the same rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items()})
+    path.write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
 
 
 def read(path: Path) -> Rows:
     """Read what :func:`save` wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
         return [
             {key: v if key in TEXT else int(v) if key in WHOLE else float(v) for key, v in row.items()}
             for row in csv.DictReader(file)
@@ -113,8 +116,9 @@ def table(rows: Rows) -> str:
     parts = [
         "# How close optimizers come to the exact natural gradient\n",
         f"Mean over {len(drivers)} drivers and steps {', '.join(map(str, steps))} within a seed, then mean and 95 %"
-        f" interval (Student's t) over {seeds} seeds; weight matrices only, unless said. What the words mean stands at"
-        " the top of studies/natural_gradient.py, what to make of it in README.md here, every number in cosines.csv.\n",
+        f" interval (Student's t) over {seeds} seeds; weight matrices only, unless stated. The terms are"
+        " explained at the top of studies/natural_gradient.py; README.md here draws the conclusions, and cosines.csv.gz"
+        " has every number.\n",
     ]
     for target, title in TARGETS.items():
         cosines = lines([("cosine_weights", {"target": target, "damping": d}) for d in dampings])

@@ -42,8 +42,8 @@ def test_means_are_within_seeds_first() -> None:
 
 
 def test_rows_come_back_from_the_file(tmp_path: Path) -> None:
-    save(rows(), tmp_path / "deep/cosines.csv")
-    back = read(tmp_path / "deep/cosines.csv")
+    save(rows(), tmp_path / "deep/cosines.csv.gz")
+    back = read(tmp_path / "deep/cosines.csv.gz")
     assert back == [
         {key: pytest.approx(value, rel=1e-3) if isinstance(value, float) else value for key, value in row.items()}
         for row in rows()
@@ -61,7 +61,7 @@ def test_the_table_has_what_was_measured(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def measured() -> Rows:
-    return read(FOLDER / "cosines.csv")
+    return read(FOLDER / "cosines.csv.gz")
 
 
 def test_the_published_table_is_that_of_the_published_numbers(measured: Rows) -> None:
