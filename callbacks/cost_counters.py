@@ -1,4 +1,4 @@
-"""What a run has spent, as columns of its log: every curve can then be drawn over any of them."""
+"""Log the costs of a run, so that its curves can be drawn over any of them."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,6 +9,7 @@ import lightning.pytorch as L
 import torch
 from torch.optim import Optimizer
 
+from callbacks.module_protocol import TrainedModule
 from experiment.distributed import gather_per_rank, local_share
 
 if TYPE_CHECKING:
@@ -18,19 +19,22 @@ _KEPT = ("examples", "training_seconds", "flops", "flops_per_example", "flops_pe
 
 
 class CostCounters(L.Callback):
-    """Logs the costs so far with every row that an epoch's end or a validation writes.
+    """Log the costs so far in every row that an epoch's end or a validation writes.
 
-    ``cost/optimizer_steps``; ``cost/gradient_evaluations`` (a step that looks twice makes two);
-    ``cost/examples``, or ``cost/tokens`` where the module counts those (its ``unit``; handed to training, over all
-    processes; a second look at the same batch adds none); ``cost/training_seconds`` (waiting for data included;
-    evaluation, and saving checkpoints, excluded); and ``cost/flops``. All go on where they were when a run is resumed.
-    Numbers are logged in double precision, where counts are exact up to 2**53.
+    - ``cost/optimizer_steps``;
+    - ``cost/gradient_evaluations``: a two-pass step makes two;
+    - ``cost/examples``, or ``cost/tokens`` where that is the module's ``unit``: those that all processes trained on. A
+      second pass over the same batch adds none;
+    - ``cost/training_seconds``: includes waiting for data, excludes evaluation and saving checkpoints;
+    - ``cost/flops``.
 
-    Floating-point operations are those of matrix products, convolutions and attention, as torch counts them: the
-    training's first update is watched while it is made, and gives the operations per example of a gradient evaluation
-    and, apart, those of the optimizer's own products, taken to be the same in every update. What is compiled, network
-    or optimizer, is not until after that update. Over several processes the optimizer's are counted as if each made
-    those that the first one made.
+    A resumed run continues the counts. Values are logged in double precision, which is exact for counts up to 2**53.
+
+    Floating-point operations are those of matrix products, convolutions and attention, as torch counts them. The first
+    update of training is measured. It gives the operations of one gradient evaluation per example and, apart from
+    these, the operations of the optimizer, which are assumed to be equal in every update. A compiled network or
+    optimizer runs uncompiled in that update. With several processes, each is assumed to spend as many operations in the
+    optimizer as rank zero did in the first update.
     """
 
     changes_training = False
@@ -46,21 +50,22 @@ class CostCounters(L.Callback):
         self._eagerly: AbstractContextManager[None] = nullcontext()
         self._products, self._optimizer_from = 0.0, 0.0
         self._window, self._evaluations = 0, 0
-        self._share: dict[str, Any] | None = None  # of a checkpoint of as many processes
+        # The counts of this rank, from a checkpoint of equally many processes.
+        self._share: dict[str, Any] | None = None
 
-    def costs(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
-        """Return the costs by log key, as they are now."""
+    def costs(self, trainer: L.Trainer, pl_module: TrainedModule) -> dict[str, float]:
+        """Return the current costs by log key."""
         self._count()
         return {
             "cost/optimizer_steps": float(trainer.global_step),
-            "cost/gradient_evaluations": float(pl_module.gradient_evaluations),  # type: ignore[arg-type]
-            f"cost/{getattr(pl_module, 'unit', 'examples')}": float(self.examples),
+            "cost/gradient_evaluations": float(pl_module.gradient_evaluations),
+            f"cost/{pl_module.unit}": float(self.examples),
             "cost/training_seconds": self.training_seconds,
             "cost/flops": float(self.flops),
         }
 
     def _count(self) -> None:
-        """Add the time since the last mark, if the clock runs."""
+        """Add the time since the last mark, if the clock is running."""
         if self._mark is not None:
             now = perf_counter()
             self.training_seconds += now - self._mark
@@ -68,17 +73,21 @@ class CostCounters(L.Callback):
 
     def _pause(self, pl_module: L.LightningModule) -> None:
         if self._mark is not None and pl_module.device.type == "cuda":
-            # Work that was queued for training would otherwise be waited for by what follows.
+            # Kernels that training has queued belong to training.
             torch.cuda.synchronize(pl_module.device)
         self._count()
         self._mark = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._evaluations = int(pl_module.gradient_evaluations)  # type: ignore[arg-type]
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        module: TrainedModule = pl_module
+        self._evaluations = module.gradient_evaluations
 
     @contextmanager
     def paused(self, pl_module: L.LightningModule) -> Iterator[None]:
-        """A block whose time is not training's, wherever it stands; if the clock ran before it, it runs on after it."""
+        """Exclude a block from the training seconds.
+
+        The clock runs again after the block only if it ran before it.
+        """
         running = self._mark is not None
         self._pause(pl_module)
         try:
@@ -89,19 +98,18 @@ class CostCounters(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._mark = perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        examples = pl_module.batch_size(batch) * trainer.world_size  # type: ignore[operator]
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        module: TrainedModule = pl_module
+        examples = module.batch_size(batch) * trainer.world_size
         self.examples += examples
         self._window += examples
         self._count()
-        # A checkpoint paused the clock, or a run resumed within an epoch has not started it.
+        # The clock stands still after a checkpoint, and where a run resumes within an epoch.
         self._mark = self._mark or perf_counter()
         if self.flops_per_example is None:
             from torch.utils.flop_counter import FlopCounterMode
 
-            # A compiled function would show the mode none of its operations, and refuses to run under it.
+            # Compiled functions refuse to run under the counter, which could not see their operations.
             self._eagerly = torch.compiler.set_stance("force_eager")
             self._eagerly.__enter__()
             self._watch = FlopCounterMode(display=False)
@@ -111,10 +119,11 @@ class CostCounters(L.Callback):
         if self._watch is not None:
             self._optimizer_from = self._products + self._watch.get_total_flops()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self._stop_watching()
-        passes = int(pl_module.gradient_evaluations) - self._evaluations  # type: ignore[arg-type]
-        if passes > 0:  # the window of batches was full, and the update was made
+        module: TrainedModule = pl_module
+        passes = module.gradient_evaluations - self._evaluations
+        if passes > 0:  # This batch completed a window and its update.
             if self.flops_per_example is None:
                 self.flops_per_example = self._optimizer_from * trainer.world_size / (passes * self._window)
                 self.flops_per_update = (self._products - self._optimizer_from) * trainer.world_size
@@ -144,9 +153,9 @@ class CostCounters(L.Callback):
         self._pause(pl_module)
         self._log(trainer, pl_module)
 
-    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _log(self, trainer: L.Trainer, pl_module: Any) -> None:
         shared = trainer.world_size > 1
-        # Only a mean over processes needs the values on their device, which may not know doubles.
+        # Only the mean over processes needs the values on a device. Not every device has doubles.
         device = pl_module.device if shared else torch.device("cpu")
         for name, value in self.costs(trainer, pl_module).items():
             pl_module.log(name, torch.tensor(value, dtype=torch.float64, device=device), batch_size=1, sync_dist=shared)
@@ -154,7 +163,7 @@ class CostCounters(L.Callback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._pause(pl_module)
         if trainer.world_size > 1:
-            # Each process has counted its share of the examples and of the optimizer's products.
+            # The ranks differ in their examples and in the optimizer's operations.
             checkpoint["costs"] = gather_per_rank(trainer, self.state_dict())
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

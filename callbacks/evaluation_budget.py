@@ -1,18 +1,20 @@
-"""One limit for every optimizer: a run may spend so many gradient evaluations."""
+"""Limit every optimizer to the same number of gradient evaluations."""
 
 from typing import Any
 
 import lightning.pytorch as L
 
+from callbacks.module_protocol import TrainedModule
+
 
 class EvaluationBudget(L.Callback):
-    """Stops training when the gradient evaluations reach a number; what was trained is validated before.
+    """Stop training when the gradient evaluations reach a number, and validate first.
 
-    Steps that look twice spend two evaluations, so that the last step may go one above.
+    A two-pass step spends two evaluations, so that the last step may exceed the budget by one.
 
     Args:
         gradient_evaluations: the budget, at least 1.
-        finish_epoch: whether the epoch is finished in which the budget is spent; if not, it ends with that step.
+        finish_epoch: whether to finish the epoch in which the budget is spent, or to end training with that step.
 
     Raises:
         ValueError: a budget below 1.
@@ -25,13 +27,13 @@ class EvaluationBudget(L.Callback):
             raise ValueError(f"gradient_evaluations must be at least 1, got {gradient_evaluations}")
         self.gradient_evaluations, self.finish_epoch = gradient_evaluations, finish_epoch
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if not self.finish_epoch:
             self._stop_if_spent(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._stop_if_spent(trainer, pl_module)
 
-    def _stop_if_spent(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if int(pl_module.gradient_evaluations) >= self.gradient_evaluations:  # type: ignore[arg-type]
+    def _stop_if_spent(self, trainer: L.Trainer, module: TrainedModule) -> None:
+        if module.gradient_evaluations >= self.gradient_evaluations:
             trainer.should_stop = True

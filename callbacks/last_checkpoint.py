@@ -1,4 +1,4 @@
-"""Save the checkpoint to resume from: regularly, at the end of training, and on a signal."""
+"""Save the checkpoint to resume from, regularly, at the end, and on a signal."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ class Stopped(SystemExit):
 
 
 class StopSignals(L.Callback):
-    """Catch SIGINT and SIGTERM during training, so that :class:`LastCheckpoint` saves first.
+    """Catch SIGINT and SIGTERM in training, so that :class:`LastCheckpoint` saves.
 
     After the first signal, training continues to the next place where a checkpoint is complete: the end of a window of
     batches, or of the epoch's validation. A second signal acts as if this callback did not exist.
@@ -102,7 +102,7 @@ def asked_to_stop(trainer: L.Trainer, agreed: bool | None = None) -> list[StopSi
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Write ``last.ckpt`` every n epochs, every n steps if wanted, and when training ends.
+    """Write ``last.ckpt`` every n epochs or steps, and when training ends.
 
     It is also written when a signal stops training. If a loss or gradient that is not finite stops training, it holds
     the state before that step. The checkpoint before it stays as ``last-previous.ckpt``. Where ``max_steps`` ends

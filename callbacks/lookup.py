@@ -1,4 +1,4 @@
-"""Finding one callback from another, and the run's folder."""
+"""Find the callbacks of a trainer and the folder of its run."""
 
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +10,7 @@ Kind = TypeVar("Kind", bound=L.Callback)
 
 
 def callbacks_of(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
-    """Return the trainer's callbacks of the class ``kind``, subclasses included, in their order."""
+    """Return the trainer's callbacks of a class, subclasses included, in their order."""
     callbacks: list[L.Callback] = vars(trainer)["callbacks"]
     return [callback for callback in callbacks if isinstance(callback, kind)]
 
@@ -18,7 +18,7 @@ def callbacks_of(trainer: L.Trainer, kind: type[Kind]) -> list[Kind]:
 def folder_of(trainer: L.Trainer) -> Path | None:
     """Return the folder of the run, if it has one.
 
-    It is ``trainer.log_dir``, which waits for all processes to ask for it at once; this may be asked for by one.
+    It is ``trainer.log_dir``. Unlike that property, which is a collective, this function may be called on one rank.
     """
     if not trainer.loggers:
         return Path(trainer.default_root_dir)

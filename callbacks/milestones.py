@@ -1,4 +1,4 @@
-"""When a run first passed the thresholds that grokking experiments are compared by."""
+"""Record when a run first passed the thresholds by which grokking is compared."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,12 +6,14 @@ from typing import Any
 import lightning.pytorch as L
 from torch import Tensor
 
+from callbacks.module_protocol import TrainedModule
+
 
 @dataclass(frozen=True)
 class Threshold:
-    """A milestone: its name, the logged epoch mean it reads, and the value to pass.
+    """Define a milestone by the logged epoch mean that it reads and the value to pass.
 
-    A ``metric`` that ends in ``loss`` must fall below ``value``; any other must be at least ``value``.
+    A ``metric`` that ends in ``loss`` must fall below ``value``. Any other must be at least ``value``.
     """
 
     name: str
@@ -19,7 +21,10 @@ class Threshold:
     value: float
 
     def passed(self, measured: Tensor) -> bool:
-        """Compare in the dtype of ``measured``: 95 of 100 in float32 is a little less than the double 0.95."""
+        """Return whether ``measured`` passes, compared in its own dtype.
+
+        In float32, 95 of 100 is slightly less than the double 0.95.
+        """
         return bool(measured < self.value if self.metric.endswith("loss") else measured >= self.value)
 
     def __str__(self) -> str:
@@ -41,15 +46,14 @@ THRESHOLDS = (
 
 
 class GrokkingMilestones(L.Callback):
-    """Remembers the epoch, the optimizer steps and the gradient evaluations at which each threshold was first passed.
+    """Record the epoch, the steps and the gradient evaluations at each milestone.
 
-    The epoch is the number of completed epochs, so the first one is 1; thresholds are looked at when an epoch ends. A
-    milestone is logged once, as ``milestone/<name>`` with the epoch as its value, in the row of that epoch; the
-    progress bar names the last one. A milestone once reached stays reached, also when the metric falls back or the run
-    is resumed.
+    The epoch is the number of completed epochs, so the first one is 1. Thresholds are checked when an epoch ends. A
+    milestone is logged once, as ``milestone/<name>`` with the epoch as its value, in the row of that epoch. The
+    progress bar names the latest one. A milestone stays reached if the metric falls back later or the run is resumed.
 
     Args:
-        stop_at: the milestone at which training stops; ``None`` trains on.
+        stop_at: the milestone at which training stops; ``None`` does not stop.
 
     Raises:
         ValueError: ``stop_at`` is no milestone.
@@ -66,16 +70,17 @@ class GrokkingMilestones(L.Callback):
 
     @property
     def stopped(self) -> bool:
-        """Whether the milestone at which training stops was reached."""
+        """Return whether the milestone at which training stops was reached."""
         return self.stop_at in self.reached
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Train no further if the resumed run had come to its end."""
+        """Stop at once if the resumed run had already reached its end."""
         self._finish(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        module: TrainedModule = pl_module
         for threshold in THRESHOLDS:
-            # Means of an earlier epoch, where this one brought none, can pass nothing that they had not passed then.
+            # An epoch that logs no mean leaves that of an earlier epoch here, which passes nothing new.
             measured = trainer.callback_metrics.get(threshold.metric)
             if threshold.name in self.reached or measured is None:
                 continue
@@ -84,14 +89,14 @@ class GrokkingMilestones(L.Callback):
                 self.reached[threshold.name] = {
                     "epoch": epoch,
                     "optimizer_steps": trainer.global_step,
-                    "gradient_evaluations": int(pl_module.gradient_evaluations),  # type: ignore[arg-type]
+                    "gradient_evaluations": module.gradient_evaluations,
                 }
                 pl_module.log(f"milestone/{threshold.name}", float(epoch), sync_dist=trainer.world_size > 1)
         self._finish(trainer)
 
     def _finish(self, trainer: L.Trainer) -> None:
         if self.reached:
-            # Lightning logs numbers alone to the bar, where a number would not say which milestone it is.
+            # Lightning logs only numbers to the bar, and a number would not name the milestone.
             name, at = list(self.reached.items())[-1]
             shown: dict[str, Any] = trainer.progress_bar_metrics
             shown["milestone"] = f"{name}@{at['epoch']}"
@@ -99,14 +104,15 @@ class GrokkingMilestones(L.Callback):
             trainer.should_stop = True
 
     def report(self, steps: int) -> dict[str, dict[str, Any]]:
-        """Return, by milestone, what was passed, when (``None`` where it was not), and the same as a phrase.
+        """Describe every milestone, whether it was reached or not.
 
         Args:
             steps: the optimizer steps made so far.
 
         Returns:
             For each name, in the order of the thresholds: ``threshold``, ``epoch``, ``optimizer_steps``,
-            ``gradient_evaluations`` and ``text``, such as ``"epoch 12"`` or ``"not within 800 steps"``.
+            ``gradient_evaluations`` (``None`` where it was not reached) and ``text``, such as ``"epoch 12"`` or
+            ``"not within 800 steps"``.
         """
         rows: dict[str, dict[str, Any]] = {}
         for threshold in THRESHOLDS:

@@ -1,4 +1,4 @@
-"""Declare what callbacks use of the module that is trained, beyond Lightning's own."""
+"""Declare what callbacks need of the trained module, beyond Lightning's own."""
 
 from typing import Any, Protocol
 

@@ -1,4 +1,4 @@
-"""What the optimizer does to the weights: sizes of gradient and update, agreement of the two gradients, AGA's state."""
+"""Measure what an optimizer does to the weights: norms, updates, AGA's state."""
 
 import math
 from typing import Any
@@ -16,16 +16,18 @@ COUNTERS = ("steps", "sync_steps", "gradient_evaluations")
 
 
 def norm(tensors: list[Tensor], shards: Shards | None) -> Tensor:
-    """Return the Euclidean norm over all elements of ``tensors`` (at least one), a float32 scalar on their device.
+    """Return the Euclidean norm over all elements of at least one tensor.
 
-    ``shards`` are the processes that hold the other rows of them, if there are any.
+    Args:
+        tensors: on one device, where the float32 scalar is returned.
+        shards: the processes that have the other rows of the tensors; ``None`` if there are none.
     """
     length = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).norm()
     return length if shards is None else shards.all_reduce_norms([], [length])[1][0]
 
 
 def cosine(pairs: list[tuple[Tensor, Tensor]], shards: Shards | None) -> Tensor:
-    """Return the cosine of the two vectors that all elements of each side make; a scale of either does not matter."""
+    """Return the cosine between all first and all second tensors, each as one vector."""
     firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
     product = torch.stack([(first.float() * second.float()).sum() for first, second in pairs]).sum()
     if shards is not None:
@@ -34,21 +36,21 @@ def cosine(pairs: list[tuple[Tensor, Tensor]], shards: Shards | None) -> Tensor:
 
 
 class OptimizerInternals(L.Callback):
-    """Measures every n-th optimizer step, of any optimizer, and writes one row to the loggers.
+    """Measure every n-th step of any optimizer, and write one row to the loggers.
 
-    The row has the step number of Lightning's own rows (the batch's index), ``epoch``, the costs if
-    :class:`callbacks.cost_counters.CostCounters` is there, and:
+    The row has the step number of Lightning's rows (the index of the batch), ``epoch``, the costs if
+    :class:`callbacks.cost_counters.CostCounters` is in use, and:
 
-    - ``optimizer/gradient_norm``: of the gradient that updates, before clipping;
-    - ``optimizer/update_rms_<track>``: root mean square of what the step, weight decay included, added to the weights
-      of a track (``matrix`` or ``vector``); ``optimizer/update_ratio_<track>``: that over the root mean square of the
-      weights before it;
-    - ``flatness/gradient_cosine``: of first and second gradient over all parameters, if the step looked twice;
-    - where the optimizer has ``diagnostics()``: its values as ``flatness/...`` (``effective_k`` from the first look
-      on), and ``flatness/trigger_rate``, the looks per step since the row before.
+    - ``optimizer/gradient_norm``: the norm of the gradient that updates, before clipping;
+    - ``optimizer/update_rms_<track>``: the root mean square of the change of a track's weights (``matrix`` or
+      ``vector``), weight decay included;
+    - ``optimizer/update_ratio_<track>``: that divided by the root mean square of the weights before the step;
+    - ``flatness/gradient_cosine``: between first and second gradient over all parameters, in a two-pass step;
+    - where the optimizer has ``diagnostics()``: its values as ``flatness/...`` (``effective_k`` after the first second
+      pass), and ``flatness/trigger_rate``, the second passes per step since the row before.
 
-    A measured step copies the weights and reads the device once. The other steps, and runs without a logger, cost
-    nothing to speak of.
+    A measured step copies the weights and synchronises with the device once. Other steps, and runs without a logger,
+    cost practically nothing.
 
     Args:
         every_n_steps: optimizer steps from one row to the next.
@@ -63,7 +65,7 @@ class OptimizerInternals(L.Callback):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.every_n_steps = every_n_steps
-        self.steps, self.looks = 0.0, 0.0
+        self.steps, self.second_passes = 0.0, 0.0
         self._before: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self._measured: dict[str, Tensor] = {}
         self._shards: Shards | None = None
@@ -85,7 +87,7 @@ class OptimizerInternals(L.Callback):
         self._before = {track: (ps, [local(p).clone() for p in ps]) for track, ps in by_track.items() if ps}
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if not self._measured:
             return
         for track, (params, before) in self._before.items():
@@ -104,17 +106,18 @@ class OptimizerInternals(L.Callback):
             logger.log_metrics(row, trainer.fit_loop.total_batch_idx)
 
     def _flatness(self, report: dict[str, float]) -> dict[str, float]:
-        steps, looks = report["steps"] - self.steps, report["sync_steps"] - self.looks
-        self.steps, self.looks = report["steps"], report["sync_steps"]
+        steps, second_passes = report["steps"] - self.steps, report["sync_steps"] - self.second_passes
+        self.steps, self.second_passes = report["steps"], report["sync_steps"]
         row = {f"flatness/{name}": value for name, value in report.items() if name not in COUNTERS}
         if math.isinf(row["flatness/effective_k"]):
-            # No look so far: not every logger takes an infinity.
+            # There was no second pass so far, and not every logger takes an infinity.
             del row["flatness/effective_k"]
         # A gradient scaler may have skipped the step.
-        return row | ({"flatness/trigger_rate": looks / steps} if steps else {})
+        return row | ({"flatness/trigger_rate": second_passes / steps} if steps else {})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "looks": self.looks}
+        # The key "looks" is that of older checkpoints.
+        return {"steps": self.steps, "looks": self.second_passes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps, self.looks = state_dict["steps"], state_dict["looks"]
+        self.steps, self.second_passes = state_dict["steps"], state_dict["looks"]

@@ -1,4 +1,4 @@
-"""Progress for people: the time the whole run may still take, in Lightning's bar or on plain lines."""
+"""Show the progress of a run and the time it may still take."""
 
 import time
 from typing import Any
@@ -18,7 +18,7 @@ def clock(seconds: float) -> str:
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's bar with how long the run takes at most; without a terminal, a plain line now and then."""
+    """Show Lightning's bar with the most time left, or plain lines without a terminal."""
 
     changes_training = False
 
@@ -38,14 +38,14 @@ class ProgressBar(RichProgressBar):
         self._first_epoch = trainer.current_epoch
 
     def _seconds_left(self, trainer: L.Trainer, epochs_done: float) -> float | None:
-        """Return the time to the end of the last epoch at the rate so far; ``None`` if that is not known."""
+        """Return the seconds to the last epoch's end at the rate so far, or ``None``."""
         here = epochs_done - self._first_epoch
         if here <= 0 or not trainer.max_epochs or trainer.max_epochs < 0:
             return None
         return (time.monotonic() - self._start) / here * (trainer.max_epochs - epochs_done)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Return the metrics behind the bar, without the version number, with the time left."""
+        """Return the metrics shown by the bar: the time left, but no version number."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         total = trainer.num_training_batches
@@ -54,10 +54,10 @@ class ProgressBar(RichProgressBar):
         return metrics if left is None else {**metrics, "at most left": clock(left)}
 
     def _get_train_description(self, current_epoch: int) -> str:
-        """Count epochs from 1, as summary, milestones and plain lines do."""
+        """Count epochs from 1, as the summary, milestones and plain lines do."""
         last = self.trainer.max_epochs
         description = f"Epoch {current_epoch + 1}" + (f"/{last}" if last and last > 0 else "")
-        # Padded as Lightning does it, so that lines do not flicker.
+        # Lightning pads it too, so that the lines do not flicker.
         return description.ljust(len(self.validation_description))
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

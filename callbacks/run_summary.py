@@ -1,4 +1,4 @@
-"""What came of a run: a short table at its end, and the same as a file."""
+"""Summarise a run at its end, in a short table and in ``summary.json``."""
 
 import contextlib
 import json
@@ -22,21 +22,21 @@ from ars2 import report
 from callbacks.cost_counters import CostCounters
 from callbacks.lookup import callbacks_of
 from callbacks.milestones import GrokkingMilestones
-from modules.two_pass import TwoPassModule
+from callbacks.module_protocol import TrainedModule
 
 LOWER_IS_BETTER = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
 PLACES = {"best_checkpoint": "best checkpoint", "last_checkpoint": "last checkpoint", "run_folder": "run folder"}
 
 
 def without_nonfinite(value: Any) -> Any:
-    """Return ``value`` with every NaN and infinity in it, which JSON does not know, as ``None``."""
+    """Replace every NaN and infinity in ``value``, which JSON lacks, by ``None``."""
     if isinstance(value, dict):
         return {key: without_nonfinite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment() -> dict[str, str]:
-    """Return what a number depends on beside the config: the command, versions, processor and threads."""
+    """Return the command, versions, processor and threads that numbers depend on."""
     processor = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -53,21 +53,23 @@ def environment() -> dict[str, str]:
 
 
 def description(trainer: L.Trainer) -> dict[str, Any]:
-    """Return what the numbers depend on that the data module has a choice of, where it says so: splits, corpus."""
+    """Return the data module's description of its splits and corpus, or nothing."""
     data: Any = getattr(trainer, "datamodule", None)
     return dict(data.description()) if hasattr(data, "description") else {}
 
 
 class RunSummary(L.Callback):
-    """Prints a table when fitting ends, is stopped or is interrupted, and writes ``summary.json`` to the run folder.
+    """Print a table when fitting ends or is interrupted, and write ``summary.json``.
 
     Both have the status (``finished``, ``stopped early``, ``stopped early (milestone)`` or ``interrupted``), the best
-    and last value of each validation metric (the best is the lowest of a loss or perplexity, the highest of any other;
-    epochs count from 1), and the wall seconds from the start of fitting, evaluation included, summed over resumed
-    parts. What each split is, milestones, costs and checkpoint paths come from the data module and the callbacks that
-    know them, if they are there. The run folder is the first logger's; without a logger no file is written. Non-finite
-    numbers are ``null`` in it. At the start it prints what each split is, and ``parameters.txt`` lists which parameter
-    is on which track and why.
+    and last value of each validation metric, and the wall seconds. The best value is the lowest of a loss or
+    perplexity, the highest of any other metric. Epochs count from 1. Wall seconds run from the start of fitting,
+    include evaluation, and are summed over resumed parts. The description of the data, milestones, costs and checkpoint
+    paths are included if the data module and the callbacks that know them are in use.
+
+    The run folder is that of the first logger. Without a logger no file is written. Numbers that are not finite are
+    ``null`` in the file. At the start the description of the data is printed, and ``parameters.txt`` lists the track of
+    every parameter and why.
     """
 
     changes_training = False
@@ -78,13 +80,14 @@ class RunSummary(L.Callback):
         self._mark: float | None = None
         self._folder: str | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        module: TrainedModule = pl_module
         self._mark = perf_counter()
-        # Asked for here, because it needs every process, and an interrupted one may be alone.
+        # log_dir is a collective, and an interrupted process may be alone.
         self._folder = trainer.log_dir if trainer.loggers else None
-        if self._folder is not None and trainer.is_global_zero and isinstance(pl_module, TwoPassModule):
+        if self._folder is not None and trainer.is_global_zero:
             Path(self._folder).mkdir(parents=True, exist_ok=True)
-            parameters = report(pl_module.network, pl_module.policy)
+            parameters = report(module.network, module.policy)
             (Path(self._folder) / "parameters.txt").write_text(parameters + "\n", encoding="utf-8")
             get_console().print(parameters.splitlines()[-1], highlight=False)
         if trainer.is_global_zero:
@@ -123,8 +126,8 @@ class RunSummary(L.Callback):
         self._mark = None
         self._report(trainer, self.summary(trainer, pl_module, status))
 
-    def summary(self, trainer: L.Trainer, pl_module: L.LightningModule, status: str) -> dict[str, Any]:
-        """Return what is known of the run so far, as it is written to ``summary.json``."""
+    def summary(self, trainer: L.Trainer, pl_module: Any, status: str) -> dict[str, Any]:
+        """Return what is known of the run so far, as ``summary.json`` has it."""
         summary: dict[str, Any] = {
             "status": status,
             "epochs": trainer.current_epoch,
@@ -133,8 +136,8 @@ class RunSummary(L.Callback):
             "run_folder": self._folder,
             "environment": environment(),
         }
-        if said := description(trainer):
-            summary["data"] = said
+        if data := description(trainer):
+            summary["data"] = data
         for milestones in callbacks_of(trainer, GrokkingMilestones):
             summary["milestones"] = milestones.report(trainer.global_step)
         for counters in callbacks_of(trainer, CostCounters):
@@ -145,7 +148,7 @@ class RunSummary(L.Callback):
         for checkpoint in callbacks_of(trainer, ModelCheckpoint):
             if checkpoint.monitor is not None and checkpoint.best_model_path:
                 summary["best_checkpoint"] = checkpoint.best_model_path
-            # Without a metric to watch, Lightning calls the latest one the best.
+            # Without a monitored metric, Lightning calls the latest checkpoint the best.
             latest = checkpoint.best_model_path if checkpoint.monitor is None else ""
             if last := checkpoint.last_model_path or latest:
                 summary["last_checkpoint"] = last
@@ -162,13 +165,13 @@ class RunSummary(L.Callback):
                 temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
                 os.replace(temporary, folder / "summary.json")
             except OSError as error:
-                # Of an interrupted run, perhaps for the same reason: that one is to be heard.
+                # The same full disk may have interrupted the run: its own error must not be hidden by this one.
                 if summary["status"] != "interrupted":
                     raise
                 print(f"summary.json could not be written ({error.strerror})")
                 with contextlib.suppress(OSError):
                     temporary.unlink()
-        # A Rich bar is stopped here, before its own teardown, so that the table comes after it.
+        # A Rich bar stops before its teardown, so that the table comes after it.
         bar = getattr(trainer.progress_bar_callback, "progress", None)
         if bar is not None:
             bar.stop()
@@ -215,6 +218,9 @@ def table(summary: dict[str, Any]) -> Table:
 
 
 def places(summary: dict[str, Any]) -> list[str]:
-    """Return a line for each place where the run left something; not in the table, which would cut long paths."""
+    """Return a line for each file or folder that the run left.
+
+    They are not in the table, which would cut long paths.
+    """
     lines = [f"{name}: {summary[key]}" for key, name in PLACES.items() if summary.get(key)]
-    return lines if summary["run_folder"] else [*lines, "run folder: none, for there is no logger"]
+    return lines if summary["run_folder"] else [*lines, "run folder: none, because there is no logger"]

@@ -1,4 +1,4 @@
-"""Beside a run's config: the protocol under which its numbers were made, the data's contents included."""
+"""Save a run's config and the protocol under which its numbers are made."""
 
 import hashlib
 import os
@@ -13,50 +13,52 @@ from lightning.pytorch.cli import SaveConfigCallback
 from callbacks.lookup import folder_of
 from experiment.identity import CONTENTS, RunIdentity, contents_of, flatten, resolve_config
 
-# Larger folders are told by the names and sizes of their files.
+# The digest of a larger folder has only the names and sizes of its files.
 _MOST_BYTES = 4 << 30
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` as Lightning does, and ``protocol.yaml``: a digest and what it is made of.
+    """Write ``config.yaml`` as Lightning does, and ``protocol.yaml`` beside it.
 
-    That is the options of data, network and evaluation, and the contents of the data: what the data module's
-    ``description()`` returns, or for one without it the digest of every file and folder that its options name. The
-    places themselves do not count: a data module with a ``description()`` may name these options in ``places``, and in
-    ``words`` the entries of its description that are for people alone.
+    The protocol file has a digest and what the digest is made of: the options of data, network and evaluation, and the
+    contents of the data. The contents are what the data module's ``description()`` returns. For a data module without
+    it, they are digests of the files and folders that its options name.
 
-    The options follow from the config; they are kept so that an edited config is noticed.
+    The location of the data is not part of the protocol. A data module with a ``description()`` may list the options
+    that locate data in ``places``, and the entries of its description that are only for readers in ``words``.
+
+    The options could be computed from the config. They are stored so that an edited config is detected.
     """
 
     _found: RunIdentity | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check, on every process, that a run that goes on from a checkpoint is of the protocol of its former part.
+        """Check on every rank that a resumed run keeps its protocol, model and optimizer.
 
         Raises:
-            ValueError: it is of another one.
+            ValueError: the checkpoint is of a run with others.
         """
         if stage == "fit" and not self.already_saved and self.config.get("ckpt_path"):
             _check_resumed(Path(str(self.config["ckpt_path"])), self._identity(trainer))
         super().setup(trainer, pl_module, stage)
 
     def _identity(self, trainer: L.Trainer) -> RunIdentity:
-        if self._found is None:  # asked for twice by a run that goes on, and reading the data takes time
+        if self._found is None:  # A resumed run needs it twice, and reading the data takes time.
             config = resolve_config(self.parser, self.config)
             self._found = RunIdentity(config, *recorded_data(vars(trainer).get("datamodule"), config))
         return self._found
 
     def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write ``protocol.yaml`` to the run folder; called on the first process alone."""
+        """Write ``protocol.yaml`` to the run folder, on rank zero alone."""
         identity = self._identity(trainer)
         content = {"digest": identity.protocol_digest, "places": sorted(identity.places or ()), **identity.protocol}
         folder = folder_of(trainer)
-        assert folder is not None  # else Lightning would have refused to save the config
+        assert folder is not None  # Lightning refuses to save a config without a folder.
         (folder / "protocol.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def recorded_data(data: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the contents of the data, by dotted key, and the options that say where it is.
+    """Return the contents of the data by dotted key, and the options that locate it.
 
     Args:
         data: the data module after its ``setup()``; ``None`` if there is none.
@@ -72,7 +74,7 @@ def recorded_data(data: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 
 def _are_paths(value: Any) -> bool:
-    """Tell a path, or a list of them, from a word that happens to be the name of a folder here."""
+    """Return whether an option is an existing path or a list of them, not a word."""
     if isinstance(value, list):
         return len(value) > 0 and all(map(_are_paths, value))
     if not isinstance(value, str) or not (os.sep in value or Path(value).suffix):
@@ -108,18 +110,22 @@ def _check_resumed(checkpoint: Path, here: RunIdentity) -> None:
     path = folder / "protocol.yaml"
     stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     there = RunIdentity.recorded(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), stored)
-    mine, theirs = (_not_to_change(identity) for identity in (here, there))
-    # What an older run did not record is not known to be another.
-    known = [key for key in {**theirs, **mine} if key in theirs or not key.startswith(CONTENTS)]
-    others = [key for key in known if theirs.get(key) != mine.get(key)]
-    if others:
-        told = ", ".join(f"{key} ({theirs.get(key)} there, {mine.get(key)} here)" for key in others[:3])
+    now, before = _fixed_options(here), _fixed_options(there)
+    # An older run may not have recorded the contents of its data.
+    known = [key for key in {**before, **now} if key in before or not key.startswith(CONTENTS)]
+    changed = [key for key in known if before.get(key) != now.get(key)]
+    if changed:
+        listed = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} here)" for key in changed[:3])
         raise ValueError(
-            f"the run of {checkpoint} was another one: {told}; go on with its own options, or start a new run"
+            f"{checkpoint} is of a run with other options: {listed}; resume it with its original options, or start a"
+            " new run"
         )
 
 
-def _not_to_change(identity: RunIdentity) -> dict[str, Any]:
-    """Return what a run keeps when it goes on: protocol, training step and optimizer, whose state has its options."""
+def _fixed_options(identity: RunIdentity) -> dict[str, Any]:
+    """Return the options that a resumed run must keep.
+
+    These are the protocol, the training step, and the optimizer, whose options are in its state.
+    """
     model = {key: value for key, value in identity.setting.items() if key.startswith("model")}
     return {**identity.protocol, **model, "data.seed": identity.options.get("data.seed")}

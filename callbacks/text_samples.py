@@ -1,4 +1,4 @@
-"""A sample of text at each validation: to watch a language model learn."""
+"""Write a sample of text at each validation, to watch a language model learn."""
 
 import os
 from pathlib import Path
@@ -11,17 +11,17 @@ from callbacks.lookup import folder_of
 
 
 class TextSamples(L.Callback):
-    """Lets the model go on from the data's first prompt after each validation, by the model's sampling options.
+    """Continue the data's first prompt after each validation.
 
-    The text goes to the console, to ``samples.txt`` in the run folder with the number of completed epochs and steps,
-    and to every logger that takes text (``log_text``). It has random numbers of its own: training is not changed. A
-    run that goes on from a checkpoint drops what came after it from the file.
+    The module's sampling options apply. The text goes to the console, to ``samples.txt`` in the run folder together
+    with the completed epochs and steps, and to every logger that takes text (``log_text``). Sampling draws from its own
+    random numbers and does not affect training. A run that resumes from a checkpoint drops later samples from the file.
     """
 
     changes_training = False
 
     def __init__(self) -> None:
-        self._size = 0  # of the file, in bytes
+        self._size = 0  # bytes in the file
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         file = self._file(trainer)
@@ -40,7 +40,7 @@ class TextSamples(L.Callback):
             return
         module: Any = pl_module
         prompt = trainer.datamodule.prompt_tokens()[0].to(module.device)  # type: ignore[attr-defined]
-        # In every process: where the network is sharded, each has a part of it.
+        # Every rank must take part: each has a part of a sharded network.
         text = module.continue_text(prompt)
         if not trainer.is_global_zero:
             return

@@ -1,4 +1,4 @@
-"""Save in every checkpoint what Lightning omits: random states, and how long the log is."""
+"""Save in every checkpoint the random states and the length of the log."""
 
 import random
 from typing import Any
@@ -30,7 +30,7 @@ def random_states() -> dict[str, Any]:
 
 
 def _accelerator() -> tuple[str, list[torch.device]] | None:
-    """Return the kind of accelerator (cuda, mps, xpu, ...) and its devices, or ``None``."""
+    """Return the kind of accelerator (cuda, mps, ...) and its devices, or ``None``."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or not hasattr(torch.get_device_module(accelerator.type), "get_rng_state"):
         return None

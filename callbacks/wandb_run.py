@@ -1,4 +1,4 @@
-"""Draw a finished run, and send Weights & Biases its pictures, files, axes and best values."""
+"""Draw a finished run, and send its pictures and files to Weights & Biases."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,6 +9,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from callbacks.lookup import folder_of
+from callbacks.module_protocol import TrainedModule
 from callbacks.run_summary import LOWER_IS_BETTER
 
 # Files for the artifact, as far as the other callbacks have written them.
@@ -35,11 +36,11 @@ class WandbRun(L.Callback):
     def __init__(self, draw: Callable[[Path], None] | None = None) -> None:
         self.draw = draw
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        metrics: Any = getattr(pl_module, "val_metrics", {})
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        module: TrainedModule = pl_module
         for logger in _wandb_loggers(trainer):
             try:
-                _define(logger.experiment, metrics)
+                _define(logger.experiment, module.val_metrics)
             except Exception as error:
                 print(f"W&B draws this run over steps only ({type(error).__name__}: {error})")
 

@@ -94,8 +94,8 @@ def test_going_on_with_other_options_of_the_protocol_is_refused(tmp_path: Path) 
     longer = ("--trainer.max_epochs", 4, "--ckpt_path", checkpoint, "--runs", tmp_path)
     refused = train_py("fit", *ADAMW, *TINY, *longer, "--data.batch_size", 7, home=tmp_path)
     assert refused.code == 1
-    assert "was another one: data.batch_size (" in refused.err and " there, 7 here)" in refused.err
+    assert "is of a run with other options: data.batch_size (" in refused.err and " there, 7 here)" in refused.err
     for option, value in (("model.optimizer.lr", "0.5"), ("data.seed", "9")):
         refused = train_py("fit", *ADAMW, *TINY, *longer, f"--{option}", value, home=tmp_path)
-        assert refused.code == 1 and f"was another one: {option} (" in refused.err
+        assert refused.code == 1 and f"is of a run with other options: {option} (" in refused.err
     assert train_py("fit", *ADAMW, *TINY, *longer, home=tmp_path).code == 0

@@ -203,7 +203,7 @@ def test_code_in_a_checkpoint_does_not_run(subcommand: str, packed: str, checkpo
 def test_a_checkpoint_of_another_network_is_refused(subcommand: str, checkpoint: Path, tmp_path: Path) -> None:
     line = refused(tmp_path / "runs", subcommand, "--ckpt_path", checkpoint, "--model.width", 16)
     if subcommand == "fit":
-        assert "was another one: model.width (8 there, 16 here)" in line
+        assert "is of a run with other options: model.width (8 there, 16 here)" in line
     else:
         assert "another network" in line
         assert "[2, 4, 8] there and [2, 8, 16] here" in line
