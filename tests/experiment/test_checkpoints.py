@@ -13,7 +13,7 @@ from experiment import checkpoints
 from experiment.checkpoints import AtomicCheckpointIO, check_checkpoint
 from experiment.folders import RunFolder
 from tests.helpers.commands import AGA, TINY, call, folders
-from tests.helpers.killing import life
+from tests.helpers.processes import life
 from tests.helpers.resuming import assert_same_run, checkpoint, fit, only_folder
 
 OPTIONS = (*AGA, *TINY, "--data.train_fraction", "0.6", "--trainer.max_epochs", "5")

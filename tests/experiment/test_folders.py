@@ -8,7 +8,7 @@ import pytest
 
 from experiment.folders import RunFolder, _age, find_runs, find_unfinished, lock, unlock_all
 from tests.helpers.commands import AGA, TINY, folders
-from tests.helpers.killing import begin, context
+from tests.helpers.processes import begin, server
 from tests.helpers.resuming import fit, only_folder
 
 CONFIG = {"seed_everything": 1, "model": {"lr": 0.1}}
@@ -77,6 +77,7 @@ def held_elsewhere(folder: str, answers: object) -> None:
 
 def test_a_run_that_another_process_is_at_is_left_alone(tmp_path: Path) -> None:
     older, newer = (run(tmp_path, f"2026-01-0{day}_00-00-00-seed1") for day in (1, 2))
+    context = server()
     answers = context.Queue()
     process = context.Process(target=held_elsewhere, args=(str(newer), answers))
     process.start()
@@ -97,11 +98,11 @@ def test_two_of_one_command_at_once_are_two_runs(tmp_path: Path) -> None:
     for number in (1, 2):
         processes.append(begin(command, tmp_path / f"output{number}"))
         while len(list((tmp_path / "runs").glob("*/*/metrics.csv"))) < number:
-            assert processes[-1].is_alive(), (tmp_path / f"output{number}").read_text()
+            assert processes[-1].poll() is None, (tmp_path / f"output{number}").read_text()
             time.sleep(0.01)
     for process in processes:
         process.kill()
-        process.join()
+        process.wait(60)
     assert len(folders(tmp_path / "runs")) == 2
 
 

@@ -1,10 +1,9 @@
-"""How the tests use the command line: in this process for most things, in one of its own where that is the point."""
+"""The command line as tests call it: in this process, or in one of its own where that is the point."""
 
 import contextlib
 import csv
 import io
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.cli import main
+from tests.helpers.processes import ROOT, Running
 
-ROOT = Path(__file__).parents[2]
 AGA = ("--config", "configs/grok_aga.yaml")
 ADAMW = ("--config", "configs/grok_adamw.yaml")
 NETWORK = {"p": 7, "width": 8, "heads": 2, "mlp_width": 16}
@@ -70,30 +69,25 @@ def clean_environment(home: Path, **more: str) -> dict[str, str]:
     return {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1", **more}
 
 
-def start(*arguments: object, home: Path, **environment: str) -> "subprocess.Popen[str]":
-    """Start ``python train.py <arguments>`` from the root of the checkout."""
-    return subprocess.Popen(
-        [sys.executable, "train.py", *map(str, arguments)],
-        cwd=ROOT,
-        env=clean_environment(home, **environment),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # In a background job a child would ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def start(*arguments: object, home: Path, **environment: str) -> Running:
+    """Start ``python train.py <arguments>`` from the root of the checkout, in a forked process."""
+    return Running(["train.py", *map(str, arguments)], clean_environment(home, **environment))
 
 
 def train_py(*arguments: object, home: Path, **environment: str) -> Result:
-    """Run ``python train.py <arguments>`` to its end."""
-    with start(*arguments, home=home, **environment) as process:
-        out, err = process.communicate(timeout=300)
-    return Result(process.returncode, out, err)
+    """Run ``python train.py <arguments>`` to its end, in a forked process."""
+    return python("train.py", *arguments, home=home, **environment)
 
 
-def python(*arguments: object, home: Path, timeout: float = 200.0, **environment: str) -> Result:
-    """Run ``python <arguments>`` to its end from the root of the checkout."""
+def python(*arguments: object, home: Path, timeout: float = 300.0, **environment: str) -> Result:
+    """Run ``python <arguments>`` to its end from the root of the checkout, in a forked process."""
+    with Running([str(argument) for argument in arguments], clean_environment(home, **environment)) as running:
+        out, err = running.communicate(timeout)
+    return Result(running.returncode, out, err)
+
+
+def fresh_python(*arguments: object, home: Path, timeout: float = 200.0, **environment: str) -> Result:
+    """Run ``python <arguments>`` to its end from the root of the checkout, in a new interpreter: for its imports."""
     process = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,

@@ -1,6 +1,5 @@
 """Several processes of a test, started as torchrun starts them."""
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.helpers.processes import server
 
 
 def launch(target: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> list[Any]:
@@ -21,8 +22,7 @@ def launch(target: Callable[..., None], ranks: int, folder: Path, *arguments: An
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([target.__module__])
+    context = server()
     processes = [context.Process(target=target, args=(r, ranks, port, folder, *arguments)) for r in range(ranks)]
     for process in processes:
         process.start()

@@ -10,7 +10,7 @@ import pytest
 
 from experiment.folders import _is_finished
 from tests.helpers.commands import AGA, TINY, call, folders, start
-from tests.helpers.killing import life
+from tests.helpers.processes import life
 from tests.helpers.resuming import assert_same_run
 
 OPTIONS = (*AGA, *TINY, "--data.train_fraction", "0.6", "--internals.every_n_steps", "3", "--trainer.callbacks", "null")
