@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import AGA, TINY, python
+from tests.helpers.commands import AGA, TINY, fresh_python
 
 # Prints the installed packages whose modules were loaded, by top-level name.
 LOOK = """
@@ -45,7 +45,7 @@ NEVER = {
 
 
 def packages_after(code: str, home: Path, *arguments: str) -> set[str]:
-    result = python("-c", code + LOOK, *arguments, home=home, timeout=120)
+    result = fresh_python("-c", code + LOOK, *arguments, home=home, timeout=120)
     assert result.code == 0, result.err
     return set(json.loads(result.out.splitlines()[-1]))
 

@@ -5,9 +5,10 @@ import pytest
 
 from callbacks.evaluation_budget import EvaluationBudget
 from tests.helpers.commands import TINY, fit, metrics
+from tests.helpers.marks import slow
 
 
-@pytest.mark.parametrize(("row", "per_step"), [("adamw", 1), ("sync", 2)])
+@pytest.mark.parametrize(("row", "per_step"), [slow("adamw", 1), ("sync", 2)])
 def test_a_run_stops_after_the_epoch_in_which_the_budget_is_spent(row: str, per_step: int, tmp_path: Path) -> None:
     budget = "callbacks.evaluation_budget.EvaluationBudget"
     options = [*TINY, "--trainer.max_epochs", "9", "--trainer.callbacks+", budget]
@@ -20,7 +21,7 @@ def test_a_run_stops_after_the_epoch_in_which_the_budget_is_spent(row: str, per_
     assert costs["gradient_evaluations"] == 2 * per_step * epochs >= 7
 
 
-@pytest.mark.parametrize(("row", "steps"), [("adamw", 7), ("sync", 4)])
+@pytest.mark.parametrize(("row", "steps"), [slow("adamw", 7), ("sync", 4)])
 def test_or_with_the_step_in_which_it_is_spent_and_validates_there(row: str, steps: int, tmp_path: Path) -> None:
     init_args = {"gradient_evaluations": 7, "finish_epoch": False}
     callback = {"class_path": "callbacks.evaluation_budget.EvaluationBudget", "init_args": init_args}

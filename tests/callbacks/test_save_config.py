@@ -8,7 +8,8 @@ import yaml
 
 from callbacks.save_config import recorded_data
 from experiment.identity import RunIdentity
-from tests.helpers.commands import ADAMW, TINY, fit, train_py
+from tests.helpers.commands import ADAMW, TINY, call, fit
+from tests.helpers.marks import slow
 from tests.helpers.text import SMALL_TEXT, write_corpus
 
 NANO = ("--config", "configs/wikitext2_nano_adamw.yaml")
@@ -72,7 +73,7 @@ def test_runs_on_two_corpora_are_of_two_protocols_and_a_copy_is_of_the_same(tmp_
     assert digests[0] == digests[2] != digests[1]
 
 
-@pytest.mark.parametrize("subcommand", ["fit", "test", "predict"])
+@pytest.mark.parametrize("subcommand", ["fit", slow("test"), "predict"])
 def test_a_checkpoint_of_another_corpus_is_refused(subcommand: str, tmp_path: Path) -> None:
     places = ("--data.cache", tmp_path / "cache", "--runs", tmp_path / "runs")
     root, other = (write_corpus(tmp_path / name, articles) for name, articles in (("one", 20), ("other", 21)))
@@ -81,9 +82,7 @@ def test_a_checkpoint_of_another_corpus_is_refused(subcommand: str, tmp_path: Pa
     moved = tmp_path / "moved.ckpt"  # without the record of its run
     moved.write_bytes(checkpoint.read_bytes())
     resumed = ("--trainer.max_epochs", 9) if subcommand == "fit" else ()
-    result = train_py(
-        subcommand, *NANO, *SMALL_TEXT, *resumed, *places, "--data.root", other, "--ckpt_path", moved, home=tmp_path
-    )
+    result = call(subcommand, *NANO, *SMALL_TEXT, *resumed, *places, "--data.root", other, "--ckpt_path", moved)
     assert result.code == 1
     assert "the checkpoint was trained with another corpus" in result.err
 
@@ -92,10 +91,10 @@ def test_going_on_with_other_options_of_the_protocol_is_refused(tmp_path: Path) 
     folder = fit(tmp_path, *ADAMW, *TINY)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     longer = ("--trainer.max_epochs", 4, "--ckpt_path", checkpoint, "--runs", tmp_path)
-    refused = train_py("fit", *ADAMW, *TINY, *longer, "--data.batch_size", 7, home=tmp_path)
+    refused = call("fit", *ADAMW, *TINY, *longer, "--data.batch_size", 7)
     assert refused.code == 1
     assert "is of a run with other options: data.batch_size (" in refused.err and " there, 7 here)" in refused.err
     for option, value in (("model.optimizer.lr", "0.5"), ("data.seed", "9")):
-        refused = train_py("fit", *ADAMW, *TINY, *longer, f"--{option}", value, home=tmp_path)
+        refused = call("fit", *ADAMW, *TINY, *longer, f"--{option}", value)
         assert refused.code == 1 and f"is of a run with other options: {option} (" in refused.err
-    assert train_py("fit", *ADAMW, *TINY, *longer, home=tmp_path).code == 0
+    assert call("fit", *ADAMW, *TINY, *longer).code == 0

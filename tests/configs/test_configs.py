@@ -8,6 +8,7 @@ import yaml
 from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
 from tests.helpers import text
 from tests.helpers.commands import ROOT, SMALL, fit
+from tests.helpers.marks import slow
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 NEO = {"lr": 1e-3, "betas": [0.9, 0.98], "weight_decay": 1.0, "ns_steps": 5}
@@ -71,7 +72,14 @@ def small(config: Path, folder: Path) -> tuple[object, ...]:
     return TINY_CIFAR if config.stem.startswith("cifar_") else SMALL
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+# Of each task and each optimizer one; the published settings of grokking take a step below.
+QUICK = ("grok_random", "cifar_aga", "cifar_mini_muon", "wikitext2_sync", "wikitext2_nano_adamw")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow, id=path.stem) for path in CONFIGS],
+)
 def test_config_takes_a_step(config: Path, tmp_path: Path, tiny_cifar10: Path) -> None:  # noqa: F811
     options = small(config, tmp_path / "data")
     folder = fit(tmp_path / "runs", "--config", config, *options, "--trainer.max_epochs", 1, "--wandb", "false")
@@ -108,7 +116,7 @@ def test_is_as_published(name: str) -> None:
     assert config["seed_everything"] == config["data"]["init_args"]["seed"] == 42
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name if name in ("grok_muon", "grok_aga") else slow(name) for name in PUBLISHED])
 def test_reaches_the_optimizer_as_stated(name: str, tmp_path: Path) -> None:
     """What the optimizer of a run really has, read from its checkpoint."""
     _, options, _, vector, _ = PUBLISHED[name]

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_aga_reaches_99_percent_between_epochs_90_and_240(tmp_path: Path) -> None:
     command = [sys.executable, "train.py", "fit", "--config", "configs/grok_aga.yaml", "--wandb", "false"]
     # The epoch depends on rounding, so on the processor and the threads: 133 on an AMD EPYC, 171 on an Intel Xeon (144

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from tests.helpers.commands import ROOT, Result, call, changed_by, fit
+from tests.helpers.marks import slow
 from tests.helpers.text import FILES, SMALL_TEXT, write_corpus
 
 ROWS = ("adamw", "muon", "base", "sync", "aga")
@@ -140,8 +141,8 @@ def test_evaluating_the_checkpoint_gives_the_numbers_of_its_run(trained: Path, t
         (("--data.vocabulary", 9000, "--model.vocabulary", 9000), "too small for more than"),
         (("--data.vocabulary", 100, "--model.vocabulary", 100), "vocabulary must be at least 258"),
         (("--data.context", 8), "give both the same model.context and data.context"),
-        (("--data.batch_size", 0), "batch_size must be at least 1"),
-        (("--data.protocol", "stacked"), "expected one of 'packed', 'contiguous'"),
+        slow(("--data.batch_size", 0), "batch_size must be at least 1"),
+        slow(("--data.protocol", "stacked"), "expected one of 'packed', 'contiguous'"),
         (("--data.root", "/nowhere"), "there is no folder /nowhere"),
         (("--data.protocol", "packed", "--data.batch_size", 5000), "too few for one batch of 5000"),
     ],

@@ -18,6 +18,7 @@ from experiment.identity import RunIdentity
 from launch import cli, console
 from modules.grokking_transformer import GrokkingTransformer
 from tests.helpers.commands import ADAMW, AGA, NETWORK, ROOT, TINY, call, fit, folders, metrics
+from tests.helpers.marks import slow
 
 LAST = "checkpoints/last.ckpt"
 # Enough for a network of this size to know its training sums by heart.
@@ -87,7 +88,7 @@ def test_two_runs_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: 
     assert RunFolder.current() == RunFolder(first)
 
 
-@pytest.mark.parametrize("config", ["grok_adamw", "grok_aga", "grok_muon"])
+@pytest.mark.parametrize("config", [slow("grok_adamw"), "grok_aga", slow("grok_muon")])
 def test_the_saved_config_is_the_whole_run(config: str, tmp_path: Path) -> None:
     first = fit(tmp_path / "first", "--config", f"configs/{config}.yaml", *TINY, "--seed_everything", 3)
     again = fit(tmp_path / "again", "--config", first / "config.yaml")
@@ -101,7 +102,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("config", ["grok_adamw", "grok_aga", "grok_muon"])
+@pytest.mark.parametrize("config", [slow("grok_adamw"), "grok_aga", slow("grok_muon")])
 def test_resuming_is_as_if_nothing_had_happened(config: str, tmp_path: Path) -> None:
     chosen = ("--config", f"configs/{config}.yaml", *TINY)
     whole = fit(tmp_path / "whole", *chosen, "--trainer.max_epochs", 5)

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from tests.helpers.commands import ADAMW, AGA, TINY, call, fit, folders
+from tests.helpers.marks import slow
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +31,22 @@ def refused(runs: Path, subcommand: str, *arguments: object, config: tuple[str, 
     ("arguments", "named"),
     [
         (["--model.widht", "8"], ["widht", "did you mean width?"]),
-        (["--model.optimizer.weight_decai", "1"], ["weight_decai", "did you mean weight_decay?"]),
-        (["--trainer.max_epoch", "1"], ["max_epoch", "did you mean trainer.max_epochs?"]),
-        (["--checkpoint.moniter", "x"], ["moniter", "did you mean checkpoint.monitor?"]),
+        slow(["--model.optimizer.weight_decai", "1"], ["weight_decai", "did you mean weight_decay?"]),
+        slow(["--trainer.max_epoch", "1"], ["max_epoch", "did you mean trainer.max_epochs?"]),
+        slow(["--checkpoint.moniter", "x"], ["moniter", "did you mean checkpoint.monitor?"]),
         (["--trainer.max_epochs", "many"], ["max_epochs", "int", "many"]),
-        (["--data.train_fraction", "half"], ["train_fraction", "float", "half"]),
+        slow(["--data.train_fraction", "half"], ["train_fraction", "float", "half"]),
         (["--model.optimizer.mode", "agga"], ["mode", "agga", "did you mean aga?"]),
         (["--model.optimizer.lr", "-1"], ["lr", "-1", "[0, inf)"]),
         (["--model.vector", "{weight_decai: 1}"], ["vector", "weight_decai", "weight_decay"]),
-        (["--model.accumulate_grad_batches", "0"], ["accumulate_grad_batches", "0", "at least 1"]),
+        slow(["--model.accumulate_grad_batches", "0"], ["accumulate_grad_batches", "0", "at least 1"]),
         (["--model.heads", "3"], ["heads=3", "width=8"]),
-        (["--data.p", "2"], ["p must be at least 3", "2"]),
+        slow(["--data.p", "2"], ["p must be at least 3", "2"]),
         (["--data.p", "11"], ["p = 7", "p = 11"]),
-        (["--data.train_fraction", "1.5"], ["train_fraction", "1.5"]),
+        slow(["--data.train_fraction", "1.5"], ["train_fraction", "1.5"]),
         (["--internals.every_n_steps", "0"], ["every_n_steps", "0"]),
         (["--model.optimizer", "ars2.ARS2Ne"], ["ARS2Ne", "did you mean ARS2Neo?"]),
-        (["--model", "modules.modular_additon.ModularAddition"], ["did you mean modular_addition?"]),
+        slow(["--model", "modules.modular_additon.ModularAddition"], ["did you mean modular_addition?"]),
         (["--model", "modules.modular_addition.ModularAdition"], ["did you mean ModularAddition?"]),
         (["--config", "configs/nope.yaml"], ["configs/nope.yaml", "not exist"]),
         (["--trainer.accelerator", "gpuu"], ["gpuu", "cpu"]),
@@ -68,8 +69,9 @@ def test_a_wrong_option_is_named(arguments: list[str], named: list[str], tmp_pat
         assert word in line
 
 
-@pytest.mark.parametrize("accelerator", ["cpu", "auto"])
-@pytest.mark.parametrize("precision", ["16-mixed", "16"])
+@pytest.mark.parametrize(
+    ("accelerator", "precision"), [("cpu", "16-mixed"), ("auto", "16"), slow("cpu", "16"), slow("auto", "16-mixed")]
+)
 def test_a_precision_that_would_be_another_one_is_refused(accelerator: str, precision: str, tmp_path: Path) -> None:
     if accelerator == "auto" and torch.cuda.is_available():
         pytest.skip("there is a GPU, which has it")
@@ -80,7 +82,7 @@ def test_a_precision_that_would_be_another_one_is_refused(accelerator: str, prec
     )
 
 
-@pytest.mark.parametrize("precision", ["bf16", "bf16-true", "16-true", "64", "32"])
+@pytest.mark.parametrize("precision", ["bf16", slow("bf16-true"), slow("16-true"), "64", slow("32")])
 def test_a_precision_that_is_there_is_the_one_recorded(precision: str, tmp_path: Path) -> None:
     options = ("--trainer.accelerator", "cpu", "--trainer.precision", precision, "--trainer.max_epochs", "1")
     folder = fit(tmp_path, "--config", "configs/grok_base.yaml", *TINY, *options)
@@ -101,15 +103,15 @@ def test_a_wrong_key_in_a_config_is_named(tmp_path: Path) -> None:
     ("config", "said"),
     [
         ("{experiment: }", "experiment must be a text, got null"),
-        ("{runs: }", "runs must be a text, got null"),
+        slow("{runs: }", "runs must be a text, got null"),
         ("{sweep: {name: , optimizer: x}}", "name"),
         ("{checkpoint: 2}", "checkpoint must be a mapping from options to values, got 2"),
-        ("{last_checkpoint: [1]}", "last_checkpoint must be a mapping from options to values, got [1]"),
-        ("{internals: }", "internals must be a mapping from options to values, got null"),
+        slow("{last_checkpoint: [1]}", "last_checkpoint must be a mapping from options to values, got [1]"),
+        slow("{internals: }", "internals must be a mapping from options to values, got null"),
         ("{checkpoint: {save_top_k: }}", "checkpoint.save_top_k needs a value"),
-        ("{trainer: {num_nodes: }}", "trainer.num_nodes needs a value"),
+        slow("{trainer: {num_nodes: }}", "trainer.num_nodes needs a value"),
         ("{model: {init_args: {width: }}}", "model.width needs a value, and is left empty (null)"),
-        ("{model: {init_args: {policy: }}}", "model.policy needs a value, and is left empty (null)"),
+        slow("{model: {init_args: {policy: }}}", "model.policy needs a value, and is left empty (null)"),
         ("{data: {init_args: {batch_size: }}}", "data.batch_size needs a value, and is left empty (null)"),
     ],
 )
@@ -135,7 +137,7 @@ def test_where_no_run_was_found_is_named(word: str, tmp_path: Path) -> None:
     assert f"{tmp_path / 'runs' / 'grok_aga'} has no run with a {word} checkpoint" in line
 
 
-@pytest.mark.parametrize("question", ["9+1", "1-1", "one+two", ""])
+@pytest.mark.parametrize("question", ["9+1", slow("1-1"), "one+two", slow("")])
 def test_a_question_out_of_range_is_quoted(question: str, checkpoint: Path, tmp_path: Path) -> None:
     line = refused(
         tmp_path / "runs", "predict", "--ckpt_path", checkpoint, "--data.questions", f"['1+2', '{question}']"
@@ -144,14 +146,16 @@ def test_a_question_out_of_range_is_quoted(question: str, checkpoint: Path, tmp_
     assert "p = 7" in line
 
 
-@pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("subcommand", ["fit", slow("validate"), slow("test"), "predict"])
 def test_a_missing_checkpoint_is_named(subcommand: str, tmp_path: Path) -> None:
     assert "nope.ckpt" in refused(tmp_path / "runs", subcommand, "--ckpt_path", tmp_path / "nope.ckpt")
     assert str(tmp_path) in refused(tmp_path / "runs", subcommand, "--ckpt_path", tmp_path)
 
 
-@pytest.mark.parametrize("subcommand", ["fit", "predict"])
-@pytest.mark.parametrize("kept", [0, 100, 3000, -1])
+@pytest.mark.parametrize(
+    ("subcommand", "kept"),
+    [("fit", 0), ("fit", -1), ("predict", 3000), *(slow(*case) for case in (("fit", 3000), ("predict", 0)))],
+)
 def test_a_truncated_checkpoint_is_refused(subcommand: str, kept: int, checkpoint: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.ckpt"
     damaged.write_bytes(checkpoint.read_bytes()[:kept])
@@ -180,8 +184,16 @@ class Trap:
         return os.mkdir, (str(self.folder),)
 
 
-@pytest.mark.parametrize("subcommand", ["fit", "test", "predict"])
-@pytest.mark.parametrize("packed", ["pickle", "torch", "checkpoint"])
+@pytest.mark.parametrize(
+    ("subcommand", "packed"),
+    [
+        ("fit", "checkpoint"),
+        ("test", "torch"),
+        ("predict", "pickle"),
+        *(slow("fit", packed) for packed in ("torch", "pickle")),
+        *(slow("predict", packed) for packed in ("torch", "checkpoint")),
+    ],
+)
 def test_code_in_a_checkpoint_does_not_run(subcommand: str, packed: str, checkpoint: Path, tmp_path: Path) -> None:
     sprung, trap = tmp_path / "sprung", tmp_path / "trap.ckpt"
     if packed == "pickle":
@@ -199,7 +211,7 @@ def test_code_in_a_checkpoint_does_not_run(subcommand: str, packed: str, checkpo
     assert sprung.exists()
 
 
-@pytest.mark.parametrize("subcommand", ["fit", "test", "predict"])
+@pytest.mark.parametrize("subcommand", ["fit", slow("test"), "predict"])
 def test_a_checkpoint_of_another_network_is_refused(subcommand: str, checkpoint: Path, tmp_path: Path) -> None:
     line = refused(tmp_path / "runs", subcommand, "--ckpt_path", checkpoint, "--model.width", 16)
     if subcommand == "fit":

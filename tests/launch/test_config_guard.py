@@ -10,6 +10,7 @@ from tests.configs.test_configs import TINY_CIFAR
 from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
 from tests.helpers import text
 from tests.helpers.commands import ADAMW, AGA, ROOT, TINY, call, fit, folders, metrics, train_py
+from tests.helpers.marks import slow
 
 SGD = "torch.optim.SGD"
 WHOLE = {"lr": 0.1, "weight_decay": 0.0}
@@ -55,7 +56,7 @@ def test_what_is_restated_is_not_inherited(overlay: Overlay) -> None:
     assert refused(*AGA, "--config", overlay({**optimizer(SGD, **WHOLE)})) == ["vector"]
 
 
-@pytest.mark.parametrize("vector", [None, {"weight_decay": 0.5}])
+@pytest.mark.parametrize("vector", [slow(None), {"weight_decay": 0.5}])
 def test_an_overlay_that_states_all_is_fine(overlay: Overlay, vector: object, tmp_path: Path) -> None:
     folder = fit(tmp_path, *AGA, "--config", overlay({**optimizer(SGD, **WHOLE), "vector": vector}), *TINY)
     saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]
@@ -135,7 +136,7 @@ def test_nothing_to_compare_is_fine() -> None:
     check_overlays(["fit", "--model.optimizer", SGD])
 
 
-@pytest.mark.parametrize("content", [b"model: [1, 2", b"\xff\xfe\x00", b"a: b: c"])
+@pytest.mark.parametrize("content", [slow(b"model: [1, 2"), b"\xff\xfe\x00", slow(b"a: b: c")])
 def test_a_config_that_is_no_yaml_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_bytes(content)
@@ -150,7 +151,7 @@ PROBE = "callbacks.flatness_probe.FlatnessProbe"
     [
         {"trainer": {"callbacks": [{"class_path": PROBE}]}},
         {"fit": {"trainer": {"callbacks": PROBE}}},
-        {"trainer.callbacks": [PROBE]},
+        slow({"trainer.callbacks": [PROBE]}),
     ],
 )
 def test_a_list_of_callbacks_does_not_drop_the_milestones(written: object, tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def commands(tmp_path: Path, tiny_cifar10: Path) -> dict[str, tuple[object, ...]
 OVERLAYS = sorted({path.stem for path in (ROOT / "configs/overlays").glob("*.yaml")} - {"ddp"})
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [slow(name) if name in ("fsdp", "compiled_optimizer") else name for name in OVERLAYS])
 def test_every_overlay_trains(name: str, commands: dict[str, tuple[object, ...]], tmp_path: Path) -> None:
     config, *options = commands[name][1:]
     arguments = ("--config", config, "--config", f"configs/overlays/{name}.yaml", *options, *SHORT)

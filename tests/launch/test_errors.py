@@ -7,6 +7,7 @@ from torch import nn
 
 from launch.errors import one_line, option_names
 from tests.helpers.commands import AGA, TINY, call
+from tests.helpers.marks import slow
 
 
 def refused(*arguments: str) -> str:
@@ -20,14 +21,14 @@ def refused(*arguments: str) -> str:
     ("arguments", "line"),
     [
         (["--trainer.max_epochs", "many"], "trainer.max_epochs: expected int; got many"),
-        (["--model.width", "wide"], "width: expected int; got wide"),
+        slow(["--model.width", "wide"], "width: expected int; got wide"),
         (["--model.optimizer.betas", "[0.9]"], "betas: Expected a tuple with 2 elements; got [0.9]"),
         (["--seed_everything", "x"], "seed_everything: expected bool or int; got x"),
         (
             ["--model.policy", "hiden"],
             "policy: expected one of 'all', 'hidden'; got hiden; did you mean hidden?",
         ),
-        (["--model.widht", "8"], "Option 'widht' is not accepted; did you mean width?"),
+        slow(["--model.widht", "8"], "Option 'widht' is not accepted; did you mean width?"),
         (
             ["--model.optimiser.lr", "1"],
             "unrecognized arguments: --optimiser.lr=1; did you mean optimizer.lr?",
@@ -40,7 +41,7 @@ def refused(*arguments: str) -> str:
             ["--modle.optimizer.lr", "1"],
             "unrecognized arguments: --modle.optimizer.lr 1; did you mean model.optimizer.lr?",
         ),
-        (["--foo", "3"], "unrecognized arguments: --foo 3"),
+        slow(["--foo", "3"], "unrecognized arguments: --foo 3"),
         (
             ["--trainer.max_epoch", "3"],
             "unrecognized arguments: --trainer.max_epoch 3; did you mean trainer.max_epochs?",

@@ -1,6 +1,7 @@
 """Whatever options or configs say, the answer is a run or one readable line and a non-zero exit; never a traceback."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ BASE = (
     "--trainer.limit_val_batches",
     "1",
 )
-FUZZ = settings(
-    max_examples=50,
+FEW = settings(
+    max_examples=8,
     derandomize=True,
     database=None,
-    deadline=30_000,  # milliseconds: nothing hangs
+    deadline=60_000,  # milliseconds: nothing hangs
     suppress_health_check=list(HealthCheck),
 )
+MANY = settings(FEW, max_examples=100)
 OPTIONS = (
     *("data.p", "data.train_fraction", "data.seed", "data.batch_size", "data.val_batch_size"),
     *("model.width", "model.heads", "model.mlp_width", "model.policy", "model.matrix", "model.vector"),
@@ -60,16 +62,14 @@ def check(result: Result) -> None:
         assert "object at 0x" not in line
 
 
-@FUZZ
 @given(option=st.sampled_from(OPTIONS), value=VALUES)
-def test_any_value_of_an_option(option: str, value: str) -> None:
+def any_value_of_an_option(option: str, value: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check(call("fit", *BASE, "--runs", f"{folder}/runs", f"--{option}={value}"))
 
 
-@FUZZ
 @given(name=st.text("abcdefghijklmnop_.-=[]{}:+ ", max_size=20), value=VALUES)
-def test_any_name_of_an_option(name: str, value: str) -> None:
+def any_name_of_an_option(name: str, value: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check(call("fit", *BASE, "--runs", f"{folder}/runs", f"--{name}={value}"))
 
@@ -98,15 +98,20 @@ def damaged(text: str, draw: Any) -> str:
     return "\n".join(lines)
 
 
-@FUZZ
 @given(data=st.data())
-def test_any_damage_to_a_config(data: st.DataObject) -> None:
+def any_damage_to_a_config(data: st.DataObject) -> None:
     text = damaged((ROOT / "configs/grok_aga.yaml").read_text(), data.draw)
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(text, encoding="utf-8")
         # --config=, for otherwise TINY would be lost with the base config's.
         check(call("fit", "--config", config, *BASE[len(AGA) :], "--runs", f"{folder}/runs"))
+
+
+@pytest.mark.parametrize("damage", [any_value_of_an_option, any_name_of_an_option, any_damage_to_a_config])
+@pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
+def test_the_answer_is_a_run_or_one_line(examples: settings, damage: Callable[[], None]) -> None:
+    examples(damage)()
 
 
 @pytest.mark.parametrize(

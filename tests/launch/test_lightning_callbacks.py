@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from tests.helpers.commands import AGA, TINY, call, fit
+from tests.helpers.marks import slow
 from tests.modules.small_task import SmallTask, make_optimizer
 from tests.modules.small_task import fit as fit_module
 
@@ -19,10 +20,10 @@ WHOLE = ("--checkpoint.save_weights_only", "false")
     ("name", "options", "status"),
     [
         ("LearningRateMonitor", (), "finished"),
-        ("ModelSummary", (), "finished"),
-        ("TQDMProgressBar", (), "finished"),
+        slow("ModelSummary", (), "finished"),
+        slow("TQDMProgressBar", (), "finished"),
         ("StochasticWeightAveraging", ("--trainer.callbacks.swa_lrs", 0.01), "finished"),
-        ("WeightAveraging", WHOLE, "finished"),
+        slow("WeightAveraging", WHOLE, "finished"),
         ("Timer", ("--trainer.callbacks.duration", "{minutes: 10}"), "finished"),
         (
             "EarlyStopping",

@@ -8,7 +8,7 @@ import pytest
 from datamodules.text_corpus import SPLITS
 from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
 from tests.helpers import text
-from tests.helpers.commands import ADAMW, TINY, call, fit, python
+from tests.helpers.commands import ADAMW, TINY, call, fit, fresh_python
 
 OPTIONAL = ("wandb", "datasets", "optuna")
 
@@ -60,6 +60,6 @@ def test_a_sweep_is_an_error_that_names_the_package(tmp_path: Path) -> None:
         "import runpy, sys; sys.modules['optuna'] = None; sys.argv = ['sweep.py', 'configs/sweeps/grok.yaml'];"
         " runpy.run_path('sweep.py', run_name='__main__')"
     )
-    result = python("-c", command, home=tmp_path, timeout=60)
+    result = fresh_python("-c", command, home=tmp_path, timeout=60)
     assert result.code == 1
     assert result.err == "error: a sweep needs the package optuna: install it (pip install optuna)\n"

@@ -10,6 +10,7 @@ import torch
 import modules
 from modules.evaluation import EvaluatedModule
 from tests.helpers.commands import TINY, Result, call
+from tests.helpers.marks import slow
 
 NUMBERS = itertools.count()
 OPTIMIZER = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1")
@@ -64,7 +65,7 @@ def test_everything_that_a_task_module_lacks_is_one_sentence(tmp_path: Path, mon
         assert said in line
 
 
-@pytest.mark.parametrize(("where", "line"), [("__init__", 10), ("compute_loss", 15)])
+@pytest.mark.parametrize(("where", "line"), [slow("__init__", 10), ("compute_loss", 15)])
 def test_a_bug_is_told_with_its_file_and_line(
     where: str, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
