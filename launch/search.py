@@ -4,7 +4,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -22,6 +22,7 @@ from launch.sweep_specification import Dimension, OptimizerSpec, Sweep
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 Job = Callable[[], None]
+Runner = Callable[[Any, Sequence[str], Path], trial.Outcome]
 
 
 class StatedOptions(optuna.samplers.BaseSampler):
@@ -71,10 +72,13 @@ class Search:
         folder: of the sweep.
         context: of the runs' processes, see :func:`launch.trial.server`.
         report: called with a line whenever a run has ended.
+        runner: runs a command line in a process of ``context``, its output going to a file.
     """
 
-    def __init__(self, sweep: Sweep, folder: Path, context: Any, report: Callable[[str], None]) -> None:
-        self.sweep, self.folder, self.context, self.report = sweep, folder, context, report
+    def __init__(
+        self, sweep: Sweep, folder: Path, context: Any, report: Callable[[str], None], runner: Runner = trial.run
+    ) -> None:
+        self.sweep, self.folder, self.context, self.report, self.runner = sweep, folder, context, report, runner
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
@@ -178,7 +182,7 @@ class Search:
         if budget is not None:
             arguments += ["--trainer.callbacks+", "callbacks.evaluation_budget.EvaluationBudget"]
             arguments += ["--trainer.callbacks.gradient_evaluations", str(budget)]
-        outcome = trial.run(self.context, arguments, log)
+        outcome = self.runner(self.context, arguments, log)
         if outcome.code != 0 and not (outcome.folder and Path(outcome.folder).is_dir()):
             # No run folder, so the run did not diverge: its options are invalid.
             lines = log.read_text(encoding="utf-8").strip().splitlines() or ["it was killed"]

@@ -8,16 +8,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from launch import trial
-from launch.search import Search, run_jobs
+from launch.search import Runner, Search, run_jobs
 from launch.sweep_specification import Sweep
 
 
-def run(sweep: Sweep, folder: Path, workers: int) -> None:
-    """Run all trials, then the winners on fresh seeds, and print the table of winners."""
+def run(sweep: Sweep, folder: Path, workers: int, runner: Runner = trial.run) -> None:
+    """Run all trials, then the winners on fresh seeds, and print the table of winners.
+
+    Args:
+        sweep: what to run.
+        folder: of the sweep.
+        workers: runs at a time.
+        runner: see :class:`launch.search.Search`.
+    """
     console = Console(highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
-        search = Search(sweep, folder, trial.server(), lambda line: bar.console.print(line))
+        search = Search(sweep, folder, trial.server(), lambda line: bar.console.print(line), runner)
         for what, jobs in (("trials", list(search.trials())), ("winners", None)):
             todo = list(search.finals()) if jobs is None else jobs
             task = bar.add_task(f"{sweep.name}: {what}", total=len(todo))

@@ -98,6 +98,7 @@ class Schedule:
         slots: for each concurrent run, the environment variables that are set for it, such as its GPU.
         seconds: the time limit for everything.
         ended: called whenever a run has ended.
+        start_trial: starts a run; takes the arguments of :class:`launch.trial.Trial`.
 
     Attributes:
         failed: rows of which a run ended with an error; they are not started again.
@@ -113,9 +114,11 @@ class Schedule:
         slots: Sequence[Mapping[str, str]],
         seconds: float,
         ended: Callable[[], object] = lambda: None,
+        start_trial: Callable[[Any, Sequence[str], Path, Mapping[str, str]], Trial] = Trial,
     ) -> None:
         self.parts, self.runs, self.logs, self.context = parts, runs, logs, context
         self.free, self.places, self.seconds, self.ended = list(slots), len(slots), seconds, ended
+        self.start_trial = start_trial
         self.start = time.monotonic()
         self.running: dict[Part, _Running] = {}
         self.failed: dict[str, Path] = {}  # with the log
@@ -154,7 +157,7 @@ class Schedule:
     def _begin(self, part: Part, slot: Mapping[str, str]) -> None:
         number = len(list(self.logs.glob(f"{part.row}-seed{part.seed}-*.log")))
         log = self.logs / f"{part.row}-seed{part.seed}-{number}.log"
-        trial = Trial(self.context, part.arguments, log, slot)
+        trial = self.start_trial(self.context, part.arguments, log, slot)
         epochs = len(self.values[part.run])
         self.running[part] = _Running(trial, slot, epochs, time.monotonic())
         place = "".join(f", {name}={value}" for name, value in slot.items())

@@ -1,8 +1,6 @@
 """What an offline run of Weights & Biases holds, read back from its file."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import pytest
 from analysis.run_pictures import draw
 from callbacks.wandb_run import WandbRun
 from tests.callbacks.fits import ars2, data, fit, module
-from tests.helpers.commands import AGA, ROOT, TINY, folders, train_py
+from tests.helpers.commands import AGA, TINY, folders, python, train_py
 from tests.helpers.commands import fit as run
 
 # Prints every record that is looked at as one line of JSON.
@@ -32,10 +30,9 @@ for content in records(pathlib.Path(sys.argv[1])):
 def read(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's offline file; read in another process, so that this one imports no wandb."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    command = [sys.executable, "-c", READ, str(file)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert process.returncode == 0, process.stderr
-    return [json.loads(line) for line in process.stdout.splitlines()]
+    process = python("-c", READ, file, home=folder)
+    assert process.code == 0, process.err
+    return [json.loads(line) for line in process.out.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -107,13 +104,13 @@ def test_an_axis_is_in_every_row_that_is_drawn_over_it(recorded: tuple[Path, lis
 
 
 def test_without_w_and_b_the_run_is_drawn_too(tmp_path: Path) -> None:
-    folder = run(tmp_path, *AGA, *TINY, "--internals.every_n_steps", "1")
+    folder = run(tmp_path, *AGA, *TINY, "--internals.every_n_steps", "1", pictures=True)
     assert {path.name for path in (folder / "pictures").iterdir()} == {"curves.png", "second_passes.png"}
 
 
 def test_a_trial_and_a_run_without_a_config_are_not_drawn(tmp_path: Path) -> None:
     sweep = ("--sweep.name", "search", "--sweep.optimizer", "aga", "--sweep.trial", "0")
-    assert not (run(tmp_path / "trial", *AGA, *TINY, *sweep) / "pictures").exists()
+    assert not (run(tmp_path / "trial", *AGA, *TINY, *sweep, pictures=True) / "pictures").exists()
     fit(module(ars2("aga")), data(), [WandbRun(draw)], tmp_path / "alone", epochs=1)
     assert not (tmp_path / "alone" / "pictures").exists()
 

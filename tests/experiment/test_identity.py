@@ -12,6 +12,7 @@ from experiment import identity as identity_module
 from experiment.identity import RunIdentity, digest, flatten
 from experiment.wandb_log import init_arguments, nested
 from tests.helpers.commands import ADAMW, AGA, TINY, call, fit
+from tests.helpers.marks import slow
 
 
 def resolved(*arguments: object) -> dict[str, Any]:
@@ -258,21 +259,25 @@ PROTOCOLS = [
 ]
 
 
-@pytest.mark.parametrize("change", REPEATS, ids=lambda change: change[0])
+# All at once, and one by one with the slow tests.
+EVERY_REPEAT = tuple(part for change in REPEATS for part in change)
+
+
+@pytest.mark.parametrize("change", [EVERY_REPEAT, *map(slow, REPEATS)], ids=lambda change: change[0])
 def test_seeds_places_and_names_make_no_difference(change: tuple[str, ...], aga: RunIdentity) -> None:
     changed = RunIdentity(resolved(*AGA, *change))
     assert changed.setting_digest == aga.setting_digest
     assert changed.protocol_digest == aga.protocol_digest
 
 
-@pytest.mark.parametrize("change", SETTINGS, ids=lambda change: change[0])
+@pytest.mark.parametrize("change", [*SETTINGS[:2], *map(slow, SETTINGS[2:])], ids=lambda change: change[0])
 def test_a_training_option_is_another_setting_of_the_same_protocol(change: tuple[str, ...], aga: RunIdentity) -> None:
     changed = RunIdentity(resolved(*AGA, *change))
     assert changed.setting_digest != aga.setting_digest
     assert changed.protocol_digest == aga.protocol_digest
 
 
-@pytest.mark.parametrize("change", PROTOCOLS, ids=lambda change: change[0])
+@pytest.mark.parametrize("change", [*PROTOCOLS[:2], *map(slow, PROTOCOLS[2:])], ids=lambda change: change[0])
 def test_data_network_and_evaluation_make_another_protocol(change: tuple[str, ...], aga: RunIdentity) -> None:
     changed = RunIdentity(resolved(*AGA, *change))
     assert changed.protocol_digest != aga.protocol_digest
@@ -289,7 +294,7 @@ def test_a_digest_knows_no_order_and_no_nulls() -> None:
 
 @pytest.mark.parametrize("missing", ["model", "data"])
 def test_a_config_without_its_classes_is_refused(missing: str) -> None:
-    config = resolved(*AGA)
+    config = config_of()
     del config[missing]
     with pytest.raises(ValueError, match=f"names no {missing}"):
         RunIdentity(config)

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from experiment.loggers import make_loggers
-from tests.helpers.commands import AGA, ROOT, TINY, Result, folders, metrics, train_py
+from tests.helpers.commands import AGA, TINY, Result, folders, metrics, python, train_py
+from tests.helpers.marks import slow
 from tests.helpers.wandb_server import KEY, WandbServer
 
 NO_SERVER = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
@@ -57,10 +56,9 @@ for content in records(pathlib.Path(sys.argv[1])):
 def history(folder: Path) -> list[dict[str, float]]:
     """The rows of numbers in the offline file of a run; read in another process, so that this one imports no wandb."""
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
-    command = [sys.executable, "-c", READ, str(file)]
-    read = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
-    assert read.returncode == 0, read.stderr
-    rows = [json.loads(line) for line in read.stdout.splitlines()]
+    read = python("-c", READ, file, home=folder)
+    assert read.code == 0, read.err
+    rows = [json.loads(line) for line in read.out.splitlines()]
     return [row for row in rows if "epoch" in row]  # one more has the pictures
 
 
@@ -135,12 +133,12 @@ def test_a_key_in_a_netrc_file_is_used_and_a_silent_server_holds_nothing_up(tmp_
     ]
 
 
-@pytest.mark.parametrize("behaviour", [401, 500, "hangs"], ids=["wrong key", "server error", "hangs"])
+@pytest.mark.parametrize("behaviour", [401, slow(500), slow("hangs")], ids=["wrong key", "server error", "hangs"])
 def test_a_server_that_does_not_take_a_run_holds_nothing_up(behaviour: str | int, tmp_path: Path) -> None:
     begin = time.monotonic()
     with WandbServer(behaviour) as server:
-        environment = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address, "WANDB_INIT_TIMEOUT": "2"}
-        result, folder = run(tmp_path, **environment, WANDB_FINISH_TIMEOUT="2")
+        environment = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address, "WANDB_INIT_TIMEOUT": "1"}
+        result, folder = run(tmp_path, **environment, WANDB_FINISH_TIMEOUT="1")
     assert server.asked, "the server was never asked"
     assert time.monotonic() - begin < 90
     assert "W&B cannot be reached" in result.out

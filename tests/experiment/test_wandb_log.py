@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -13,11 +11,12 @@ import pytest
 
 from experiment.wandb_log import RunWandbLogger
 from tests.experiment.test_loggers import nothing_configured, run  # noqa: F401
-from tests.helpers.commands import AGA, ROOT, TINY, clean_environment, folders, metrics, train_py
+from tests.helpers.commands import AGA, TINY, folders, metrics, python, train_py
+from tests.helpers.marks import slow
 from tests.helpers.resuming import STOP_AT
 from tests.helpers.wandb_server import KEY, WandbServer
 
-ONLINE = {"WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "2"}
+ONLINE = {"WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "1"}
 
 
 def upload(output: str, home: Path) -> list[dict[str, Any]]:
@@ -27,10 +26,9 @@ def upload(output: str, home: Path) -> list[dict[str, Any]]:
     """
     command = re.findall(r"upload the run with: wandb (sync .+)", output)[-1]
     with WandbServer() as server:
-        environment = clean_environment(home, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.address)
-        arguments = [sys.executable, "-m", "wandb", *shlex.split(command)]
-        done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
+        arguments = ("-m", "wandb", *shlex.split(command))
+        done = python(*arguments, home=home, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.address)
+        assert done.code == 0, done.err
         (name,) = server.history
         return server.rows(name)
 
@@ -51,7 +49,7 @@ def assert_all_rows(rows: list[dict[str, Any]], folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "failure",
-    ["hangs", 401, pytest.param("dies", marks=pytest.mark.slow), pytest.param(500, marks=pytest.mark.slow)],
+    [slow("hangs"), 401, slow("dies"), slow(500)],
     ids=["hangs", "wrong key", "dies", "server error"],
 )
 def test_a_server_that_fails_in_the_middle_of_a_run_costs_a_line(failure: str | int, tmp_path: Path) -> None:
@@ -87,7 +85,7 @@ def test_if_its_own_process_dies_the_run_is_recorded_anew(tmp_path: Path) -> Non
     assert_all_rows([row for row in upload(result.out, tmp_path) if "epoch" in row], folder)
 
 
-@pytest.mark.parametrize("online", [False, True], ids=["offline", "online"])
+@pytest.mark.parametrize("online", [False, slow(True)], ids=["offline", "online"])
 def test_a_run_that_goes_on_keeps_its_id(online: bool, tmp_path: Path) -> None:
     options = (*AGA, *TINY[: TINY.index("--wandb")], "--wandb", "true", "--ckpt_path", "last")
     interrupting = ("--trainer.callbacks+=tests.helpers.resuming.Interrupt", "--data.train_fraction", "0.6")
@@ -156,9 +154,7 @@ logger.finalize("success")
 @pytest.mark.slow
 def test_a_full_queue_holds_no_row_up(tmp_path: Path) -> None:
     with WandbServer(afterwards="hangs") as server:
-        environment = clean_environment(tmp_path, **ONLINE, WANDB_BASE_URL=server.address)
-        command = [sys.executable, "-c", FLOOD, str(tmp_path)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert float(re.findall(r"slowest ([\d.]+)", done.stdout)[0]) < 2.0
-    assert [row["epoch"] for row in upload(done.stdout, tmp_path)] == list(range(5000))
+        done = python("-c", FLOOD, tmp_path, home=tmp_path, **ONLINE, WANDB_BASE_URL=server.address)
+    assert done.code == 0, done.err
+    assert float(re.findall(r"slowest ([\d.]+)", done.out)[0]) < 2.0
+    assert [row["epoch"] for row in upload(done.out, tmp_path)] == list(range(5000))

@@ -6,9 +6,10 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 from launch.cli import main
 from tests.helpers.processes import ROOT, Running
@@ -39,14 +40,25 @@ class Result:
         return lines[0]
 
 
-def call(*arguments: object) -> Result:
-    """Run the command line in this process, and put the environment back."""
+def call(*arguments: object, pictures: bool = False) -> Result:
+    """Run the command line in this process, and put the environment back.
+
+    Args:
+        arguments: of the command line.
+        pictures: whether the run is drawn at its end, which takes as long as a tiny run.
+    """
+    with contextlib.nullcontext() if pictures else patch("launch.cli.draw"):
+        return captured(lambda: main([str(argument) for argument in arguments]))
+
+
+def captured(command: Callable[[], int]) -> Result:
+    """Run a command's main function in this process from the root of the checkout, and put the environment back."""
     out, err, environment, folder = io.StringIO(), io.StringIO(), dict(os.environ), Path.cwd()
     code: int | str | None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         os.chdir(ROOT)
         try:
-            code = main([str(argument) for argument in arguments])
+            code = command()
         except SystemExit as leaving:
             code = leaving.code
         finally:
@@ -105,10 +117,10 @@ def folders(runs: Path) -> list[Path]:
     return sorted(runs.glob("*/*"), key=lambda folder: folder.stat().st_ctime_ns)
 
 
-def fit(runs: Path, *arguments: object) -> Path:
+def fit(runs: Path, *arguments: object, pictures: bool = False) -> Path:
     """Run ``fit`` to a good end in this process; returns its run folder."""
     before = folders(runs)
-    result = call("fit", *arguments, "--runs", runs)
+    result = call("fit", *arguments, "--runs", runs, pictures=pictures)
     assert result.code == 0, result.err
     (folder,) = set(folders(runs)) - set(before)
     return folder

@@ -1,5 +1,6 @@
 """The command over two processes, started by Lightning, by torchrun on each of two machines, and by a SLURM job."""
 
+import contextlib
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import ROOT, TINY, clean_environment, folders, metrics, train_py
+from tests.helpers.commands import ROOT, TINY, Result, clean_environment, folders, metrics, start, train_py
 from tests.helpers.resuming import STOP_AT
 
 PAGE = (ROOT / "docs/several_processes.md").read_text()
@@ -54,6 +55,7 @@ def test_lightning_starts_them_and_one_folder_has_it_all(whole: Path) -> None:
         assert (whole / name).is_file(), name
 
 
+@pytest.mark.slow
 def test_questions_are_answered_once_in_the_order_asked(whole: Path, tmp_path: Path) -> None:
     options = (*OVERLAY, "--trainer.devices", 2, "--data.questions", "[1+1, 2+3, 0+4]")
     result = train_py("predict", *TASK, *options, "--ckpt_path", whole / "checkpoints/last.ckpt", home=tmp_path)
@@ -83,6 +85,43 @@ def torchrun(home: Path, *options: object, stop: str = "") -> list[tuple[int, st
     return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
 
 
+def test_two_processes_of_a_launcher_share_a_run_and_go_on_together(whole: Path, tmp_path: Path) -> None:
+    """The environment is the one that torchrun makes on each of two machines."""
+
+    def run(stop: str = "") -> list[Result]:
+        port = str(free_port())
+        options = (
+            *TASK,
+            *OVERLAY,
+            "--trainer.devices",
+            1,
+            "--trainer.num_nodes",
+            2,
+            INTERRUPTED,
+            "--ckpt_path",
+            "last",
+        )
+        with contextlib.ExitStack() as stack:
+            both = []
+            for rank in "01":
+                launched = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+                launched |= {"RANK": rank, "GROUP_RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", STOP_AT: stop}
+                process = start("fit", *options, "--runs", tmp_path / "runs", home=tmp_path, **launched)
+                both.append(stack.enter_context(process))
+            outputs = [process.communicate(120) for process in both]
+            return [Result(process.returncode, *output) for process, output in zip(both, outputs, strict=True)]
+
+    stopped = run(stop="SIGTERM:2")
+    assert [result.code for result in stopped] == [143, 143], stopped
+    assert sum(result.out.count("no unfinished run of these options") for result in stopped) == 1
+    finished = run()
+    assert [result.code for result in finished] == [0, 0], finished
+    assert sum(result.out.count("going on with") for result in finished) == 1
+    (folder,) = folders(tmp_path / "runs")
+    assert metrics(folder) == metrics(whole)
+
+
+@pytest.mark.slow
 def test_torchrun_starts_them_on_two_machines_and_they_go_on_together(whole: Path, tmp_path: Path) -> None:
     stopped = torchrun(tmp_path, INTERRUPTED, stop="SIGTERM:2")
     assert [code != 0 for code, _ in stopped] == [True, True]

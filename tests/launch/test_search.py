@@ -2,12 +2,12 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
+import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import optuna
 import pytest
@@ -16,9 +16,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+import sweep as sweep_command
+from launch import sweep_progress
 from launch.search import Search, StatedOptions, suggest
 from launch.sweep_specification import Dimension, read
-from tests.helpers.commands import NETWORK, ROOT, clean_environment, fit
+from launch.trial import Outcome
+from tests.helpers.commands import NETWORK, Result, captured, clean_environment, fit
+from tests.helpers.processes import Running, server, wait_until
 
 COMMON = {
     "model": {"init_args": NETWORK},
@@ -52,14 +56,56 @@ def sweep_file(folder: Path, sweep: dict[str, Any]) -> Path:
 
 
 def command(folder: Path, sweep: dict[str, Any], *arguments: str) -> list[str]:
-    return [sys.executable, "sweep.py", str(sweep_file(folder, sweep)), "--folder", str(folder / "runs"), *arguments]
+    return ["sweep.py", str(sweep_file(folder, sweep)), "--folder", str(folder / "runs"), *arguments]
 
 
-def run(folder: Path, sweep: dict[str, Any], *arguments: str) -> "subprocess.CompletedProcess[str]":
-    environment = clean_environment(folder)
-    return subprocess.run(
-        command(folder, sweep, *arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+def run(folder: Path, sweep: dict[str, Any], *arguments: str) -> Result:
+    """Run the command in this process; its trials are forked from the server of the tests."""
+    server()
+    with patch("sys.argv", command(folder, sweep, *arguments)):
+        return captured(sweep_command.main)
+
+
+class FakeRunner:
+    """Run nothing: a trial ends at once with the summary that follows from its options.
+
+    Args:
+        summarize: returns the summary of a run by its options; ``None`` for one that diverged.
+    """
+
+    def __init__(self, summarize: Callable[[dict[str, str]], dict[str, Any] | None]) -> None:
+        self.summarize = summarize
+        self.commands: list[dict[str, str]] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, context: Any, arguments: Sequence[str], log: Path) -> Outcome:
+        pairs = list(zip(arguments[1::2], arguments[2::2], strict=True))
+        options = {name.removeprefix("--"): value for name, value in pairs}
+        with self._lock:
+            folder = Path(options["runs"]) / options["experiment"] / f"run-{len(self.commands)}"
+            self.commands.append(options)
+        folder.mkdir(parents=True)
+        model = {name: value for name, value in options.items() if name.startswith("model.")}
+        (folder / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+        summary = self.summarize(options)
+        if summary is not None:
+            (folder / "summary.json").write_text(json.dumps(summary))
+        return Outcome(0 if summary is not None else 1, str(folder), summary or {})
+
+
+def run_fake(folder: Path, sweep: dict[str, Any], runner: Any) -> dict[str, list[optuna.trial.FrozenTrial]]:
+    """Run a sweep of fake runs, one after the other; returns its trials."""
+    sweep_progress.run(read(sweep_file(folder, sweep)), folder / "runs", 1, runner)
+    return trials(folder)
+
+
+def lr(options: dict[str, str]) -> float:
+    return float(options["model.optimizer.lr"])
+
+
+def accuracy(options: dict[str, str]) -> dict[str, Any]:
+    """The summary of a run that is better with a greater learning rate."""
+    return {"metrics": {"val/accuracy": {"best": lr(options), "last": lr(options)}}}
 
 
 def trials(folder: Path) -> dict[str, list[optuna.trial.FrozenTrial]]:
@@ -78,19 +124,22 @@ def saved(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
     return config
 
 
+REAL = {**SWEEP, "trials": 2, "final_seeds": [0]}
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, "subprocess.CompletedProcess[str]"]:
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     folder = tmp_path_factory.mktemp("sweep")
-    return folder, run(folder, SWEEP)
+    return folder, run(folder, REAL)
 
 
-def test_every_optimizer_gets_its_trials_and_the_winner_fresh_seeds(done: tuple[Path, Any]) -> None:
-    folder, process = done
-    assert process.returncode == 0, process.stderr
+def test_every_optimizer_gets_its_trials_and_the_winner_fresh_seeds(done: tuple[Path, Result]) -> None:
+    folder, result = done
+    assert result.code == 0, result.err
     found = trials(folder)
     assert {name: len(of_study) for name, of_study in found.items()} == {
-        **{"adamw": 4, "sync": 4},
-        **{"adamw-final": 2, "sync-final": 2},
+        **{"adamw": 2, "sync": 2},
+        **{"adamw-final": 1, "sync-final": 1},
     }
     points = read(folder / "sweep.yaml").points("sync")
     for trial, point in zip(found["sync"], points, strict=True):
@@ -107,12 +156,11 @@ def test_every_optimizer_gets_its_trials_and_the_winner_fresh_seeds(done: tuple[
         assert config["sweep"] == {"name": "small", "optimizer": "sync", "trial": None}
         assert config["seed_everything"] == config["data"]["init_args"]["seed"] == seed
         assert config["model"] == saved(best)["model"]
-    assert "sweep folder:" in process.stdout and "best val/accuracy" in process.stdout
+    assert "sweep folder:" in result.out and "best val/accuracy" in result.out
 
 
-def test_optunas_own_tools_see_every_trials_options(done: tuple[Path, Any]) -> None:
-    folder, _ = done
-    found = trials(folder)
+def test_optunas_own_tools_see_every_trials_options(tmp_path: Path) -> None:
+    folder, found = tmp_path, run_fake(tmp_path, SWEEP, FakeRunner(accuracy))
     points = read(folder / "sweep.yaml").points("sync")
     assert [trial.params for trial in found["sync"]] == points
     best = max(found["sync"], key=lambda trial: trial.value or 0.0)
@@ -163,7 +211,7 @@ def test_every_kind_of_option_is_a_parameter_of_the_trial() -> None:
         assert (json.loads(asked.params["betas"]), asked.params["k"]) == (list(point["betas"]), str(point["k"]))
 
 
-def test_a_winner_is_a_config_to_lay_over_the_others(done: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_winner_is_a_config_to_lay_over_the_others(done: tuple[Path, Result], tmp_path: Path) -> None:
     folder, _ = done
     configs = ["configs/grok_sync.yaml", folder / "runs/sync.yaml", folder / "runs/sync-winner.yaml"]
     again = fit(tmp_path, *(part for config in configs for part in ("--config", config)), "--wandb", "false")
@@ -172,50 +220,87 @@ def test_a_winner_is_a_config_to_lay_over_the_others(done: tuple[Path, Any], tmp
     assert yaml.safe_load((again / "config.yaml").read_text())["model"] == saved(best)["model"]
 
 
-def test_a_sweep_that_is_done_runs_nothing_more(done: tuple[Path, Any]) -> None:
+def test_a_sweep_that_is_done_runs_nothing_more(done: tuple[Path, Result]) -> None:
     folder, _ = done
     before = sorted((folder / "runs").glob("*/*/summary.json"))
-    assert run(folder, SWEEP).returncode == 0
+    assert run(folder, REAL).code == 0
     assert sorted((folder / "runs").glob("*/*/summary.json")) == before
 
 
-def test_another_search_space_in_the_same_folder_is_refused(done: tuple[Path, Any]) -> None:
+def test_another_search_space_in_the_same_folder_is_refused(done: tuple[Path, Result]) -> None:
     folder, _ = done
-    process = run(folder, {**SWEEP, "sequence_seed": 5})
-    assert process.returncode == 1
-    (line,) = process.stderr.splitlines()
-    assert "holds a sweep with other points for adamw: name another folder" in line
+    result = run(folder, {**REAL, "sequence_seed": 5})
+    assert result.code == 1
+    assert "holds a sweep with other points for adamw: name another folder" in result.error
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
     sweep = {**SWEEP, "common": {**COMMON, "trainer": {"max_epochs": 30}}, "final_seeds": []}
-    with subprocess.Popen(
-        command(tmp_path, sweep), cwd=ROOT, env=clean_environment(tmp_path), stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()  # the first trial has ended
-        process.send_signal(signal.SIGKILL)
+    with Running(command(tmp_path, sweep), clean_environment(tmp_path)) as running:
+        wait_until(lambda: list((tmp_path / "runs").glob("*/*/summary.json")), running)
+        running.kill()
     finished = {name: len(of_study) for name, of_study in trials(tmp_path).items()}
-    assert 1 <= sum(finished.values()) < 8
+    assert sum(finished.values()) < 8
     time.sleep(1)  # to see that it is gone takes a run a moment, on a machine under load
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/*/metrics.csv")}
     time.sleep(2)
     assert logs == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/*/metrics.csv")}
-    assert run(tmp_path, sweep).returncode == 0
+    assert run(tmp_path, sweep).code == 0
     for of_study in trials(tmp_path).values():
         assert [trial.user_attrs["index"] for trial in of_study] == [0, 1, 2, 3]
 
 
+def test_a_sweep_that_ended_within_a_run_repeats_that_run_alone(tmp_path: Path) -> None:
+    sweep = {**SWEEP, "final_seeds": []}
+
+    class Ends(FakeRunner):
+        def __call__(self, context: Any, arguments: Sequence[str], log: Path) -> Outcome:
+            if len(self.commands) == 3:
+                raise KeyboardInterrupt
+            return super().__call__(context, arguments, log)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_fake(tmp_path, sweep, Ends(accuracy))
+    assert sum(map(len, trials(tmp_path).values())) == 3
+    rest = FakeRunner(accuracy)
+    found = run_fake(tmp_path, sweep, rest)
+    assert len(rest.commands) == 5
+    assert [[trial.user_attrs["index"] for trial in of_study] for of_study in found.values()] == [[0, 1, 2, 3]] * 2
+
+
+ADAMW_ALONE = {**SWEEP, "optimizers": {"adamw": SWEEP["optimizers"]["adamw"]}}  # type: ignore[index]
+
+
 def test_a_trial_gives_up_at_a_multiple_of_what_the_best_so_far_needed(tmp_path: Path) -> None:
+    def milestone(options: dict[str, str]) -> dict[str, Any]:
+        cost = round(100 * lr(options) ** -0.5)
+        budget = int(options.get("trainer.callbacks.gradient_evaluations", cost))
+        return {"milestones": {"val_10": {"gradient_evaluations": cost if cost <= budget else None}}}
+
+    runner = FakeRunner(milestone)
+    run_fake(tmp_path, {**ADAMW_ALONE, "give_up_at": 1.5, "objective": {"milestone": "val_10"}}, runner)
+    best: int | None = None
+    for options in runner.commands[:4]:
+        budget = options.get("trainer.callbacks.gradient_evaluations")
+        assert (None if budget is None else int(budget)) == (None if best is None else -(-3 * best // 2))
+        assert ("callbacks.evaluation_budget.EvaluationBudget" in options.values()) == (budget is not None)
+        cost = milestone(options)["milestones"]["val_10"]["gradient_evaluations"]
+        best = best if cost is None else min(cost, best or cost)
+    # Runs of the winner have no limit.
+    assert [options.get("trainer.callbacks.gradient_evaluations") for options in runner.commands[4:]] == [None] * 2
+
+
+@pytest.mark.slow
+def test_a_run_that_gives_up_spends_no_more(tmp_path: Path) -> None:
     """With two epochs of one step, a milestone reached in the first one makes the second superfluous."""
     sweep = {
-        **{**SWEEP, "final_seeds": [], "give_up_at": 1.0},
+        **{**ADAMW_ALONE, "final_seeds": [], "give_up_at": 1.0},
         "objective": {"milestone": "val_10", "cost": "gradient_evaluations"},
         "common": {**COMMON, "data": {"init_args": {"p": 7, "batch_size": 64}}, "trainer": {"max_epochs": 40}},
-        "optimizers": {"adamw": SWEEP["optimizers"]["adamw"]},  # type: ignore[index]
     }
-    process = run(tmp_path, sweep, "--workers", "1")
-    assert process.returncode == 0, process.stderr
+    result = run(tmp_path, sweep, "--workers", "1")
+    assert result.code == 0, result.err
     best = None
     for trial in sorted(trials(tmp_path)["adamw"], key=lambda one: one.number):
         callbacks = saved(trial)["trainer"]["callbacks"]
@@ -228,26 +313,31 @@ def test_a_trial_gives_up_at_a_multiple_of_what_the_best_so_far_needed(tmp_path:
     assert best is not None and best < 40
 
 
-def test_a_trial_that_diverges_counts_as_a_miss(tmp_path: Path) -> None:
+def test_a_trial_that_diverges_counts_as_a_miss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run_fake(tmp_path, {**ADAMW_ALONE, "trials": 2}, FakeRunner(lambda _: None))
+    assert [trial.state for trial in found["adamw"]] == [TrialState.PRUNED] * 2
+    assert "adamw-final" not in found
+    assert "adamw 0: ended, see" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_a_miss_of_its_sweep(tmp_path: Path) -> None:
     huge = {"low": 1e30, "high": 1e38, "log": True}
     adamw = {"configs": ["configs/grok_adamw.yaml"], "space": {"model.optimizer.lr": huge}}
-    process = run(tmp_path, {**SWEEP, "trials": 2, "optimizers": {"adamw": adamw}})
-    assert process.returncode == 0, process.stderr
+    result = run(tmp_path, {**SWEEP, "trials": 2, "optimizers": {"adamw": adamw}})
+    assert result.code == 0, result.err
     assert [trial.state for trial in trials(tmp_path)["adamw"]] == [TrialState.PRUNED] * 2
-    assert "adamw 0: ended, see" in process.stdout
 
 
 def test_options_that_no_run_can_have_end_the_sweep_with_their_error(tmp_path: Path) -> None:
     adamw = {"configs": ["configs/grok_adamw.yaml"], "space": {"model.optimizer.learning": LR}}
-    process = run(tmp_path, {**SWEEP, "optimizers": {"adamw": adamw}})
-    assert process.returncode == 1
-    (line,) = process.stderr.splitlines()
+    line = run(tmp_path, {**SWEEP, "trials": 1, "optimizers": {"adamw": adamw}}).error
     assert line.startswith("error: adamw") and "could not start" in line and "learning" in line
 
 
 def test_wandb_sweep_files_search_the_same_space(tmp_path: Path) -> None:
-    process = run(tmp_path, SWEEP, "--wandb-files", str(tmp_path / "wandb"))
-    assert process.returncode == 0, process.stderr
+    result = run(tmp_path, SWEEP, "--wandb-files", str(tmp_path / "wandb"))
+    assert result.code == 0, result.err
     content = yaml.safe_load((tmp_path / "wandb/sync.yaml").read_text())
     assert content["run_cap"] == 4 and content["metric"] == {"name": "val/accuracy", "goal": "maximize"}
     assert content["parameters"]["model.vector.lr"] == {"distribution": "log_uniform_values", "min": 1e-3, "max": 3e-2}
@@ -258,27 +348,28 @@ def test_wandb_sweep_files_search_the_same_space(tmp_path: Path) -> None:
 
 
 def test_workers_share_the_machine_as_asked(tmp_path: Path) -> None:
-    process = run(tmp_path, SWEEP, "--workers", "0")
-    assert process.returncode == 2 and "must be at least 1" in process.stderr
+    result = run(tmp_path, SWEEP, "--workers", "0")
+    assert result.code == 2 and "must be at least 1" in result.err
     assert os.listdir(tmp_path) == ["sweep.yaml"]
 
 
 def test_an_optimizer_that_never_reached_the_milestone_runs_its_best_trial_by_the_fallback_metric(
     tmp_path: Path,
 ) -> None:
-    callbacks = [{"class_path": "callbacks.milestones.GrokkingMilestones"}]
-    common = {**COMMON, "trainer": {"max_epochs": 2, "callbacks": callbacks}}
-    sweep = {**SWEEP, "common": common, "final_seeds": [0], "objective": {"milestone": "full"}}
-    adamw = {"optimizers": {"adamw": SWEEP["optimizers"]["adamw"]}}
-    assert run(tmp_path, {**sweep, **adamw}).returncode == 0
-    assert trials(tmp_path).keys() == {"adamw"}
-    # Said afterwards, it counts for the trials that there are.
-    process = run(tmp_path, {**sweep, **adamw, "objective": {"milestone": "full", "otherwise": "val/loss"}})
-    assert process.returncode == 0, process.stderr
-    found = trials(tmp_path)
-    losses = [json.loads((Path(t.user_attrs["folder"]) / "summary.json").read_text()) for t in found["adamw"]]
-    merits = [summary["metrics"]["val/loss"]["best"] for summary in losses]
-    assert len(merits) == 4 and all(trial.state == TrialState.PRUNED for trial in found["adamw"])
-    winner = found["adamw"][merits.index(min(merits))]
+    def missed(options: dict[str, str]) -> dict[str, Any]:
+        return {
+            "milestones": {"full": {"gradient_evaluations": None}},
+            "metrics": {"val/loss": {"best": abs(lr(options) - 0.01)}},
+        }
+
+    runner = FakeRunner(missed)
+    sweep = {**ADAMW_ALONE, "final_seeds": [0], "objective": {"milestone": "full"}}
+    assert run_fake(tmp_path, sweep, runner).keys() == {"adamw"}
+    # Added later, it counts for the trials that have ended.
+    found = run_fake(tmp_path, {**sweep, "objective": {"milestone": "full", "otherwise": "val/loss"}}, runner)
+    assert len(found["adamw"]) == 4 and all(trial.state == TrialState.PRUNED for trial in found["adamw"])
+    assert len(runner.commands) == 5
+    losses = {lr(options): missed(options)["metrics"]["val/loss"]["best"] for options in runner.commands[:4]}
+    assert lr(runner.commands[4]) == min(losses, key=lambda rate: losses[rate])
     (final,) = found["adamw-final"]
-    assert saved(final)["model"] == saved(winner)["model"]
+    assert saved(final)["model"]["model.optimizer.lr"] == runner.commands[4]["model.optimizer.lr"]

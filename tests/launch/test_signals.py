@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.commands import AGA, ROOT, TINY, clean_environment, fit, folders, metrics, start, train_py
+from tests.helpers.marks import slow
+from tests.helpers.processes import Running, wait_until
 
 LONG = (
     *AGA,
@@ -55,14 +57,11 @@ def test_help_names_the_subcommands_and_our_options(tmp_path: Path) -> None:
         assert re.search(rf"^ +{subcommand}\b", result.out, re.M)
 
 
-@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), slow(signal.SIGTERM, 143)])
 def test_stopping_a_run_keeps_what_it_has(stop: signal.Signals, code: int, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     with start("fit", *LONG, "1", "--runs", runs, home=tmp_path) as process:
-        deadline = time.monotonic() + 60
-        while not list(runs.glob("*/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.5)
+        wait_until(lambda: list(runs.glob("*/*/checkpoints/last.ckpt")), process)
         process.send_signal(stop)
         out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
@@ -77,8 +76,7 @@ def test_stopping_a_run_keeps_what_it_has(stop: signal.Signals, code: int, tmp_p
     said = re.search(r"^resume with: python train.py (.*)$", out, re.M)
     assert said is not None and out.rstrip().endswith(said[0])
     with start(*shlex.split(said[1]), home=tmp_path) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == f"resuming {folder}\n"
+        wait_until(lambda: process.out.startswith(f"resuming {folder}\n"), process)
         process.kill()
     # It goes on from there.
     more = ("--trainer.max_epochs", epochs + 3, "--ckpt_path", folder / "checkpoints/last.ckpt")
@@ -86,15 +84,13 @@ def test_stopping_a_run_keeps_what_it_has(stop: signal.Signals, code: int, tmp_p
     assert int(again[-1]["epoch"]) == epochs + 2
 
 
-@pytest.mark.slow
 def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    slow = ("--data.p", "113", "--data.val_batch_size", "1", "--model.p", "113", "--trainer.callbacks", "null")
-    with start("fit", *AGA, *TINY, *slow, "--runs", runs, home=tmp_path) as process:
-        deadline = time.monotonic() + 60
-        while not list(runs.glob("*/*/config.yaml")) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(8)  # far into an epoch of 479 batches, or its validation of 8939
+    # An epoch has 479 batches, and its validation 8939.
+    long = ("--data.p", "113", "--data.val_batch_size", "1", "--model.p", "113", "--trainer.callbacks", "null")
+    more = ("--trainer.num_sanity_val_steps", "0", "--last_checkpoint.every_n_steps", "1")
+    with start("fit", *AGA, *TINY, *long, *more, "--runs", runs, home=tmp_path) as process:
+        wait_until(lambda: list(runs.glob("*/*/checkpoints/last.ckpt")), process)
         process.send_signal(signal.SIGINT)
         time.sleep(0.02)
         process.send_signal(signal.SIGINT)
@@ -121,8 +117,9 @@ def test_giving_up_while_it_starts_is_no_crash(tmp_path: Path) -> None:
 def test_a_terminal_shows_rate_and_time_left(tmp_path: Path) -> None:
     terminal, inside = pty.openpty()
     environment = clean_environment(tmp_path, COLUMNS="200", TERM="xterm")
-    command = [sys.executable, "train.py", "fit", *AGA, *TINY, "--trainer.max_epochs", "5", "--runs", str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=inside, stdout=inside, stderr=inside) as process:
+    arguments = ["train.py", "fit", *AGA, *TINY, "--trainer.max_epochs", "5", "--runs", str(tmp_path)]
+    with Running(arguments, environment, (os.ttyname(inside),) * 3) as process:
+        wait_until(lambda: select.select([terminal], [], [], 0)[0], process)
         os.close(inside)
         shown = b""
         while select.select([terminal], [], [], 60)[0]:
@@ -130,6 +127,7 @@ def test_a_terminal_shows_rate_and_time_left(tmp_path: Path) -> None:
                 shown += os.read(terminal, 65536)
             except OSError:  # the other end is closed
                 break
+        process.wait(60)
     os.close(terminal)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
     assert process.returncode == 0, text

@@ -9,17 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from launch import within_time
-from launch.trial import Outcome, server
+from launch import trial, within_time
+from launch.trial import Outcome
 from launch.within_time import Part, Schedule, validated
+from tests.helpers import processes
 from tests.helpers.commands import ADAMW, TINY
 
-EPOCHS = 400  # some seconds; no run of these tests is to end before it is stopped, unless it is to end
+EPOCHS = 150  # no run of these tests is to end before it is stopped, unless it is to end
 
 
 @pytest.fixture(scope="module")
 def context() -> Any:
-    return server()
+    processes.server()  # its processes begin at once
+    return trial.server()
 
 
 @pytest.fixture(autouse=True)
@@ -35,8 +37,10 @@ def part(runs: Path, epochs: int, total: int = EPOCHS, seed: int = 42, row: str 
     return Part(row, seed, epochs, total, ("fit", *options), "val/loss", True, 1.0, "grok")
 
 
-def schedule(folder: Path, parts: list[Part], context: Any, seconds: float = 100.0, places: int = 1) -> Schedule:
-    return Schedule(parts, folder / "runs", folder / "logs", context, [{} for _ in range(places)], seconds)
+def schedule(
+    folder: Path, parts: list[Part], context: Any, seconds: float = 100.0, places: int = 1, **options: Any
+) -> Schedule:
+    return Schedule(parts, folder / "runs", folder / "logs", context, [{} for _ in range(places)], seconds, **options)
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -67,6 +71,47 @@ def test_a_part_is_stopped_for_the_next_and_gone_on_with_in_its_folder(tmp_path:
     assert "stopped by SIGTERM" in (tmp_path / "logs" / logs[0]).read_text()
 
 
+class FakeTrial:
+    """A run of which an epoch has ended whenever somebody asks for it, and which goes on in its folder."""
+
+    def __init__(self, context: Any, arguments: Any, log: Path, environment: Any) -> None:
+        options = dict(zip(arguments, [*arguments[1:], ""], strict=True))
+        self.csv = Path(options["--runs"]) / options["--experiment"] / "2026-01-01_00-00-00-seed42" / "metrics.csv"
+        self.log, self.ends = log, False
+        if not self.csv.exists():
+            self.csv.parent.mkdir(parents=True)
+            self.csv.write_text("epoch,val/loss\n")
+
+    @property
+    def running(self) -> bool:
+        if not self.ends:
+            epoch = len(self.csv.read_text().splitlines()) - 1
+            with self.csv.open("a") as file:
+                file.write(f"{epoch},0.5\n")
+        return not self.ends
+
+    def stop(self) -> None:
+        assert not self.ends, "a second request would make it leave without saving"
+        self.ends = True
+
+    def outcome(self) -> Outcome:
+        return Outcome(128 + 15, None, {})
+
+
+def test_when_the_time_is_up_runs_are_asked_to_stop_once_and_the_same_goes_on(tmp_path: Path) -> None:
+    parts = [part(tmp_path / "runs", 10**6, total=10**6)]
+    counts = []
+    for _ in range(2):
+        plan = schedule(tmp_path, parts, None, seconds=1.0, start_trial=FakeTrial)
+        plan.run()
+        assert plan.elapsed < 1.0 and not plan.failed and not plan.running
+        (folder,) = run_folders(tmp_path)
+        assert epochs_logged(folder) == list(range(len(epochs_logged(folder))))
+        counts.append(len(epochs_logged(folder)))
+    assert 0 < counts[0] < counts[1]
+
+
+@pytest.mark.slow
 def test_when_the_time_is_up_everything_is_saved_and_the_same_goes_on(
     tmp_path: Path, context: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,7 +158,7 @@ def test_a_run_that_ends_early_by_itself_is_not_begun_again(
     assert "grok_adamw seed 42: ended by itself after epoch" in capsys.readouterr().out
 
 
-def test_an_error_while_a_run_saves_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_a_run_saves_is_told(tmp_path: Path) -> None:
     class FullDisk(Deaf):
         def stop(self) -> None:
             self.running = False
@@ -123,9 +168,10 @@ def test_an_error_while_a_run_saves_is_told(tmp_path: Path, monkeypatch: pytest.
         def outcome(self) -> Outcome:
             return Outcome(1, None, {})
 
-    monkeypatch.setattr(within_time, "Trial", FullDisk)
     ends: list[int] = []
-    plan = Schedule([part(tmp_path, 1)], tmp_path, tmp_path / "logs", None, [{}], 1.0, ended=lambda: ends.append(1))
+    plan = schedule(
+        tmp_path, [part(tmp_path, 1)], None, seconds=1.0, ended=lambda: ends.append(1), start_trial=FullDisk
+    )
     plan.run()
     assert list(plan.failed) == ["grok_adamw"]
     assert ends == [1]
@@ -150,9 +196,8 @@ class Deaf:
 def test_what_does_not_save_in_time_is_killed_within_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(within_time, "Trial", Deaf)
     monkeypatch.setattr(within_time, "REST", 0.3)
-    plan = schedule(tmp_path, [part(tmp_path, 1)], None, seconds=1.0)
+    plan = schedule(tmp_path, [part(tmp_path, 1)], None, seconds=1.0, start_trial=Deaf)
     plan.run()
     assert 0.6 < plan.elapsed < 1.0
     assert not plan.running
