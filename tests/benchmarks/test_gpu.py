@@ -49,10 +49,10 @@ def test_a_part_that_hangs_is_stopped_at_its_limit_and_the_others_run(tmp_path: 
 
 def test_what_a_stopped_part_has_started_is_stopped_with_it(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
-    child = f"import time, pathlib; time.sleep(2.5); pathlib.Path({str(mark)!r}).touch()"
+    child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(mark)!r}).touch()"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     assert run([python("parent", code)], 1, tmp_path / "out")[0] == 1
-    time.sleep(2.5)
+    time.sleep(1.5)
     assert not mark.exists()
 
 

@@ -8,6 +8,7 @@ from benchmarks.scaling_on_paper import MODES, Network, seconds, sent
 NET = Network(parameters=1000, matrices=800, iteration=[500, 300], operations=10**6)
 
 
+@pytest.mark.slow
 def test_the_measured_bytes_are_those_of_the_modes() -> None:
     rows = {row["mode"]: row["sent_bytes"] / row["gradient_bytes"] for row in scaling.run(["grokking"], seconds=0.1)}
     assert rows["AdamW"] == 1

@@ -1,8 +1,6 @@
 """The cache: made once, whole or not at all, mapped into memory, never trusted when damaged."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,8 @@ import pytest
 from datamodules.text_corpus import Corpus, open_corpus
 from datamodules.token_cache import Tokens, cached_tokens, default_cache
 from datamodules.token_rows import Protocol
-from tests.helpers.commands import ROOT, clean_environment
+from tests.helpers.commands import clean_environment
+from tests.helpers.processes import Running
 from tests.helpers.text import FILES, write_corpus
 
 
@@ -137,13 +136,10 @@ def test_of_two_processes_at_once_one_makes_it_and_both_have_it(tmp_path: Path) 
         "tokens = cached_tokens(open_corpus(Path(sys.argv[1])), 300, 'packed', 15, Path(sys.argv[2]))\n"
         "print('sum', int(tokens.splits['train'].tokens.sum()))\n"
     )
-    arguments = [sys.executable, "-c", code, str(text), str(tmp_path / "cache")]
-    environment = clean_environment(tmp_path)
-    processes = [
-        subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=120)[0].splitlines() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    arguments, environment = ["-c", code, str(text), str(tmp_path / "cache")], clean_environment(tmp_path)
+    with Running(arguments, environment) as first, Running(arguments, environment) as second:
+        outputs = [process.communicate(120)[0].splitlines() for process in (first, second)]
+        assert [process.returncode for process in (first, second)] == [0, 0]
     assert sorted(map(len, outputs)) == [1, 2], "one of the two says that it tokenizes"
     assert outputs[0][-1] == outputs[1][-1] != "sum 0"
     assert len(folders(tmp_path / "cache")) == 1

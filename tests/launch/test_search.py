@@ -81,8 +81,8 @@ class FakeRunner:
     def __call__(self, context: Any, arguments: Sequence[str], log: Path) -> Outcome:
         pairs = list(zip(arguments[1::2], arguments[2::2], strict=True))
         options = {name.removeprefix("--"): value for name, value in pairs}
+        folder = Path(options["runs"]) / options["experiment"] / log.stem
         with self._lock:
-            folder = Path(options["runs"]) / options["experiment"] / f"run-{len(self.commands)}"
             self.commands.append(options)
         folder.mkdir(parents=True)
         model = {name: value for name, value in options.items() if name.startswith("model.")}

@@ -1,4 +1,5 @@
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,12 @@ def test_the_published_table_is_that_of_the_published_numbers(measured: Rows) ->
 
 def test_what_the_text_says_of_the_numbers_is_so(measured: Rows) -> None:
     """The sentences of results/natural_gradient/README.md, one by one."""
+    chosen: dict[tuple[Any, ...], Rows] = defaultdict(list)
+    for row in measured:
+        chosen[row["kind"], row["damping"], row["target"], row["candidate"]].append(row)
 
     def difference(kind: str, mine: str, theirs: str, damping: float, target: str = "natural") -> tuple[float, float]:
-        chosen: dict[str, Any] = {"kind": kind, "damping": damping, "target": target}
-        sides = [by_seed(measured, "cosine_weights", candidate=name, **chosen) for name in (mine, theirs)]
+        sides = [by_seed(chosen[kind, damping, target, name], "cosine_weights") for name in (mine, theirs)]
         return interval([a - b for a, b in zip(*sides, strict=True)])
 
     def clear(sign: int, *pair: Any) -> None:

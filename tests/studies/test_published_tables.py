@@ -2,11 +2,12 @@
 
 import argparse
 import errno
-import subprocess
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -16,7 +17,9 @@ from experiment.identity import RunIdentity
 from launch.within_time import Part
 from studies import published_tables
 from studies.published_tables import CIFAR, WIKITEXT2, all_parts, arguments, slots
-from tests.helpers.commands import ROOT, Result, call, python
+from tests.helpers.commands import ROOT, Result, call, captured, fresh_python, python
+from tests.helpers.marks import slow
+from tests.helpers.processes import Running, server, wait_until
 from tests.helpers.text import write_corpus
 
 ROWS = [*WIKITEXT2, *CIFAR]
@@ -73,7 +76,7 @@ def test_all_parts_of_a_run_have_the_same_command_line() -> None:
     assert len({line for found in lines.values() for line in found}) == len(lines) == 20
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", [row if row.endswith(("base", "muon")) else slow(row) for row in ROWS])
 def test_every_row_stands_below_its_published_numbers(row: str) -> None:
     result = call(*arguments(row, 43, options(accelerator="cpu")), "--print_config")
     assert result.code == 0, result.err
@@ -96,9 +99,12 @@ def test_every_gpu_that_may_be_used_gets_as_many_processes(monkeypatch: pytest.M
 
 
 def command(folder: Path, *more: str) -> Result:
+    """Run the command in this process; its runs are forked from the server of the tests."""
+    server()
     corpus = str(write_corpus(folder / "text"))
-    line = ("-m", "studies.published_tables", "--output", folder / "tables", *more)
-    return python(*line, home=folder, ARS2_WIKITEXT2_ROOT=corpus)
+    line = ["published_tables", "--output", str(folder / "tables"), *more]
+    with patch("sys.argv", line), patch.dict("os.environ", ARS2_WIKITEXT2_ROOT=corpus, OMP_NUM_THREADS="1"):
+        return captured(published_tables.main)
 
 
 def test_without_a_gpu_it_says_how_to_rehearse(
@@ -112,6 +118,7 @@ def test_without_a_gpu_it_says_how_to_rehearse(
     assert not (tmp_path / "tables").exists()
 
 
+@pytest.mark.slow
 def test_what_the_runs_import_together_leaves_the_gpu_alone(tmp_path: Path) -> None:
     """A process forked from one that has asked CUDA anything cannot use a GPU."""
     script = """
@@ -124,7 +131,7 @@ for module in sys.argv[1:]:
     __import__(module)
 assert not asked, asked
 """
-    result = python("-c", script, *published_tables.MODULES, home=tmp_path)
+    result = fresh_python("-c", script, *published_tables.MODULES, home=tmp_path)
     assert result.code == 0, result.err
 
 
@@ -132,13 +139,10 @@ def test_two_calls_for_one_folder_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Within one process a lock can be taken again.
-    take = "import sys, pathlib; from experiment.folders import lock; lock(pathlib.Path(sys.argv[1]));"
-    take += " print(flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", take, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout is not None
-        other.stdout.readline()
+    take = "import sys, pathlib, time; from experiment.folders import lock; lock(pathlib.Path(sys.argv[1]));"
+    take += " print('held'); time.sleep(60)"
+    with Running(["-c", take, str(tmp_path)], os.environ) as other:
+        wait_until(lambda: other.out, other)
         line = ["published_tables", "--minutes", "1", "--output", str(tmp_path), "--accelerator", "cpu"]
         monkeypatch.setattr(sys, "argv", line)
         assert published_tables.main() == 1
