@@ -98,13 +98,16 @@ class FakeTrial:
         return Outcome(128 + 15, None, {})
 
 
-def test_when_the_time_is_up_runs_are_asked_to_stop_once_and_the_same_goes_on(tmp_path: Path) -> None:
+def test_when_the_time_is_up_runs_are_asked_to_stop_once_and_the_same_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(within_time, "REST", 0.3)
     parts = [part(tmp_path / "runs", 10**6, total=10**6)]
     counts = []
     for _ in range(2):
-        plan = schedule(tmp_path, parts, None, seconds=1.0, start_trial=FakeTrial)
+        plan = schedule(tmp_path, parts, None, seconds=2.0, start_trial=FakeTrial)
         plan.run()
-        assert plan.elapsed < 1.0 and not plan.failed and not plan.running
+        assert plan.elapsed < 2.0 and not plan.failed and not plan.running
         (folder,) = run_folders(tmp_path)
         assert epochs_logged(folder) == list(range(len(epochs_logged(folder))))
         counts.append(len(epochs_logged(folder)))
