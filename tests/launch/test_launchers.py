@@ -116,7 +116,7 @@ def test_two_processes_of_a_launcher_share_a_run_and_go_on_together(whole: Path,
     assert sum(result.out.count("no unfinished run of these options") for result in stopped) == 1
     finished = run()
     assert [result.code for result in finished] == [0, 0], finished
-    assert sum(result.out.count("going on with") for result in finished) == 1
+    assert sum(result.out.count("resuming") for result in finished) == 1
     (folder,) = folders(tmp_path / "runs")
     assert metrics(folder) == metrics(whole)
 
