@@ -13,6 +13,7 @@ import pytest
 from experiment.loggers import make_loggers
 from tests.helpers.commands import AGA, TINY, Result, folders, metrics, python, train_py
 from tests.helpers.marks import slow
+from tests.helpers.processes import server
 from tests.helpers.wandb_server import KEY, WandbServer
 
 NO_SERVER = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
@@ -21,6 +22,7 @@ WITHOUT_CHOICE = TINY[: TINY.index("--wandb")]
 
 @pytest.fixture(autouse=True)
 def nothing_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server()  # with the home of before
     for name in [name for name in os.environ if name.startswith("WANDB") or name == "NETRC"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
