@@ -14,9 +14,9 @@ from tests.helpers.launching import become
 from tests.modules import evaluations, exchanges
 from tests.modules.small_task import make_optimizer, state_of
 
-STEPS = 50
+STEPS = 16
 # 36 training pairs: batches of 10, 10, 10 and 6, which neither 4 nor, for the last but one, all counts divide.
-EPOCHS, BATCH = 13, 10
+EPOCHS, BATCH = 4, 10
 # In float32 throughout; in half precision the iteration itself would round by more than processes differ.
 PRECISE = {name: {"lr": 1e-3, "ns_dtype": "float32"} for name in ("base", "sync", "aga", "periodic", "random", "muon")}
 OPTIONS: dict[str, dict[str, Any]] = {"adamw": {"lr": 1e-3}, **PRECISE}
@@ -44,7 +44,7 @@ class Units(ModularAddition):
 
 
 def fit(name: str, ranks: int = 1, units: int = 0, **options: Any) -> dict[str, Any]:
-    """Train 50 steps; returns the state, the evaluations after each step and the logged metrics."""
+    """Train 16 steps; returns the state, the evaluations after each step and the logged metrics."""
     torch.manual_seed(0)
     small = {"p": 11, "width": 16, "heads": 2, "mlp_width": 16}
     kind = Units if units else ModularAddition

@@ -27,7 +27,7 @@ from tests.modules import evaluations, exchanges, language
 from tests.modules.ddp_fit import BATCH, OPTIONS, Looks
 from tests.modules.small_task import SmallTask, batches, make_optimizer
 
-STEPS, HALF = 24, 10  # the half is in the middle of an epoch of 4 batches
+STEPS, HALF = 16, 6  # the half is in the middle of an epoch of 4 batches
 # The time, and what only the first process' products are counted for.
 MEASURED = ("cost/training_seconds", "cost/flops")
 # A network with BatchNorm cannot be sharded; text in whole batches is no other case than sums are.
@@ -90,9 +90,9 @@ def fit(
     damaged: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train 24 steps; returns parameters, state, evaluations, logged metrics and, with a folder, the logged rows.
+    """Train 16 steps; returns parameters, state, evaluations, logged metrics and, with a folder, the logged rows.
 
-    With ``saves`` it leaves a checkpoint of the first 10 steps there.
+    With ``saves`` it leaves a checkpoint of the first 6 steps there.
     """
     torch.manual_seed(0)
     small = {"p": 11, "width": 16, "heads": 2, "mlp_width": 16}
