@@ -28,7 +28,7 @@ from tests.ars2.training import (
     worst_difference,
 )
 
-STEPS = 60
+STEPS = 40
 FLOAT64_BOUND = 6e-15  # measured: 1.2e-15
 FLOAT32_BOUND = 8e-6  # measured: 1.7e-6
 BFLOAT16_BOUND = 6e-3  # 10 steps with products in bfloat16; measured: 1.3e-3

@@ -71,7 +71,7 @@ def test_counters_are_plain_numbers_in_the_groups(mode: str) -> None:
         assert counters & set(group) == (counters if index == 0 else set())
 
 
-@pytest.mark.parametrize("mode", ["sync", "aga"])
+@pytest.mark.parametrize("mode", ["aga", pytest.param("sync", marks=pytest.mark.slow)])
 def test_nothing_of_a_step_outlives_it(mode: str) -> None:
     gc.collect()
     of_others = [t for t in gc.get_objects() if type(t) is Tensor]  # kept, so that no address is used again
