@@ -1,6 +1,6 @@
-"""A Hessian's largest eigenvalue and trace from products with vectors alone; the Hessian itself is never made.
+"""Compute a Hessian's largest eigenvalue and trace from products with vectors.
 
-A vector is a list of tensors, one a parameter.
+The Hessian itself is never formed. A vector is a list of tensors, one per parameter.
 """
 
 import math
@@ -19,32 +19,38 @@ Product = Callable[[Vector], Vector]
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """A block whose backward passes can be differentiated again.
+    """Let the backward passes of a block be differentiated again.
 
-    Fused attention kernels and compiled graphs cannot: attention runs in plain operations, and what was compiled runs
-    uncompiled.
+    Fused attention kernels and compiled graphs cannot be. In the block, attention runs as plain operations, and
+    compiled functions run eagerly.
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if "torch._dynamo" in sys.modules:
-            # Nothing can be compiled without it, and importing it takes seconds.
+            # Without that module nothing is compiled, and importing it takes seconds.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
 def dot(left: Vector, right: Vector) -> float:
-    """Return the inner product over all elements; reads the device once."""
+    """Return the inner product over all elements; synchronises with the device once."""
     return torch.stack([product.sum() for product in torch._foreach_mul(left, right)]).sum().item()
 
 
 def random_vectors(params: Vector, generator: torch.Generator) -> Iterator[Vector]:
-    """Yield vectors of standard normal numbers, drawn on the host so that every device gets the same."""
+    """Yield vectors of standard normal numbers.
+
+    They are drawn on the host, so that every device gets the same.
+    """
     while True:
         yield [torch.randn(p.shape, generator=generator).to(p.device, p.dtype) for p in params]
 
 
 class Eigenvalue(NamedTuple):
-    """The largest eigenvalue, and how far from an eigenvalue of the matrix it can be; both in the matrix's unit."""
+    """State the largest eigenvalue, and how far an eigenvalue can be from it.
+
+    Both are in the unit of the matrix.
+    """
 
     value: float
     error: float
@@ -52,48 +58,48 @@ class Eigenvalue(NamedTuple):
 
 
 def top_eigenvalue(product: Product, start: Vector, max_products: int, tolerance: float) -> Eigenvalue:
-    """Return the (algebraically) largest eigenvalue of a symmetric matrix, by Lanczos' three-term recurrence.
+    """Return the algebraically largest eigenvalue of a symmetric matrix.
 
-    Keeps three vectors. Rounding lets the recurrence find an eigenvalue again once it has found it, which does no harm
-    to the largest one (Paige 1980). Ends when the error is at most ``tolerance`` times the value, or after
-    ``max_products``; whatever is not finite ends it with NaN.
+    Uses Lanczos' three-term recurrence, which keeps three vectors. Rounding lets it find an eigenvalue more than once,
+    which does not affect the largest one (Paige 1980). It ends when the error is at most ``tolerance`` times the value,
+    or after ``max_products``. A value that is not finite ends it with NaN.
 
     Args:
         product: multiplies a vector by the matrix.
-        start: any vector with a part along the eigenvector wanted, such as a random one.
+        start: any vector with a component along the eigenvector, such as a random one.
         max_products: at least 1.
         tolerance: relative.
     """
     length = math.sqrt(dot(start, start))
     current, previous = [x / length for x in start], [torch.zeros_like(x) for x in start]
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     value, error = math.nan, math.inf
     while len(diagonal) < max_products:
         following = product(current)
-        if beside:
-            torch._foreach_sub_(following, torch._foreach_mul(previous, beside[-1]))
+        if off_diagonal:
+            torch._foreach_sub_(following, torch._foreach_mul(previous, off_diagonal[-1]))
         diagonal.append(dot(current, following))
         torch._foreach_sub_(following, torch._foreach_mul(current, diagonal[-1]))
         rest = math.sqrt(dot(following, following))
         if not math.isfinite(rest):
             return Eigenvalue(math.nan, math.nan, len(diagonal))
         small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-        small += torch.diag(torch.tensor(beside, dtype=torch.float64), 1)
-        small += torch.diag(torch.tensor(beside, dtype=torch.float64), -1)
+        small += torch.diag(torch.tensor(off_diagonal, dtype=torch.float64), 1)
+        small += torch.diag(torch.tensor(off_diagonal, dtype=torch.float64), -1)
         values, vectors = torch.linalg.eigh(small)
         value, error = values[-1].item(), rest * abs(vectors[-1, -1].item())
         scale = values.abs().max().item()
-        # At the end of the space that the start can reach nothing but rounding is left.
+        # When the Krylov space is exhausted, only rounding is left.
         if error <= tolerance * abs(value) or rest <= torch.finfo(start[0].dtype).eps * scale:
             break
         previous, current = current, [x / rest for x in following]
-        beside.append(rest)
+        off_diagonal.append(rest)
     return Eigenvalue(value, error, len(diagonal))
 
 
 class Mean(NamedTuple):
-    """A mean of independent samples and its standard error (infinite for a single one)."""
+    """State a mean of independent samples and its standard error, infinite for one."""
 
     value: float
     error: float
@@ -108,11 +114,13 @@ def mean(samples: list[float]) -> Mean:
 
 
 def trace(product: Product, signs_of: Iterator[Vector], samples: int) -> Mean:
-    """Return the trace of a matrix by Hutchinson's estimator: the mean of ``z . A z`` over random signs ``z``.
+    """Return the trace of a matrix by Hutchinson's estimator.
+
+    It is the mean of ``z . A z`` over vectors ``z`` of random signs.
 
     Args:
         product: multiplies a vector by the matrix.
-        signs_of: random vectors of symmetric distribution, of which the signs are taken.
+        signs_of: random vectors of a symmetric distribution, whose signs are taken.
         samples: at least 1.
     """
     found = []

@@ -1,4 +1,4 @@
-"""Measures how flat the loss is where training has come to: its Hessian, and how far it rises nearby."""
+"""Measure how flat the loss is around the parameters that training has reached."""
 
 import math
 from collections.abc import Iterator
@@ -18,58 +18,58 @@ from ars2.updates import LEAST_NORM
 from callbacks.cost_counters import CostCounters
 from callbacks.curvature import mean, random_vectors, top_eigenvalue, trace
 from callbacks.lookup import callbacks_of
+from callbacks.module_protocol import TrainedModule
 from callbacks.probed_loss import ProbedLoss, unchanged
-from modules.two_pass import TwoPassModule
 
-# In gradient evaluations on one batch, by the usual count of floating-point operations: a forward pass is a third of
-# one, and differentiating a gradient costs about as much again as making it, twice.
-OF_A_LOSS, OF_A_PRODUCT = 1 / 3, 2.0
+# Costs in gradient evaluations on one batch, by the usual count of operations: a forward pass is a third of a gradient,
+# and a product with the Hessian is about two gradients.
+LOSS_COST, PRODUCT_COST = 1 / 3, 2.0
 
 
 class FlatnessProbe(L.Callback):
-    """Measures the training loss around the parameters on a fixed batch, at chosen epochs, and leaves no trace.
+    """Measure the training loss around the parameters at chosen epochs.
 
-    The batch is the first one (or the first few) that the run trains on; it is kept in checkpoints, so a resumed run
-    goes on with it. The loss is the one that the optimizer sees: in training mode, BatchNorm with the batch's own
-    statistics, dropout with one fixed mask. It is taken in the parameters' precision, without autocast. Over several
-    processes it is the mean of the losses on their batches.
+    Training is not affected. The probe batch is the first batch, or the first few, that the run trains on. It is kept
+    in checkpoints, so that a resumed run continues with it. The loss is the one that the optimizer minimises: in
+    training mode, with BatchNorm statistics of the batch and one fixed dropout mask. It is computed in the precision of
+    the parameters, without autocast. With several processes it is the mean of the losses on their batches.
 
-    Writes one row a probe to the loggers, with ``epoch``, the costs if
-    :class:`callbacks.cost_counters.CostCounters` is there, and:
+    Each probe writes one row to the loggers, with ``epoch``, the costs if
+    :class:`callbacks.cost_counters.CostCounters` is in use, and:
 
-    - ``flatness/probe_loss``: at the parameters, in the loss's unit, as all rises;
-    - ``flatness/hessian_top``: the largest eigenvalue of the Hessian over all trainable parameters, by Lanczos;
-      ``flatness/hessian_top_error``: how far from an eigenvalue that can be;
-    - ``flatness/hessian_trace`` by Hutchinson's estimator, and ``flatness/hessian_trace_error``, its standard error;
-    - ``flatness/rise_adversarial``: the loss at the optimizer's own adversarial point less the one at the parameters;
-      that of ARS2-Neo is ``rho * n / |n|`` from each tensor with ``n = g / (sqrt(v_hat) + eps) * |p|``. An optimizer
-      that has none gets the plain one, ``rho * g / |g|`` from each tensor;
-    - ``flatness/rise_gradient``: at that plain point, for every optimizer alike: the column to compare optimizers by;
-    - ``flatness/rise_random``: the mean over random points, each tensor moved as far as to the adversarial point, and
-      ``flatness/rise_random_error``, its standard error;
-    - ``flatness/probe_seconds`` and ``flatness/probe_gradient_evaluations``: what this probe took. A loss counts as a
-      third of a gradient, a product with the Hessian as two. Neither is part of the run's ``cost/...``.
+    - ``flatness/probe_loss``: at the parameters. The rises below are in the same unit;
+    - ``flatness/hessian_top``: the largest eigenvalue of the Hessian over all trainable parameters, by Lanczos'
+      method; ``flatness/hessian_top_error``: how far an eigenvalue can be from it;
+    - ``flatness/hessian_trace``, by Hutchinson's estimator, and ``flatness/hessian_trace_error``, its standard error;
+    - ``flatness/rise_adversarial``: the loss at the optimizer's own adversarial point minus that at the parameters. For
+      ARS2-Neo the point is ``rho * n / |n|`` from each tensor with ``n = g / (sqrt(v_hat) + eps) * |p|``. For an
+      optimizer without such a point it is the plain one, ``rho * g / |g|`` from each tensor;
+    - ``flatness/rise_gradient``: at the plain point for every optimizer, to compare optimizers by;
+    - ``flatness/rise_random``: the mean over random points, where each tensor moves as far as to the adversarial point,
+      and ``flatness/rise_random_error``, its standard error;
+    - ``flatness/probe_seconds`` and ``flatness/probe_gradient_evaluations``: the cost of this probe. A loss counts as a
+      third of a gradient, a product with the Hessian as two gradients. Neither is part of the run's ``cost/...``.
 
-    A radius is a length in each tensor: a network of T tensors moves by ``rho * sqrt(T)``. No number here is the same
-    after a rescaling of the weights that leaves the network's function alone (Dinh et al. 2017).
+    A radius is a length in each tensor: a network of T tensors moves by ``rho * sqrt(T)``. All values change under a
+    rescaling of the weights that leaves the network's function unchanged (Dinh et al. 2017).
 
-    Runs without a logger are not looked at. At a run's beginning one product with the Hessian is tried, so that a loss
-    that cannot be differentiated twice, or too little memory, shows before anything was trained.
+    Runs without a logger are not probed. Before the first step, one product with the Hessian is computed. A loss that
+    cannot be differentiated twice, or too little memory, thus fails before anything was trained.
 
     Args:
-        epochs: the period in epochs, or the list of completed epochs after which to look; the end of training is
-            always looked at.
-        batches: training batches that make the probe batch.
+        epochs: the period in epochs, or the list of completed epochs after which to probe. The end of training is
+            always probed.
+        batches: training batches that form the probe batch.
         rho: radius of the rises.
-        random_directions: how many random points.
-        max_products: most products with the Hessian for the largest eigenvalue, fewer where it is found to a
+        random_directions: number of random points.
+        max_products: most products with the Hessian for the largest eigenvalue; fewer are made where it is found to a
             thousandth.
         trace_samples: products with the Hessian for the trace.
         seed: of the random vectors and the dropout mask, the same in every probe.
 
     Raises:
-        ValueError: a number out of range, a strategy that does not keep whole parameters on every process, or a loss
-            that cannot be differentiated twice.
+        ValueError: a number out of range, a strategy that shards parameters, or a loss that cannot be differentiated
+            twice.
     """
 
     changes_training = False
@@ -102,8 +102,8 @@ class FlatnessProbe(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(
-                "the flatness probe needs whole parameters on every process, which"
-                f" {type(trainer.strategy).__name__} does not keep: train on one device or with DDP"
+                "the flatness probe needs complete parameters on every process, which"
+                f" {type(trainer.strategy).__name__} shards: train on one device or with DDP"
             )
 
     def on_train_batch_start(
@@ -113,7 +113,7 @@ class FlatnessProbe(L.Callback):
             self._batches.append(apply_to_collection(batch, Tensor, torch.clone))
         if len(self._batches) == self.batches and not self._checked and trainer.loggers:
             self._checked = True
-            with self._aside(trainer, pl_module) as loss:
+            with self._isolated(trainer, pl_module) as loss:
                 loss.check()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -125,7 +125,7 @@ class FlatnessProbe(L.Callback):
         if trainer.global_step != self._probed_at:
             self._log(trainer, pl_module, max(0, trainer.current_epoch - 1))
 
-    def _log(self, trainer: L.Trainer, pl_module: TwoPassModule, epoch: int) -> None:
+    def _log(self, trainer: L.Trainer, pl_module: TrainedModule, epoch: int) -> None:
         if not self._batches or not trainer.loggers:
             return
         row = {"epoch": float(epoch)} | self.probe(trainer, pl_module)
@@ -133,19 +133,19 @@ class FlatnessProbe(L.Callback):
             row |= counters.costs(trainer, pl_module)
         self._probed_at = trainer.global_step
         for logger in trainer.loggers:
-            # The number of the last batch, as in Lightning's rows of an epoch's end.
+            # Lightning's rows of an epoch's end have the number of the last batch, too.
             logger.log_metrics(row, trainer.fit_loop.total_batch_idx)
 
-    def probe(self, trainer: L.Trainer, pl_module: TwoPassModule) -> dict[str, float]:
-        """Measure at the parameters as they are; returns the columns by log key."""
-        with self._aside(trainer, pl_module) as loss:
+    def probe(self, trainer: L.Trainer, pl_module: TrainedModule) -> dict[str, float]:
+        """Return the measurements at the current parameters by log key."""
+        with self._isolated(trainer, pl_module) as loss:
             start = perf_counter()
             row = self._measure(loss)
             return row | {"flatness/probe_seconds": perf_counter() - start}
 
     @contextmanager
-    def _aside(self, trainer: L.Trainer, pl_module: Any) -> Iterator[ProbedLoss]:
-        """A block that is no part of training: neither its state nor its costs."""
+    def _isolated(self, trainer: L.Trainer, pl_module: Any) -> Iterator[ProbedLoss]:
+        """Exclude a block from the state and the costs of training."""
         with ExitStack() as stack:
             for counters in callbacks_of(trainer, CostCounters):
                 stack.enter_context(counters.paused(pl_module))
@@ -156,15 +156,15 @@ class FlatnessProbe(L.Callback):
 
     def _measure(self, loss: ProbedLoss) -> dict[str, float]:
         vectors = random_vectors(loss.params, torch.Generator().manual_seed(self.seed))
-        here, gradient, product = loss.twice()
+        here, gradient, product = loss.with_hessian()
         top = top_eigenvalue(product, next(vectors), self.max_products, tolerance=1e-3)
         traced = trace(product, vectors, self.trace_samples)
-        # The graph of the gradient is as large as that of a training step.
+        # Free the graph of the gradient, which is as large as that of a training step.
         del product
         plain = [scaled(g, self.rho) for g in gradient]
-        moves = {"adversarial": loss.optimizers_move(gradient, self.rho) or plain, "gradient": plain}
-        rises = {name: loss.at(move) - here for name, move in moves.items()}
-        lengths = [move.norm() for move in moves["adversarial"]]
+        offsets = {"adversarial": loss.adversarial_offset(gradient, self.rho) or plain, "gradient": plain}
+        rises = {name: loss.at(offset) - here for name, offset in offsets.items()}
+        lengths = [offset.norm() for offset in offsets["adversarial"]]
         random = mean(
             [
                 loss.at([scaled(x, length) for x, length in zip(vector, lengths, strict=True)]) - here
@@ -172,7 +172,7 @@ class FlatnessProbe(L.Callback):
             ]
         )
         products = top.products + self.trace_samples
-        evaluations = 1 + products * OF_A_PRODUCT + (len(rises) + self.random_directions) * OF_A_LOSS
+        evaluations = 1 + products * PRODUCT_COST + (len(rises) + self.random_directions) * LOSS_COST
         return {
             "flatness/probe_loss": here,
             "flatness/hessian_top": top.value,
@@ -193,5 +193,5 @@ class FlatnessProbe(L.Callback):
 
 
 def scaled(tensor: Tensor, length: Tensor | float) -> Tensor:
-    """Return ``tensor`` at the given length; one of zeros stays zero."""
+    """Return ``tensor`` scaled to the given length; a tensor of zeros stays zero."""
     return tensor * (length / (tensor.norm().clamp_min(LEAST_NORM)))

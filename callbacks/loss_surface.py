@@ -1,4 +1,4 @@
-"""A picture of the loss around a checkpoint, or in the plane through three.
+"""Draw the loss around a checkpoint, or in the plane through three checkpoints.
 
     python train.py test --config configs/grok_aga.yaml --ckpt_path <run>/checkpoints/last.ckpt \
         --trainer.callbacks+=callbacks.loss_surface.LossSurface --trainer.callbacks.radius 0.5
@@ -25,14 +25,14 @@ from ars2.param_groups import assign
 from ars2.updates import as_stack
 from callbacks.curvature import Vector, dot, random_vectors
 from callbacks.lookup import folder_of
+from callbacks.module_protocol import TrainedModule
 from callbacks.probed_loss import ProbedLoss, batch_statistics, unchanged
-from modules.two_pass import TwoPassModule
 
-MARGIN = 0.25  # of the extent of three checkpoints, beyond them on each side
+MARGIN = 0.25  # on each side of three checkpoints, as a part of their extent
 
 
 class Plane(NamedTuple):
-    """Two directions in the space of parameters, the range of each coordinate, and what is marked in the picture."""
+    """Describe a plane: directions, range of each coordinate, and marked checkpoints."""
 
     directions: tuple[Vector, Vector]
     ranges: tuple[tuple[float, float], tuple[float, float]]
@@ -40,29 +40,31 @@ class Plane(NamedTuple):
 
 
 class LossSurface(L.Callback):
-    """Evaluates the loss on a grid after testing, and writes ``loss_surface.csv`` and ``.png`` to the run folder.
+    """Evaluate the loss on a grid after testing, and draw it.
 
-    The CSV has ``x``, ``y`` and ``loss``; the tested checkpoint is at (0, 0). A W&B logger gets the picture as
-    ``loss_surface``. The parameters come back to the bit.
+    Writes ``loss_surface.csv`` and ``loss_surface.png`` to the run folder. The CSV has ``x``, ``y`` and ``loss``, with
+    the tested checkpoint at (0, 0). A W&B logger gets the picture as ``loss_surface``. The parameters are restored bit
+    for bit.
 
     Without ``checkpoints`` the plane has two random directions that are as long as the weights, row by row or filter by
     filter (Li et al. 2018): at x = 1 every filter has moved by its own length. Tensors of fewer than two dimensions do
-    not move. With ``checkpoints`` it is the plane through the three, with distances in the space of parameters as its
-    unit, the second one on the x-axis; every trainable tensor moves.
+    not move. With ``checkpoints`` it is the plane through the three. The unit is the distance between parameters, the
+    second checkpoint lies on the x-axis, and every trainable tensor moves.
 
-    The network is in evaluation mode, but BatchNorm uses the batch's own statistics: running ones belong to one point.
+    The network is in evaluation mode, but BatchNorm normalises by the batch, since running statistics belong to one
+    point.
 
     Args:
-        checkpoints: two more checkpoints of the same network; ``None`` looks around the tested one alone.
-        radius: how far to look around a single checkpoint.
-        points: grid points an axis; of an odd number one is the checkpoint.
-        split: whose batches, those of ``"train"`` or ``"test"``.
-        batches: how many of them, the first ones.
-        seed: of the random directions, and of what is random in the batches.
+        checkpoints: two more checkpoints of the same network; ``None`` draws around the tested one.
+        radius: half the width of the picture around a single checkpoint.
+        points: grid points per axis; with an odd number, one of them is the checkpoint.
+        split: the split that the batches are from, ``"train"`` or ``"test"``.
+        batches: how many of its first batches to use.
+        seed: of the random directions, and of random numbers in the batches.
 
     Raises:
-        ValueError: a number out of range, not two checkpoints, checkpoints of another network or on one line, or the
-            callback is used for anything but testing or without a data module.
+        ValueError: a number out of range, not two checkpoints, checkpoints of another network or on one line, no data
+            module, or another subcommand than test.
     """
 
     changes_training = False
@@ -89,13 +91,13 @@ class LossSurface(L.Callback):
         self._others: list[tuple[str, dict[str, Tensor]]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what cannot be drawn before the testing begins."""
+        """Refuse what cannot be drawn, before testing begins."""
         if stage != "test":
-            raise ValueError("LossSurface looks at a checkpoint that is tested: use it with python train.py test")
+            raise ValueError("LossSurface draws around a tested checkpoint: use it with python train.py test")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
-            raise ValueError(f"LossSurface needs whole parameters, not {type(trainer.strategy).__name__}'s shares")
+            raise ValueError(f"LossSurface needs complete parameters, which {type(trainer.strategy).__name__} shards")
         if self.split == "train" and getattr(trainer, "datamodule", None) is None:
-            raise ValueError('LossSurface needs a data module for training batches: give one, or say split: "test"')
+            raise ValueError('LossSurface needs a data module for training batches: give one, or set split to "test"')
         self._others = [(label(path), parameters_in(path, pl_module)) for path in self.checkpoints or []]
 
     def on_test_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, *_: Any) -> None:
@@ -110,7 +112,7 @@ class LossSurface(L.Callback):
             loss = ProbedLoss(trainer, pl_module, self._batches, self.seed)
             plane = self._plane(loss, pl_module, label(str(trainer.ckpt_path)) if trainer.ckpt_path else "tested")
             axes = [torch.linspace(*ends, self.points, dtype=torch.float64).tolist() for ends in plane.ranges]
-            # Exactly there, whatever the rounding of the grid.
+            # The checkpoint must be at 0 exactly, despite rounding in the grid.
             axes = [[0.0 if abs(value) < 1e-12 * max(map(abs, axis)) else value for value in axis] for axis in axes]
             first, second = plane.directions
             losses = [
@@ -128,7 +130,7 @@ class LossSurface(L.Callback):
             batches = list(islice(data.train_dataloader(), self.batches))
         return [trainer.strategy.batch_to_device(batch) for batch in batches]
 
-    def _plane(self, loss: ProbedLoss, pl_module: TwoPassModule, tested: str) -> Plane:
+    def _plane(self, loss: ProbedLoss, pl_module: TrainedModule, tested: str) -> Plane:
         if self._others:
             return plane_through(loss.start, pl_module, tested, self._others)
         return plane_around(loss.params, pl_module, tested, self.radius, self.seed)
@@ -154,8 +156,11 @@ class LossSurface(L.Callback):
         print(f"loss surface: {picture}")
 
 
-def as_long(direction: Tensor, weights: Tensor, flatten: bool) -> Tensor:
-    """Return ``direction`` with every row (filter) as long as that of ``weights``; zero below two dimensions."""
+def filter_normalized(direction: Tensor, weights: Tensor, flatten: bool) -> Tensor:
+    """Scale every row (filter) of ``direction`` to the length of that of ``weights``.
+
+    Tensors of fewer than two dimensions give zeros.
+    """
     if weights.ndim < 2:
         return torch.zeros_like(direction)
     rows, like = as_stack(direction, flatten), as_stack(weights.detach(), flatten)
@@ -170,7 +175,7 @@ def label(path: str) -> str:
 
 
 def parameters_in(path: str, pl_module: L.LightningModule) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint that ``pl_module`` has as parameters, by its names.
+    """Return the tensors of a checkpoint by name; they must fit the module's.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -188,18 +193,20 @@ def parameters_in(path: str, pl_module: L.LightningModule) -> dict[str, Tensor]:
     return state
 
 
-def plane_around(params: Vector, pl_module: TwoPassModule, tested: str, radius: float, seed: int) -> Plane:
-    """Return the plane of two random directions that are as long as the weights, filter by filter (Li et al. 2018)."""
+def plane_around(params: Vector, pl_module: TrainedModule, tested: str, radius: float, seed: int) -> Plane:
+    """Return a plane of two random directions, normalised by filter (Li et al. 2018)."""
     vectors = random_vectors(params, torch.Generator().manual_seed(seed))
     flatten: dict[Tensor, bool] = {item.param: item.flatten for item in assign(pl_module.network, pl_module.policy)}
-    first, second = ([as_long(x, p, flatten[p]) for x, p in zip(next(vectors), params, strict=True)] for _ in range(2))
+    first, second = (
+        [filter_normalized(x, p, flatten[p]) for x, p in zip(next(vectors), params, strict=True)] for _ in range(2)
+    )
     return Plane((first, second), ((-radius, radius), (-radius, radius)), [(tested, 0.0, 0.0)])
 
 
 def plane_through(
-    start: Vector, pl_module: TwoPassModule, tested: str, others: list[tuple[str, dict[str, Tensor]]]
+    start: Vector, pl_module: TrainedModule, tested: str, others: list[tuple[str, dict[str, Tensor]]]
 ) -> Plane:
-    """Return the plane through ``start`` and two other sets of parameters, with orthonormal directions.
+    """Return the plane through three sets of parameters, with orthonormal directions.
 
     Raises:
         ValueError: the three lie on one line.
@@ -223,7 +230,7 @@ def plane_through(
 
 
 def with_margin(values: list[float]) -> tuple[float, float]:
-    """Return the ends of a range that has room around all ``values``."""
+    """Return the ends of a range with room around all ``values``."""
     margin = MARGIN * (max(values) - min(values))
     return min(values) - margin, max(values) + margin
 
@@ -236,7 +243,7 @@ def draw(
     name: str,
     units: tuple[str, str],
 ) -> None:
-    """Draw filled contours, evenly spaced in the logarithm of the loss, with the checkpoints marked."""
+    """Draw contours, evenly spaced in the logarithm of the loss, and mark checkpoints."""
     import numpy as np
     from matplotlib.figure import Figure
 

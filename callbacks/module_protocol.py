@@ -1,7 +1,9 @@
-"""Declare what callbacks need of the trained module, beyond Lightning's own."""
+"""Declare what callbacks need of the module that is trained."""
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ars2.param_groups import Policy
@@ -24,5 +26,9 @@ class TrainedModule(Protocol):
 
     @property
     def between_steps(self) -> bool: ...
+    @property
+    def device(self) -> torch.device: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def buffers(self) -> Iterator[Tensor]: ...
     def batch_size(self, batch: Any) -> int: ...
     def compute_loss(self, batch: Any, metrics: None) -> Tensor: ...

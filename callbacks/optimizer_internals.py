@@ -19,7 +19,7 @@ def norm(tensors: list[Tensor], shards: Shards | None) -> Tensor:
     """Return the Euclidean norm over all elements of at least one tensor.
 
     Args:
-        tensors: on one device, where the float32 scalar is returned.
+        tensors: on one device, which the returned float32 scalar is on, too.
         shards: the processes that have the other rows of the tensors; ``None`` if there are none.
     """
     length = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).norm()

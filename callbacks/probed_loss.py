@@ -1,4 +1,4 @@
-"""The training loss as a function of the parameters, to be looked at without leaving a trace."""
+"""Evaluate the training loss as a function of the parameters."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from ars2.replay import frozen_statistics, random_state
 from callbacks.curvature import Vector, twice_differentiable
+from callbacks.module_protocol import TrainedModule
 from experiment.library_internals import NormBase
-from modules.two_pass import TwoPassModule
 
 
 @contextmanager
-def unchanged(pl_module: TwoPassModule) -> Iterator[None]:
-    """A block after which parameters, their gradients, buffers and random states are as before, to the bit."""
+def unchanged(pl_module: TrainedModule) -> Iterator[None]:
+    """Restore parameters, gradients, buffers and random states after a block."""
     tensors = [*pl_module.parameters(), *pl_module.buffers()]
     kept = [tensor.detach().clone() for tensor in tensors]
     gradients = [(param, param.grad) for param in pl_module.parameters()]
-    restore = random_state(pl_module.device)  # isolate_rng knows of CPU and CUDA alone
+    restore = random_state(pl_module.device)  # isolate_rng() covers CPU and CUDA alone.
     try:
         with isolate_rng(), frozen_statistics(pl_module.network), twice_differentiable():
             yield
@@ -37,7 +37,7 @@ def unchanged(pl_module: TwoPassModule) -> Iterator[None]:
 
 @contextmanager
 def batch_statistics(network: nn.Module) -> Iterator[None]:
-    """A block in which BatchNorm layers normalise by the batch, whatever mode the network is in."""
+    """Let BatchNorm layers normalise by the batch in a block, in any mode."""
     norms = [(module, module.training) for module in network.modules() if isinstance(module, NormBase)]
     for norm, _ in norms:
         norm.training = True
@@ -49,7 +49,7 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
 
 
 def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
-    """Yield every node of the graph that ``outputs`` were made by, once."""
+    """Yield every node of the graph that computed ``outputs``, once."""
     waiting: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(waiting)
     while waiting:
@@ -61,17 +61,18 @@ def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
 
 
 class ProbedLoss:
-    """The mean loss of some batches as a function of the network's trainable parameters; inside :func:`unchanged`.
+    """Evaluate the mean loss of batches as a function of the trainable parameters.
 
-    Over several processes it is the mean of the losses on their batches.
+    Use it inside :func:`unchanged`. Over several processes it is the mean of the losses on their batches.
 
     Args:
-        trainer, pl_module: of the run.
+        trainer: of the run.
+        pl_module: of the run.
         batches: as the module's ``compute_loss`` takes them, on any device.
-        seed: of what is random in the loss (dropout): the same numbers in every evaluation.
+        seed: of the random numbers in the loss, as in dropout, which are the same in every evaluation.
     """
 
-    def __init__(self, trainer: L.Trainer, pl_module: TwoPassModule, batches: list[Any], seed: int) -> None:
+    def __init__(self, trainer: L.Trainer, pl_module: TrainedModule, batches: list[Any], seed: int) -> None:
         self.trainer, self.module, self.seed = trainer, pl_module, seed
         self.batches = move_data_to_device(batches, pl_module.device)
         self.params: Vector = [param for param in pl_module.network.parameters() if param.requires_grad]
@@ -80,28 +81,28 @@ class ProbedLoss:
     def _mean(self, value: Any) -> Any:
         return self.trainer.strategy.reduce(value, reduce_op="mean")
 
-    def _on_this_process(self) -> Tensor:
+    def _local(self) -> Tensor:
         sizes = [self.module.batch_size(batch) for batch in self.batches]
-        # The same random numbers each time: otherwise dropout would make it another function.
+        # Other random numbers in dropout would make it another function.
         with isolate_rng():
             torch.manual_seed(self.seed)
             losses = [self.module.compute_loss(b, None) * size for b, size in zip(self.batches, sizes, strict=True)]
         return torch.stack(losses).sum() / sum(sizes)
 
     @torch.no_grad()
-    def at(self, move: Vector) -> float:
-        """Return the loss at a distance from the parameters, which then come back."""
-        torch._foreach_add_(self.params, move)
-        loss = self._mean(self._on_this_process()).item()
+    def at(self, offset: Vector) -> float:
+        """Return the loss at an offset from the parameters, which are then restored."""
+        torch._foreach_add_(self.params, offset)
+        loss = self._mean(self._local()).item()
         torch._foreach_copy_(self.params, self.start)
         return float(loss)
 
-    def twice(self) -> tuple[float, Vector, Callable[[Vector], Vector]]:
-        """Return the loss, its gradient, and the function that multiplies a vector by its Hessian."""
+    def with_hessian(self) -> tuple[float, Vector, Callable[[Vector], Vector]]:
+        """Return the loss, its gradient, and the product of its Hessian with a vector."""
         with torch.enable_grad():
-            loss = self._on_this_process()
-            # A factor that wants a gradient: without one, torch takes what can be differentiated only once for linear
-            # and says nothing.
+            loss = self._local()
+            # Without a factor that requires a gradient, torch silently treats a function that can be differentiated
+            # only once as linear.
             one = torch.ones_like(loss).requires_grad_()
             gradient = torch.autograd.grad(loss, self.params, one, create_graph=True, materialize_grads=True)
         if any(type(node).__name__ == "Error" for node in nodes(gradient)):
@@ -122,14 +123,14 @@ class ProbedLoss:
         )
 
     def check(self) -> None:
-        """Multiply once by the Hessian.
+        """Multiply by the Hessian once, to see whether that is possible.
 
         Raises:
             ValueError: the loss has a part that cannot be differentiated twice.
         """
         try:
-            self.twice()[2](self.start)
-        except RuntimeError as error:  # NotImplementedError is one
+            self.with_hessian()[2](self.start)
+        except RuntimeError as error:  # NotImplementedError is a subclass.
             reason = str(error).strip().splitlines()[0]
             if not any(word in reason for word in ("differentia", "derivative", "double backward")):
                 raise
@@ -138,8 +139,8 @@ class ProbedLoss:
             ) from error
 
     @torch.no_grad()
-    def optimizers_move(self, gradient: Vector, rho: float) -> Vector | None:
-        """Return how the optimizer itself would move to its adversarial point at radius ``rho``, if it has one."""
+    def adversarial_offset(self, gradient: Vector, rho: float) -> Vector | None:
+        """Return the offset of the optimizer's own adversarial point, or ``None``."""
         optimizer: Any = self.trainer.optimizers[0]
         if not hasattr(optimizer, "perturb"):
             return None

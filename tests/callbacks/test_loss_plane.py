@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from callbacks.loss_surface import as_long, label, parameters_in, plane_around, plane_through
+from callbacks.loss_surface import filter_normalized, label, parameters_in, plane_around, plane_through
 from modules.modular_addition import ModularAddition
 from tests.callbacks.fits import adamw, module
 from tests.modules.small_task import SmallTask, make_optimizer
@@ -32,12 +32,12 @@ def flat(tensors: list[Tensor]) -> Tensor:
     ("shape", "flatten", "filters"),
     [((3, 5), False, (3, 5)), ((4, 2, 3, 3), False, (4, 18)), ((4, 2, 3), True, (4, 6)), ((2, 3, 5), False, (6, 5))],
 )
-def test_directions_are_as_long_as_the_weights_filter_by_filter(
+def test_directions_are_filter_normalized_as_the_weights_filter_by_filter(
     shape: tuple[int, ...], flatten: bool, filters: tuple[int, int]
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     direction, weights = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
-    scaled = as_long(direction, weights, flatten)
+    scaled = filter_normalized(direction, weights, flatten)
     assert scaled.shape == shape
     torch.testing.assert_close(scaled.view(filters).norm(dim=1), weights.view(filters).norm(dim=1))
     cosines = torch.cosine_similarity(scaled.view(filters), direction.view(filters), dim=1)
@@ -45,7 +45,7 @@ def test_directions_are_as_long_as_the_weights_filter_by_filter(
 
 
 def test_biases_and_gains_do_not_move() -> None:
-    assert not as_long(torch.ones(4), torch.ones(4), False).any()
+    assert not filter_normalized(torch.ones(4), torch.ones(4), False).any()
     model = SmallTask(optimizer=make_optimizer("adamw"))
     plane = plane_around(list(model.network.parameters()), model, "here", 0.5, seed=1)
     assert plane.ranges == ((-0.5, 0.5), (-0.5, 0.5))

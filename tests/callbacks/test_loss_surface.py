@@ -193,7 +193,7 @@ def test_as_a_person_uses_it(tmp_path: Path) -> None:
     result = call("test", *use, "--ckpt_path", last[0], "--trainer.callbacks.checkpoints", others)
     assert result.error == f"error: there is no checkpoint {last[1]}x"
     result = call("fit", *use)
-    assert result.error == "error: LossSurface looks at a checkpoint that is tested: use it with python train.py test"
+    assert result.error == "error: LossSurface draws around a tested checkpoint: use it with python train.py test"
     assert folders(tmp_path / "tests") == [folder]
 
 

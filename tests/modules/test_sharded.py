@@ -110,7 +110,7 @@ def test_what_cannot_be_sharded_is_refused_in_every_process(two: list[Results]) 
         assert refused["batch norm"].startswith("a network with BatchNorm cannot be sharded")
         assert refused["tensor parallel"].startswith("tensor parallelism is not supported")
         assert refused["local first pass"].startswith("local_first_pass needs whole gradients")
-        assert refused["probe"].startswith("the flatness probe needs whole parameters on every process")
+        assert refused["probe"].startswith("the flatness probe needs complete parameters on every process")
 
 
 def test_lightning_refuses_16_mixed_under_the_strategy() -> None:
