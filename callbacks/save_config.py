@@ -74,7 +74,10 @@ def recorded_data(data: Any, config: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 
 def _are_paths(value: Any) -> bool:
-    """Return whether an option is an existing path or a list of them, not a word."""
+    """Return whether an option is an existing path, or a list of them.
+
+    A plain word may happen to be the name of a folder, and does not count.
+    """
     if isinstance(value, list):
         return len(value) > 0 and all(map(_are_paths, value))
     if not isinstance(value, str) or not (os.sep in value or Path(value).suffix):
