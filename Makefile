@@ -11,13 +11,13 @@ help: ## show this list
 demo: .venv/.installed ## train the grokking transformer with ARS2-Neo AGA
 	@$(RUN) train.py fit --config configs/grok_aga.yaml
 
-# A file of tests a process, one thread each: small networks gain nothing from more.
-TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+# One thread a process, because small networks gain nothing from more; idle processes take over tests of busy ones.
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test: .venv/.installed ## run the tests
 	@$(TEST)
 
-test-all: .venv/.installed ## run the slow tests too: four processes, twenty kills
+test-all: .venv/.installed ## run the slow tests too, which take half an hour
 	@$(TEST) -m ""
 
 lint: .venv/.installed ## check style and types
