@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from tests.helpers.commands import AGA, TINY, fresh_python
 
 # Prints the installed packages whose modules were loaded, by top-level name.
@@ -50,26 +48,20 @@ def packages_after(code: str, home: Path, *arguments: str) -> set[str]:
     return set(json.loads(result.out.splitlines()[-1]))
 
 
-@pytest.fixture(scope="module")
-def of_a_run(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The packages of a grokking run of one step, from start to summary; a trial, for that is not drawn at its end."""
-    home = tmp_path_factory.mktemp("home")
+def test_a_run_imports_no_heavy_package_and_nothing_that_is_not_named(tmp_path: Path) -> None:
+    """The run is a trial of one step, from start to summary; a trial is not drawn at its end."""
     # Without --wandb: where no key is configured, the default must not import it either.
     tiny = [*TINY[: TINY.index("--wandb")], "--trainer.max_steps", "1"]
     tiny += ["--sweep.name", "search", "--sweep.optimizer", "aga", "--sweep.trial", "0"]
-    return packages_after(RUN, home, "fit", *AGA, *tiny, "--runs", str(home / "runs"))
-
-
-def test_a_run_imports_no_heavy_package(of_a_run: set[str]) -> None:
-    assert {"torch", "lightning", "torchmetrics"} <= of_a_run
-    assert not of_a_run & NEVER
-
-
-def test_a_run_imports_what_is_pinned_and_no_more(of_a_run: set[str]) -> None:
-    assert of_a_run - WITH_TORCH - WITH_A_RUN == set()
+    found = packages_after(RUN, tmp_path, "fit", *AGA, *tiny, "--runs", str(tmp_path / "runs"))
+    assert {"torch", "lightning", "torchmetrics"} <= found
+    assert found & NEVER == set()
+    assert found - WITH_TORCH - WITH_A_RUN == set()
 
 
 def test_the_optimizer_needs_torch_alone(tmp_path: Path) -> None:
-    torch_alone = packages_after("import torch", tmp_path)
-    with_optimizer = packages_after("import sys; sys.path.insert(0, ''); import ars2", tmp_path)
+    code = f"import torch\n{LOOK}\nsys.path.insert(0, ''); import ars2\n{LOOK}"
+    result = fresh_python("-c", code, home=tmp_path)
+    assert result.code == 0, result.err
+    torch_alone, with_optimizer = (set(json.loads(line)) for line in result.out.splitlines()[-2:])
     assert with_optimizer - torch_alone - {"ars2"} == set()

@@ -226,6 +226,7 @@ def messages() -> Iterator[str]:
                 yield node.value
 
 
+@pytest.mark.slow
 def test_every_message_that_is_left_out_is_one_that_the_installed_libraries_have() -> None:
     texts = list(messages())
     for pattern in console.WARNINGS:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.folders import _is_finished
+from experiment.folders import RunFolder
 from tests.helpers.commands import AGA, TINY, call, folders, start
 from tests.helpers.processes import life
 from tests.helpers.resuming import assert_same_run
@@ -19,7 +19,7 @@ KILLED = -signal.SIGKILL
 
 def the_finished(runs: Path) -> Path:
     """The one folder with a finished run; any other was left before it had even its config."""
-    (finished,) = [folder for folder in folders(runs) if _is_finished(folder)]
+    (finished,) = [folder for folder in folders(runs) if RunFolder(folder).is_finished()]
     assert not [folder for folder in folders(runs) if folder != finished and (folder / "checkpoints").exists()]
     return finished
 
