@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiment.folders import RunFolder, _age, find_runs, find_unfinished, lock, unlock_all
+from experiment.folders import RunFolder, find_runs, find_unfinished, lock, unlock_all
 from tests.helpers.commands import AGA, TINY, folders
 from tests.helpers.processes import begin, server
 from tests.helpers.resuming import fit, only_folder
@@ -65,9 +65,9 @@ def test_how_it_is_continued_makes_it_no_other_run(tmp_path: Path) -> None:
     assert find_unfinished(tmp_path, {**CONFIG, "ckpt_path": "last"}) == RunFolder(folder)
 
 
-def test_many_runs_of_one_second_are_in_the_order_of_their_numbers() -> None:
-    names = [Path(f"2026-01-01_00-00-00-seed{seed}") for seed in ("1", "1-2", "1-10")]
-    assert sorted(reversed(names), key=_age) == names
+def test_many_runs_of_one_second_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    made = [RunFolder(run(tmp_path, f"2026-01-01_00-00-00-seed{seed}")) for seed in ("1", "1-2", "1-10")]
+    assert find_runs(tmp_path, CONFIG) == made[::-1]
 
 
 def held_elsewhere(folder: str, answers: object) -> None:
