@@ -1,4 +1,4 @@
-"""ARS2-Neo and Muon for plain PyTorch: needs nothing but torch."""
+"""Provide ARS2-Neo and Muon for plain PyTorch, with torch as the only dependency."""
 
 from ars2.ars2_neo import ARS2Neo
 from ars2.muon import Muon

@@ -1,15 +1,17 @@
-"""ARS2-Neo: Adam's statistics give a step its energy, Newton-Schulz its geometry, a second gradient its flatness.
+"""Implement ARS2-Neo, which combines Adam's energy, Newton-Schulz and SAM.
 
-In a plain loop ``step(closure)`` does everything. A loop that scales, clips or accumulates in between calls the parts:
+Adam's second moment sets the length of a matrix's step, Newton-Schulz its direction, and a second gradient at the
+adversarial point favours flat minima. In a plain loop ``step(closure)`` does everything. A loop that scales, clips or
+accumulates gradients calls the parts:
 
     loss.backward()                           # gradient at the parameters
     if optimizer.wants_second_pass():
-        optimizer.perturb()                   # move to the adversarial point, take the first gradients away
+        optimizer.perturb()                   # move to the adversarial point; clears the gradients
         try:
             forward_and_backward_again()
         finally:
-            optimizer.restore()               # back, to the bit
-    optimizer.step()                          # update from the gradients that are there now
+            optimizer.restore()               # move back, bit for bit
+    optimizer.step()                          # update from the gradients in .grad
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,45 +32,46 @@ MODES: tuple[Mode, ...] = ("base", "sync", "aga", "periodic", "random")
 
 
 class ARS2Neo(TwoPassOptimizer):
-    """The ARS2-Neo optimizer.
+    """Optimize matrices with ARS2-Neo and all other parameters with AdamW.
 
     A *matrix* parameter moves by ``p <- (1 - lr*wd) p - lr * |u| * NewtonSchulz(u)`` with Adam's pre-whitened momentum
-    ``u = m_hat / (sqrt(v_hat) + eps)``; a *vector* parameter by ``p <- (1 - lr*wd) p - lr * u``, which is AdamW. On a
-    step that looks twice, the gradient that enters the moments is taken at ``p + rho * n / |n|``,
-    ``n = g / (sqrt(v_hat) + eps) * |p|``, tensor by tensor.
+    ``u = m_hat / (sqrt(v_hat) + eps)``. A *vector* parameter moves by ``p <- (1 - lr*wd) p - lr * u``, which is AdamW.
+    On a two-pass step, the moments take the gradient at the adversarial point ``p + rho * n / |n|`` with
+    ``n = g / (sqrt(v_hat) + eps) * |p|``, computed for each tensor (SAM, Foret et al. 2021; ASAM, Kwon et al. 2021).
 
-    Flatness (``mode``), geometry and energy can be switched off for matrices. Without geometry they move by ``lr * u``:
-    AdamW, and in mode ``"sync"`` SAM on AdamW. Without energy no second moment is kept: ``n = g * |p|``, and ``u`` is
-    the momentum at root mean square 1, ``sqrt(numel) * m / |m|``: Muon at another scale, or normalised momentum SGD.
-    Its length is Adam's at the first step; that of the raw momentum would fall with the gradient, a second change.
+    Flatness (``mode``), geometry and energy can be switched off for matrices. Without geometry a matrix moves by
+    ``lr * u``. That is AdamW, and in mode ``"sync"`` SAM on AdamW. Without energy there is no second moment. Then
+    ``n = g * |p|``, and ``u = sqrt(numel) * m / |m|`` is the momentum scaled to root mean square 1. That is Muon at
+    another scale, or normalised momentum SGD without geometry. The scaling gives ``u`` the norm of Adam's direction at
+    the first step. The raw momentum would shrink with the gradient and change a second thing at once.
 
     Args:
-        params: parameters, (name, parameter) pairs, or groups of either. A group may say ``track`` (``"matrix"`` or
-            ``"vector"``; unsaid, the shapes decide), ``flatten``, ``lr``, ``betas``, ``eps``, ``weight_decay`` and
-            ``rho`` for itself. :func:`ars2.param_groups` builds the groups of a model.
-        lr: learning rate. On matrices the step is about sqrt(min(rows, cols)) times Adam's at the same value.
+        params: parameters, (name, parameter) pairs, or groups of either. A group may set its own ``track``
+            (``"matrix"`` or ``"vector"``), ``flatten``, ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``rho``.
+            Without ``track`` the shapes decide. :func:`ars2.param_groups` builds the groups of a model.
+        lr: learning rate. A matrix's step is about sqrt(min(rows, cols)) times Adam's at the same value.
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay, multiplied by ``lr``.
         rho: length of each tensor's move to the adversarial point.
-        mode: when the gradient is evaluated twice: ``"base"`` never, ``"sync"`` every step, ``"aga"`` when the global
-            cosine ``phi`` of gradient and cached shear force falls below ``-phi_lambda * sqrt(variance)``; its controls
-            ``"periodic"`` (steps 1, k+1, 2k+1, ...) and ``"random"`` (step 1, then with ``probability``).
-        k: the period of ``"periodic"``; in ``"aga"`` the longest stretch without a look if above 1.
-        alpha: strength of the shear force that stands in for the second gradient on steps without a look, in
-            ``"aga"`` times ``(1 + max(0, phi))^phi_gamma``.
+        mode: which steps are two-pass steps. ``"base"``: none. ``"sync"``: all. ``"aga"``: those at which the global
+            cosine ``phi`` of gradient and cached shear force falls below ``-phi_lambda * sqrt(variance)``.
+            ``"periodic"`` (steps 1, k+1, 2k+1, ...) and ``"random"`` (step 1, then with ``probability``) are controls.
+        k: the period of ``"periodic"``. In ``"aga"``, if above 1, the largest distance between two sync steps.
+        alpha: strength of the shear force that replaces the second gradient on one-pass steps. In ``"aga"`` it is
+            multiplied by ``(1 + max(0, phi))^phi_gamma``.
         phi_beta, phi_lambda, phi_gamma: AGA's variance decay, threshold in standard deviations, and exponent.
-        ns_steps, ns_coefficients, ns_dtype: iterations, ``"jordan"`` or ``"polar_express"``, and the products' dtype
-            (``"bfloat16"``, ``"float32"``, ``"float64"``).
-        energy, geometry: whether matrices take Adam's second moment, and Newton-Schulz, or go without; see above.
-        ns_algorithm: ``"standard"``, ``"gram"``, or ``"auto"``: the faster one for each shape, by measurement.
-        probability, seed: of ``"random"``; the draws depend on the seed and the step number alone.
-        compile: compile the step's arithmetic with ``torch.compile`` when it is first used. Not saved.
-        capturable: keep what changes from step to step on the device, the learning rate too, so that a CUDA graph can
-            hold a step (modes ``"base"`` and ``"sync"``); a loaded state needs a new graph. Not saved.
+        ns_steps, ns_coefficients, ns_dtype: iterations, ``"jordan"`` or ``"polar_express"``, and the dtype of the
+            products (``"bfloat16"``, ``"float32"``, ``"float64"``).
+        energy, geometry: whether matrices use Adam's second moment, and Newton-Schulz. See above.
+        ns_algorithm: ``"standard"``, ``"gram"``, or ``"auto"``, the faster one for each shape by measurement.
+        probability, seed: of ``"random"``. The draws depend only on the seed and the step number.
+        compile: compile the arithmetic of the step with ``torch.compile`` at its first use. Not saved.
+        capturable: keep the learning rate and all counters on the device, so that a CUDA graph can capture the step
+            (modes ``"base"`` and ``"sync"``). A loaded state needs a new graph. Not saved.
 
     Raises:
-        ValueError: an option out of its range, or a parameter that its track cannot take; named in the message.
+        ValueError: an option is out of its range, or a parameter does not suit its track. The message names it.
     """
 
     shared_options = (
@@ -133,7 +136,7 @@ class ARS2Neo(TwoPassOptimizer):
         if group["k"] > largest:
             raise ValueError(
                 f"k must be at most {largest} in mode {group['mode']!r}, got {group['k']}:"
-                ' a period belongs to mode "periodic" or "aga"'
+                ' set a period only in mode "periodic" or "aga"'
             )
 
     def _check_counters(self, group: dict[str, Any], first: bool) -> None:
@@ -152,21 +155,23 @@ class ARS2Neo(TwoPassOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters once; without any gradient nothing changes and nothing is counted.
+        """Update the parameters once.
+
+        Without any gradient nothing changes and the step is not counted.
 
         Args:
-            closure: zeroes the gradients, evaluates the loss, calls backward and returns the loss; it is evaluated once
-                or twice as the mode says, with the same dropout if it is :func:`ars2.repeatable`. In mode ``"base"`` it
-                may add to gradients that were there before; a second evaluation would not repeat these. If the parts
-                were called in this step, the passes have been made: a closure is then evaluated once for its other
-                effects, and only the update is applied.
+            closure: zeroes the gradients, evaluates the loss, calls backward and returns the loss. It is evaluated once
+                or twice, depending on the mode. :func:`ars2.repeatable` gives both evaluations the same dropout. In
+                mode ``"base"`` it may add to existing gradients; a second evaluation would not repeat these. If this
+                step's passes were made through the parts, the closure is evaluated once for its other effects before
+                the update.
 
         Returns:
-            What the closure's first evaluation returned; ``None`` without a closure.
+            The result of the closure's first evaluation, or ``None`` without a closure.
 
         Raises:
-            RuntimeError: the parts were not called, the second gradient is missing or not of the batches of the first,
-                or the parameters are still moved.
+            RuntimeError: the parts were not called, the second gradient is missing or is not of the same batches as the
+                first, or the parameters are still at the adversarial point.
         """
         self._refuse_while_moved("step()")
         state, result = self._step_state, None
@@ -177,11 +182,11 @@ class ARS2Neo(TwoPassOptimizer):
                 result = closure()
         elif state.stage == "idle" and self.param_groups[0]["mode"] != "base" and self._check_gradients():
             raise RuntimeError(
-                f"step() without a closure in mode {self.param_groups[0]['mode']!r}: pass step(closure), or call"
-                " wants_second_pass(), and if it says so perturb() and restore(), before it"
+                f"step() in mode {self.param_groups[0]['mode']!r} needs a closure: call step(closure), or call"
+                " wants_second_pass() before it, and if that returns True perturb(), backward and restore()"
             )
         if state.stage == "decided" and state.wanted:
-            raise RuntimeError("step(): a second pass was wanted and not made: call perturb(), backward and restore()")
+            raise RuntimeError("step(): the second pass is missing: call perturb(), backward and restore()")
         if self._check_gradients():
             self._update()
         elif state.stage == "restored":
@@ -193,7 +198,7 @@ class ARS2Neo(TwoPassOptimizer):
         return result
 
     def _update(self) -> None:
-        """Take the gradients that are there into the moments and move the parameters; ends the step."""
+        """Update moments and parameters from the gradients in ``.grad``; end the step."""
         state, main = replace(self._step_state), self.param_groups[0]
         self._step_state.assign(StepState())
         synced, t = state.stage == "restored", main["step"] + 1
@@ -214,9 +219,9 @@ class ARS2Neo(TwoPassOptimizer):
         main["injected_alpha"] = injected_alpha
 
     def _batches(self, state: StepState, keeps: bool, alpha: float) -> Iterator[tuple[dict[str, Any], Batch]]:
-        """Yield each group with its batches, shear forces kept if this step was a two-pass step.
+        """Yield each group with its batches, after updating shear forces on sync steps.
 
-        Sharded gradients have the shear forces injected already if ``alpha`` > 0.
+        If ``alpha`` > 0, the gradients of sharded batches already include the shear forces.
         """
         if self._shards is not None:
             pairs = [(group, batch) for group in self.param_groups for batch in self._batches_by_count(group)]
@@ -235,7 +240,10 @@ class ARS2Neo(TwoPassOptimizer):
                 yield group, batch
 
     def _move(self, group: dict[str, Any], batch: Batch, alpha: float) -> None:
-        """Move the parameters of one group, shear forces injected into their gradients first if ``alpha`` > 0."""
+        """Move the parameters of one batch of a group.
+
+        If ``alpha`` > 0, the shear forces are injected into the gradients first.
+        """
         if group["track"] == "matrix" and (group["geometry"] or not group["energy"]):
             for chunk in self._matrix_chunks(group, batch):
                 if alpha > 0:
@@ -283,11 +291,13 @@ class ARS2Neo(TwoPassOptimizer):
         self._apply(group, batch, directions, energies)
 
     def diagnostics(self) -> dict[str, float]:
-        """Return what the last step saw, as plain numbers; reads the device only where the step is capturable.
+        """Return counters and AGA quantities of the last step as plain numbers.
 
-        Keys: ``steps``, ``sync_steps`` (steps that looked twice), ``gradient_evaluations``, ``effective_k`` (steps a
-        look, infinite before the first); where a shear force is kept ``alpha`` (what the last step injected, 0 if it
-        looked); in AGA ``phi``, ``phi_deviation`` and ``threshold`` (``-phi_lambda`` deviations).
+        Only a capturable optimizer reads the device here.
+
+        Keys: ``steps``, ``sync_steps``, ``gradient_evaluations``, and ``effective_k`` (steps per sync step, infinite
+        before the first sync step). With shear forces also ``alpha``, the strength injected by the last step, 0 on sync
+        steps. In AGA also ``phi``, ``phi_deviation`` and ``threshold`` (``-phi_lambda`` deviations).
         """
         main = self.param_groups[0]
         return flatness.diagnostics(main, keeps_shear="shear" in self._state_keys(main))

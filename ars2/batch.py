@@ -1,4 +1,4 @@
-"""The tensors of one step: parameters that have a gradient, with gradient and state, as lists of the same order."""
+"""Gather the tensors of one step as lists, and split them into chunks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,21 +10,22 @@ from torch import Tensor
 from ars2.orthogonalize import MAX_NUMEL_ON_CPU
 from ars2.updates import Number, Tensors, stack_shape
 
-# Elements of a part of a batch: with seven float32 tensors each, as on the way to the adversarial point, 7 MB.
+# Elements in a chunk. The move to the adversarial point uses seven float32 tensors: 7 MB, which stay in cache.
 _CHUNK_NUMEL = 1 << 18
-# Of a piece of a single tensor.
+# Elements in a flat view of one tensor.
 _FLAT_CHUNK_NUMEL = _CHUNK_NUMEL
-# Of either on other devices, where all that counts is how much a step holds: 256 MB a tensor.
+# Both on other devices, where only the memory of a step matters: 256 MB for each float32 tensor.
 _CHUNK_NUMEL_ELSEWHERE = 1 << 26
-# Of a part whose matrices are orthogonalised: as many as one Newton-Schulz batch holds.
+# Elements in a chunk of matrices: the size of one Newton-Schulz batch.
 _MATRIX_CHUNK_NUMEL = MAX_NUMEL_ON_CPU
 
 
 class Batch(NamedTuple):
-    """The parameters of one group that have a gradient, with what belongs to them, as lists of the same order.
+    """List the parameters of one group that have a gradient, with their state.
 
-    Of sharded parameters it is the rows that this process holds; ``sources`` are the parameters themselves.
-    ``gradient_count`` is the number of gradients that each has had; ``None`` if that is on the device, one a parameter.
+    All lists have the same order. For sharded parameters they contain the local rows; ``sources`` are the parameters
+    themselves. ``gradient_count`` is the number of gradients that each parameter has had. It is ``None`` where these
+    counts are tensors on the device, one for each parameter.
     """
 
     params: list[Tensor]
@@ -35,28 +36,28 @@ class Batch(NamedTuple):
 
     @property
     def step(self) -> Number:
-        """How many gradients the second moments hold: a number, or a tensor (parameters,) on the device."""
+        """Return the number of gradients in the second moments, or a tensor of counts."""
         return torch.stack(self.state("step")) if self.gradient_count is None else self.gradient_count
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """The shapes of the whole parameters."""
+        """Return the unsharded shapes of the parameters."""
         return [source.shape for source in self.sources]
 
     def state(self, key: str) -> list[Tensor]:
         return [state[key] for state in self.states]
 
     def chunks(self) -> "Iterator[Batch]":
-        """Yield runs of it, on the CPU short ones.
+        """Yield the batch in chunks of several tensors.
 
-        What works tensor by tensor then finds in the processor's cache what it wrote there before, and holds less.
+        Chunks small enough to stay in cache; they also bound temporary memory.
         """
         return self._split(_CHUNK_NUMEL, _CHUNK_NUMEL_ELSEWHERE)
 
     def flat_chunks(self) -> "Iterator[Batch]":
-        """Yield it cut into flat views, if it is one large contiguous tensor; otherwise it is one whole.
+        """Yield one large contiguous tensor in flat views, and any other batch as it is.
 
-        What has no need of the whole tensor then holds no temporary tensors of its size.
+        Elementwise work on flat views needs no temporary tensors of the full size.
         """
         if len(self.params) != 1:
             yield self
@@ -68,10 +69,10 @@ class Batch(NamedTuple):
             yield Batch(params, grads, [piece], self.sources, self.gradient_count)
 
     def matrix_chunks(self, flatten: bool) -> "Iterator[Batch]":
-        """Yield parts of it on the CPU whose matrices, read with ``flatten``, are of nearly one shape or small.
+        """Yield chunks of matrices of similar shapes, where the batch is on the CPU.
 
-        A step's temporary tensors are then not as large as all matrices, and the memory of one part serves the next.
-        On other devices it is one whole.
+        Matrices are read with ``flatten``. Chunks bound the temporary memory of a step, and each reuses the memory of
+        the one before. On other devices the batch stays in one chunk.
         """
         if sum(param.numel() for param in self.params if param.device.type == "cpu") <= _MATRIX_CHUNK_NUMEL:
             return self._split(_MATRIX_CHUNK_NUMEL)
@@ -84,7 +85,7 @@ class Batch(NamedTuple):
         return self.subset(order, self.gradient_count)._split(_MATRIX_CHUNK_NUMEL)
 
     def subset(self, indices: Sequence[int], count: int | None) -> "Batch":
-        """Return the batch of the parameters with these indices, all of which have had ``count`` gradients."""
+        """Return the batch of these indices, which share the gradient count ``count``."""
         return Batch(
             [self.params[i] for i in indices],
             [self.grads[i] for i in indices],
@@ -108,7 +109,10 @@ class Batch(NamedTuple):
 
 
 def split_flat(*lists: Tensors) -> Iterator[list[list[Tensor]]]:
-    """Yield the lists cut into flat views, if each is one large contiguous tensor; otherwise as they are."""
+    """Yield the lists in flat views, if each is one large contiguous tensor.
+
+    Other lists are yielded once, as they are.
+    """
     singles = [tensors[0] for tensors in lists if len(tensors) == 1]
     most = _FLAT_CHUNK_NUMEL if all(t.device.type == "cpu" for t in singles) else _CHUNK_NUMEL_ELSEWHERE
     if len(singles) < len(lists) or not all(t.numel() > most and t.is_contiguous() for t in singles):

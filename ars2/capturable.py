@@ -1,6 +1,6 @@
-"""Numbers that change from step to step, held on the device: what it takes to capture a step in a CUDA graph.
+"""Keep the numbers that change from step to step on the device.
 
-A captured step is repeated without Python, so whatever changes must be a tensor that is changed in place.
+A captured CUDA graph is replayed without Python. Whatever changes must be a tensor that is updated in place.
 """
 
 from typing import Any
@@ -13,14 +13,15 @@ NUMBERS = (*COUNTERS, "lr", "initial_lr")
 
 
 def to_device_(group: dict[str, Any]) -> None:
-    """Put the counters and learning rates of ``group`` into float32 tensors without dimensions, beside its first
-    parameter. torch's schedulers change such a learning rate in place.
+    """Replace the counters and learning rates of ``group`` by float32 scalar tensors.
+
+    They are on the device of the first parameter. torch's schedulers update such a learning rate in place.
 
     Raises:
-        ValueError: a mode whose steps are decided in Python.
+        ValueError: the mode decides in Python whether a step is a two-pass step.
     """
     if group["mode"] not in ("base", "sync"):
-        raise ValueError(f'capturable needs mode "base" or "sync", got {group["mode"]!r}, which decides each step anew')
+        raise ValueError(f'capturable needs mode "base" or "sync", got {group["mode"]!r}: set another mode')
     device = group["params"][0].device if group["params"] else None
     for name in NUMBERS:
         if isinstance(group.get(name), Tensor):
@@ -30,7 +31,10 @@ def to_device_(group: dict[str, Any]) -> None:
 
 
 def to_host_(group: dict[str, Any]) -> None:
-    """Make plain numbers of them, as they are saved; reads the device."""
+    """Replace these tensors by plain numbers, as they are saved.
+
+    This reads the device.
+    """
     for name in NUMBERS:
         if isinstance(group.get(name), Tensor):
             group[name] = int(group[name]) if name in COUNTERS else float(group[name])

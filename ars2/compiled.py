@@ -1,4 +1,7 @@
-"""``torch.compile`` for the functions that a step is made of, so that a number that changes compiles nothing anew."""
+"""Compile the functions of a step with ``torch.compile``.
+
+Numbers that change from step to step become tensors, so that they cause no recompilation.
+"""
 
 import types
 from collections.abc import Callable
@@ -7,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Gives the function that is called in the place of another one: itself, or compiled.
+# Maps a function to itself or to its compiled version.
 MaybeCompile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``function``: the step is not compiled."""
+    """Return ``function`` unchanged, for a step that is not compiled."""
     return function
 
 
 class Compiler:
-    """Compiles each function once, when it is first called.
+    """Compile each function at its first call.
 
-    Positional numbers (learning rates, decays, step counts) are handed over as tensors without dimensions, whose values
-    a compiled function does not depend on; keyword arguments are compiled in.
+    Positional numbers (learning rates, decays, step counts) become scalar tensors, so the compiled code does not depend
+    on their values. Keyword arguments are compile-time constants.
     """
 
     def __init__(self) -> None:
@@ -35,12 +38,12 @@ class Compiler:
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     from torch._dynamo.exc import BackendCompilerFailed  # takes a second to import
 
-    # torch counts and limits the compilations of a code object: every optimizer's groups get one of their own.
-    own = types.FunctionType(
+    # torch limits the recompilations of a code object, so the groups of every optimizer get a copy.
+    copy = types.FunctionType(
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__
     )
-    own.__kwdefaults__ = function.__kwdefaults__
-    compiled = torch.compile(own, fullgraph=True, dynamic=False)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    compiled = torch.compile(copy, fullgraph=True, dynamic=False)
 
     def call(*args: Any, **static: Any) -> Any:
         try:
@@ -48,8 +51,8 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
         except BackendCompilerFailed as error:
             reason = " ".join(str(error.inner_exception).split())[:200]
             raise RuntimeError(
-                "compile=True: the optimizer step could not be compiled; install a C++ compiler such as g++ (for a GPU"
-                f" Triton as well), or say compile=False ({reason})"
+                "compile=True: the optimizer step could not be compiled: install a C++ compiler such as g++ (for a GPU"
+                f" also Triton), or set compile=False ({reason})"
             ) from error
 
     return call
@@ -57,7 +60,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without_numbers(argument: Any) -> Any:
     if isinstance(argument, (int, float)):
-        # On the CPU, from where a kernel of any device takes it as an argument; float64 loses nothing.
+        # A kernel on any device accepts a CPU scalar as an argument; float64 represents the number exactly.
         return torch.tensor(float(argument), dtype=torch.float64, device="cpu")
     if isinstance(argument, tuple) and argument and not isinstance(argument[0], Tensor):
         return tuple(map(_without_numbers, argument))

@@ -1,7 +1,7 @@
-"""The flatness half of ARS2-Neo: where to look for the second gradient, what to keep of it, and when to look again.
+"""Compute perturbation, shear force, injection and AGA's schedule.
 
-The adversarial point is SAM's (Foret et al. 2021) with ASAM's scaling (Kwon et al. 2021) in Adam's metric; keeping a
-part of the second gradient between looks follows LookSAM (Liu et al. 2022).
+The adversarial point is SAM's (Foret et al. 2021) with ASAM's scaling (Kwon et al. 2021) in Adam's metric. Reusing a
+part of the second gradient on one-pass steps follows LookSAM (Liu et al. 2022).
 """
 
 import math
@@ -26,13 +26,12 @@ def norms(tensors: Tensors) -> Tensor:
 
 
 def move_to_adversarial_point_(params: Tensors, grads: Tensors, denominators: Tensors | None, rho: Number) -> None:
-    """Move each parameter by ``rho * n / |n|`` with ``n = g / root * |p|``, in place.
+    """Move each parameter by ``rho * n / |n|`` with ``n = g / denominator * |p|``.
 
     Args:
-        params: tensors of any dtype.
-        grads: gradients at any scale, on which the move does not depend, in the dtype of ``denominators``.
-        denominators: ``sqrt(v_hat) + eps`` of the second moment before this step; ``None`` where there is none, which
-            counts as 1.
+        params: tensors of any dtype, changed in place.
+        grads: gradients in the dtype of ``denominators``. Their scale cancels.
+        denominators: ``sqrt(v_hat) + eps`` of the second moment before this step, or ``None``, which counts as 1.
         rho: length of each tensor's move.
     """
     offsets = adversarial_offsets(params, grads, denominators)
@@ -40,7 +39,7 @@ def move_to_adversarial_point_(params: Tensors, grads: Tensors, denominators: Te
 
 
 def adversarial_offsets(params: Tensors, grads: Tensors, denominators: Tensors | None) -> Tensors:
-    """Return ``n = g / root * |p|`` of each parameter, see :func:`move_to_adversarial_point_`."""
+    """Return ``n = g / denominator * |p|`` of each parameter."""
     magnitudes = torch._foreach_abs(params)
     if denominators is None:
         return torch._foreach_mul(grads, magnitudes)
@@ -50,9 +49,15 @@ def adversarial_offsets(params: Tensors, grads: Tensors, denominators: Tensors |
 
 
 def move_along_(params: Tensors, offsets: Tensors, lengths: Tensor, rho: Number) -> None:
-    """Move each parameter by ``rho * n / |n|``; ``lengths`` (params,) are |n|, ``offsets`` are used up.
+    """Move each parameter by ``rho * n / |n|``, in place.
 
-    Where they are pieces of a tensor, the length is that of the whole.
+    For chunks of one tensor, the length is that of the full tensor.
+
+    Args:
+        params: tensors or flat chunks.
+        offsets: the n, overwritten.
+        lengths: the norms |n|, a tensor (params,).
+        rho: length of each tensor's move.
     """
     torch._foreach_mul_(offsets, list((rho / lengths.clamp_min(LEAST_NORM)).unbind()))
     torch._foreach_add_(params, offsets)
@@ -60,7 +65,7 @@ def move_along_(params: Tensors, offsets: Tensors, lengths: Tensor, rho: Number)
 
 def inner_products(left: Tensors, right: Tensors) -> Tensor:
     """Return the inner product of each pair, a tensor (pairs,)."""
-    # dot() reads both once and keeps no product; it takes vectors, and a view of any dense layout will do.
+    # dot() reads both tensors once and needs no temporary tensor. It takes vectors; the order of entries is irrelevant.
     return torch.stack([torch.dot(*_flat(a, b)) for a, b in zip(left, right, strict=True)])
 
 
@@ -71,17 +76,23 @@ def _flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shear_forces(second: Tensors, first: Tensors) -> Tensors:
-    """Return the part of each second gradient orthogonal to the first, ``s = g2 - <g2, g1> / |g1|^2 g1``.
+    """Return the part of each second gradient that is orthogonal to the first.
 
-    It does not depend on the scale of ``first``.
+    This is ``s = g2 - <g2, g1> / |g1|^2 g1``. The scale of ``first`` cancels.
     """
     return without_parallel(second, first, inner_products(second, first), norms(first))
 
 
 def without_parallel(second: Tensors, first: Tensors, products: Tensor, lengths: Tensor) -> Tensors:
-    """Return the shear forces from the inner products ``<g2, g1>`` and the norms ``|g1|``, tensors (gradients,)."""
+    """Return the shear forces, given inner products and norms.
+
+    Args:
+        second, first: gradients of both passes.
+        products: the inner products ``<g2, g1>``, a tensor (gradients,).
+        lengths: the norms ``|g1|``, a tensor (gradients,).
+    """
     lengths = lengths.clamp_min(LEAST_NORM)
-    coefficients = products / lengths / lengths  # the square may leave the range of float32
+    coefficients = products / lengths / lengths  # the square may overflow or underflow float32
     parallel = torch._foreach_mul(first, list(coefficients.unbind()))
     return torch._foreach_sub(second, parallel)
 
@@ -93,12 +104,14 @@ def keep_shear_(
     first: dict[Tensor, Tensor],
     maybe_compile: MaybeCompile = eager,
 ) -> None:
-    """Put the shear force of each parameter that has a first gradient too into its state; the others keep theirs.
+    """Store the shear force of each parameter that has a first gradient.
+
+    The state of other parameters stays unchanged.
 
     Args:
-        params, grads, states: parameters, their second gradients in the state's dtype, and their states.
+        params, grads, states: parameters, their second gradients in the dtype of the state, and their states.
         first: gradients of the first pass by parameter, at any scale.
-        maybe_compile: how the part that works on tensors is called.
+        maybe_compile: wraps the function that works on tensors.
     """
     second, firsts, kept = both_gradients(params, grads, states, first)
     if not second:
@@ -114,9 +127,10 @@ def keep_shear_(
 def both_gradients(
     params: list[Tensor], grads: Tensors, states: list[dict[str, Tensor]], first: dict[Tensor, Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return second gradient, first gradient in its dtype, and place of the shear force, where there are both.
+    """Return second gradients, first gradients and the stored shear forces.
 
-    Of sharded parameters the second gradients and places are this process' rows, and so are the first ones returned.
+    Only parameters with both gradients are included. First gradients are cast to the dtype of the second ones. For
+    sharded parameters all three lists contain the local rows.
     """
     both = [index for index, param in enumerate(params) if param in first]
     second = [grads[index] for index in both]
@@ -125,20 +139,23 @@ def both_gradients(
 
 
 def injection_scales(alpha: Number, grad_lengths: Tensor, shear_lengths: Tensor) -> Tensor:
-    """Return ``alpha * |g| / |s|``, what each shear force is multiplied by.
+    """Return ``alpha * |g| / |s|``, the factor of each shear force.
 
-    The lengths and the result are tensors (gradients,).
+    Lengths and result are tensors (gradients,).
     """
     return alpha * grad_lengths / shear_lengths.clamp_min(LEAST_NORM)
 
 
 def with_shears(grads: Tensors, shears: Tensors, scales: Tensor) -> Tensors:
-    """Return ``g + scale * s`` for each gradient and shear force; the given gradients are left as they are."""
+    """Return ``g + scale * s`` for each gradient as new tensors."""
     return torch._foreach_addcmul(grads, shears, list(scales.unbind()))
 
 
 def products_and_lengths(pairs: list[tuple[Tensors, Tensors]]) -> Tensor:
-    """Return the inner product of each gradient and its shear force, and both lengths, a tensor (3, tensors)."""
+    """Return inner product and norms of each gradient and its shear force.
+
+    The result is a tensor (3, tensors).
+    """
     return torch.cat([torch.stack([inner_products(g, s), norms(g), norms(s)]) for g, s in pairs], dim=1)
 
 
@@ -147,15 +164,16 @@ def global_cosine(
     maybe_compile: MaybeCompile = eager,
     layout: Replicas | Shards | None = None,
 ) -> float:
-    """Return phi, the cosine of all gradients with all cached shear forces, each side taken as one long vector.
+    """Return phi, the cosine of all gradients with all cached shear forces.
 
-    Tensors without a shear force (it is zero) do not count. Reads the device once, whatever the number of tensors.
+    Each side counts as one long vector. Tensors whose shear force is zero are left out. The device is read once, for
+    any number of tensors.
 
     Args:
-        pairs: lists of gradients (at any scale) and of their shear forces, in any number of pieces.
-        maybe_compile: how the part that works on tensors is called.
-        layout: the processes that hold the other rows of the tensors, where they are sharded, or all of the same
-            tensors; every one returns the same number, to the bit.
+        pairs: lists of gradients, at any scale, and of their shear forces, in any number of chunks.
+        maybe_compile: wraps the function that works on tensors.
+        layout: the processes with the other rows of sharded tensors, or with replicas of the tensors. Every process
+            returns the same number, bit for bit.
     """
     pairs = [(grads, shears) for grads, shears in pairs if grads]
     if not pairs:
@@ -165,23 +183,28 @@ def global_cosine(
         products_of_whole, lengths_of_whole = layout.all_reduce_norms([numbers[:1]], [numbers[1:]])
         numbers = torch.cat([*products_of_whole, *lengths_of_whole])
     elif layout is not None:
-        # Kernels may round differently from process to process, and one that decides otherwise waits forever.
+        # Kernels may round differently on each rank. All ranks must agree, or the next collective deadlocks.
         dist.broadcast(numbers, group=layout.group, group_src=0)
     inner, grad_lengths, shear_lengths = numbers.tolist()
     known = [index for index, length in enumerate(shear_lengths) if length != 0]
     grad_length: float = math.sqrt(math.fsum(grad_lengths[index] ** 2 for index in known))
     shear_length: float = math.sqrt(math.fsum(shear_lengths[index] ** 2 for index in known))
     products = [inner[index] for index in known]
-    # Infinities of both signs, as an overflow under a gradient scaler leaves them, have no sum.
+    # fsum fails on infinities of both signs, which an overflow under a gradient scaler leaves.
     product: float = math.fsum(products) if all(map(math.isfinite, products)) else math.nan
     lengths = grad_length * shear_length
     return product / lengths if lengths != 0 else 0.0
 
 
 def next_variance(group: dict[str, Any], phi: float, t: int) -> float:
-    """Return AGA's running mean of phi^2 at step ``t``, ``group`` holding it as of the step before.
+    """Return AGA's running mean of phi^2 at step ``t``.
 
-    The step right after a look does not count: its phi is biased by the fresh cache.
+    The step right after a sync step does not count, because the fresh cache biases its phi.
+
+    Args:
+        group: the first group, with the counters of the previous step.
+        phi: the global cosine of this step.
+        t: number of the step, from 1.
     """
     variance: float = group["phi_variance"]
     beta: float = group["phi_beta"]
@@ -193,14 +216,17 @@ def next_variance(group: dict[str, Any], phi: float, t: int) -> float:
 
 
 def is_sync_step(group: dict[str, Any], t: int, phi: float, variance: float) -> bool:
-    """Decide whether step ``t`` (counted from 1) evaluates a second gradient, by the mode of ``group``."""
+    """Decide by the mode of ``group`` whether step ``t`` makes a second pass.
+
+    Steps count from 1.
+    """
     mode, k = group["mode"], int(group["k"])
     if mode == "sync":
         return True
     if mode == "periodic":
         return (t - 1) % k == 0
     if mode == "random":
-        # Drawn from the seed and the step alone: the same on every rank, and after a resume, with no state to keep.
+        # Seed and step determine the draw, so that all ranks and a resumed run agree without any state.
         return t == 1 or random.Random(f"{group['seed']}:{t}").random() < float(group["probability"])
     if mode == "aga":
         drifted = phi < -float(group["phi_lambda"]) * math.sqrt(variance)
@@ -209,7 +235,10 @@ def is_sync_step(group: dict[str, Any], t: int, phi: float, variance: float) -> 
 
 
 def diagnostics(group: dict[str, Any], keeps_shear: bool) -> dict[str, float]:
-    """Return what the last step saw, see :meth:`ars2.ARS2Neo.diagnostics`; ``group`` holds the counters."""
+    """Return the numbers of :meth:`ars2.ARS2Neo.diagnostics`.
+
+    ``group`` is the first group, which has the counters.
+    """
     steps, looks = int(group["step"]), int(group["sync_steps"])
     report = {
         "steps": float(steps),

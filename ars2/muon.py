@@ -1,7 +1,8 @@
-"""Muon, with the auxiliary AdamW in the same optimizer: the baseline, on the kernels and groups of ARS2-Neo.
+"""Implement Muon with its auxiliary AdamW in one optimizer.
 
-Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); decoupled weight decay as in
-Liu et al., "Muon is scalable for LLM training" (2025).
+It is the baseline of ARS2-Neo and shares its kernels and groups. References: Jordan et al., "Muon: an optimizer for
+hidden layers in neural networks" (2024); decoupled weight decay as in Liu et al., "Muon is scalable for LLM training"
+(2025).
 """
 
 import math
@@ -17,23 +18,23 @@ from ars2.updates import Tensors
 
 
 class Muon(TrackedOptimizer):
-    """Orthogonalised momentum on the matrix track, AdamW on the vector track.
+    """Apply orthogonalised momentum to matrices and AdamW to vectors.
 
-    A matrix moves by ``p <- (1 - lr*wd) p - lr * sqrt(max(1, rows / cols)) * NewtonSchulz(n)``, where
-    ``b <- momentum * b + (1 - momentum) * g``; ``n`` is ``b``, or with Nesterov ``momentum * b + (1 - momentum) * g``.
+    A matrix moves by ``p <- (1 - lr*wd) p - lr * sqrt(max(1, rows / cols)) * NewtonSchulz(n)``, where ``b <- momentum *
+    b + (1 - momentum) * g``. Without Nesterov ``n`` is ``b``; with it ``n`` is ``momentum * b + (1 - momentum) * g``.
 
     Args:
-        params: as for :class:`ars2.ARS2Neo`; vector groups usually say ``lr`` and ``weight_decay`` for themselves.
-        lr: learning rate; the groups of both tracks take it unless they say their own.
+        params: as for :class:`ars2.ARS2Neo`. Vector groups usually set their ``lr`` and ``weight_decay``.
+        lr: learning rate of the groups of both tracks that set none.
         momentum: decay of the momentum of matrices, in [0, 1).
-        nesterov: whether matrices look ahead by one decay of the momentum.
+        nesterov: whether matrices use Nesterov momentum.
         weight_decay: decoupled weight decay, multiplied by ``lr``.
         ns_steps, ns_coefficients, ns_dtype, ns_algorithm: as for :class:`ars2.ARS2Neo`.
         betas, eps: of the vector track. OneCycleLR and CyclicLR cycle the momentum, not the betas.
         compile: as for :class:`ars2.ARS2Neo`.
 
     Raises:
-        ValueError: an option out of its range, or a parameter that its track cannot take; named in the message.
+        ValueError: an option is out of its range, or a parameter does not suit its track. The message names it.
     """
 
     shared_options = ("ns_steps", "ns_coefficients", "ns_dtype", "ns_algorithm")
@@ -64,7 +65,7 @@ class Muon(TrackedOptimizer):
             },
             compile,
         )
-        # Schedulers that cycle the momentum would cycle the betas if these were among the defaults.
+        # Schedulers that cycle the momentum would cycle betas instead, if the defaults had any.
         del self.defaults["betas"]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -83,9 +84,12 @@ class Muon(TrackedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters once, after ``closure`` if there is one; returns what the closure returned.
+        """Update the parameters once, after evaluating ``closure`` if one is given.
 
-        Without any gradient nothing changes and nothing is counted.
+        Without any gradient nothing changes and the step is not counted.
+
+        Returns:
+            The result of the closure, or ``None`` without a closure.
         """
         result = None
         if closure is not None:

@@ -1,16 +1,17 @@
-"""The Newton-Schulz iteration on a stack of wide matrices, by two algorithms that are equal in exact arithmetic.
+"""Iterate Newton-Schulz on stacks of wide matrices, by two algorithms.
 
-Quintic iteration and its coefficients: Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
-Polar Express: Amsel et al., "The Polar Express: optimal matrix sign methods and their application to Muon" (2025).
+Both are equal in exact arithmetic. References: the quintic iteration and its coefficients are from Jordan et al.,
+"Muon: an optimizer for hidden layers in neural networks" (2024). Polar Express is from Amsel et al., "The Polar
+Express: optimal matrix sign methods and their application to Muon" (2025).
 
 *Standard*: ``X <- (a I + b A + c A A) X`` with ``A = X X^T``, which costs ``4 r^2 n + 2 r^3`` operations a step for r
-rows and n columns. *Gram*: every step is a polynomial ``P`` in the same A, so that A can be iterated alone,
-``A <- P A P``, the polynomials be multiplied, ``Q <- P Q``, and X be touched once at the end: ``4 r^2 n`` in all and
+rows and n columns. *Gram*: every step is a polynomial ``P`` in the same A. So A is iterated alone, ``A <- P A P``, the
+polynomials are multiplied, ``Q <- P Q``, and X is multiplied once at the end. This costs ``4 r^2 n`` in all and
 ``8 r^3`` a step.
 
-The Gram side squares singular values, and rounding of A is amplified by up to a^2 a step where they are small. So it
-runs one precision wider than the result, and A is formed anew from X before the amplification passes a bound. For half
-precision A is formed from X in float32, which bears all five steps of "jordan" at once.
+The Gram iteration squares singular values, and each step amplifies rounding errors of small ones by up to a^2. It
+therefore runs in the next wider precision than the result, and recomputes A from X before the amplification exceeds a
+bound. For half precision A is computed from X in float32, which suffices for all five steps of "jordan".
 """
 
 from collections.abc import Sequence
@@ -30,10 +31,10 @@ _POLAR_EXPRESS = (
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
     (1.875, -1.25, 0.375),
 )
-# Each polynomial of Polar Express is made for the range that the one before it reaches, and grows fast above it.
-# Rounding in half precision goes past it, so, as its authors do, all but the last are widened by this factor.
+# Each polynomial of Polar Express is optimal on the range of the one before it and grows fast above that range.
+# Rounding in half precision exceeds the range. Like its authors, we widen all but the last polynomial by this factor.
 POLAR_EXPRESS_MARGIN = 1.01
-# One (a, b, c) a step; a schedule shorter than the number of steps goes on with its last entry.
+# One (a, b, c) for each step. The last entry repeats if there are more steps.
 COEFFICIENTS: dict[str, tuple[Coefficients, ...]] = {
     "jordan": ((3.4445, -4.7750, 2.0315),),
     "polar_express": (
@@ -47,20 +48,20 @@ COEFFICIENTS: dict[str, tuple[Coefficients, ...]] = {
 ALGORITHMS = ("auto", "standard", "gram")
 _HALF = (torch.bfloat16, torch.float16)
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-# Of A's rounding, from one forming of A to the next: two updates under "jordan", 3.4445^4 = 141; and where A is in
-# float32 and the result in half precision, four updates, 3.4445^8 = 2e4, which leaves three digits.
+# Largest amplification of rounding errors of A before A is recomputed. It allows two updates under "jordan",
+# 3.4445^4 = 141. With A in float32 and the result in half precision four updates, 3.4445^8 = 2e4, leave three digits.
 _MOST_GROWTH, _MOST_GROWTH_FOR_HALF = 150.0, 2e4
-# Up to so many rows the CPU multiplies float32 no slower than half precision, whose products have a high fixed cost.
+# Up to this many rows the CPU multiplies float32 no slower than half precision, whose products have a fixed overhead.
 _FLOAT32_TO_ROWS = 64
-# From how many rows, and from how many columns a row on, Gram is the faster one for bfloat16 on the CPU, as
-# benchmarks/newton_schulz.py measures it: few columns for small matrices, which are multiplied in float32 anyway, and
-# for large ones, whose symmetric products are taken by blocks; more between them. In float32, whose inner side is
-# float64, it is neither much faster nor always as accurate; other devices were not measured. Standard is taken there.
+# Smallest number of rows and smallest aspect ratio (columns / rows) at which Gram is faster for bfloat16 on the CPU, as
+# measured by benchmarks/newton_schulz.py. The ratio is lower for small matrices, which are multiplied in float32, and
+# for large ones, whose symmetric products are computed by blocks. For float32 Gram needs float64 and is neither much
+# faster nor always as accurate, and other devices were not measured. Both use the standard iteration.
 _GRAM_FROM_ROWS = 24
 _GRAM_FROM_ASPECT, _GRAM_FROM_ASPECT_BETWEEN = 3.0, 4.0
 _LARGE_FROM_ROWS = 512
-# From how many rows the CPU takes a symmetric product by blocks: of columns, in half precision of rows, as many as were
-# fastest.
+# Smallest number of rows at which the CPU computes a symmetric product by blocks, and the fastest block sizes. Blocks
+# are of columns, in half precision of rows.
 _BLOCKED_FROM_ROWS, _BLOCK_COLUMNS = 384, 128
 _BLOCKED_FROM_ROWS_FOR_HALF, _BLOCK_ROWS = 512, 256
 _CACHE_LINE = 64  # bytes
@@ -73,7 +74,10 @@ def schedule(name: str, steps: int) -> list[Coefficients]:
 
 
 def faster_algorithm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Return ``"standard"`` or ``"gram"``, whichever is faster for wide matrices of this shape by measurement."""
+    """Return the faster algorithm for wide matrices of this shape.
+
+    The choice between ``"standard"`` and ``"gram"`` follows measurements by benchmarks/newton_schulz.py.
+    """
     if device.type != "cpu" or dtype != torch.bfloat16 or rows < _GRAM_FROM_ROWS:
         return "standard"
     between = _FLOAT32_TO_ROWS < rows < _LARGE_FROM_ROWS
@@ -82,13 +86,19 @@ def faster_algorithm(rows: int, columns: int, dtype: torch.dtype, device: torch.
 
 
 def products_dtype(rows: int, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype to multiply wide matrices of so many rows in, for a result in ``dtype``: the faster one."""
+    """Return the faster dtype for the products of wide matrices with ``rows`` rows.
+
+    The result of the iteration is in ``dtype``.
+    """
     small = device.type == "cpu" and rows <= _FLOAT32_TO_ROWS
     return torch.float32 if small and dtype in _HALF else dtype
 
 
 def standard(stack: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
-    """Iterate on ``stack`` (matrices, rows, columns) itself, rows <= columns, in its dtype."""
+    """Iterate on ``stack`` (matrices, rows, columns) in its dtype.
+
+    It must have rows <= columns.
+    """
     for a, b, c in coefficients:
         gram = torch.bmm(stack, stack.mT)
         polynomial = _symmetric(gram, gram, gram, beta=b, alpha=c)
@@ -97,14 +107,14 @@ def standard(stack: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
 
 
 def gram(stack: Tensor, coefficients: Sequence[Coefficients], dtype: torch.dtype) -> Tensor:
-    """Iterate on the Gram matrices of ``stack`` (matrices, rows, columns), rows <= columns; the result is in ``dtype``.
+    """Iterate on the Gram matrices of ``stack`` (matrices, rows, columns).
 
-    float64 has nothing wider and keeps to itself.
+    It must have rows <= columns. The result is in ``dtype``. In float64 the Gram matrices are float64 too.
     """
     half = dtype in _HALF
     stack = stack.to(_WIDER[dtype] if half else dtype)
     for block in _blocks(coefficients, _MOST_GROWTH_FOR_HALF if half else _MOST_GROWTH):
-        if len(block) == 1:  # one step gains nothing from its Gram matrix alone
+        if len(block) == 1:  # a single step is no faster on the Gram matrix
             stack = standard(stack.to(dtype), block)
             continue
         if half:
@@ -122,13 +132,13 @@ def _product(inner: Tensor, block: Sequence[Coefficients]) -> Tensor:
     """Return the product of the steps' polynomials in A, for A = ``inner``."""
     product: Tensor | None = None
     for index, (a, b, c) in enumerate(block):
-        # The polynomial without its a I: that part is added in the products, where it is exact.
+        # The polynomial without a I. The products below add that term exactly.
         polynomial = _symmetric(inner, inner, inner, beta=b, alpha=c)
         if index + 1 < len(block):
             half = _symmetric(inner, polynomial, inner, beta=a)
             inner = _symmetric(half, half, polynomial, beta=a)
         if product is None:
-            product = polynomial.clone() if polynomial.requires_grad else polynomial  # autograd needs it as it is
+            product = polynomial.clone() if polynomial.requires_grad else polynomial  # for autograd
             product.diagonal(dim1=-2, dim2=-1).add_(a)
         else:
             product = _symmetric(product, polynomial, product, beta=a)
@@ -137,9 +147,10 @@ def _product(inner: Tensor, block: Sequence[Coefficients]) -> Tensor:
 
 
 def _apply_rounded(product: Tensor, stack: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``product @ stack`` with both factors rounded to ``dtype``, the diagonal of the first one much less.
+    """Return ``product @ stack`` with both factors rounded to ``dtype``.
 
-    The nearest power of two to its mean, by which ``stack`` can be multiplied without rounding, is taken out of it.
+    The diagonal of ``product`` keeps more digits. A multiple of the identity, the power of two nearest to the mean of
+    the diagonal, is subtracted first and applied to ``stack`` exactly.
     """
     diagonal = product.diagonal(dim1=-2, dim2=-1)
     scale = torch.exp2(torch.round(torch.log2(diagonal.mean(dim=-1, keepdim=True))))
@@ -149,9 +160,9 @@ def _apply_rounded(product: Tensor, stack: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _symmetric(added: Tensor | None, left: Tensor, right: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
-    """Return ``beta * added + alpha * left @ right``, which is known to be symmetric; ``None`` adds nothing.
+    """Return ``beta * added + alpha * left @ right``, which must be symmetric.
 
-    On the CPU large ones are multiplied block by block, each from the diagonal on, and mirrored.
+    ``None`` adds nothing. On the CPU only one triangle of blocks of a large product is computed, then mirrored.
     """
     matrices, rows, _ = left.shape
     half = left.dtype in _HALF
@@ -159,8 +170,8 @@ def _symmetric(added: Tensor | None, left: Tensor, right: Tensor, beta: float = 
     whole = rows < least or left.device.type != "cpu" or left.requires_grad
     if whole or torch.compiler.is_compiling():
         return torch.bmm(left, right) if added is None else torch.baddbmm(added, left, right, beta=beta, alpha=alpha)
-    # In float32 rows that lie a power of two apart would share few places of the cache, and mirroring be far slower;
-    # half precision multiplies unpadded rows faster.
+    # In float32, rows at a power-of-two distance conflict in the cache and slow the mirroring, so they are padded. Half
+    # precision multiplies unpadded rows faster.
     padding = 0 if half else _CACHE_LINE // left.element_size()
     result = left.new_empty(matrices, rows, rows + padding)[:, :, :rows]
     if added is not None:
@@ -179,11 +190,11 @@ def _symmetric(added: Tensor | None, left: Tensor, right: Tensor, beta: float = 
 
 
 def _blocks(coefficients: Sequence[Coefficients], most_growth: float = _MOST_GROWTH) -> list[list[Coefficients]]:
-    """Cut the steps where A is to be formed anew."""
+    """Split the steps where A is recomputed from X."""
     blocks: list[list[Coefficients]] = []
     growth = 1.0
     for step in coefficients:
-        # What the updates of A before this step have amplified, by the steps of its block so far.
+        # The amplification by earlier updates of A in this block.
         if not blocks or growth > most_growth:
             blocks.append([])
             growth = 1.0

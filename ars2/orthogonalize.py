@@ -1,4 +1,4 @@
-"""Newton-Schulz orthogonalisation: move a matrix towards the nearest orthogonal one by matrix products alone."""
+"""Orthogonalise matrices by Newton-Schulz iterations, in batches."""
 
 import functools
 import math
@@ -14,11 +14,11 @@ from ars2 import newton_schulz
 from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
 
 _NORM_MARGIN = {"jordan": 1.0, "polar_express": newton_schulz.POLAR_EXPRESS_MARGIN}
-# The most elements in one batch. A core's cache is what counts on the CPU: larger batches are no faster there.
+# The most elements in one batch. On the CPU larger batches are no faster, since they leave the cache.
 MAX_NUMEL_ON_CPU = 1 << 20
 _MAX_NUMEL_ELSEWHERE = 1 << 26
-# Padding joins matrices that fill at least this part of the widest one's columns, and of the highest one's rows: more
-# than that costs more than a batch less saves. Rows cost the most, and with many of them arithmetic is all that counts.
+# Matrices that fill at least this part of a batch's columns and rows are padded to join it. More padding costs more
+# than one batch less saves. Padded rows cost the most, and with many rows only arithmetic matters.
 _LEAST_FILLED_COLUMNS, _LEAST_FILLED_ROWS, _PADDED_TO_ROWS = 0.9, 0.875, 256
 
 
@@ -29,24 +29,24 @@ def orthogonalize(
     dtype: torch.dtype = torch.bfloat16,
     algorithm: str = "auto",
 ) -> Tensor:
-    """Return ``x`` with its singular values moved towards 1, its singular vectors kept.
+    """Return ``x`` with its singular values moved towards 1.
 
-    Each matrix is divided by its Frobenius norm, so that its scale does not matter, then
-    ``X <- a X + (b A + c A A) X`` with ``A = X X^T`` is applied ``steps`` times on the side with fewer rows. Under
-    ``"jordan"`` five steps leave the singular values of a well-conditioned matrix between about 0.7 and 1.2; under
+    Singular vectors stay the same. Each matrix is divided by its Frobenius norm, so its scale does not matter. Then
+    ``X <- a X + (b A + c A A) X`` with ``A = X X^T`` is applied ``steps`` times on the side with fewer rows. With
+    ``"jordan"``, five steps leave the singular values of a well-conditioned matrix between about 0.7 and 1.2. With
     ``"polar_express"`` they tend to 1.
 
     Args:
-        x: a matrix (rows, cols) or a stack (..., rows, cols); every matrix of a stack is taken for itself.
+        x: a matrix (rows, cols) or a stack (..., rows, cols), of which every matrix is orthogonalised separately.
         steps: number of iterations, at least 1.
         coefficients: ``"jordan"`` or ``"polar_express"``.
-        dtype: the dtype the products with ``x`` run in, and that of the result; ``"auto"`` multiplies in a wider one
-            where that is faster.
-        algorithm: ``"standard"``; ``"gram"``, the same iteration on the small side alone, for elongated matrices; or
+        dtype: the dtype of the result and of the products with ``x``. ``"auto"`` multiplies in a wider one where that
+            is faster.
+        algorithm: ``"standard"``; ``"gram"``, the same iteration on the Gram matrix, for elongated matrices; or
             ``"auto"``, the faster one for the shape by measurement. See :mod:`ars2.newton_schulz`.
 
     Returns:
-        A tensor of ``x``'s shape and of ``dtype``, through which gradients flow.
+        A tensor of ``x``'s shape and of ``dtype``. Gradients flow through it.
 
     Raises:
         ValueError: fewer than two dimensions, entries that are no real floating-point numbers, ``steps`` below 1, or
@@ -77,8 +77,8 @@ def _orthogonalize_wide(
 ) -> Tensor:
     if stack.dtype in (torch.bfloat16, torch.float16):
         stack, overwrite = stack.float(), True
-    # Squares of very small or very large entries would leave the range of float32: the largest entry becomes 1 first.
-    # A matrix of zeros is divided by 1. The result does not depend on this scale, so neither does its gradient.
+    # The squares of very small or large entries would leave the range of float32, so the largest entry becomes 1 first.
+    # A matrix of zeros is divided by 1. The result does not depend on this scale, so no gradient needs to flow through.
     largest = torch.linalg.vector_norm(stack.detach(), ord=math.inf, dim=(-2, -1), keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
     stack = stack.div_(largest) if overwrite and not stack.requires_grad else stack / largest
@@ -94,7 +94,11 @@ def _orthogonalize_wide(
 def _chosen(
     algorithm: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, torch.dtype]:
-    """Return what ``algorithm`` means for wide matrices of this shape, and the dtype of the standard one's products."""
+    """Resolve ``"auto"`` for wide matrices of this shape.
+
+    Returns:
+        The algorithm, and the dtype of the standard algorithm's products.
+    """
     if algorithm != "auto":
         return algorithm, dtype
     return (
@@ -112,23 +116,23 @@ def orthogonalize_all(
     algorithm: str = "auto",
     overwrite: bool = False,
 ) -> list[Tensor]:
-    """Orthogonalise many stacks at once: matrices of one shape (or its transpose) share one batched iteration.
+    """Orthogonalise many stacks, batching matrices of one shape or its transpose.
 
-    Matrices of nearly the same shape are padded with columns and rows of zeros to share it too; these stay zero, change
-    nothing else, and are cut off again.
+    Matrices of similar shapes join the batch too, padded with columns and rows of zeros. The padding stays zero,
+    changes nothing else, and is removed from the result.
 
     Args:
-        stacks: tensors (matrices, rows, cols); shapes may differ between tensors.
+        stacks: tensors (matrices, rows, cols) of any shapes.
         steps, coefficients, dtype, algorithm: as for :func:`orthogonalize`.
-        max_numel: the most elements joined into one batch, which bounds the memory of the copies; a larger tensor is
-            a batch of its own. ``None`` is 2^20 on the CPU and 2^26 elsewhere.
-        overwrite: whether ``stacks`` are of no use afterwards, and may be written over.
+        max_numel: the most elements in one batch, which bounds the memory of copies. A larger tensor forms its own
+            batch. ``None`` is 2^20 on the CPU and 2^26 elsewhere.
+        overwrite: whether ``stacks`` may be overwritten.
 
     Returns:
-        One tensor of ``dtype`` for each input, same shapes, same order.
+        One tensor of ``dtype`` for each input, with the same shape and in the same order.
     """
     results: list[Tensor] = list(stacks)
-    # A compiler takes the plan in; it looks through a cache, and warns of it.
+    # torch.compile traces the plan. It would ignore the cache and warn.
     plan = _plan if torch.compiler.is_compiling() else _remembered_plan
     kinds = tuple((*stack.shape, stack.device, stack.dtype) for stack in stacks)
     for bucket in plan(kinds, max_numel, dtype, algorithm):
@@ -144,8 +148,8 @@ def orthogonalize_all(
         if joined.numel() == 0:
             parts: Sequence[Tensor] = [stack.to(dtype) for stack in wide]
         else:
-            own = overwrite or joined is not wide[0]
-            joined = _orthogonalize_wide(joined, steps, coefficients, dtype, algorithm, own)
+            may_overwrite = overwrite or joined is not wide[0]
+            joined = _orthogonalize_wide(joined, steps, coefficients, dtype, algorithm, may_overwrite)
             parts = torch.split(joined, [stack.shape[0] for stack in wide])
         for i, part, stack in zip(bucket.members, parts, wide, strict=True):
             part = part if part.shape == stack.shape else part[:, : stack.shape[1], : stack.shape[2]]
@@ -155,7 +159,10 @@ def orthogonalize_all(
 
 @dataclass
 class _Bucket:
-    """Stacks that share a batch: the shape that their matrices are padded to, indices, and the elements so far."""
+    """Collect stacks that share a batch.
+
+    ``rows`` and ``columns`` are the padded shape, ``members`` the indices of the stacks, and ``numel`` their elements.
+    """
 
     rows: int
     columns: int
@@ -167,10 +174,10 @@ class _Bucket:
 def _plan(
     kinds: tuple[tuple[Any, ...], ...], max_numel: int | None, dtype: torch.dtype, algorithm: str
 ) -> list[_Bucket]:
-    """Say which stacks share a batch.
+    """Decide which stacks share a batch.
 
     Args:
-        kinds: for each stack (matrices, rows, cols, device, dtype).
+        kinds: (matrices, rows, cols, device, dtype) of each stack.
         max_numel, dtype, algorithm: as for :func:`orthogonalize_all`.
     """
 
@@ -181,8 +188,8 @@ def _plan(
             return True
         device = bucket.kind[0]
         chosen = _chosen(algorithm, bucket.rows, bucket.columns, dtype, device)
-        # A row of zeros stays zero under the standard algorithm; the Gram side gives it a singular value. And what is
-        # multiplied in float32 by itself is not to be rounded for its neighbours' sake.
+        # A row of zeros stays zero only under the standard algorithm; Gram gives it a singular value. A matrix whose
+        # products would be in float32 must not join a batch in half precision.
         alike = chosen[0] == "standard" and _chosen(algorithm, rows, columns, dtype, device) == chosen
         return alike and _LEAST_FILLED_ROWS * bucket.rows <= rows and bucket.rows <= _PADDED_TO_ROWS
 

@@ -1,7 +1,8 @@
-"""Which modules of a model make its outputs: named by the caller, said by the model, or guessed.
+"""Find the output heads of a model.
 
-Wrappers are seen through: DistributedDataParallel, compiled modules, peft's models, and whatever has a single child and
-no parameter of its own. A model in one of them has the same heads as outside.
+The caller names them, the model declares them, or they are guessed. Wrappers are unwrapped: DistributedDataParallel,
+compiled modules, peft's models, and any module with a single child and no parameter outside it. A model has the same
+heads with and without such a wrapper.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +15,10 @@ Head = str | nn.Module | Iterable[str | nn.Module]
 
 
 class OutputHeads(NamedTuple):
-    """The head modules with all that they contain, and the name of the one that was guessed, if any was."""
+    """List the head modules with all their submodules.
+
+    ``guessed`` is the name of a guessed head, if any.
+    """
 
     modules: frozenset[nn.Module]
     guessed: str | None = None
@@ -23,21 +27,20 @@ class OutputHeads(NamedTuple):
 def find_heads(model: nn.Module, named: Head | None = None) -> OutputHeads:
     """Return the output heads of ``model``.
 
-    Those that the caller has ``named`` are taken, or else those of which the model says so by
-    ``get_output_embeddings()``, as those of transformers do, together with the classifiers that these have outside of
-    their ``base_model``. Where only parts of the model say so, theirs are taken; where these have none, the last linear
-    layer outside of them. Without such a word it is the linear layer tied to an embedding, of a plain
-    ``nn.Sequential`` the last layer, of any model its only linear layer. For any other the last linear layer in order
-    of registration is guessed. The matrices of adapters (LoRA) are no heads.
+    Heads ``named`` by the caller come first. Otherwise the model may declare them by ``get_output_embeddings()``, as
+    those of transformers do; their classifiers outside of ``base_model`` are heads too. Where only submodules declare
+    heads, those count. If they declare none, the last linear layer outside of them is the head. Without any declaration
+    the head is the linear layer tied to an embedding, the last layer of a plain ``nn.Sequential``, or the only linear
+    layer. In any other model the last registered linear layer is guessed. The matrices of adapters (LoRA) are no heads.
 
     Raises:
-        TypeError: ``model`` is no module, or ``named`` neither a module nor the name of one.
+        TypeError: ``model`` is no module, or ``named`` is neither a module nor the name of one.
         ValueError: ``named`` is no module of the model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"parameter groups are built from the model, whose modules say what each parameter is, got"
-            f" {type(model).__name__}: pass model, not model.parameters() or the like"
+            f"parameter groups are built from a model, got {type(model).__name__}: pass model, not"
+            " model.parameters() or the like"
         )
     chain = _unwrapped(model)
     if named is not None:
@@ -45,14 +48,14 @@ def find_heads(model: nn.Module, named: Head | None = None) -> OutputHeads:
         return OutputHeads(_contents([_module(chain, item) for item in items]))
     adapters = _adapters(model)
     heads, last = _find(model, adapters)
-    # A guess counts for nothing where no linear layer is trained, as beside adapters.
+    # The guess is irrelevant where no linear layer is trained, as beside adapters.
     trained = any(p.requires_grad for linear in _linears(model, adapters) for p in linear.parameters())
     guessed = [name for name, module in model.named_modules() if module is last and trained]
     return OutputHeads(_contents(heads) - adapters, guessed[0] if guessed else None)
 
 
 def _find(model: nn.Module, adapters: frozenset[nn.Module]) -> tuple[list[nn.Module], nn.Module | None]:
-    """Return the heads and the one of them that is guessed, if any is."""
+    """Return the heads, and the one among them that is guessed, if any."""
     chain = _unwrapped(model)
     if speakers := [module for module in chain if _speaks(module)]:
         answers = (module.get_output_embeddings() for module in speakers)  # type: ignore[operator]
@@ -64,7 +67,7 @@ def _find(model: nn.Module, adapters: frozenset[nn.Module]) -> tuple[list[nn.Mod
         found = [_find(part, adapters) for part in parts]
         if heads := [head for heads, _ in found for head in heads]:
             return heads, next((last for _, last in found if last is not None), None)
-        inside = _contents(parts)  # these say that they have none
+        inside = _contents(parts)  # these declare none
         linears = [linear for linear in linears if linear not in inside]
     elif tied := _tied_to_embeddings(model):
         return tied, None
@@ -80,13 +83,13 @@ def _speaks(module: nn.Module) -> bool:
 
 
 def _speaking_parts(module: nn.Module) -> list[nn.Module]:
-    """Return the modules within ``module`` that say what their head is, but none within one of them."""
+    """Return the outermost submodules that declare their heads."""
     children = list(module.children())
     return [part for child in children for part in ([child] if _speaks(child) else _speaking_parts(child))]
 
 
 def _unwrapped(model: nn.Module) -> list[nn.Module]:
-    """Return ``model`` and what it consists of, from the outside in, as far as there is only one candidate."""
+    """Return ``model`` and the modules that it wraps, outermost first."""
     chain = [model]
     while (inner := _inner(chain[-1])) is not None:
         chain.append(inner)
@@ -104,7 +107,10 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _module(chain: list[nn.Module], item: object) -> nn.Module:
-    """Return the module that the caller means by ``item``, a name being one in the model or in what it wraps."""
+    """Return the module meant by ``item``.
+
+    A name may be one in the model or in a module that it wraps.
+    """
     if isinstance(item, nn.Module):
         if not any(module is item for module in chain[0].modules()):
             raise ValueError(f"head is a {type(item).__name__} that is no module of the model")
@@ -123,7 +129,10 @@ def _contents(modules: Iterable[nn.Module]) -> frozenset[nn.Module]:
 
 
 def _adapters(model: nn.Module) -> frozenset[nn.Module]:
-    """Return the modules that adapters add beside a layer, which peft keeps under ``base_layer``."""
+    """Return the modules that adapters add beside a layer.
+
+    peft keeps the layer itself under ``base_layer``.
+    """
 
     def added(module: nn.Module) -> Iterator[nn.Module]:
         children = dict(module.named_children())
@@ -135,7 +144,7 @@ def _adapters(model: nn.Module) -> frozenset[nn.Module]:
 
 
 def _linears(module: nn.Module, adapters: frozenset[nn.Module]) -> list[nn.Module]:
-    """Return the linear layers, or those alone that peft has made for training anew, if it has."""
+    """Return the linear layers, or only peft's ``modules_to_save`` if any."""
     named = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear) and m not in adapters]
     return [m for n, m in named if "modules_to_save" in n.split(".")] or [m for _, m in named]
 
@@ -148,7 +157,10 @@ def _tied_to_embeddings(model: nn.Module) -> list[nn.Module]:
 def _outside_of_base(
     model: nn.Module, adapters: frozenset[nn.Module], only_by_labels: bool
 ) -> tuple[list[nn.Module], bool]:
-    """Return the classifiers that a model of transformers has beside its base, and whether they are guessed."""
+    """Return the classifiers of a transformers model outside of its base.
+
+    The second value is whether they are guessed.
+    """
     base = getattr(model, "base_model", None)
     if not isinstance(base, nn.Module) or base is model:
         return [], False
@@ -166,7 +178,10 @@ def _outside_of_base(
 
 
 def _alternatives(model: nn.Module, head: nn.Module, linears: list[nn.Module]) -> list[nn.Module]:
-    """Return ``head`` with the linear layers beside it in a ModuleDict: one for each task or adapter; itself last."""
+    """Return ``head`` after the linear layers beside it in a ModuleDict.
+
+    Such a dict has one head for each task or adapter.
+    """
     for parent in model.modules():
         if isinstance(parent, nn.ModuleDict) and any(child is head for child in parent.values()):
             return [child for child in parent.values() if child in linears and child is not head] + [head]

@@ -1,10 +1,11 @@
-"""Which parameters are matrices, told by their role in the model and never by their name.
+"""Decide which parameters are matrices.
 
-Two policies. ``"all"``: every trainable parameter of two dimensions or more whose largest dimension is below 10,000.
-``"hidden"``, as Muon's authors recommend: the same without embeddings, output heads, normalisation gains, and bare
-parameters that are broadcast: those with a leading dimension of 1, as a vision transformer's position embeddings
-(1, N, D) and class token (1, 1, D), and those with at most one dimension above 1, as a layer scale (C, 1, 1). Weights
-of linear layers and convolutions are matrices whatever their shape.
+Their roles in the model decide, not their names. There are two policies. ``"all"`` takes every trainable parameter with
+two or more dimensions whose largest dimension is below 10,000. ``"hidden"``, recommended by Muon's authors, leaves out
+embeddings, output heads, normalisation gains, and bare parameters that are broadcast. The latter are those with a
+leading dimension of 1, as a vision transformer's position embeddings (1, N, D) and class token (1, 1, D), and those
+with at most one dimension above 1, as a layer scale (C, 1, 1). Weights of linear layers and convolutions are matrices
+whatever their shape.
 """
 
 import warnings
@@ -29,12 +30,15 @@ _NOT_HIDDEN = ("embedding", "tied embedding", "output head", "norm", "token or p
 
 
 def is_matrix(shape: Sequence[int]) -> bool:
-    """Whether policy ``"all"`` takes a tensor of this shape for a matrix."""
+    """Return whether policy ``"all"`` takes a tensor of this shape for a matrix."""
     return len(shape) >= 2 and max(shape) < LARGEST_MATRIX_DIMENSION
 
 
 class Assignment(NamedTuple):
-    """One trainable parameter: where it stands in the model, what it is, which track it is on and why."""
+    """Describe one trainable parameter.
+
+    Its fields are its name and role in the model, its track, the reason, and whether its kernel is flattened.
+    """
 
     name: str
     param: nn.Parameter
@@ -45,11 +49,13 @@ class Assignment(NamedTuple):
 
 
 def assign(model: nn.Module, policy: Policy = "all", head: Head | None = None) -> list[Assignment]:
-    """Assign every trainable parameter of ``model`` to a track, a tied one once, in order of registration.
+    """Assign every trainable parameter of ``model`` to a track.
+
+    The order is that of registration. A tied parameter appears once.
 
     Raises:
         TypeError: not a model.
-        ValueError: unknown policy or head, no trainable parameter, or a lazy parameter that has no shape yet.
+        ValueError: unknown policy or head, no trainable parameter, or a lazy parameter without a shape.
     """
     if policy not in ("all", "hidden"):
         raise ValueError(f"policy must be 'all' or 'hidden', got {policy!r}")
@@ -101,7 +107,7 @@ def _assign_one(
     else:
         track, reason = "matrix", "two dimensions or more"
     if role == "output head" and heads.guessed is not None:
-        reason += "; that it is the head is guessed: head= names it"
+        reason += "; the head is a guess: name it with head="
     flatten = track == "matrix" and param.ndim == 3 and isinstance(owners[0], _CONVOLUTIONS_1D)
     return Assignment(name, param, role, track, reason, flatten)
 
@@ -114,20 +120,22 @@ def param_groups(
     head: Head | None = None,
     named: bool = True,
 ) -> list[dict[str, Any]]:
-    """Build the parameter groups of ``model`` for any optimizer; those without tracks ignore what they do not know.
+    """Build the parameter groups of ``model`` for any optimizer.
+
+    Optimizers without tracks ignore the extra options of the groups.
 
     Args:
-        model: its trainable parameters are taken, a tied one once.
+        model: all its trainable parameters are included, tied ones once.
         policy: ``"all"`` or ``"hidden"``.
         matrix, vector: options for the groups of that track, such as ``{"lr": 1e-2, "weight_decay": 0.0}``.
-        head: the module that makes the outputs, or its name, or several; by default :func:`find_heads
-            <ars2.output_heads.find_heads>` finds it. Policy ``"hidden"`` warns if that was a guess.
-        named: whether the groups hold (name, parameter) pairs, by which errors and checkpoints name a parameter.
-            ``False`` gives parameters alone, for what takes no pairs, such as ``ZeroRedundancyOptimizer``.
+        head: the module that makes the outputs, its name, or several of either. By default :func:`find_heads
+            <ars2.output_heads.find_heads>` finds it. Policy ``"hidden"`` warns if that is a guess.
+        named: whether the groups contain (name, parameter) pairs, by which errors and checkpoints name a parameter.
+            ``False`` gives plain parameters, for users that accept no pairs, such as ``ZeroRedundancyOptimizer``.
 
     Returns:
-        One group a track that has parameters; 1-D convolutions, whose 3-D kernels are
-        flattened, have a group of their own.
+        One group for each track that has parameters. The kernels of 1-D convolutions, which are flattened, form a
+        separate group.
 
     Raises:
         TypeError: not a model, such as ``model.parameters()``.
@@ -135,12 +143,12 @@ def param_groups(
     """
     for track, options in (("matrix", matrix), ("vector", vector)):
         if taken := {"params", "track", "flatten"} & set(options or {}):
-            raise ValueError(f"options of the {track} track may not name {sorted(taken)}: the policy decides that")
+            raise ValueError(f"options of the {track} track may not contain {sorted(taken)}: the policy sets these")
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     if policy == "hidden" and head is None and (guessed := find_heads(model).guessed) is not None:
         warnings.warn(
-            f"param_groups() guesses that the output head is {guessed!r}, the last linear layer registered: if so, say"
-            f" head={guessed!r}, otherwise name the one it is",
+            f"param_groups() guesses that the output head is {guessed!r}, the last registered linear layer: confirm it"
+            f" with head={guessed!r}, or name another module",
             stacklevel=2,
         )
     for item in assign(model, policy, head):
@@ -153,7 +161,7 @@ def param_groups(
 
 
 def report(model: nn.Module, policy: Policy = "all", head: Head | None = None) -> str:
-    """Return a table of what went where and why, a line a parameter, totals last."""
+    """Return a table of tracks and reasons, one line a parameter, totals last."""
     items = assign(model, policy, head)
     rows = [("track", "role", "shape", "parameter", "reason")]
     rows += [(i.track, i.role, "x".join(map(str, i.param.shape)), i.name, i.reason) for i in items]

@@ -1,6 +1,6 @@
-"""Make the second pass of a step repeat the first: the same random numbers, and buffers left as they are.
+"""Make the second pass of a step repeat the random numbers of the first.
 
-In a plain loop :func:`repeatable` does both::
+It also leaves buffers unchanged. In a plain loop :func:`repeatable` does both::
 
     loss = optimizer.step(repeatable(closure, model))
 """
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class BufferBackup(NamedTuple):
-    """A buffer, its contents and the version that they are of."""
+    """Keep a copy of a buffer and the version counter at the time of the copy."""
 
     buffer: Tensor
     copy: Tensor
@@ -27,10 +27,11 @@ class BufferBackup(NamedTuple):
 
 
 class Buffers:
-    """The buffers of a module as they were, since a forward pass may change them in place or replace them.
+    """Save and restore the buffers of a module.
 
-    A buffer that no checkpoint keeps, as a rotary table, is copied again only when its version has changed. The others
-    are copied each time: BatchNorm's kernel writes the running statistics without a new version.
+    A forward pass may change them in place or replace them. A non-persistent buffer, such as a rotary table, is copied
+    only when its version has changed. The others are copied each time, because BatchNorm's kernel writes the running
+    statistics without a new version.
 
     Args:
         module: on the device where it is used.
@@ -41,7 +42,7 @@ class Buffers:
         self._backups: dict[tuple[nn.Module, str], BufferBackup] = {}
 
     def save(self) -> None:
-        """Remember the buffers as they are now."""
+        """Save the current contents of the buffers."""
         before, self._backups = self._backups, {}
         stale: list[BufferBackup] = []
         for module in self._modules:
@@ -56,7 +57,10 @@ class Buffers:
         _copy([kept.copy for kept in stale], [kept.buffer for kept in stale])
 
     def restore(self) -> None:
-        """Make the buffers what they were when :meth:`save` was called; the same tensors, written in place."""
+        """Restore the buffers to their state at :meth:`save`.
+
+        They are the same tensors, written in place.
+        """
         stale: list[BufferBackup] = []
         for (module, name), kept in self._backups.items():
             if getattr(module, name) is not kept.buffer:
@@ -69,7 +73,7 @@ class Buffers:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """Put the buffers back at the end of a block, on every way out."""
+        """Restore the buffers at the end of a block, also after an exception."""
         self.save()
         try:
             yield
@@ -83,7 +87,7 @@ def _version(buffer: Tensor) -> int:
 
 def _may_have_changed(module: nn.Module, name: str, kept: BufferBackup) -> bool:
     buffer = kept.buffer
-    # Nothing writes to a tensor that was made in inference mode, or whose entries share their memory.
+    # Nothing writes to an inference tensor or to an expanded one.
     if buffer.is_inference() or (
         buffer.layout is torch.strided and 0 in buffer.stride() and not buffer.is_contiguous()
     ):
@@ -103,15 +107,21 @@ def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def frozen_statistics(module: nn.Module) -> AbstractContextManager[None]:
-    """Leave running statistics, and all other buffers, alone in a block, which normalises with batch statistics."""
+    """Leave running statistics and all other buffers unchanged in a block.
+
+    Normalisation in the block uses batch statistics.
+    """
     return Buffers(module).unchanged()
 
 
 def random_state(*devices: torch.device) -> Callable[[], None]:
-    """Remember the random state of the host and of ``devices``; calling the result goes back to it.
+    """Save the random state of the host and of ``devices``.
+
+    Returns:
+        A function that restores it.
 
     Warns:
-        UserWarning: the random state of a device cannot be read; it is then left alone.
+        UserWarning: the random state of a device cannot be read, so it is not saved.
     """
     host = torch.get_rng_state()
     states: list[tuple[Callable[[Tensor, torch.device], None], Tensor, torch.device]] = []
@@ -137,14 +147,15 @@ def random_state(*devices: torch.device) -> Callable[[], None]:
 
 
 def repeatable(closure: Callable[[], Result], model: nn.Module) -> Callable[[], Result]:
-    """Return a closure that repeats its first call in every later one: same random numbers, buffers left alone.
+    """Return a closure whose later calls repeat its first call.
 
-    Wrap the closure anew in every step. Random numbers are torch's, on the host and on the devices of the model; what
-    is drawn after a later call is what would have been drawn without it.
+    They use the same random numbers and leave buffers unchanged. Wrap the closure again in every step. The random
+    numbers are torch's, on the host and on the devices of the model. Later draws are the same as without the repeated
+    calls.
 
     Args:
         closure: as for ``optimizer.step``, or any function that makes one pass.
-        model: whose buffers, such as BatchNorm's running statistics, the first call alone changes.
+        model: only the first call changes its buffers, such as BatchNorm's running statistics.
     """
     devices = {param.device for param in model.parameters()}
     replay: Callable[[], None] | None = None

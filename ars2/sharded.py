@@ -1,9 +1,8 @@
-"""Parameters of which every process holds some rows: DTensors, as FSDP2's fully_shard makes them.
+"""Handle parameters sharded by rows, the DTensors of FSDP2's fully_shard.
 
-The optimizer works on each process' own rows. What needs a whole tensor is put together among the processes that hold
-it: norms and inner products by an all-reduce of the sums over the rows, orthogonal factors as
-:func:`ars2.sharing.orthogonalize_sharded` does. Rows are dealt out as torch.chunk does it, so that the last processes
-may hold fewer, or none.
+The optimizer works on the local rows. Ranks exchange only what needs full tensors: an all-reduce of sums gives norms
+and inner products, and :func:`ars2.sharing.orthogonalize_sharded` gives orthogonal factors. The rows are split as by
+torch.chunk, so the last ranks may have fewer rows, or none.
 """
 
 import sys
@@ -16,48 +15,49 @@ from torch import Tensor
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Say whether ``tensor`` is a DTensor."""
-    # Importing it takes seconds, and whoever has a DTensor has imported it.
+    """Return whether ``tensor`` is a DTensor."""
+    # The import takes seconds, and a DTensor exists only after it.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of ``tensor``, in the same memory: its rows, or all of it if it is no DTensor."""
+    """Return the local rows of a DTensor, in the same memory; other tensors as is."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def like(param: Tensor, value: Tensor) -> Tensor:
-    """Return ``value``, which may be whole on every process, sharded as ``param`` is."""
+    """Return ``value`` sharded as ``param``; ``value`` may be replicated on all ranks."""
     if not is_sharded(param) or is_sharded(value):
         return value
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    # Every process takes its rows of what it has: nothing is sent.
+    # Every process slices its rows; no communication.
     return distribute_tensor(value.to(param.device), mesh, placements, src_data_rank=None)
 
 
 def same_layout(tensor: Tensor, param: Tensor) -> bool:
-    """Say whether a DTensor is laid out over the processes just as ``param`` is."""
+    """Return whether ``tensor`` is a DTensor with mesh and placements of ``param``."""
     if not is_sharded(tensor):
         return False
-    mine: tuple[Any, Any] = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    theirs: tuple[Any, Any] = param.device_mesh, param.placements  # type: ignore[attr-defined]
-    return mine == theirs
+    layout: tuple[Any, Any] = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    expected: tuple[Any, Any] = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    return layout == expected
 
 
 class Shards(NamedTuple):
-    """The processes that hold the rows of every parameter, and the dtype in which matrices travel (``None``: theirs).
+    """Describe the processes among which parameters are sharded.
 
-    With replicas (a mesh of replicas and shards) it is the processes of one replica.
+    ``dtype`` is the dtype in which matrices are sent; ``None`` keeps their dtype. With a mesh of replicas and
+    shards, the group contains the processes of one replica.
     """
 
     group: dist.ProcessGroup
     dtype: torch.dtype | None = None
 
     def numels(self, shape: Sequence[int]) -> list[int]:
-        """Return how many entries of a tensor of ``shape`` each process holds."""
+        """Return each process' number of entries in a tensor of ``shape``."""
         ranks = dist.get_world_size(self.group)
         most, width = -(-shape[0] // ranks), torch.Size(shape[1:]).numel()
         return [max(0, min(most, shape[0] - rank * most)) * width for rank in range(ranks)]
@@ -65,12 +65,12 @@ class Shards(NamedTuple):
     def all_reduce_norms(
         self, products: Sequence[Tensor], lengths: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Turn numbers about this process' rows into those about whole tensors; one all-reduce, in float64.
+        """Reduce inner products and norms of local rows to those of full tensors.
 
-        Every process gets the same, to the bit.
+        One all-reduce in float64. Every process gets the same result, bit for bit.
 
         Args:
-            products: inner products, or other sums over entries, tensors of any shapes.
+            products: inner products or other sums over entries, tensors of any shapes.
             lengths: Euclidean norms, tensors of any shapes.
 
         Returns:
@@ -90,18 +90,19 @@ class Shards(NamedTuple):
 
 
 def find_shards(named: Iterable[tuple[str, Tensor]]) -> Shards | None:
-    """Return the processes among which all these parameters are sharded; ``None`` if every one is whole.
+    """Return the processes among which all these parameters are sharded.
+
+    The result is ``None`` if no parameter is sharded.
 
     Raises:
-        ValueError: some are sharded and some whole, they are sharded over different processes, or in another way than
-            by rows.
+        ValueError: only some are sharded, over different processes, or not by rows.
     """
     found: Shards | None = None
     first: tuple[str, Any] | None = None
-    whole: str | None = None
+    unsharded: str | None = None
     for name, param in named:
         if not is_sharded(param):
-            whole = whole or name
+            unsharded = unsharded or name
             continue
         mesh: Any = param.device_mesh  # type: ignore[attr-defined]
         if first is None:
@@ -110,10 +111,10 @@ def find_shards(named: Iterable[tuple[str, Tensor]]) -> Shards | None:
         elif mesh != first[1]:
             raise ValueError(f"parameters {first[0]} and {name} are sharded over different meshes: use one for all")
         _check_rows(name, param, found)  # type: ignore[arg-type]
-    if first is not None and whole is not None:
+    if first is not None and unsharded is not None:
         raise ValueError(
-            f"parameter {first[0]} is sharded and parameter {whole} is not: call fully_shard on the whole network"
-            " before the optimizer is made, with no parameters left out"
+            f"parameter {first[0]} is sharded and parameter {unsharded} is not: call fully_shard on the complete"
+            " network before making the optimizer"
         )
     return found
 
@@ -122,7 +123,7 @@ def _sharding_dimension(name: str, param: Any) -> int:
     """Return the dimension of the mesh along which ``param`` is sharded by rows."""
     from torch.distributed.tensor import Replicate, Shard
 
-    # Not by isinstance: what FSDP2 makes of a parameter that is tensor-parallel already is a Shard by another order.
+    # Not isinstance: FSDP2 gives tensor-parallel parameters a subclass of Shard with another order of rows.
     shards = [i for i, placement in enumerate(param.placements) if type(placement) is Shard and placement.dim == 0]
     others = [p for i, p in enumerate(param.placements) if i not in shards and not isinstance(p, Replicate)]
     if len(shards) != 1 or others:
@@ -135,9 +136,9 @@ def _sharding_dimension(name: str, param: Any) -> int:
 
 def _check_rows(name: str, param: Any, shards: Shards) -> None:
     _sharding_dimension(name, param)
-    mine = shards.numels(param.shape)[dist.get_rank(shards.group)]
-    if local(param).numel() != mine:
+    expected = shards.numels(param.shape)[dist.get_rank(shards.group)]
+    if local(param).numel() != expected:
         raise ValueError(
             f"parameter {name} of shape {tuple(param.shape)} has {local(param).numel()} entries on this process"
-            f" where torch.chunk would put {mine}: such an uneven layout is not supported"
+            f" where torch.chunk would put {expected}: use a layout such as that of fully_shard"
         )

@@ -1,6 +1,6 @@
-"""The flatness half of ARS2-Neo on sharded parameters: the parts of :mod:`ars2.flatness`, and exchanges between them.
+"""Apply :mod:`ars2.flatness` to sharded parameters.
 
-Whatever the number of groups, an all-reduce puts together all numbers that one part needs of whole tensors.
+Each function needs one all-reduce, for any number of groups.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from ars2.updates import Tensors
 
 
 class Move(NamedTuple):
-    """The rows of a group's parameters, their offsets n, and the length that each whole tensor moves by."""
+    """List the local rows of a group's parameters, their offsets n, and rho."""
 
     params: list[Tensor]
     offsets: Tensors
@@ -23,19 +23,19 @@ class Move(NamedTuple):
 
 
 def move_all_(moves: list[Move], shards: Shards) -> None:
-    """Move all groups to the adversarial point; one all-reduce."""
+    """Move all groups to the adversarial point, with one all-reduce."""
     _, lengths = shards.all_reduce_norms([], [flatness.norms(move.offsets) for move in moves])
     for move, length in zip(moves, lengths, strict=True):
         flatness.move_along_(move.params, move.offsets, length, move.rho)
 
 
 def keep_shears_(batches: list[Batch], first: dict[Tensor, Tensor], shards: Shards) -> None:
-    """Put the shear force of each parameter that has a first gradient too into its state; one all-reduce.
+    """Store the shear force of each parameter that has a first gradient.
 
     Args:
         batches: of all groups, with the second gradients.
         first: gradients of the first pass by parameter, at any scale.
-        shards: the processes that hold the other rows.
+        shards: the processes with the other rows.
     """
     found = [flatness.both_gradients(batch.sources, batch.grads, batch.states, first) for batch in batches]
     found = [lists for lists in found if lists[0]]
@@ -50,7 +50,7 @@ def keep_shears_(batches: list[Batch], first: dict[Tensor, Tensor], shards: Shar
 
 
 def injected(batches: list[Batch], alpha: float, shards: Shards) -> Iterator[Batch]:
-    """Yield the batches with the shear forces in their gradients; one all-reduce."""
+    """Yield the batches with the shear forces added to their gradients."""
     lists = [tensors for batch in batches if batch.params for tensors in (batch.grads, batch.state("shear"))]
     lengths = iter(shards.all_reduce_norms([], [flatness.norms(tensors) for tensors in lists])[1])
     for batch in batches:

@@ -1,8 +1,9 @@
-"""Newton-Schulz over several processes: every matrix is orthogonalised by one of them, and each gets the results.
+"""Distribute Newton-Schulz iterations over several processes.
 
-Under data parallelism every process holds every matrix, so each takes its share and the results are gathered. Under
-sharding every process holds some rows of every matrix, so they are first brought together at the matrix' owner, and
-the rows of the result go back; shards may be uneven or empty. Nothing here synchronises with the host.
+One rank orthogonalises each matrix, and all ranks get the result. Under data parallelism every rank has all matrices,
+so the results are gathered. Under sharding every rank has some rows of all matrices. The rows are first sent to the
+owner of the matrix, and the rows of the result are sent back. Shards may be uneven or empty. Nothing here synchronises
+with the host.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +17,10 @@ Orthogonalize = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
 class Replicas(NamedTuple):
-    """The processes that share the work, and the dtype that results are gathered in (``None``: their own)."""
+    """Describe the processes that share the work on replicated tensors.
+
+    Results are gathered in ``dtype``; ``None`` keeps their dtype.
+    """
 
     group: dist.ProcessGroup
     dtype: torch.dtype | None
@@ -29,10 +33,10 @@ def newton_schulz_cost(matrices: int, rows: int, cols: int) -> int:
 
 
 def assign_to_ranks(costs: Sequence[int], ranks: int) -> list[int]:
-    """Return the rank that takes each piece of work, so that the greatest sum of costs is small.
+    """Return the owner of each item, keeping the largest load small.
 
-    The most costly piece left goes to the rank with the least so far (Graham 1969: at most a third above the best
-    there is). The same on every rank, since it depends on the arguments alone.
+    The most expensive item left goes to the rank with the smallest load (Graham 1969, at most a third above the
+    optimum). All ranks get the same assignment, since it depends only on the arguments.
     """
     loads = [0] * ranks
     owner = [0] * len(costs)
@@ -45,25 +49,27 @@ def assign_to_ranks(costs: Sequence[int], ranks: int) -> list[int]:
 def orthogonalize_replicated(
     stacks: Sequence[Tensor], orthogonalize: Orthogonalize, dtype: torch.dtype, group: dist.ProcessGroup
 ) -> list[Tensor]:
-    """Orthogonalise stacks that every rank of ``group`` holds; the results are the same to the bit on every rank.
+    """Orthogonalise stacks that are replicated on every rank of ``group``.
+
+    The results are identical on all ranks, bit for bit.
 
     Args:
         stacks: tensors (matrices, rows, cols), equal on all ranks.
         orthogonalize: maps a list of stacks to their orthogonal factors.
-        dtype: that the results are gathered in; if narrower than that of the factors, they are rounded to it.
-        group: of the ranks that share the work; one all-gather.
+        dtype: the results are gathered in this dtype and rounded to it if it is narrower.
+        group: of the ranks that share the work. One all-gather.
 
     Returns:
-        One tensor of ``dtype`` for each stack, of its shape.
+        One tensor of ``dtype`` for each stack, with its shape.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     owner = assign_to_ranks([newton_schulz_cost(*stack.shape) for stack in stacks], ranks)
-    mine = [index for index, one in enumerate(owner) if one == rank]
+    local = [index for index, one in enumerate(owner) if one == rank]
     lengths = [sum(stacks[i].numel() for i, one in enumerate(owner) if one == r) for r in range(ranks)]
-    # Gathered parts must be of one length; gloo takes no other.
+    # gloo gathers only tensors of equal length.
     sent = torch.zeros(max(lengths), dtype=dtype, device=stacks[0].device)
-    done = orthogonalize([stacks[index] for index in mine])
-    if mine:
+    done = orthogonalize([stacks[index] for index in local])
+    if local:
         torch.cat([factor.flatten().to(dtype) for factor in done], out=sent[: lengths[rank]])
     received = [torch.empty_like(sent) for _ in range(ranks)]
     dist.all_gather(received, sent, group=group)
@@ -84,18 +90,18 @@ def orthogonalize_sharded(
     dtype: torch.dtype,
     group: dist.ProcessGroup,
 ) -> list[Tensor]:
-    """Orthogonalise tensors of which every rank of ``group`` holds a run of entries; returns this rank's runs.
+    """Orthogonalise tensors of which every rank of ``group`` has a flat chunk.
 
     Args:
-        shards: this rank's part of each tensor, contiguous; empty where it has none.
-        shapes: of the whole tensors, as (matrices, rows, cols).
-        numels: for each tensor, how many entries every rank holds; in the order of ranks they make up the tensor.
-        orthogonalize: maps a list of whole stacks to their orthogonal factors.
-        dtype: that the results are sent back in.
-        group: of the ranks among which the tensors are sharded; two all-to-alls.
+        shards: this rank's chunk of each tensor, contiguous, possibly empty.
+        shapes: of the full tensors, as (matrices, rows, cols).
+        numels: for each tensor the number of entries on every rank. In the order of ranks the chunks form the tensor.
+        orthogonalize: maps a list of full stacks to their orthogonal factors.
+        dtype: the results are sent back in this dtype.
+        group: of the ranks among which the tensors are sharded. Two all-to-alls.
 
     Returns:
-        One flat tensor of ``dtype`` for each shard, with as many entries.
+        This rank's chunk of each result, a flat tensor of ``dtype``.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     owner = assign_to_ranks([newton_schulz_cost(*shape) for shape in shapes], ranks)
@@ -106,14 +112,14 @@ def orthogonalize_sharded(
     sent = torch.cat([shards[index].flatten() for index in order])
     received = sent.new_empty(sum(from_ranks))
     dist.all_to_all_single(received, sent, from_ranks, to_owners, group=group)
-    # What came from one rank holds its runs of all tensors owned here, one after the other.
-    runs = [
+    # The entries from one rank are its chunks of all tensors owned here, concatenated.
+    chunks = [
         part.split([numels[index][r] for index in by_owner[rank]]) for r, part in enumerate(received.split(from_ranks))
     ]
-    whole = [torch.cat([runs[r][i] for r in range(ranks)]).view(shapes[t]) for i, t in enumerate(by_owner[rank])]
+    full = [torch.cat([chunks[r][i] for r in range(ranks)]).view(shapes[t]) for i, t in enumerate(by_owner[rank])]
     factors = [
         factor.flatten().to(dtype).split(list(numels[t]))
-        for t, factor in zip(by_owner[rank], orthogonalize(whole), strict=True)
+        for t, factor in zip(by_owner[rank], orthogonalize(full), strict=True)
     ]
     empty = sent.new_empty(0, dtype=dtype)
     back = torch.cat([empty, *(factor[r] for r in range(ranks) for factor in factors)])

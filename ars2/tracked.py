@@ -1,10 +1,10 @@
-"""What ARS2-Neo and Muon share: groups on two tracks, options checked, state made up front, exact loading.
+"""Share groups, option checks, state and loading between optimizers.
 
-State is made of tensors only, in float32 (float64 for float64 parameters) whatever the parameter's dtype, and exists
-from construction on: distributed checkpoints need no first step. Of a parameter in half precision it keeps what
-rounding took away too, so that small updates add up. Each parameter that has a second moment counts the gradients in it
-(``state[param]["step"]``, a scalar on the host as torch.optim.AdamW's). Counters of the optimizer are plain numbers in
-the groups.
+State consists only of tensors. They are in float32 (float64 for float64 parameters) whatever the parameter's dtype, and
+exist from construction on, so that distributed checkpoints need no first step. For a parameter in half precision the
+state includes the rounding error, so that small updates add up. Each parameter with a second moment counts its
+gradients (``state[param]["step"]``, a scalar on the host as in torch.optim.AdamW). The optimizer's counters are plain
+numbers in the groups.
 """
 
 import inspect
@@ -26,30 +26,31 @@ from ars2.sharded import Shards, find_shards, like, local, same_layout
 from ars2.sharing import Replicas
 
 TRACKS = ("matrix", "vector")
-# No options, but no mistakes in a group either: what schedulers, weight averaging and layer-wise decay keep there, a
-# label, and the one option by which groups for ARS2-Neo differ from those for Muon.
+# Keys that are no options but are allowed in a group: those of schedulers, weight averaging and layer-wise decay, a
+# label, and rho, so that groups for ARS2-Neo also fit Muon.
 FOREIGN_KEYS = frozenset(
     {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale", "name", "rho"}
 )
 
 
 class TrackedOptimizer(Optimizer):
-    """Base of optimizers whose groups say ``track: "matrix"`` or ``track: "vector"``; the shapes decide if they do not.
+    """Provide a base for optimizers whose groups are on two tracks.
 
-    A matrix group may say ``flatten: True``, which reads a 3-D tensor (out, in, k) as the matrix (out, in*k), as a 1-D
-    convolution's kernel; otherwise a 3-D tensor is a stack of matrices. Tensors of 4 and 5 dimensions are always read
-    as (out, rest).
+    A group has ``track: "matrix"`` or ``track: "vector"``. Without it the shapes of its parameters decide. A matrix
+    group with ``flatten: True`` reads a 3-D tensor (out, in, k), such as a 1-D convolution's kernel, as the matrix
+    (out, in*k). Otherwise a 3-D tensor is a stack of matrices. Tensors of 4 and 5 dimensions are always read as (out,
+    rest).
     """
 
     shared_options: ClassVar[tuple[str, ...]] = ()  # one value for the whole optimizer
     fixed_options: ClassVar[tuple[str, ...]] = ()  # a saved state with another value is refused
     _warned_of_tracks = False
-    main_counters: ClassVar[tuple[str, ...]] = ()  # which the first group has for the whole optimizer
+    main_counters: ClassVar[tuple[str, ...]] = ()  # in the first group, for the whole optimizer
 
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], compile: bool = False, capturable: bool = False
     ) -> None:
-        # These say how a step runs, not what it does: they are no part of the saved state.
+        # These do not change the results of a step, so the saved state does not include them.
         self._compile, self._capturable = compile, capturable
         self._compilers: dict[int, Compiler] = {}
         self._exchange: list[Replicas | Shards | None] = [None]
@@ -60,11 +61,11 @@ class TrackedOptimizer(Optimizer):
 
     @property
     def group_options(self) -> set[str]:
-        """The options that a group may have for itself."""
+        """Return the options that may differ between groups."""
         return {*self.defaults, "betas"} - {"step"}  # Muon keeps its betas out of the defaults
 
     def _check_options(self, group: dict[str, Any]) -> None:
-        """Check a whole group's options; subclasses add their own."""
+        """Check the options of a complete group. Subclasses add checks."""
         validation.check_choice(group, "track", TRACKS)
         validation.check_choice(group, "flatten", (False, True))
         validation.check_number(group, "lr", 0.0)
@@ -77,33 +78,42 @@ class TrackedOptimizer(Optimizer):
         validation.check_choice(group, "ns_algorithm", ALGORITHMS)
 
     def _check_host_options(self, group: dict[str, Any]) -> None:
-        """Check the options of a group whose learning rate may be a tensor, as a capturable step takes it."""
+        """Check the options of a group whose learning rate may be a tensor.
+
+        A capturable step has such a learning rate.
+        """
         on_host = dict(group)
         if self._capturable:
             capturable.to_host_(on_host)
         self._check_options(on_host)
 
     def _check_counters(self, group: dict[str, Any], first: bool) -> None:
-        """Check the counters of a saved group, ``first`` being whether it is the first; subclasses add their own."""
+        """Check the counters of a saved group.
+
+        ``first`` is whether it is the first group, which has the optimizer's counters. Subclasses add checks.
+        """
         validation.check_integer(group, "step", 0)
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The names of the state tensors that each parameter of ``group`` has."""
+        """Return the names of the state tensors of parameters in ``group``."""
         raise NotImplementedError
 
     def _keys_of(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
-        """The names of the state tensors that ``param`` has in ``group``; half precision keeps what rounding drops."""
+        """Return the names of the state tensors of ``param``.
+
+        In half precision these include the rounding error.
+        """
         half = param.dtype in (torch.bfloat16, torch.float16)
         return (*self._state_keys(group), "remainder") if half else self._state_keys(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, check its options and make its state.
 
-        A group that says no track is on the one that policy ``"all"`` of :func:`ars2.param_groups` gives to tensors of
-        such shapes; one with parameters for both becomes two, the matrices first.
+        Without a track, policy ``"all"`` of :func:`ars2.param_groups` decides by the shapes. A group with parameters
+        for both tracks becomes two groups, the matrices first.
 
         Raises:
-            ValueError: an option or parameter that is not allowed; the optimizer is then left as it was.
+            ValueError: an option or parameter is not allowed. The optimizer is then unchanged.
         """
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else params if isinstance(params, set) else list(params)
@@ -122,21 +132,21 @@ class TrackedOptimizer(Optimizer):
         if not self._warned_of_tracks and any("track" not in group and part["track"] == "vector" for part in parts):
             self._warned_of_tracks = True
             warnings.warn(
-                f"{type(self).__name__} was given parameters without a track, so their shapes decide: those of two"
-                f" dimensions or more, all below {LARGEST_MATRIX_DIMENSION}, are matrices, the others vectors, and a"
-                " group with both becomes two. ars2.param_groups(model) builds groups that know the modules too",
+                f"{type(self).__name__} got parameters without a track, so their shapes decide: those of two dimensions"
+                f" or more, all below {LARGEST_MATRIX_DIMENSION}, are matrices, the others vectors, and a group with"
+                " both becomes two. Use ars2.param_groups(model) to build groups by the modules of a model",
                 stacklevel=2,
             )
 
     def _add_one_group(self, param_group: dict[str, Any]) -> None:
         params = param_group["params"]
         group = validation.plain_numbers({**self.defaults, **param_group, "step": 0, "params": params})
-        for name in self.main_counters:  # of the group that this one is a copy of
+        for name in self.main_counters:  # if this group is a copy of the first one
             group.pop(name, None)
         self._check_host_options(group)
         names = group.keys() - FOREIGN_KEYS - {"params", "param_names", "step"}
         validation.check_known(names, self.group_options, f"{type(self).__name__} ({group['track']} group)")
-        # The first one stands for all: whoever makes thousands of groups does not wait for their squares.
+        # Comparing with the first group suffices and keeps the cost linear in the number of groups.
         validation.check_same_options([*self.param_groups[:1], group], self.shared_options)
         for index, item in enumerate(params):
             name, param = item if isinstance(item, tuple) else (str(index), item)
@@ -160,12 +170,15 @@ class TrackedOptimizer(Optimizer):
             self.state[param]["step"] = self._count_of(0.0, param)
 
     def _count_of(self, count: float | Tensor, param: Tensor) -> Tensor:
-        """Return how many gradients ``param`` has had as a tensor of its own, where a step wants it."""
+        """Return a count of gradients as a new tensor on the device that needs it."""
         device = param.device if self._capturable else torch.device("cpu")
         return torch.tensor(float(count), dtype=torch.float32, device=device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state and the groups' options, all numbers plain ones, whether the step is capturable or not."""
+        """Return the state and the options of the groups.
+
+        All numbers are plain, also if the optimizer is capturable.
+        """
         self._adopt_parameters()
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
@@ -174,13 +187,14 @@ class TrackedOptimizer(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state saved by the same class with the same shared options; dtypes and values come back exactly.
+        """Load a state saved by the same class with the same shared options.
 
-        Options that the saved state is too old to have get their defaults. Hooks see and change the state as with any
-        other optimizer.
+        Dtypes and values are restored exactly. Options missing in an old state get their defaults. Hooks see and change
+        the state as in any other optimizer.
 
         Raises:
-            ValueError: options out of range, or state that does not fit the parameters; nothing is then changed.
+            ValueError: options are out of range, or the state does not fit the parameters. The optimizer is then
+                unchanged.
         """
 
         def check(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
@@ -190,7 +204,7 @@ class TrackedOptimizer(Optimizer):
             return {**found, "param_groups": groups}
 
         self._adopt_parameters()
-        handle = self.register_load_state_dict_pre_hook(check)  # the last one: others may mend what it would refuse
+        handle = self.register_load_state_dict_pre_hook(check)  # the last hook, since others may repair the state
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -198,39 +212,42 @@ class TrackedOptimizer(Optimizer):
             self._loaded = None
 
     def _fitting(self, groups: list[dict[str, Any]], saved: Mapping[Any, Any]) -> dict[Tensor, dict[str, Tensor]]:
-        """Check saved groups and state, and return the state by parameter, as the parameters here need it."""
+        """Check saved groups and state, and return the state by parameter.
+
+        Its tensors have the dtypes and layouts that the current parameters need.
+        """
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError(
-                "the saved optimizer state has other parameter groups: "
+                "the saved optimizer state has other parameter groups, load it into the same groups as when saved: "
                 f"{[len(group['params']) for group in groups]} parameters against "
                 f"{[len(group['params']) for group in self.param_groups]} here"
             )
         loaded: dict[Tensor, dict[str, Tensor]] = {}
-        for index, (mine, theirs) in enumerate(zip(self.param_groups, groups, strict=True)):
+        for index, (current, saved_group) in enumerate(zip(self.param_groups, groups, strict=True)):
             try:
-                self._check_options(theirs)
-                validation.check_choice(theirs, "track", (mine["track"],))
+                self._check_options(saved_group)
+                validation.check_choice(saved_group, "track", (current["track"],))
                 for name in self.fixed_options:
-                    validation.check_choice(theirs, name, (mine[name],))
-                self._check_counters(theirs, index == 0)
+                    validation.check_choice(saved_group, name, (current[name],))
+                self._check_counters(saved_group, index == 0)
             except ValueError as error:
                 raise ValueError(f"saved optimizer state, group {index}: {error}") from error
-            names = mine.get("param_names", range(len(mine["params"])))
-            for name, param, key in zip(names, mine["params"], theirs["params"], strict=True):
+            names = current.get("param_names", range(len(current["params"])))
+            for name, param, key in zip(names, current["params"], saved_group["params"], strict=True):
                 tensors = dict(saved.get(key, {}))
-                # Older states count for the whole group.
-                count = tensors.pop("step", theirs["step"])
-                dtype, keys = torch.promote_types(param.dtype, torch.float32), self._keys_of(param, theirs)
+                # Older states have one count for each group.
+                count = tensors.pop("step", saved_group["step"])
+                dtype, keys = torch.promote_types(param.dtype, torch.float32), self._keys_of(param, saved_group)
                 if "remainder" not in keys:  # saved with parameters in half precision
                     tensors.pop("remainder", None)
                 elif tensors:  # older states have none
                     tensors.setdefault("remainder", torch.zeros_like(param, dtype=dtype))
                 validation.check_state(tensors, str(name), param, keys)
-                # In the parameter's own memory layout, whatever the saved one.
-                mine_of = {k: torch.zeros_like(param, dtype=dtype).copy_(like(param, v)) for k, v in tensors.items()}
-                if "exp_avg_sq" in mine_of:
-                    mine_of["step"] = self._count_of(count, param)
-                loaded[param] = mine_of
+                # In the memory layout of the parameter, not of the saved tensor.
+                state = {k: torch.zeros_like(param, dtype=dtype).copy_(like(param, v)) for k, v in tensors.items()}
+                if "exp_avg_sq" in state:
+                    state["step"] = self._count_of(count, param)
+                loaded[param] = state
         validation.check_same_options(groups, self.shared_options)
         return loaded
 
@@ -254,13 +271,16 @@ class TrackedOptimizer(Optimizer):
                     self.state[param]["step"] = self._count_of(group["step"], param)
             if self._capturable:
                 capturable.to_device_(group)
-        # A copy starts alone, unless it has a part of the parameters; loading a state leaves the ranks as they are.
+        # A copy starts without replicas, unless its parameters are sharded. Loading a state keeps the layout.
         if "_exchange" not in self.__dict__:
             self._exchange = [None]
             self._layout = self._find_shards(self.param_groups)
 
     def _adopt_parameters(self) -> None:
-        """Make state for parameters that somebody has put into a group in the place of others, whose state goes."""
+        """Make state for parameters that replaced others in a group.
+
+        The state of the replaced parameters is deleted.
+        """
         params = [param for group in self.param_groups for param in group["params"]]
         if all(map(self.state.get, params)):
             return
@@ -273,18 +293,18 @@ class TrackedOptimizer(Optimizer):
         self._layout = self._shards_of(self.param_groups) or self._layout
 
     def distribute(self, group: dist.ProcessGroup | None, gather: Literal["exact", "bfloat16"] = "exact") -> None:
-        """Share the Newton-Schulz iterations out among processes that hold the same parameters and gradients (DDP).
+        """Distribute Newton-Schulz iterations over processes with replicas (DDP).
 
-        Every process keeps all moments, so nothing but the results is exchanged, once for each group of matrices. The
-        processes' parameters stay the same to the bit.
+        Every process keeps all moments, so only results are exchanged, once for each group of matrices. The parameters
+        of the processes stay identical, bit for bit.
 
-        Sharded parameters (FSDP2) need no call: their processes share the iterations out from the beginning. The call
-        only sets ``gather`` for them, of the matrices that go to their owners and back.
+        Sharded parameters (FSDP2) need no call, since their processes always share the iterations. For them the call
+        only sets ``gather``, which then applies to matrices on the way to their owners and back.
 
         Args:
-            group: of the processes; all of them must call :meth:`step` equally often. Not used where parameters are
-                sharded, which know it.
-            gather: ``"exact"`` sends the results in ``ns_dtype``, ``"bfloat16"`` rounds them to it where that is wider.
+            group: of the processes, which must call :meth:`step` equally often. Ignored for sharded parameters, whose
+                mesh has the group.
+            gather: ``"exact"`` sends the results in ``ns_dtype``, ``"bfloat16"`` rounds wider ones to bfloat16.
 
         Raises:
             ValueError: another ``gather``, or no group where one is needed.
@@ -294,22 +314,22 @@ class TrackedOptimizer(Optimizer):
         if (shards := self._shards) is not None:
             self._layout = shards._replace(dtype=dtype)
         elif group is None:
-            raise ValueError("distribute() needs the group of the processes, for the parameters are not sharded")
+            raise ValueError("distribute() needs the group of the processes where parameters are not sharded: pass one")
         else:
             self._layout = Replicas(group, dtype)
 
     def _shards_of(self, groups: list[dict[str, Any]]) -> Shards | None:
         shards = self._find_shards(groups)
         if shards is not None and (self._compile or self._capturable):
-            raise ValueError(
-                "compile and capturable are for parameters that are whole on every process, and these are sharded:"
-                " leave both out"
-            )
+            raise ValueError("compile and capturable do not support sharded parameters: leave out both options")
         return shards
 
     @property
     def _layout(self) -> Replicas | Shards | None:
-        """The processes to exchange with, in a list that a wrapper of the optimizer finds too."""
+        """Return the processes to exchange with.
+
+        They are in a list, which wrappers of the optimizer share.
+        """
         return self._exchange[0]
 
     @_layout.setter
@@ -330,23 +350,29 @@ class TrackedOptimizer(Optimizer):
         return find_shards(named)
 
     def _maybe_compile(self, group: dict[str, Any]) -> MaybeCompile:
-        """How the functions that work on the tensors of ``group`` are called."""
+        """Return the wrapper for functions that work on the tensors of ``group``."""
         return self._compilers.setdefault(id(group), Compiler()) if self._compile else eager
 
     def _chunks(self, batch: Batch) -> Iterable[Batch]:
-        """The parts of a batch that are worked on one after the other; a compiler joins the whole by itself."""
+        """Return the chunks of a batch; a compiled step fuses the complete batch."""
         return batch.chunks() if not self._compile else [batch] if batch.params else []
 
     def _flat_chunks(self, part: Batch) -> Iterable[Batch]:
-        """A part, or the flat pieces of one that is a large tensor; a compiler takes it whole."""
+        """Return the flat chunks of a large tensor; a compiled step does not split it."""
         return part.flat_chunks() if not self._compile else [part]
 
     def _matrix_chunks(self, group: dict[str, Any], batch: Batch) -> Iterable[Batch]:
-        """The parts of a batch of matrices that are moved one after the other; several processes share one whole."""
+        """Return the chunks of a batch of matrices.
+
+        Several processes, and a compiled step, work on the complete batch.
+        """
         return batch.matrix_chunks(group["flatten"]) if self._layout is None and not self._compile else [batch]
 
     def _batch(self, group: dict[str, Any]) -> Batch:
-        """Gather the parameters of ``group`` that have a gradient, the gradients in the state's dtype and strides."""
+        """Gather the parameters of ``group`` that have a gradient.
+
+        Gradients are in the dtype and strides of the state.
+        """
         sources = [param for param in group["params"] if param.grad is not None and param.numel()]
         states: list[dict[str, Tensor]] = []
         grads = []
@@ -354,16 +380,16 @@ class TrackedOptimizer(Optimizer):
             owned, (first, *others) = self.state[param], self._keys_of(param, group)
             like = local(owned[first])
             grads.append(_laid_out_as(like, local(param.grad)))
-            for key in others if self._shards is None else ():  # an owner may have replaced one of them
+            for key in others if self._shards is None else ():  # users may have replaced a tensor
                 owned[key] = _laid_out_as(like, owned[key])
             kept = (first, *others, "step") if "step" in owned else (first, *others)
             states.append({key: local(owned[key]) for key in kept})
         return Batch([local(p) for p in sources], grads, states, sources, None if self._capturable else 0)
 
     def _batches_by_count(self, group: dict[str, Any]) -> list[Batch]:
-        """Return the batch of ``group``, in parts whose parameters have had the same number of gradients.
+        """Return batches of ``group`` whose parameters have equal gradient counts.
 
-        These are more than one where layers were unfrozen later, or get no gradient in every step.
+        Counts differ where layers were unfrozen later, or get no gradient in every step.
         """
         batch = self._batch(group)
         if not batch.params or self._capturable or "step" not in batch.states[0]:
@@ -376,7 +402,7 @@ class TrackedOptimizer(Optimizer):
         return [batch.subset(indices, count) for count, indices in sorted(by_count.items())]
 
     def _count_gradients(self) -> None:
-        """Count the gradients that are there, for each parameter and each group."""
+        """Increment the gradient counts of parameters and groups."""
         present = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         steps = [state["step"] for state in map(self.state.__getitem__, present) if "step" in state]
         if steps:
@@ -385,7 +411,7 @@ class TrackedOptimizer(Optimizer):
             group["step"] += 1
 
     def _move_vectors(self, group: dict[str, Any], batch: Batch) -> None:
-        """AdamW for the parameters of one vector group."""
+        """Apply AdamW to the parameters of one vector group."""
         maybe_compile = self._maybe_compile(group)
         adam = (
             batch.grads,
@@ -408,7 +434,10 @@ class TrackedOptimizer(Optimizer):
         directions: updates.Tensors,
         scales: updates.Tensors | list[float] | None,
     ) -> None:
-        """Move the parameters of a batch as :func:`ars2.updates.apply_` does, those of half precision in float32."""
+        """Move the parameters of a batch as :func:`ars2.updates.apply_` does.
+
+        Parameters in half precision move in float32.
+        """
         half = [index for index, state in enumerate(batch.states) if "remainder" in state]
         params = [batch.params[index] for index in half]
         remainders = [batch.states[index]["remainder"] for index in half]
@@ -420,7 +449,10 @@ class TrackedOptimizer(Optimizer):
         updates.round_(params, remainders, exact)
 
     def _check_gradients(self) -> bool:
-        """Check every gradient before anything is changed; return whether there is any.
+        """Check every gradient before anything changes.
+
+        Returns:
+            Whether any parameter has a gradient.
 
         Raises:
             RuntimeError: a sparse gradient, or one that is not sharded as its parameter is.
@@ -447,13 +479,16 @@ class TrackedOptimizer(Optimizer):
         return found
 
     def _without_autocast(self) -> torch.autocast:
-        """A block in which autocast, if it is on, does not run the matrix products in its own dtype."""
+        """Return a context that disables autocast for the matrix products."""
         device = next((param.device.type for group in self.param_groups for param in group["params"]), "cpu")
         return torch.autocast(device, enabled=False)
 
 
 def _by_track(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return ``group`` with the track that the shapes of its parameters say, as two groups if these are on both."""
+    """Return ``group`` with its track, decided by the shapes of its parameters.
+
+    The result is two groups if there are parameters for both tracks.
+    """
     by_track: dict[str, list[Any]] = {}
     for index, item in enumerate(group["params"]):
         name, param = item if isinstance(item, tuple) else (str(index), item)
@@ -465,14 +500,17 @@ def _by_track(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
-    """Return ``tensor`` in the dtype and strides of ``like``, which the fused kernels do not compare."""
+    """Return ``tensor`` in the dtype and strides of ``like``.
+
+    The fused kernels do not check that these agree.
+    """
     if tensor.dtype == like.dtype and tensor.stride() == like.stride():
         return tensor
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device).copy_(tensor)
 
 
 def _defaults_of(cls: type) -> dict[str, Any]:
-    """Return the defaults of a class's options that its groups have."""
+    """Return the defaults of a class's group options."""
     parameters = inspect.signature(cls).parameters.values()
     return {
         parameter.name: parameter.default

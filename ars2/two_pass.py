@@ -1,4 +1,4 @@
-"""A step that may evaluate the gradient twice: when it does, the way to the adversarial point and back, and misuse."""
+"""Implement the parts of a two-pass step and detect their misuse."""
 
 import inspect
 import math
@@ -17,7 +17,10 @@ from ars2.tracked import TrackedOptimizer
 
 
 class Backup(NamedTuple):
-    """Parameters and copies of them; with ``start`` the copy is of a flat_chunk of the only one, from that entry on."""
+    """Keep copies of parameters.
+
+    With ``start`` the copy is of a flat chunk of the only parameter, from that entry on.
+    """
 
     params: list[Tensor]
     copies: list[Tensor]
@@ -26,9 +29,10 @@ class Backup(NamedTuple):
 
 @dataclass
 class StepState:
-    """What is known of the step under way; none of it outlives the step, none of it is saved.
+    """Track the progress of the current step.
 
-    An optimizer has one for good: Fabric's and Lightning's wrappers find it, but an attribute set on them stays theirs.
+    It is reset after every step and never saved. The optimizer changes it in place, because the wrappers of Fabric and
+    Lightning share the object, but would not share a new attribute.
     """
 
     stage: Literal["idle", "decided", "moved", "restored"] = "idle"
@@ -39,14 +43,16 @@ class StepState:
     first_gradients: dict[Tensor, Tensor] = field(default_factory=dict)
 
     def assign(self, other: "StepState") -> None:
+        """Copy the fields of ``other``."""
         self.stage, self.wanted, self.phi, self.variance = other.stage, other.wanted, other.phi, other.variance
         self.backups, self.first_gradients = other.backups, other.first_gradients
 
 
 class TwoPassOptimizer(TrackedOptimizer):
-    """Base of an optimizer that says after the first gradient whether it wants a second one, at the adversarial point.
+    """Provide a base for optimizers that may request a second pass.
 
-    Its groups have the options of :class:`ars2.ARS2Neo` that say when it looks and how far it moves.
+    Its groups have the options of :class:`ars2.ARS2Neo` that decide when a step makes a second pass, and how far it
+    moves.
     """
 
     def __init__(
@@ -55,9 +61,9 @@ class TwoPassOptimizer(TrackedOptimizer):
         self._step_state = StepState()
         if defaults["mode"] != "base" and _is_made_by_zero():
             raise ValueError(
-                "ZeroRedundancyOptimizer gives each process an optimizer of a part of the parameters, which alone would"
-                f' move to the adversarial point: use mode "base" with it, not "{defaults["mode"]}", or shard'
-                " the model with torch.distributed.fsdp.fully_shard"
+                "ZeroRedundancyOptimizer gives each process only a part of the parameters, so they cannot all move to"
+                f' the adversarial point: use mode "base" with it, not "{defaults["mode"]}", or shard the model with'
+                " torch.distributed.fsdp.fully_shard"
             )
         super().__init__(params, defaults, compile, capturable)
 
@@ -79,42 +85,51 @@ class TwoPassOptimizer(TrackedOptimizer):
 
     def _refuse_while_moved(self, what: str) -> None:
         if self._step_state.stage == "moved":
-            raise RuntimeError(f"{what} while the parameters are at the adversarial point: call restore() first")
+            raise RuntimeError(f"{what} fails while the parameters are at the adversarial point: call restore() first")
 
     @property
     def always_two_pass(self) -> bool:
-        """Whether every step wants a second pass, so that the first one need not be shared among processes."""
+        """Return whether every step makes a second pass.
+
+        Then the first gradient need not be exchanged between processes.
+        """
         return bool(self.param_groups[0]["mode"] == "sync")
 
     @property
     def never_two_pass(self) -> bool:
-        """Whether no step wants a second pass, so that nothing need be kept for one."""
+        """Return whether no step makes a second pass.
+
+        Then no batch need be kept for one.
+        """
         return bool(self.param_groups[0]["mode"] == "base")
 
     @property
     def decides_alike(self) -> bool:
-        """Whether processes with the same gradients come to the same decision without asking each other.
+        """Return whether ranks with equal gradients decide alike without an exchange.
 
-        AGA's depends on how phi is rounded, which they share after :meth:`distribute`, and always where the parameters
-        are sharded.
+        AGA's decision depends on the rounding of phi. Ranks share it after :meth:`distribute`, and always where
+        parameters are sharded.
         """
         return bool(self.param_groups[0]["mode"] != "aga" or self._layout is not None)
 
     @property
     def first_gradients(self) -> dict[Tensor, Tensor]:
-        """The gradients of the first pass by parameter, from :meth:`perturb` until :meth:`step`; otherwise empty."""
+        """Return the gradients of the first pass by parameter.
+
+        They exist from :meth:`perturb` until :meth:`step`.
+        """
         return self._step_state.first_gradients
 
     @torch.no_grad()
     def wants_second_pass(self, grad_scale: float = 1.0) -> bool:
-        """Say, after the first backward, whether this step evaluates the gradient a second time.
+        """Decide after the first backward pass whether to make a second pass.
 
-        A second call begins the step anew, as after a step that a gradient scaler skipped. Without any gradient there
-        is nothing to decide: the answer is no, and a backward pass after it needs another call.
+        A second call starts the step again, as after a step that a gradient scaler skipped. Without any gradient the
+        answer is False, and a later backward pass needs another call.
 
         Args:
-            grad_scale: has no effect, since neither the decision nor the move depends on the scale of the gradients:
-                those of a gradient scaler need not be unscaled. Earlier versions needed the scale.
+            grad_scale: has no effect. Neither the decision nor the move depends on the scale of the gradients, so those
+                of a gradient scaler need not be unscaled. Earlier versions needed the scale.
 
         Raises:
             RuntimeError: the parameters are at the adversarial point.
@@ -140,14 +155,18 @@ class TwoPassOptimizer(TrackedOptimizer):
 
     @torch.no_grad()
     def perturb(self) -> None:
-        """Move the parameters to the adversarial point and take the first gradients out of ``.grad``.
+        """Move the parameters to the adversarial point and clear ``.grad``.
+
+        The first gradients stay available as :attr:`first_gradients`.
 
         Raises:
-            RuntimeError: :meth:`wants_second_pass` was not called in this step, or the parameters are moved already.
+            RuntimeError: :meth:`wants_second_pass` was not called in this step, or the parameters have moved already.
         """
         state = self._step_state
         if state.stage != "decided":
-            raise RuntimeError("perturb() needs wants_second_pass() right before it, once in each step")
+            raise RuntimeError(
+                "perturb() needs a decision: call wants_second_pass() right before it, once in each step"
+            )
         state.stage = "moved"
         try:
             moves: list[sharded_flatness.Move] = []
@@ -161,7 +180,7 @@ class TwoPassOptimizer(TrackedOptimizer):
             if self._shards is not None:
                 sharded_flatness.move_all_(moves, self._shards)
             state.first_gradients = {
-                # A view, such as into a bucket of gradients, is written over by the next backward pass.
+                # The next backward pass overwrites views, such as those into gradient buckets.
                 param: param.grad.clone() if param.grad._is_view() else param.grad
                 for group in self.param_groups
                 for param in group["params"]
@@ -169,7 +188,7 @@ class TwoPassOptimizer(TrackedOptimizer):
             }
             for param in state.first_gradients:
                 param.grad = None
-            # Autocast keeps cast copies of the weights while its block lasts: they would hide the move.
+            # Autocast caches cast weights within its block. The cache would hide the move.
             torch.clear_autocast_cache()
         except BaseException:
             self._abandon()
@@ -182,7 +201,7 @@ class TwoPassOptimizer(TrackedOptimizer):
             move = self._maybe_compile(group)(flatness.move_to_adversarial_point_)
             move(chunk.params, chunk.grads, self._adam_denominators(group, chunk), group["rho"])
             return
-        # Offsets of a large tensor are computed twice, which costs less than to keep them.
+        # Computing the offsets of a large tensor twice costs less than storing them.
         lengths = flatness.norms([flatness.norms(self._offsets(group, flat_chunk)) for flat_chunk in flat_chunks])
         length = torch.linalg.vector_norm(lengths, keepdim=True)
         start = 0
@@ -205,14 +224,14 @@ class TwoPassOptimizer(TrackedOptimizer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the parameters back, to the bit.
+        """Restore the parameters, bit for bit.
 
         Raises:
             RuntimeError: the parameters are not at the adversarial point.
         """
         state = self._step_state
         if state.stage != "moved":
-            raise RuntimeError("restore(): the parameters are where they belong; it needs perturb() before it")
+            raise RuntimeError("restore(): the parameters have not moved: call perturb() first")
         for params, copies, start in state.backups:
             if start is not None:
                 params = [params[0].view(-1)[start : start + copies[0].numel()]]
@@ -222,10 +241,10 @@ class TwoPassOptimizer(TrackedOptimizer):
         torch.clear_autocast_cache()
 
     def _step_by_closure(self, closure: Callable[[], Any]) -> Any:
-        if torch.compiler.is_compiling():  # torch then runs the step as it is, unless it was to be one graph
+        if torch.compiler.is_compiling():  # torch then falls back to eager, unless fullgraph=True
             raise RuntimeError(
-                "torch.compile of step(closure) cannot hold two passes: call step() as it is, and make the optimizer"
-                " with compile=True"
+                "torch.compile of step(closure) does not support two passes: call step() uncompiled, and make the"
+                " optimizer with compile=True"
             )
         params = [param for group in self.param_groups for param in group["params"]]
         before = [(p, p.grad, local(p.grad)._version) for p in params if p.grad is not None]
@@ -233,24 +252,27 @@ class TwoPassOptimizer(TrackedOptimizer):
             result = closure()
         if before and all(p.grad is grad and local(grad)._version == version for p, grad, version in before):
             raise RuntimeError(
-                "step(closure): the closure computed no gradient; it must zero the gradients, evaluate the loss and"
-                " call backward() (in a loop that makes the passes itself, call wants_second_pass() before step())"
+                "step(closure): the closure computed no gradient: zero the gradients, evaluate the loss and call"
+                " backward() in it (a loop that makes the passes itself calls wants_second_pass() before step())"
             )
         if not self._check_gradients():
             return result
-        # Zeroed in place, or added to; with create_graph adding makes a new tensor.
+        # Gradients that the closure zeroed in place or added to. With create_graph adding makes a new tensor.
         kept = [p for p, grad, _ in before if p.grad is not None and (p.grad is grad or p.grad.requires_grad)]
         if self.wants_second_pass():
             try:
                 self.perturb()
                 for param in kept:
-                    # Whatever is added to NaN, and whatever is then done with it, is NaN.
+                    # NaN marks a gradient that the closure adds to instead of replacing it.
                     param.grad = torch.full_like(self.first_gradients[param], math.nan, requires_grad=False)
                 with torch.enable_grad():
                     closure()
                 self.restore()
                 if not self._check_gradients():
-                    raise RuntimeError("step(closure): the closure computed no gradient at the adversarial point")
+                    raise RuntimeError(
+                        "step(closure): the closure computed no gradient at the adversarial point: call backward() in"
+                        " every evaluation"
+                    )
                 self._check_not_added_to(kept)
             except BaseException:
                 self._abandon()
@@ -260,20 +282,26 @@ class TwoPassOptimizer(TrackedOptimizer):
 
     @staticmethod
     def _check_not_added_to(params: list[Tensor]) -> None:
-        """Check that a closure did not add to the NaN gradients that it found; reads the device if there were any."""
+        """Check that a closure did not add to gradients of NaN.
+
+        This reads the device if there were any such gradients.
+        """
         grads = [local(p.grad) for p in params if p.grad is not None and local(p.grad).numel()]
-        # While a CUDA graph is captured nothing can be read; the steps that warm up for it are checked.
+        # During CUDA graph capture the device cannot be read. The warm-up steps before it are checked.
         if not grads or (grads[0].is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if any(torch.stack([grad.isnan().all() for grad in grads]).tolist()):
             raise RuntimeError(
                 "step(closure): the closure adds to gradients of earlier backward passes, which its second evaluation"
-                " does not repeat: zero the gradients and evaluate all micro-batches in the closure, or make the passes"
+                " cannot repeat: zero the gradients and evaluate all micro-batches in the closure, or make the passes"
                 " with wants_second_pass(), perturb() and restore() (Lightning's accumulate_grad_batches does neither)"
             )
 
     def _abandon(self) -> None:
-        """End a step that failed: the parameters where they belong, the first gradients in ``.grad`` again."""
+        """End a failed step.
+
+        The parameters and the first gradients in ``.grad`` are restored.
+        """
         if self._step_state.stage == "moved":
             self.restore()
         if first := self._step_state.first_gradients:
@@ -283,12 +311,15 @@ class TwoPassOptimizer(TrackedOptimizer):
         self._step_state.assign(StepState())
 
     def _update(self) -> None:
-        """Take the gradients that are there into the moments and move the parameters; ends the step."""
+        """Update moments and parameters from the gradients in ``.grad``; end the step."""
         raise NotImplementedError
 
 
 def _is_made_by_zero() -> bool:
-    """Say whether a ZeroRedundancyOptimizer is making the optimizer, which is told nothing of it."""
+    """Return whether a ZeroRedundancyOptimizer is making this optimizer.
+
+    It passes nothing that identifies it, so the call stack is searched.
+    """
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame = inspect.currentframe() if module is not None else None
     while frame is not None:

@@ -1,4 +1,7 @@
-"""The arithmetic of one update over lists of tensors: Adam's statistics (energy), orthogonal directions (geometry)."""
+"""Compute updates on lists of tensors.
+
+Adam's statistics give the energy of a matrix's update, Newton-Schulz its direction.
+"""
 
 import math
 from collections.abc import Sequence
@@ -13,14 +16,14 @@ from ars2.sharded import Shards
 from ars2.sharing import Replicas, orthogonalize_replicated, orthogonalize_sharded
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
-# A tensor without dimensions where the step is compiled or captured: then its value is read on the device alone.
+# A scalar tensor where the step is compiled or captured, so that the host never reads its value.
 Number: TypeAlias = float | Tensor
-# No smaller than any float32 norm but zero, which is the root of a sum of squares, and far from overflow as a divisor.
+# Below any nonzero float32 norm, since squares below 1e-45 are zero, and safe as a divisor.
 LEAST_NORM = 1e-30
 
 
 def ema_update_(means: Tensors, values: Tensors, beta: Number) -> None:
-    """Take ``values`` into decaying means, in place: ``m <- beta m + (1-beta) value``."""
+    """Update moving averages in place, ``m <- beta m + (1-beta) value``."""
     if isinstance(beta, Tensor):
         torch._foreach_mul_(means, beta)
         torch._foreach_add_(means, torch._foreach_mul(values, 1 - beta))
@@ -29,19 +32,22 @@ def ema_update_(means: Tensors, values: Tensors, beta: Number) -> None:
 
 
 def bias_correction(beta: Number, step: Number) -> Any:
-    """Return ``1 - beta^step``, the part of a decaying mean that comes from ``step`` values.
+    """Return ``1 - beta^step``, Adam's correction for moving averages from zero.
 
-    For a ``step`` (tensors,) it is a list, of one scalar tensor each.
+    For a ``step`` (tensors,) the result is a list of scalar tensors.
     """
     if not isinstance(step, Tensor):
         return 1 - beta**step
-    # In float32 a beta near 1 would leave few digits of it.
+    # With a beta near 1, float32 would lose most digits.
     correction = 1 - beta ** step.double()
     return list(correction.unbind()) if step.ndim else correction
 
 
 def adam_denominator(exp_avg_sqs: Tensors, beta: Number, step: Number, eps: Number) -> Tensors:
-    """Return ``sqrt(v / (1 - beta^step)) + eps``; zero moments at step 0."""
+    """Return ``sqrt(v / (1 - beta^step)) + eps``.
+
+    At step 0 there is no second moment, and the result is ``eps``.
+    """
     denominator = torch._foreach_sqrt(exp_avg_sqs)
     correction = bias_correction(beta, step)
     if isinstance(correction, list):
@@ -57,18 +63,18 @@ def adam_denominator(exp_avg_sqs: Tensors, beta: Number, step: Number, eps: Numb
 def adam_directions(
     grads: Tensors, exp_avgs: Tensors, exp_avg_sqs: Tensors, betas: tuple[Number, Number], step: Number, eps: Number
 ) -> Tensors:
-    """Take ``grads`` into both moments, in place, and return ``u = m_hat / (sqrt(v_hat) + eps)`` (Kingma & Ba 2015).
+    """Update both moments in place and return Adam's direction.
 
-    ``m <- b1 m + (1-b1) g``, ``v <- b2 v + (1-b2) g*g``; hats are for ``step`` gradients, this one included. All
-    tensors of one index must have the same dtype and strides.
+    ``m <- b1 m + (1-b1) g``, ``v <- b2 v + (1-b2) g*g``, and ``u = m_hat / (sqrt(v_hat) + eps)`` (Kingma & Ba 2015).
+    ``step`` counts the gradients, this one included. All tensors of one index must have the same dtype and strides.
     """
-    if torch.compiler.is_compiling():  # which joins plain operations, and can join nothing to the kernel below
+    if torch.compiler.is_compiling():  # The compiler fuses plain operations, but not the kernel below.
         ema_update_(exp_avgs, grads, betas[0])
         ema_update_(exp_avg_sqs, torch._foreach_mul(grads, grads), betas[1])
         denominators = adam_denominator(exp_avg_sqs, betas[1], step, eps)
         return torch._foreach_div(torch._foreach_div(exp_avgs, bias_correction(betas[0], step)), denominators)
     directions = [torch.zeros_like(exp_avg) for exp_avg in exp_avgs]
-    # An AdamW step from zero with learning rate -1 and no decay leaves u: one pass over memory instead of ten.
+    # An AdamW step from zero with learning rate -1 and no decay yields u, in one pass over memory instead of ten.
     adamw_(directions, grads, exp_avgs, exp_avg_sqs, betas, step, eps, lr=-1.0, weight_decay=0.0)
     return directions
 
@@ -76,10 +82,14 @@ def adam_directions(
 def momentum_directions(
     grads: Tensors, exp_avgs: Tensors, beta: Number, *, numels: Sequence[int], shards: Shards | None = None
 ) -> Tensors:
-    """Take ``grads`` into the first moment, in place, and return ``u = sqrt(numel) * m / |m|``.
+    """Update the first moment in place and return ``u = sqrt(numel) * m / |m|``.
 
-    Its root mean square is 1, so its norm is that of Adam's direction at the first step, whose entries are 1 or -1.
-    ``numels`` are those of the whole tensors, of which ``shards`` hold the rows if they are sharded.
+    Its root mean square is 1. So its norm is that of Adam's direction at the first step, whose entries are 1 or -1.
+
+    Args:
+        grads, exp_avgs, beta: gradients, first moments and their decay.
+        numels: number of entries of the full tensors.
+        shards: the processes with the other rows of sharded tensors.
     """
     ema_update_(exp_avgs, grads, beta)
     lengths = torch._foreach_clamp_min(frobenius_norms(exp_avgs, shards), LEAST_NORM)
@@ -99,9 +109,10 @@ def adamw_(
     lr: Any,
     weight_decay: Any,
 ) -> None:
-    """Take ``grads`` into both moments and move the parameters, in place: ``p <- (1 - lr*wd) p - lr*u``.
+    """Update both moments and the parameters in place, as AdamW.
 
-    All tensors of one index must have the same dtype and strides; torch's fused kernel does not check it.
+    ``p <- (1 - lr*wd) p - lr*u``. All tensors of one index must have the same dtype and strides, which torch's fused
+    kernel does not check.
     """
     if torch.compiler.is_compiling():
         directions = adam_directions(grads, exp_avgs, exp_avg_sqs, betas, step, eps)
@@ -139,7 +150,10 @@ def adamw_(
 
 
 def momentum_update_(grads: Tensors, buffers: Tensors, momentum: Number, *, nesterov: bool) -> Tensors:
-    """Take ``grads`` into ``buffers``, in place; return copies of them, or with Nesterov what they look ahead to."""
+    """Update momentum ``buffers`` in place and return copies of them.
+
+    With Nesterov, the result is ``momentum * b + (1 - momentum) * g``.
+    """
     ema_update_(buffers, grads, momentum)
     if not nesterov:
         return [buffer.clone() for buffer in buffers]
@@ -149,15 +163,16 @@ def momentum_update_(grads: Tensors, buffers: Tensors, momentum: Number, *, nest
 
 
 def as_stack(tensor: Tensor, flatten: bool) -> Tensor:
-    """View ``tensor`` as the stack (matrices, rows, cols) that is orthogonalised.
+    """View ``tensor`` as the stack (matrices, rows, cols) to orthogonalise.
 
-    2-D: one matrix. 3-D: a stack (heads, rows, cols), or with ``flatten`` the matrix (out, in*k). Above: (out, rest).
+    A 2-D tensor is one matrix. A 3-D tensor is a stack (heads, rows, cols), or with ``flatten`` the matrix (out, in*k).
+    Tensors with more dimensions are matrices (out, rest).
     """
     return tensor.reshape(stack_shape(tensor.shape, flatten))
 
 
 def stack_shape(shape: torch.Size, flatten: bool) -> torch.Size:
-    """Return the shape (matrices, rows, cols) of the stack that a tensor of ``shape`` is read as."""
+    """Return the shape (matrices, rows, cols) of :func:`as_stack`."""
     if len(shape) == 3 and not flatten:
         return shape
     return torch.Size((1, shape[0], shape[1:].numel()))
@@ -174,15 +189,22 @@ def orthogonalize_(
     maybe_compile: MaybeCompile = eager,
     shapes: Sequence[torch.Size] = (),
 ) -> None:
-    """Turn each direction into its orthogonal factor, in ``dtype``, stacks matrix by matrix, in place.
+    """Replace each direction by its orthogonal factor.
 
-    With ``layout`` the directions are the same on all of them, which share the work out; with shards each has its rows
-    of them, and ``shapes`` are those of the whole ones. ``maybe_compile`` says how the iteration is called.
+    Stacks are orthogonalised matrix by matrix, in ``dtype``.
+
+    Args:
+        directions: tensors, changed in place.
+        flatten: as for :func:`as_stack`.
+        steps, coefficients, dtype, algorithm: as for :func:`ars2.orthogonalize`.
+        layout: the processes that share the work. With :class:`Shards` the directions are local rows.
+        maybe_compile: wraps the iteration.
+        shapes: of the full tensors, where they are sharded.
     """
 
     def orthogonalize(stacks: list[Tensor]) -> list[Tensor]:
         options = {"steps": steps, "coefficients": coefficients, "dtype": dtype, "algorithm": algorithm}
-        # A compiled function would have to copy back what it writes over.
+        # A compiled function would copy overwritten inputs back.
         factors: list[Tensor] = maybe_compile(orthogonalize_all)(stacks, **options, overwrite=maybe_compile is eager)
         return factors
 
@@ -205,18 +227,19 @@ def _copy_(tensors: Tensors, values: Tensors) -> None:
 
 
 def frobenius_norms(directions: Tensors, shards: Shards | None = None) -> Tensors:
-    """Return each tensor's Frobenius norm, a scalar tensor: one energy for the whole tensor, stacks included.
+    """Return each tensor's Frobenius norm as a scalar tensor.
 
-    With ``shards`` the directions are the rows that this process holds of the whole ones.
+    A stack of matrices has one norm. With ``shards`` the directions are local rows and the norms those of the full
+    tensors.
     """
     lengths = torch._foreach_norm(directions)
     return lengths if shards is None else shards.all_reduce_norms([], lengths)[1]
 
 
 def with_remainders(params: Tensors, remainders: Tensors) -> Tensors:
-    """Return parameters of half precision in float32, with what rounding took away from them.
+    """Return half-precision parameters in float32, with their rounding errors.
 
-    An entry that somebody has replaced since has none: the remainder kept for it does not round to it.
+    If a user has replaced an entry, its remainder does not round to it and is ignored.
     """
     if not params:
         return []
@@ -226,7 +249,7 @@ def with_remainders(params: Tensors, remainders: Tensors) -> Tensors:
 
 
 def round_(params: Tensors, remainders: Tensors, exact: Tensors) -> None:
-    """Put float32 values into parameters of half precision, and what rounding takes away into ``remainders``."""
+    """Round float32 values into half-precision parameters and ``remainders``."""
     if not params:
         return
     torch._foreach_copy_(params, exact)
@@ -236,9 +259,10 @@ def round_(params: Tensors, remainders: Tensors, exact: Tensors) -> None:
 def apply_(
     params: Tensors, directions: Tensors, scales: Tensors | list[float] | None, lr: Number, weight_decay: Number
 ) -> None:
-    """Move the parameters with decoupled decay, in place: ``p <- (1 - lr*wd) p - lr*scale*direction``.
+    """Move the parameters with decoupled weight decay, in place.
 
-    ``scales`` are scalar tensors or numbers, one a parameter; none means 1. The dtypes may differ.
+    ``p <- (1 - lr*wd) p - lr*scale*direction``. ``scales`` are scalar tensors or numbers, one for each parameter;
+    ``None`` means 1. The dtypes may differ.
     """
     if isinstance(weight_decay, Tensor) or weight_decay != 0:
         torch._foreach_mul_(params, 1 - lr * weight_decay)

@@ -1,4 +1,7 @@
-"""Checks of optimizer options: every error names the option, its value and what is allowed."""
+"""Check optimizer options.
+
+Every error names the option, its value and what is allowed.
+"""
 
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -22,7 +25,9 @@ def check_number(
     open_minimum: bool = False,
     closed_maximum: bool = False,
 ) -> None:
-    """Check that ``options[name]`` is a finite number in [minimum, maximum), or with the ends as they are said to be.
+    """Check that ``options[name]`` is a finite number in [minimum, maximum).
+
+    ``open_minimum`` and ``closed_maximum`` exclude and include the ends.
 
     Raises:
         ValueError: missing, not a number, not finite, or out of range.
@@ -41,7 +46,10 @@ def check_number(
 
 
 def plain_numbers(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``options`` with Python's own numbers in the place of NumPy's and others, which no file should hold."""
+    """Return ``options`` with Python numbers in place of NumPy's and others.
+
+    The safe loader of checkpoints accepts no other numbers.
+    """
 
     def plain(value: Any) -> Any:
         if type(value) in (bool, int, float) or not isinstance(value, Real):  # NumPy's float64 is a float too
@@ -92,10 +100,10 @@ def check_known(names: Iterable[str], known: Collection[str], of: str) -> None:
     """Check that every name is one of the ``known`` options.
 
     Raises:
-        ValueError: one is not; the message has the nearest that is.
+        ValueError: a name is unknown. The message suggests the closest known one.
     """
     for name in sorted(set(names) - set(known)):
-        # Other libraries' names for the same are not close by their letters.
+        # Synonyms in other libraries are not close in spelling.
         near = _SYNONYMS.get(name.lower(), name)
         close = [near] if near in known else get_close_matches(name, sorted(known), 1)
         hint = f"did you mean {close[0]!r}?" if close else f"it knows {', '.join(sorted(known))}"
@@ -103,7 +111,7 @@ def check_known(names: Iterable[str], known: Collection[str], of: str) -> None:
 
 
 def check_same_options(groups: list[dict[str, Any]], names: Collection[str]) -> None:
-    """Check that every group holds the same value of the options that are one for the whole optimizer.
+    """Check that every group has the same values of the shared options.
 
     Raises:
         ValueError: two groups differ.
@@ -111,7 +119,7 @@ def check_same_options(groups: list[dict[str, Any]], names: Collection[str]) -> 
     for name in names:
         if any(group.get(name) != groups[0].get(name) for group in groups):
             found = " and ".join(sorted({repr(group.get(name)) for group in groups}))
-            raise ValueError(f"{name} is one for the whole optimizer, but the groups say {found}")
+            raise ValueError(f"{name} must be the same in all groups, but is {found}: set it for the optimizer only")
 
 
 def check_parameter(param: Any, name: str, track: str) -> None:
@@ -126,7 +134,7 @@ def check_parameter(param: Any, name: str, track: str) -> None:
         raise TypeError(f"parameter {name} must be a tensor, got {type(param).__name__}")
     if getattr(param, "_fsdp_flattened", False):
         raise ValueError(
-            f"parameter {name} is of FullyShardedDataParallel, which flattens matrices: shard the model with"
+            f"parameter {name} belongs to FullyShardedDataParallel, which flattens matrices: shard the model with"
             " torch.distributed.fsdp.fully_shard instead"
         )
     if is_lazy(param):
@@ -142,25 +150,30 @@ def check_parameter(param: Any, name: str, track: str) -> None:
     if track == "matrix" and param.ndim < 2:
         raise ValueError(
             f"parameter {name} of shape {tuple(param.shape)} is on the matrix track, which needs two dimensions:"
-            ' build the groups with ars2.param_groups(model), or say track="vector" in its group'
+            ' build the groups with ars2.param_groups(model), or set track="vector" in its group'
         )
 
 
 def check_state(saved: Mapping[str, Any], name: str, param: Tensor, keys: Collection[str]) -> None:
-    """Check that a saved per-parameter state holds just the tensors ``keys``, each of the parameter's shape.
+    """Check that a saved per-parameter state has exactly the tensors ``keys``.
+
+    Each must have the parameter's shape.
 
     Raises:
         ValueError: a tensor is missing, unknown, or of another shape.
     """
     if set(saved) != set(keys):
         raise ValueError(
-            f"the saved state of parameter {name} holds {sorted(saved) or 'nothing'}, not {sorted(keys)}:"
+            f"the saved state of parameter {name} has {sorted(saved) or 'nothing'}, not {sorted(keys)}:"
             " load it into an optimizer of the same class and mode"
         )
     for key in keys:
         if not isinstance(saved[key], Tensor) or saved[key].shape != param.shape:
             shape = tuple(saved[key].shape) if isinstance(saved[key], Tensor) else type(saved[key]).__name__
-            raise ValueError(f"the saved {key} of parameter {name} is {shape}, the parameter is {tuple(param.shape)}")
+            raise ValueError(
+                f"the saved {key} of parameter {name} is {shape}, not {tuple(param.shape)}: load it into a"
+                " model of the same shapes"
+            )
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}

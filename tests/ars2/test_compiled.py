@@ -166,7 +166,7 @@ def test_a_missing_compiler_is_one_sentence_and_the_parameters_stay(monkeypatch:
     model, optimizer = make("base", compile=True)
     before = copies(parameters_of(optimizer))
     with pytest.raises(
-        RuntimeError, match=r"^compile=True: .*install a C\+\+ compiler.*or say compile=False.*"
+        RuntimeError, match=r"^compile=True: .*install a C\+\+ compiler.*or set compile=False.*"
     ) as info:
         optimizer.step(closure_of(model, optimizer, 0))
     assert "\n" not in str(info.value)

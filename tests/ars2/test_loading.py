@@ -46,10 +46,10 @@ def damaged(kind: str, saved: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing tensor", r"the saved state of parameter 3 holds \['exp_avg_sq', 'shear'\], not"),
-        ("no state of a parameter", "the saved state of parameter 3 holds nothing, not"),
-        ("unknown tensor", "parameter 3 holds .*max_exp_avg_sq.*same class and mode"),
-        ("other shape", r"the saved exp_avg_sq of parameter 3 is \(5, 5\), the parameter is \(40, 26\)"),
+        ("missing tensor", r"the saved state of parameter 3 has \['exp_avg_sq', 'shear'\], not"),
+        ("no state of a parameter", "the saved state of parameter 3 has nothing, not"),
+        ("unknown tensor", "parameter 3 has .*max_exp_avg_sq.*same class and mode"),
+        ("other shape", r"the saved exp_avg_sq of parameter 3 is \(5, 5\), not \(40, 26\)"),
         ("not a tensor", "the saved exp_avg of parameter 3 is float"),
         ("fewer groups", "other parameter groups"),
         ("fewer parameters", "other parameter groups"),
@@ -57,7 +57,7 @@ def damaged(kind: str, saved: dict[str, Any]) -> dict[str, Any]:
         ("no counter", "group 0: sync_steps must be an integer of at least 0, got 'nothing'"),
         ("no variance", "group 0: phi_variance must be a number, got 'nothing'"),
         ("no step", "group 1: step must be an integer of at least 0, got 'nothing'"),
-        ("groups that differ", "alpha is one for the whole optimizer"),
+        ("groups that differ", "alpha must be the same in all groups"),
     ],
 )
 def test_a_damaged_saved_state_is_refused_with_nothing_changed(kind: str, message: str) -> None:

@@ -63,7 +63,7 @@ def test_a_wrong_head_is_an_error_with_the_nearest_name() -> None:
 
 def test_a_guessed_head_is_reported_as_guessed() -> None:
     guessed = next(line for line in report(HeadFirst(), "hidden").splitlines() if "output head" in line)
-    assert "down.weight" in guessed and "guessed: head= names it" in guessed
+    assert "down.weight" in guessed and "a guess: name it with head=" in guessed
     assert "guessed" not in report(HeadFirst(), "hidden", head="head")
     with pytest.warns(UserWarning, match="guesses that the output head is 'down'") as caught:
         param_groups(HeadFirst(), "hidden")

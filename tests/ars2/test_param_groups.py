@@ -186,7 +186,7 @@ def test_options_go_to_the_groups_of_their_track() -> None:
 
 @pytest.mark.parametrize(("track", "name"), [("matrix", "params"), ("vector", "track"), ("matrix", "flatten")])
 def test_options_may_not_undo_the_policy(track: str, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"options of the {track} track may not name \['{name}'\]"):
+    with pytest.raises(ValueError, match=rf"options of the {track} track may not contain \['{name}'\]"):
         param_groups(Network(), **{track: {name: "vector"}})
 
 

@@ -211,7 +211,7 @@ def test_a_copy_knows_that_its_parameters_are_sharded(mesh: DeviceMesh) -> None:
 
 @pytest.mark.parametrize("option", ["compile", "capturable"])
 def test_options_for_whole_parameters_are_refused(option: str, mesh: DeviceMesh) -> None:
-    with pytest.raises(ValueError, match="compile and capturable are for parameters that are whole"):
+    with pytest.raises(ValueError, match="compile and capturable do not support sharded parameters"):
         ARS2Neo(problem_groups(sharded_problem(mesh)), **{option: True})
 
 

@@ -248,7 +248,7 @@ def test_a_saved_state_with_another_switch_is_refused_with_nothing_changed(switc
 def test_a_switch_is_one_for_the_whole_optimizer(switch: str) -> None:
     groups = problem_groups(SmallProblem())
     groups[1][switch] = False
-    with pytest.raises(ValueError, match=f"{switch} is one for the whole optimizer, but the groups say False and True"):
+    with pytest.raises(ValueError, match=f"{switch} must be the same in all groups, but is False and True"):
         ARS2Neo(groups)
 
 

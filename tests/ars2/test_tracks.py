@@ -30,7 +30,7 @@ def train(optimizer: Any, model: nn.Module) -> None:
 @pytest.mark.parametrize("named", [False, True])
 def test_shapes_decide_where_no_track_is_said(cls: Any, named: bool) -> None:
     model = network()
-    with pytest.warns(UserWarning, match=f"{cls.__name__} was given parameters without a track") as caught:
+    with pytest.warns(UserWarning, match=f"{cls.__name__} got parameters without a track") as caught:
         optimizer = cls(model.named_parameters() if named else model.parameters(), lr=0.01)
     assert len(caught) == 1 and tracks(optimizer) == [("matrix", 2), ("vector", 4)]
     assert all(p.ndim == (2 if g["track"] == "matrix" else 1) for g in optimizer.param_groups for p in g["params"])

@@ -161,11 +161,11 @@ def test_the_ends_of_the_ranges_are_allowed(options: dict[str, Any]) -> None:
 def test_what_is_one_for_the_whole_optimizer_may_not_differ(name: str) -> None:
     other = {"mode": "base", "k": 5, "ns_steps": 6, "ns_dtype": "float32", "seed": 9}.get(name, 0.77)
     first, second = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
-    with pytest.raises(ValueError, match=f"{name} is one for the whole optimizer"):
+    with pytest.raises(ValueError, match=f"{name} must be the same in all groups"):
         ARS2Neo([{"params": [first]}, {"params": [second], name: other}], mode="aga")
     optimizer = ARS2Neo([first], mode="aga")
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=f"{name} is one for the whole optimizer"):
+    with pytest.raises(ValueError, match=f"{name} must be the same in all groups"):
         optimizer.add_param_group({"params": [second], name: other})
     assert_identical(before, snapshot(optimizer))
 
