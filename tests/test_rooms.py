@@ -19,7 +19,7 @@ ALLOWED = {
     "launch": {"analysis", "callbacks", "datamodules", "experiment", "modules"},
     "studies": {"analysis", "ars2", "datamodules", "experiment", "launch", "modules"},
     "benchmarks": {"ars2", "callbacks", "datamodules", "launch", "modules"},
-    "examples": {"ars2", "modules"},
+    "examples": {"ars2", "datamodules", "modules"},
 }
 
 
