@@ -29,7 +29,7 @@ WITH_TORCH = {
     *("torch", "torchgen", "functorch", "typing_extensions", "numpy", "sympy", "mpmath", "networkx", "jinja2"),
     *("markupsafe", "fsspec", "filelock", "triton", "nvidia", "cuda", "optree", "tqdm", "dill", "psutil", "PIL"),
     *("yaml", "regex", "attr", "attrs", "packaging", "setuptools", "_distutils_hack", "expecttest", "pkg_resources"),
-    *("opt_einsum", "ml_dtypes", "pytz", "dateutil", "six"),
+    *("opt_einsum", "ml_dtypes", "pytz", "dateutil", "six", "colorama"),
 }
 # What a grokking run may import besides.
 WITH_A_RUN = {
