@@ -1,0 +1,148 @@
+"""The pages in docs/ say what is so: rooms and their imports, features and their tests, commands and configs."""
+
+import ast
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import compare
+from launch import sweep_specification
+from tests.helpers.commands import ROOT, call
+
+PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+ROOMS = dict(re.findall(r"^\| `(\w+)/` \| .* \| (.*?) ?\|$", PAGES["house"].split("Three commands")[0], re.M))
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.M | re.S)
+
+
+def commands(program: str) -> list[list[str]]:
+    """The arguments of every command of a program on any page, placeholders such as <run> left in."""
+    lines = [line for page in PAGES for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()]
+    words = [shlex.split(re.sub(r"\|\|.*", "", line), comments=True) for line in lines if program in line]
+    return [line[line.index(program) + 1 :] for line in words if program in line]
+
+
+def imports(room: str) -> set[str]:
+    """The modules that the files of a room import from other rooms."""
+    found = set()
+    for path in (ROOT / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name for name in names if name.partition(".")[0] in set(ROOMS) - {room}}
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_the_map_allows(room: str) -> None:
+    assert len(ROOMS) == 9
+    if ROOMS[room] != "every room":
+        allowed = [name.strip("`") for name in re.findall(r"`[\w.]+`", ROOMS[room])]
+        assert not {name for name in imports(room) if not any(f"{name}.".startswith(f"{one}.") for one in allowed)}
+        # The map names no arrow that is not there.
+        assert all(any(f"{name}.".startswith(f"{one}.") for name in imports(room)) for one in allowed)
+
+
+@pytest.mark.parametrize("page", ["precision_and_faults", "several_processes"])
+def test_every_feature_in_a_table_names_the_file_that_tests_it(page: str) -> None:
+    table = re.search(r"^\| feature[^\n]*\| tested how[^\n]*\|\n(.*?)\n\n", PAGES[page], re.M | re.S)
+    assert table is not None
+    paths = re.findall(r"\]\(\.\./(tests/[\w/]+\.py)\)", table[1])
+    assert len(paths) >= 3
+    for path in paths:
+        assert "def test_" in (ROOT / path).read_text(), path
+    for row in table[1].splitlines()[1:] if page == "precision_and_faults" else ():
+        assert "](../tests/" in row, row
+
+
+def test_commands_of_train_have_options_and_configs_that_there_are(tmp_path: Path) -> None:
+    found = [line for line in commands("train.py") if "spirals.yaml" not in line]
+    assert len(found) > 15
+    for subcommand, *options in found:
+        options = [re.sub(r"<.*?>", "file", word).replace("$SLURM_NNODES", "1") for word in options if word != "$@"]
+        result = call(subcommand, *options, *(() if "--print_config" in options else ("--print_config",)))
+        assert result.code == 0, (options, result.err)
+
+
+def test_commands_of_compare_have_options_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = commands("compare.py")
+    assert len(found) > 5
+    for options in found:
+        monkeypatch.setattr("sys.argv", ["compare.py", *options])
+        compare.arguments()
+
+
+def test_modules_that_are_run_by_name_exist() -> None:
+    names = set(re.findall(r"python3? -m ((?:benchmarks|studies|analysis)[\w.]+)", " ".join(PAGES.values())))
+    assert len(names) > 8
+    for name in names:
+        assert importlib.util.find_spec(name) is not None, name
+
+
+def test_environment_variables_named_are_read_somewhere() -> None:
+    folders = ("datamodules", "experiment", "launch", "callbacks", "analysis")
+    sources = "".join(path.read_text() for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    for name in set(re.findall(r"\b(?:ARS2|WANDB)_[A-Z0-9_]+\b", "".join(PAGES.values()))):
+        assert name in sources, name
+
+
+def test_the_task_of_your_own_trains_with_each_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "spirals.py").write_text(blocks("your_own_task", "python")[0])
+    names = ("spirals.yaml", "adamw.yaml")
+    for name, content in zip(names, blocks("your_own_task", "yaml"), strict=True):
+        (tmp_path / name).write_text(content)
+    few = ("--trainer.max_epochs", "2", "--wandb", "false", "--runs", str(tmp_path / "runs"))
+    lines = [line for line in commands("train.py") if "spirals.yaml" in line]
+    lines.append(["fit", "--config", names[0], "--config", names[1]])
+    for subcommand, *options in lines:
+        options = [str(tmp_path / word) if word in names else word for word in options]
+        result = call(subcommand, *options, *few)
+        assert result.code == 0, result.err
+    assert len([*tmp_path.glob("runs/spirals/*/summary.json")]) == len(lines) == 4
+
+
+def test_the_module_of_your_own_is_complete() -> None:
+    import torch
+
+    names: dict[str, Any] = {}
+    for code in blocks("your_own_module", "python"):
+        exec(code, names)
+    digits = names["Digits"](optimizer=None)
+    batch = torch.zeros(5, 28, 28), torch.arange(5)
+    assert digits.compute_loss(batch, digits.val_metrics).ndim == 0
+    assert names["Regression"]().configure_optimizers().param_groups
+
+
+def test_the_sweep_shown_is_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sweep.yaml").write_text(blocks("searching", "yaml")[0])
+    monkeypatch.chdir(ROOT)
+    assert sweep_specification.read(tmp_path / "sweep.yaml").trials == 16
+
+
+class Config:
+    """What the hook reads of mkdocs' config."""
+
+    def __init__(self, repo_url: str) -> None:
+        self.repo_url = repo_url
+
+
+@pytest.mark.parametrize(("url", "start"), [("", "../"), ("https://host/a/b/", "https://host/a/b/blob/main/")])
+def test_links_out_of_the_pages_lead_to_the_repository(url: str, start: str) -> None:
+    specification = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    assert specification is not None and specification.loader is not None
+    hooks = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(hooks)
+    hidden = hooks.on_page_markdown("[a](../ars2/muon.py) [b](tasks.md)", page=None)
+    target = re.search(r"\[a\]\((.*?)\) \[b\]\(tasks.md\)", hidden)
+    assert target is not None and "../" not in target[1]
+    html = hooks.on_page_content(f'<a href="{target[1]}">:func:<code>step</code></a>', config=Config(url))
+    assert html == f'<a href="{start}ars2/muon.py"><code>step</code></a>'
