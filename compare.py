@@ -50,7 +50,6 @@ def main() -> int:
     from rich.progress import track
 
     from analysis.report import compare
-    from launch.errors import one_line
 
     try:
         study = Study.of(options.folders).overridden(options.title, options.baseline, options.target)
@@ -63,6 +62,8 @@ def main() -> int:
 
             print(upload(options.output, options.wandb, study.title))
     except (ValueError, OSError) as error:
+        from launch.errors import one_line  # imports torch
+
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0

@@ -11,7 +11,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from analysis.runs import AXES
-from experiment.loggers import has_key
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
@@ -102,6 +101,8 @@ def main() -> int:
     if not project:
         parser.error(f"the place is ENTITY/PROJECT, got {options.place}")
     try:
+        from experiment.loggers import has_key  # takes seconds, as it imports Lightning
+
         if not has_key():
             raise ValueError("there is no key of Weights & Biases: run wandb login, or set WANDB_API_KEY")
         report = dashboard(entity, project, options.tasks)

@@ -229,8 +229,8 @@ def curves(group: Group, metric: str, axis: str) -> Figure | None:
     return figure if drawn else None
 
 
-def looks(row: Row) -> Figure | None:
-    """Draw phi with its threshold, and when the optimizer looked again, over the loss of the row's first run.
+def second_passes(row: Row) -> Figure | None:
+    """Draw the second passes of a row's first run below its loss and phi.
 
     Returns ``None`` for an optimizer that logs no phi.
     """
@@ -238,11 +238,12 @@ def looks(row: Row) -> Figure | None:
     if not run.has("flatness/phi"):
         return None
     with matplotlib.rc_context(_STYLE):
-        figure, top = _axes(f"{row.label}, seed {run.identity.seed}: when it looked again", "", "train/loss", 4.2)
+        title = f"{row.label}, seed {run.identity.seed}: second passes"
+        figure, top = _axes(title, "", "train/loss", 4.2)
         figure.clear()
         top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
         axis = "cost/optimizer_steps" if run.has("cost/optimizer_steps") else "epoch"
-        top.set_title(f"{row.label}, seed {run.identity.seed}: when it looked again", loc="left")
+        top.set_title(title, loc="left")
         top.plot(*_thin(*run.curve("train/loss", axis)), color=COLOURS[0], linewidth=1.4)
         _, loss = run.curve("train/loss", axis)
         _log_if_wide(top, loss.min(), loss.max())
@@ -253,13 +254,13 @@ def looks(row: Row) -> Figure | None:
         middle.axhline(0, color=_INK, linewidth=0.5, alpha=0.5)
         middle.set_ylabel("cosine")
         middle.legend(loc="lower right", bbox_to_anchor=(1.0, 0.96), ncols=2, handlelength=1.2, borderpad=0)
-        _draw_looks(run, top, bottom, axis)
+        _draw_second_passes(run, top, bottom, axis)
         bottom.set_xlabel(AXES[axis])
     return figure
 
 
-def _draw_looks(run: Run, over_loss: Axes, below: Axes, axis: str) -> None:
-    """Mark every look where each step was logged; otherwise draw their rate since the row before."""
+def _draw_second_passes(run: Run, over_loss: Axes, below: Axes, axis: str) -> None:
+    """Mark every second pass where each step was logged; otherwise draw their rate since the row before."""
     x, rate = run.curve("flatness/trigger_rate", axis)
     every = run.identity.options.get("internals.every_n_steps") == 1
     if every:
@@ -268,7 +269,7 @@ def _draw_looks(run: Run, over_loss: Axes, below: Axes, axis: str) -> None:
     edges = np.concatenate([[0.0], x]) if len(x) else np.asarray([0.0, 1.0])
     below.stairs(rate if len(x) else [0.0], edges, fill=True, color=COLOURS[3], alpha=0.5)
     below.set_ylim(0, 1)
-    below.set_ylabel("looks a step")
+    below.set_ylabel("second-pass rate")
 
 
 def sensitivity(group: Group, name: str) -> list[Figure]:

@@ -170,7 +170,7 @@ def _section(group: Group, wanted: str | None, index: int) -> Section:
                 name = f"{prefix}-{axis.rpartition('/')[2]}.svg"
                 plots.add_legend(figure)
                 section.standalone[name] = plots.on_white(plots.svg(figure))
-    others = [plots.looks(row) for row in group.rows]
+    others = [plots.second_passes(row) for row in group.rows]
     for name in dict.fromkeys(name for name, _ in group.sweeps):
         others += plots.sensitivity(group, name)
     for number_, figure in enumerate(figure for figure in others if figure is not None):

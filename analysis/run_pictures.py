@@ -6,7 +6,7 @@ from pathlib import Path
 def draw(folder: Path) -> None:
     """Write ``pictures/curves.png`` and, for AGA, ``second_passes.png``.
 
-    The imports are in here, so that a run that is not drawn loads neither pandas nor matplotlib.
+    The imports are in here, so that a run that is not drawn loads neither SciPy nor matplotlib.
 
     Args:
         folder: of the run, with its config and log.
@@ -23,7 +23,7 @@ def draw(folder: Path) -> None:
         return
     figures = {
         "curves": plots.curves(compared, compared.metric, "epoch"),
-        "second_passes": plots.looks(compared.rows[0]),
+        "second_passes": plots.second_passes(compared.rows[0]),
     }
     if figures["curves"] is not None:
         plots.add_legend(figures["curves"])

@@ -53,7 +53,9 @@ def test_a_run_beside_its_archive_is_read_once(runs: Path, tmp_path: Path) -> No
 
 
 def test_the_report_of_an_archive_says_how_to_unpack_it(runs: Path, tmp_path: Path) -> None:
-    pack(runs, tmp_path / ARCHIVE)
+    shutil.copytree(runs / "grok_aga", tmp_path / "grok_aga")
+    pack(tmp_path, tmp_path / ARCHIVE)
+    shutil.rmtree(tmp_path / "grok_aga")
     write(tmp_path / "report", group(*read([tmp_path])), [], Study())
     text = (tmp_path / "report" / "report.md").read_text()
     assert f"python -m zipfile -e {tmp_path / ARCHIVE} {tmp_path}" in text.replace("\\", "")

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.commands import ROOT, clean_environment, python
+from analysis.dashboard import main
+from tests.helpers.commands import ROOT, clean_environment
 
 SPECIFY = """
 import sys
@@ -75,16 +76,21 @@ def test_every_section_draws_its_metric_over_every_cost(specification: dict[str,
         assert best["metrics"] == [f"{metrics[task]}.{'min' if task == 'wikitext' else 'max'}"]
 
 
-def test_a_missing_key_is_said_in_one_sentence(tmp_path: Path) -> None:
-    result = python("-m", "analysis.dashboard", "me/proj", home=tmp_path)
-    said = "there is no key of Weights & Biases: run wandb login, or set WANDB_API_KEY"
-    assert (result.code, result.err) == (1, f"error: the dashboard could not be saved in me/proj: {said}\n")
+def test_a_missing_key_is_reported_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dashboard", "me/proj"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    assert main() == 1
+    reason = "there is no key of Weights & Biases: run wandb login, or set WANDB_API_KEY"
+    assert capsys.readouterr().err == f"error: the dashboard could not be saved in me/proj: {reason}\n"
 
 
-def test_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "analysis.dashboard", "ars2"]
-    refused = subprocess.run(
-        command, cwd=ROOT, env=clean_environment(tmp_path), capture_output=True, text=True, timeout=120, check=False
-    )
-    assert refused.returncode == 2
-    assert "ENTITY/PROJECT" in refused.stderr
+def test_a_place_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["dashboard", "ars2"])
+    with pytest.raises(SystemExit) as refused:
+        main()
+    assert refused.value.code == 2
+    assert "ENTITY/PROJECT" in capsys.readouterr().err

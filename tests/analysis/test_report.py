@@ -44,9 +44,23 @@ def groups(runs: Path) -> list[Group]:
 
 
 @pytest.fixture(scope="module")
-def page(groups: list[Group], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved() -> list[Figure]:
+    """The figures that were saved for the page, in their order."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def page(groups: list[Group], saved: list[Figure], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    write(folder, groups, [Problem(Path("runs/<lost>"), "it has no config.yaml")], Study(title="A & B"))
+    save = Figure.savefig
+
+    def count(figure: Figure, *arguments: Any, **options: Any) -> None:
+        saved.append(figure)
+        save(figure, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", count)
+        write(folder, groups, [Problem(Path("runs/<lost>"), "it has no config.yaml")], Study(title="A & B"))
     return folder
 
 
@@ -84,7 +98,7 @@ def test_a_study_names_its_rows(groups: list[Group], runs: Path, tmp_path: Path)
     assert [line[0] for line in results(named).rows if line[0].startswith("A")] == [
         row.label for row in named.rows if row.label.startswith("A")
     ]
-    write(tmp_path / "report", [named], [], Study(title="A study", note="Five & more."))
+    write(tmp_path / "report", groups[1:], [], Study(title="A study", note="Five & more."))
     assert "<p>Five &amp; more.</p>" in (tmp_path / "report" / "report.html").read_text()
     assert (tmp_path / "report" / "report.md").read_text().startswith("# A study\n\nFive & more.\n")
 
@@ -333,19 +347,11 @@ def test_trials_are_told_apart_by_colour_and_marker(groups: list[Group]) -> None
         assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 2
 
 
-def test_each_figure_is_laid_out_once(groups: list[Group], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: list[Figure] = []
-    save = Figure.savefig
-
-    def count(figure: Figure, *arguments: Any, **options: Any) -> None:
-        saved.append(figure)
-        save(figure, *arguments, **options)
-
-    monkeypatch.setattr(Figure, "savefig", count)
-    write(tmp_path, groups, [], Study(title="A & B"))
-    with_legend = len(list((tmp_path / "pictures").glob("*-epoch.svg"))) * 2
-    # Only the two that stand alone with a legend are saved again, and nothing is measured before it is saved.
-    assert len(saved) == (tmp_path / "report.html").read_text().count("<svg") + with_legend
+def test_each_figure_is_drawn_once(page: Path, saved: list[Figure]) -> None:
+    with_legend = len(list((page / "pictures").glob("*-epoch.svg"))) * 2
+    # Only the two that stand alone with a legend are saved again.
+    assert len(saved) == (page / "report.html").read_text().count("<svg") + with_legend
+    assert all(figure.get_layout_engine() is None for figure in saved)  # that would draw each of them twice
 
 
 def test_names_break_between_words_and_intervals_keep_together() -> None:
@@ -364,16 +370,16 @@ def test_bands_end_where_the_shortest_run_does() -> None:
     assert (low[middle], high[middle]) == pytest.approx((expected.low, expected.high))
 
 
-def test_looks_are_drawn_for_those_who_look(groups: list[Group]) -> None:
+def test_second_passes_are_drawn_for_rows_that_make_some(groups: list[Group]) -> None:
     by_label = {entry.label: entry for entry in groups[0].rows}
-    figure = plots.looks(by_label["grok_aga"])
+    figure = plots.second_passes(by_label["grok_aga"])
     assert figure is not None
     # Every step was logged: each look is a line over the loss.
     run = by_label["grok_aga"].any
     _, rate = run.curve("flatness/trigger_rate", "cost/optimizer_steps")
     over_loss = figure.axes[0].lines
     assert len(over_loss) == 1 + int((rate > 0).sum())
-    assert plots.looks(by_label["grok_adamw"]) is None
+    assert plots.second_passes(by_label["grok_adamw"]) is None
 
 
 class Page(HTMLParser):
