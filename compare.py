@@ -1,13 +1,14 @@
-"""Compare finished runs: tables, statistics and curves, in HTML, Markdown and LaTeX.
+"""Compare finished runs in tables, statistics and curves.
 
     python compare.py runs
     python compare.py results/grok_tuned
-    python compare.py runs/mine --baseline adamw --target "val/accuracy >= 0.94" --target "val/loss < 0.2"
+    python compare.py runs/first --baseline adamw --target "val/accuracy >= 0.94" --target "val/loss < 0.2"
     python compare.py tables/runs.zip --unfinished --output report --title "The published rows"
 
-Reads config.yaml and metrics.csv of every run at or below the folders and in archives there, see analysis/. A folder's
-study.yaml has the title, baseline, targets and names of its rows, see analysis/study.py. Folders that are no
-finished run are listed in the report with the reason.
+The report is a folder with HTML, Markdown and LaTeX. It is made from config.yaml and metrics.csv of every run at or
+below the folders and in archives there, see analysis/. A folder's study.yaml has the title, the baseline, the targets
+and the names of the rows, see analysis/study.py. Folders that are no finished run are listed in the report with the
+reason.
 """
 
 import argparse

@@ -1,1 +1,4 @@
-"""Finished runs put side by side: reading them, the statistics, and the report. ``compare.py`` is the command."""
+"""Read finished runs, compare them, and write the report.
+
+``compare.py`` is the command. Nothing here imports torch.
+"""

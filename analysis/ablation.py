@@ -1,4 +1,7 @@
-"""What each of ARS2-Neo's switches does: flatness, geometry and energy, on against off, with the others left alone."""
+"""Compare ARS2-Neo with flatness, geometry and energy each on and off.
+
+Two runs are compared where they differ in one of these switches alone.
+"""
 
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -18,7 +21,7 @@ _AXIS = "cost/gradient_evaluations"
 
 
 def ablations(group: Group) -> Iterator[Table]:
-    """Yield, for every search that holds all eight corners, the differences that each switch makes, seed by seed.
+    """Yield the effect of each switch for every search with all eight corners.
 
     Nothing where no corners have two seeds in common.
     """
@@ -36,8 +39,8 @@ def _corners(group: Group, name: str) -> dict[Corner, Row]:
         sweep, options = row.any.identity.sweep, row.any.identity.options
         mode = options.get("model.optimizer.mode")
         if sweep is not None and sweep.name == name and mode in ("base", "sync"):
-            whole = (options.get(f"model.optimizer.{switch}", True) for switch in SWITCHES[1:])
-            corners[mode == "sync", *whole] = row
+            others = (options.get(f"model.optimizer.{switch}", True) for switch in SWITCHES[1:])
+            corners[mode == "sync", *others] = row
     return corners
 
 
@@ -71,20 +74,20 @@ def _table(group: Group, name: str, corners: dict[Corner, Row]) -> Table:
         pairs = []
         for others in product((True, False), repeat=len(SWITCHES) - 1):
             on, off = ((*others[:index], value, *others[index:]) for value in (True, False))
-            pairs.append((corners[on], corners[off], _said(index, others)))
+            pairs.append((corners[on], corners[off], _words(index, others)))
         strong.add(len(lines))
         lines.append([f"{switch}, mean of four", *_cells([pair[:2] for pair in pairs], kinds)])
-        lines += [[f"{switch}, {said}", *_cells([(on, off)], kinds)] for on, off, said in pairs]
+        lines += [[f"{switch}, {words}", *_cells([(on, off)], kinds)] for on, off, words in pairs]
     notes = [
         "On minus off, or on over off, of corners that differ in one switch alone, each at the learning rate and "
         "radius that the search found for it: mean over the seeds that both have, 95 % interval, p-value of the "
         "paired t-test, not adjusted. A dash: fewer than two seeds, or a run among them that has no such value, as one "
         "that missed the target."
     ]
-    return Table(f"What each switch does, in {name}", ["switch", *kinds], lines, notes, strong)
+    return Table(f"Effect of each switch, in {name}", ["switch", *kinds], lines, notes, strong)
 
 
-def _said(index: int, others: Corner) -> str:
+def _words(index: int, others: Corner) -> str:
     names = [switch for switch in SWITCHES if switch != SWITCHES[index]]
     return ", ".join(f"{'with' if value else 'without'} {switch}" for switch, value in zip(names, others, strict=True))
 
@@ -102,6 +105,7 @@ def _cells(pairs: list[tuple[Row, Row]], kinds: dict[str, tuple[Callable[[Run], 
             continue
         mean = mean_interval(list(differences.values()))
         if is_ratio:
-            mean = Mean(mean.n, *(None if v is None else float(np.exp(v)) for v in (mean.mean, mean.low, mean.high)))  # type: ignore[arg-type]
+            low, high = (None if limit is None else float(np.exp(limit)) for limit in (mean.low, mean.high))
+            mean = Mean(mean.n, float(np.exp(mean.mean)), low, high)
         cells.append(f"{mean_text(mean, 3)}, p {number(test.p, 2)}")
     return cells

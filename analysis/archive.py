@@ -1,4 +1,4 @@
-"""Run folders, on disk or in one zip file a study; and the command that packs them.
+"""Find run folders on disk and in archives, and pack them.
 
 python -m analysis.archive results/grok                         # packs its runs into results/grok/runs.zip
 python -m zipfile -e results/grok/runs.zip results/grok         # unpacks them again
@@ -15,7 +15,7 @@ from typing import TypeAlias
 from analysis.study import FILE as STUDY
 
 ARCHIVE = "runs.zip"
-# What a report reads, and what a person may want to; no weights.
+# Read by reports or by people; no weights.
 FILES = ("config.yaml", "protocol.yaml", "metrics.csv", "summary.json", "error.txt", "samples.txt")
 # A folder with either of them is a run's.
 _MARKS = {"config.yaml", "metrics.csv"}
@@ -28,9 +28,10 @@ Folder: TypeAlias = Path | zipfile.Path
 
 
 def find(paths: Iterable[Path]) -> Iterator[Folder]:
-    """Yield every run folder at or below ``paths`` and in their archives, in the order of names.
+    """Yield every run folder at or below ``paths`` and in archives there.
 
-    A run that lies beside its archive is taken from the disk. A path that does not exist is yielded as it is.
+    They come in the order of their names. A run that lies beside its archive is taken from the disk. A path that does
+    not exist is yielded as it is.
 
     Raises:
         ValueError: a path is a file and no archive.
@@ -63,7 +64,10 @@ def _packed(file: Path) -> Iterator[zipfile.Path]:
 
 
 def former_folder(checkpoint: str, run: Folder) -> Folder:
-    """Return the folder of the run that ``checkpoint`` is of, in the archive of ``run`` if it is there."""
+    """Return the folder of the run that wrote a checkpoint.
+
+    It is the one in the archive of ``run`` if there is one.
+    """
     folder = Path(checkpoint).parent.parent
     if isinstance(run, zipfile.Path):
         # Archives name a run by the end of its path.
@@ -80,10 +84,10 @@ def unpacked_path(folder: Folder) -> Path:
 
 
 def pack(folder: Path, file: Path) -> int:
-    """Pack every run folder at or below ``folder`` into ``file``, under the names they have below it.
+    """Pack every run folder at or below ``folder`` into ``file``.
 
-    The configs that a search wrote are packed too. The same runs give the same bytes. The file is written beside its
-    place and then renamed.
+    Names in the archive are relative to ``folder``. The configs that a search wrote are packed too. The same runs give
+    the same bytes. The file is written beside its place and then renamed.
 
     Returns:
         The number of runs.
@@ -108,7 +112,7 @@ def pack(folder: Path, file: Path) -> int:
 def main() -> int:
     """Pack the runs of folders; returns the exit code."""
     parser = argparse.ArgumentParser(prog="analysis.archive", description="Pack the runs of a folder into runs.zip.")
-    parser.add_argument("folders", nargs="+", type=Path, help="folders that hold run folders")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders that contain run folders")
     for folder in parser.parse_args().folders:
         file = folder / ARCHIVE
         try:

@@ -1,9 +1,9 @@
-"""The project's dashboard on Weights & Biases, as code: a section a task, its runs grouped by all but the seed.
+"""Save the project's dashboard on Weights & Biases.
 
     python -m analysis.dashboard ENTITY/PROJECT modular_addition cifar wikitext
 
-Needs a key. It is a W&B report, which updates as runs come in, and not a workspace, whose sections all show the same
-runs: here each section has those of its task alone, on every axis that costs are logged for.
+It needs a key. The dashboard is a W&B report with a section a task, and updates as runs come in. The sections of a
+workspace would all show the same runs. Runs are grouped by everything but the seed.
 """
 
 import argparse
@@ -20,7 +20,7 @@ METRICS = {"modular_addition": "val/accuracy", "cifar": "val/accuracy", "wikitex
 
 
 def panels(metric: str) -> list[Any]:
-    """Return the panels of a task: its metric over every axis, losses, AGA's decisions, best values, pictures."""
+    """Return the panels of a task, its metric over every axis among them."""
     import wandb_workspaces.reports.v2 as wr
 
     def line(title: str, x: str, *y: str, log: bool = False) -> wr.LinePlot:
@@ -66,7 +66,7 @@ def dashboard(entity: str, project: str, tasks: list[str]) -> "wr.Report":
     Args:
         entity: user or team.
         project: that the runs are in.
-        tasks: as runs name theirs, see :class:`experiment.identity.RunIdentity`.
+        tasks: the names that runs have, see :class:`experiment.identity.RunIdentity`.
     """
     import wandb_workspaces.reports.v2 as wr
     from wandb_workspaces import expr
@@ -85,7 +85,7 @@ def dashboard(entity: str, project: str, tasks: list[str]) -> "wr.Report":
         entity=entity,
         project=project,
         title="Optimizers, by task",
-        description="What each optimizer reaches, and over which cost.",
+        description="Values reached by each optimizer, over each cost.",
         width="fluid",
         blocks=blocks,
     )

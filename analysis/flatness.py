@@ -1,4 +1,4 @@
-"""What the flatness probe found at the end of runs, and whether flatter runs validate better."""
+"""Tabulate the flatness of trained networks, and its correlation with validation."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,7 +22,10 @@ _FEWEST = 5  # runs for a correlation
 
 
 def flatness(group: Group) -> Iterator[Table]:
-    """Yield the probe's last values by row, and how they go with validation; nothing where no run was probed."""
+    """Yield the probe's last values by row, and their correlation with validation.
+
+    Nothing is yielded where no run was probed.
+    """
     rows = [row for row in group.rows if any(run.has("flatness/hessian_top") for run in row.runs.values())]
     if not rows:
         return
@@ -43,7 +46,7 @@ def flatness(group: Group) -> Iterator[Table]:
 
 
 def _with_validation(group: Group) -> Table:
-    """Return the rank correlations of flatness and validation over runs, and within rows."""
+    """Return the rank correlations of flatness and validation."""
     sign = 1 if group.lower else -1
     kinds: dict[str, Callable[[Run], float]] = {
         f"better {group.metric}": lambda run: sign * run.last(group.metric),
@@ -58,7 +61,7 @@ def _with_validation(group: Group) -> Table:
                 for row in group.rows
             ]
             pairs = [pair[np.isfinite(pair).all(axis=1)] for pair in pairs if len(pair)]
-            # Between seeds of one setting: what is left when each row's mean is taken away.
+            # The scatter between seeds of one setting, without differences between rows.
             apart = [pair - pair.mean(axis=0) for pair in pairs if len(pair) > 1]
             cells += [_correlation(pairs), _correlation(apart)]
         if any(cell != "-" for cell in cells):

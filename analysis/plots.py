@@ -1,4 +1,4 @@
-"""The pictures of a comparison, as SVG text that reads well on light and on dark pages."""
+"""Draw the pictures of a report as SVG, readable on light and on dark pages."""
 
 import io
 import re
@@ -27,16 +27,31 @@ _INK = "#010203"
 _POINTS = 160
 _FEW = 12
 _STYLE: Any = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
-    **{"font.size": 9.0, "axes.titlesize": 10.0, "axes.spines.top": False, "axes.spines.right": False},
-    **{"svg.fonttype": "none", "svg.hashsalt": "ars2", "figure.facecolor": "none", "axes.facecolor": "none"},
-    **{"savefig.facecolor": "none", "axes.linewidth": 0.8, "legend.frameon": False, "grid.alpha": 0.15},
-    **{"axes.grid": True, "grid.color": _INK, "path.simplify_threshold": 0.5},
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _INK,
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ars2",
+    "path.simplify_threshold": 0.5,
 }
 
 
 def style(index: int) -> dict[str, Any]:
-    """Return colour and line style of the row with this index, the same in every picture."""
+    """Return colour and line style of a row, the same in every picture."""
     return {
         "color": COLOURS[index % len(COLOURS)],
         "linestyle": STYLES[index // len(COLOURS) % len(STYLES)],
@@ -49,7 +64,9 @@ def mark(index: int) -> dict[str, Any]:
 
 
 def svg(figure: Figure) -> str:
-    """Return a figure as SVG that takes the width it is given; :func:`on_page` or :func:`on_white` colours its text.
+    """Return a figure as SVG that takes the width it is given.
+
+    Use :func:`on_page` or :func:`on_white` to colour its text.
 
     Args:
         figure: made within :data:`_STYLE`.
@@ -70,20 +87,20 @@ def svg(figure: Figure) -> str:
 
 
 def on_page(picture: str) -> str:
-    """Return what :func:`svg` gave for a page, whose own colour its text and axes take."""
+    """Let the text and axes of a picture take the colour of the page's text."""
     return picture.replace(_INK, "currentColor")
 
 
 def on_white(picture: str) -> str:
-    """Return what :func:`svg` gave as a picture that stands alone."""
+    """Put a picture on a white ground."""
     style = "background: #ffffff; font-family: sans-serif"
     return picture.replace(_INK, "#1c1e21").replace("<svg", f'<svg style="{style}"', 1)
 
 
 def band(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
-    """Return positions, mean, low and high of the 95 % interval over curves, where all of them are.
+    """Return positions, mean, low and high of the 95 % interval over curves.
 
-    Beyond the end of the shortest curve a mean would be one of survivors.
+    They end where the shortest curve does; beyond it the mean would be one of survivors.
 
     Args:
         curves: positions, ascending, and values of each run.
@@ -94,7 +111,7 @@ def band(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, .
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keep at most :data:`_POINTS` points, the first and the last among them."""
+    """Keep at most a fixed number of points, the first and the last among them."""
     if len(x) <= _POINTS:
         return x, y
     kept = np.unique(np.linspace(0, len(x) - 1, _POINTS).round().astype(int))
@@ -102,14 +119,14 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _joined(lines: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return several lines as one with gaps, which matplotlib draws in a fraction of the time."""
+    """Return several lines as one with gaps, which is drawn in less time."""
     gap = np.asarray([np.nan])
     x, y = (np.concatenate([part for line in lines for part in (line[i], gap)]) for i in (0, 1))
     return x, y
 
 
 def _marked(x: np.ndarray) -> dict[str, Any]:
-    """Return marks for a line of few points, which it would hide, or of one, which would be nothing."""
+    """Return marks for a line of few points; one point alone would not be visible."""
     return {"marker": "o", "markersize": 3} if len(x) <= _FEW else {}
 
 
@@ -151,7 +168,7 @@ def add_legend(figure: Figure) -> None:
 
 
 class _Plain(LogFormatter):
-    """Labels of a logarithmic axis without mathematical type, whose layout takes most of a picture's time."""
+    """Label a logarithmic axis without mathtext, whose layout takes much time."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         """Return the label of a tick, empty where matplotlib shows none."""
@@ -173,10 +190,11 @@ def _log_if_wide(axes: Axes, low: float, high: float) -> None:
 
 
 def curves(group: Group, metric: str, axis: str) -> Figure | None:
-    """Draw a metric of every row over an axis: thin lines are seeds, thick ones their mean.
+    """Draw a metric of every row over an axis.
 
-    From three seeds on the mean has its 95 % band; that of two is wider than everything else. Of losses it is the
-    geometric mean. Where runs are of very different lengths, the axis is logarithmic.
+    Thin lines are seeds, thick ones their mean. From three seeds on the mean has its 95 % band; that of two is wider
+    than everything else. Of losses it is the geometric mean. Where runs are of very different lengths, the axis is
+    logarithmic.
 
     The vertical range is that of the lines, not of the bands.
 
@@ -260,7 +278,10 @@ def second_passes(row: Row) -> Figure | None:
 
 
 def _draw_second_passes(run: Run, over_loss: Axes, below: Axes, axis: str) -> None:
-    """Mark every second pass where each step was logged; otherwise draw their rate since the row before."""
+    """Draw the rate of second passes.
+
+    Where each step was logged, every second pass is also marked over the loss.
+    """
     x, rate = run.curve("flatness/trigger_rate", axis)
     every = run.identity.options.get("internals.every_n_steps") == 1
     if every:
@@ -273,10 +294,11 @@ def _draw_second_passes(run: Run, over_loss: Axes, below: Axes, axis: str) -> No
 
 
 def sensitivity(group: Group, name: str) -> list[Figure]:
-    """Draw the trials of a search over each option that it varied, see :func:`analysis.tuning_budget.sensitivities`.
+    """Draw the trials of a search over each option that it varied.
 
-    A picture of the best metric, and where a trial reached the goal one of the gradient evaluations to it, in which a
-    hollow mark is a trial that spent so many without reaching it.
+    There is a picture of the best metric. Where a trial reached the goal, there is one of the gradient evaluations to
+    it, in which a hollow mark is a trial that ended without reaching it. See
+    :func:`analysis.tuning_budget.sensitivities`.
     """
     unit = ", %" if is_share(group.metric) else ""
     best = sensitivities(group, name, best_of(group))
@@ -284,22 +306,22 @@ def sensitivity(group: Group, name: str) -> list[Figure]:
     if group.goal:
         reached = sensitivities(group, name, evaluations_to(group.goal))
         missed = sensitivities(group, name, evaluations_without(group.goal))
-        what = f"gradient evaluations to {group.goal}"
-        figures += [_trials(group, name, key, what, points, missed[key]) for key, points in reached.items()]
+        label = f"gradient evaluations to {group.goal}"
+        figures += [_trials(group, name, key, label, points, missed[key]) for key, points in reached.items()]
     return [figure for figure in figures if figure is not None]
 
 
 def _trials(
-    group: Group, name: str, key: str, what: str, points: dict[str, Points], missed: dict[str, Points]
+    group: Group, name: str, key: str, label: str, points: dict[str, Points], missed: dict[str, Points]
 ) -> Figure | None:
     """Draw points by optimizer; ``None`` where there are none."""
     if not any(points.values()):
         return None
-    scale = 100 if what.endswith(", %") else 1
+    scale = 100 if label.endswith(", %") else 1
     optimizers = list(dict.fromkeys(optimizer for other, optimizer in group.sweeps if other == name))
     with matplotlib.rc_context(_STYLE):
         option = key.removeprefix("model.")
-        figure, axes = _axes(f"{name}: trials over {option}", option, what)
+        figure, axes = _axes(f"{name}: trials over {option}", option, label)
         for hollow, by_optimizer in ((False, points), (True, missed)):
             for optimizer, pairs in by_optimizer.items():
                 x, y = np.asarray(pairs).reshape(-1, 2).T

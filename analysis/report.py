@@ -1,4 +1,4 @@
-"""The report as a folder: ``report.html``, ``report.md``, ``report.tex``, ``runs.csv`` and pictures."""
+"""Write a report as HTML, Markdown, LaTeX, CSV and pictures."""
 
 import csv
 import functools
@@ -22,7 +22,7 @@ from analysis.tables import Table, median_text, number
 from analysis.tuning_budget import tuning_budgets
 
 _CSS = Path(__file__).with_name("report.css")
-# What Markdown shows, which has no room for a choice of axes.
+# Markdown has no choice of axes, so it shows these alone.
 _MARKDOWN_AXES = ("epoch", "cost/gradient_evaluations")
 # Curves of the flatness probe, where there are any: the others are in its table.
 PROBED = ("flatness/hessian_top", "flatness/rise_gradient")
@@ -36,7 +36,7 @@ class Section:
     """The part of a report that is about one group.
 
     Attributes:
-        headlines: sentences that say what came out.
+        headlines: the result in sentences.
         tables: in their order; the runs themselves come last.
         curves: by axis, then by metric, as figures for a page.
         pictures: others, by file name.
@@ -73,10 +73,10 @@ def compare(
         progress: yields the steps that it is given, and shows how many are done under a ``description``.
 
     Returns:
-        What was found, for the terminal.
+        The result in words, for the terminal.
 
     Raises:
-        ValueError: there is no finished run, a name in ``study`` is wrong, or ``output`` holds something else.
+        ValueError: there is no finished run, a name in ``study`` is wrong, or ``output`` has other files.
     """
     check_folder(output)
     runs, problems = read(folders, unfinished, functools.partial(progress, description="reading runs"))
@@ -99,14 +99,14 @@ def write(
     """Write the report, over a former one.
 
     Args:
-        folder: made if it does not exist; of what is in it only a former report's own files are replaced.
+        folder: made if it does not exist; only the files of a former report are replaced.
         groups: as :func:`analysis.rows.group` returns them.
         problems: folders that are in no table.
         study: title and note of the report, and the row that others are compared with.
         progress: yields the groups that it is given, and shows how many have been written about.
 
     Raises:
-        ValueError: the folder holds something and no report.
+        ValueError: the folder has other files.
     """
     check_folder(folder)
     sections = [_section(group, study.baseline, index) for index, group in enumerate(progress(groups))]
@@ -130,7 +130,7 @@ def write(
 
 
 def check_folder(folder: Path) -> None:
-    """Check that a report may be written to ``folder``: it is new, empty, or holds a report.
+    """Check that ``folder`` is new, empty, or has a report.
 
     Raises:
         ValueError: it is none of these.
@@ -140,11 +140,11 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name another one to write the report to")
     if any(folder.iterdir()) and not all((folder / name).is_file() for name in FILES):
-        raise ValueError(f"{folder} is not empty and holds no report: name another folder to write the report to")
+        raise ValueError(f"{folder} is not empty and has no report: name another folder to write the report to")
 
 
 def pictures(folder: Path) -> list[Path]:
-    """Return the pictures of the report in ``folder``, which its Markdown names; there may be others beside them."""
+    """Return the pictures of the report in ``folder``, and no others there."""
     text = (folder / "report.md").read_text(encoding="utf-8") if (folder / "report.md").exists() else ""
     names = re.findall(r"^!\[(.+)\]\(pictures/\1\)$", text, flags=re.M)
     return [folder / "pictures" / name for name in dict.fromkeys(names) if "/" not in name]
@@ -181,7 +181,7 @@ def _section(group: Group, wanted: str | None, index: int) -> Section:
 
 
 def _headlines(group: Group) -> Iterator[str]:
-    """Say what came out, in the words of the tables and in no stronger ones."""
+    """State the result in the words of the tables and in no stronger ones."""
     seeds = {len(row.runs) for row in group.rows}
     if group.rows and max(seeds) < 3:
         yield f"At most {max(seeds)} seed{'s' if max(seeds) > 1 else ''} a row: nothing here is settled."
@@ -226,7 +226,7 @@ def _left_out(problems: Sequence[Problem]) -> Table:
 
 
 def _numbers(groups: Sequence[Group]) -> Iterator[dict[str, object]]:
-    """Yield one row a run: the numbers that every table was computed from."""
+    """Yield a row for each run, with the numbers behind every table."""
     for entry in groups:
         for row in entry.rows:
             for seed, run in row.runs.items():
@@ -322,9 +322,9 @@ def _curves_html(section: Section) -> str:
 
 
 def _swatch(index: int, row: Row) -> str:
-    look = plots.style(index)
-    kind = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}[look["linestyle"]]
-    return f'<li><i style="border-top: 3px {kind} {look["color"]}"></i>{html.escape(row.label)} ({len(row.runs)})</li>'
+    line = plots.style(index)
+    kind = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}[line["linestyle"]]
+    return f'<li><i style="border-top: 3px {kind} {line["color"]}"></i>{html.escape(row.label)} ({len(row.runs)})</li>'
 
 
 def _choices(sections: Sequence[Section]) -> str:
@@ -337,10 +337,9 @@ def _choices(sections: Sequence[Section]) -> str:
 
 
 def _apart(section: Section, pictures: Sequence[str], place: str) -> Iterator[str]:
-    """Make the ids in pictures different: on one page they would refer to each other's parts."""
+    """Make the ids in pictures unique, so that one never refers to another's parts."""
     for index, picture in enumerate(pictures):
-        mark = f"{section.anchor}-{place}-{index}-"
-        yield re.sub(r'((?:\bid="|url\(#|href="#))', lambda match, mark=mark: match[1] + mark, picture)  # type: ignore[misc]
+        yield re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{section.anchor}-{place}-{index}-", picture)
 
 
 def _wide(table: str) -> str:
@@ -348,11 +347,11 @@ def _wide(table: str) -> str:
 
 
 def summary(groups: Sequence[Group], problems: Sequence[Problem]) -> str:
-    """Return what was found, for the terminal."""
+    """Return the result in words, for the terminal."""
     lines = []
     for entry in groups:
         lines.append(f"{entry.title}, protocol {entry.digest}: {_count(entry)} runs in {len(entry.rows)} rows")
         lines += [f"  {line}" for line in _headlines(entry)]
     if problems:
-        lines.append(f"{number(len(problems))} folders are in no table; the report says why")
+        lines.append(f"{number(len(problems))} folders are in no table; the report has the reasons")
     return "\n".join(lines)

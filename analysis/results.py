@@ -1,4 +1,4 @@
-"""The tables of one task: published against measured, results, times to target, paired seeds, step cost."""
+"""Build the tables of one task."""
 
 from collections.abc import Iterator
 
@@ -38,7 +38,10 @@ def _row_name(row: Row) -> str:
 
 
 def published(group: Group) -> Table | None:
-    """Return the published numbers with the measured ones below each; ``None`` where there is nothing of one kind."""
+    """Return the published numbers with the measured ones below each.
+
+    ``None`` is returned where either kind is missing.
+    """
     if not group.published:
         return None
     shown: list[str] = group.published["shown"]
@@ -82,7 +85,7 @@ def _epochs(row: Row) -> str:
 
 
 def results(group: Group) -> Table:
-    """Return best and last values of every row, with its seeds and the tuning behind it."""
+    """Return best and last values of every row, its seeds and its tuning."""
     metrics = list(dict.fromkeys((group.metric, "val/loss")))
     heads = [f"{which} {metric}" for metric in metrics for which in ("best", "last")]
     lines = []
@@ -110,12 +113,12 @@ def results(group: Group) -> Table:
 def _missing_seeds(group: Group) -> str:
     every = {seed for row in group.rows for seed in row.runs}
     absent = {row.label: sorted(every - row.runs.keys()) for row in group.rows}
-    told = [f"{label} lacks {', '.join(seeds)}" for label, seeds in absent.items() if seeds]
-    return f"Not every row has every seed: {'; '.join(told)}." if told else ""
+    lacking = [f"{label} lacks {', '.join(seeds)}" for label, seeds in absent.items() if seeds]
+    return f"Not every row has every seed: {'; '.join(lacking)}." if lacking else ""
 
 
 def milestones(group: Group) -> Table | None:
-    """Return the median epoch at which each target was reached; ``None`` without targets."""
+    """Return the median epoch of reaching each target; ``None`` without targets."""
     targets = group.aims
     if not targets:
         return None
@@ -132,7 +135,7 @@ def milestones(group: Group) -> Table | None:
 
 
 def to_target(group: Group) -> Table | None:
-    """Return what reaching the goal took, on every axis; ``None`` without one."""
+    """Return the cost of reaching the goal on every axis; ``None`` without one."""
     target = group.goal
     if target is None:
         return None
@@ -149,9 +152,10 @@ def to_target(group: Group) -> Table | None:
 
 
 def baseline(group: Group, wanted: str | None) -> Row | None:
-    """Return the row that others are compared with: by its label or optimizer, else the best AdamW, else the best.
+    """Return the row that others are compared with.
 
-    Returns ``None`` where the wanted one is not in this group, or where there is nothing to compare.
+    Without a wanted one it is the best AdamW, or else the best row. ``None`` is returned where the wanted one is not in
+    this group, or where there is nothing to compare.
     """
     if len(group.rows) < 2:
         return None
@@ -161,25 +165,26 @@ def baseline(group: Group, wanted: str | None) -> Row | None:
 
 
 def pairs(group: Group, reference: Row) -> Iterator[Table]:
-    """Yield the comparisons with one row on common seeds: best values, and who was first at the goal.
+    """Yield the comparisons with one row on common seeds.
 
-    Nothing where no row has two seeds in common with it.
+    One is of best values, the other of the order in which rows reached the goal. Nothing is yielded where no row has
+    two seeds in common with it.
     """
     others = [row for row in group.rows if row is not reference]
     stopped = group.stopped_on(reference, group.metric)
     if max((len(row.runs.keys() & reference.runs.keys()) for row in others), default=0) < 2:
         return
     scale, unit = (100, " (points)") if is_share(group.metric) else (1, "")
-    mine = reference.best(group.metric, group.lower)
+    values = reference.best(group.metric, group.lower)
     compared = [
-        None if stopped or group.stopped_on(row, group.metric) else paired(row.best(group.metric, group.lower), mine)
+        None if stopped or group.stopped_on(row, group.metric) else paired(row.best(group.metric, group.lower), values)
         for row in others
     ]
     adjusted = holm([np.nan if pair is None else pair.p for pair in compared])
     lines = []
     for row, pair, p in zip(others, compared, adjusted, strict=True):
         if pair is None:
-            lines.append([row.label, str(len(row.runs.keys() & mine.keys())), "-", "-", "-", "-"])
+            lines.append([row.label, str(len(row.runs.keys() & values.keys())), "-", "-", "-", "-"])
             continue
         d = pair.difference
         scaled = Mean(d.n, scale * d.mean, *(None if v is None else scale * v for v in (d.low, d.high)))
@@ -191,7 +196,7 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
         "p (Holm) is adjusted for the number of rows. The last column is the true difference that so many seeds would "
         "have shown (5 % level) in 80 % of experiments: smaller ones are not excluded. A dash: fewer than two common "
         f"seeds, no scatter among them, or a row with runs that were stopped when {group.metric} had reached a level, "
-        "which says nothing of what it would have reached."
+        "whose final value is unknown."
     ]
     if any(pair is not None for pair in compared):
         yield Table(f"Paired seeds against {reference.label}: best {group.metric}", heads, lines, notes)
@@ -221,7 +226,7 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
 
 
 def step_cost(group: Group, reference: Row | None) -> Table | None:
-    """Return what a step takes, and over the reference; ``None`` where costs were not logged."""
+    """Return the cost of a step; ``None`` where costs were not logged."""
     if "cost/training_seconds" not in group.axes or "cost/optimizer_steps" not in group.axes:
         return None
 

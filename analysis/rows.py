@@ -1,4 +1,4 @@
-"""Rows and tables: runs grouped by task and protocol, within these by setting, each setting's runs by seed."""
+"""Group runs into tables by task and protocol, and into rows by setting."""
 
 import difflib
 import functools
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def any(self) -> Run:
-        """One of its runs, to ask what they all have in common."""
+        """One of its runs, for what they have in common."""
         return next(iter(self.runs.values()))
 
     @property
@@ -63,8 +63,10 @@ class Row:
         return {seed: run.last(metric) for seed, run in self.runs.items()}
 
     def times(self, target: Target, axis: str) -> dict[str, Time]:
-        """Return when each seed reached ``target``, on an axis of :data:`analysis.runs.AXES`; without such a column,
-        nothing."""
+        """Return when each seed reached ``target``, on an axis.
+
+        Runs that did not log the axis, see :data:`analysis.runs.AXES`, are left out.
+        """
         times = {}
         for seed, run in self.runs.items():
             end = np.inf if run.diverged else run.at_end(axis)
@@ -73,7 +75,7 @@ class Row:
         return times
 
     def median(self, target: Target, axis: str) -> Median | None:
-        """Return the median over seeds of when ``target`` was reached; ``None`` where the axis was not logged."""
+        """Return the median time to ``target``; ``None`` where the axis was not logged."""
         times = list(self.times(target, axis).values())
         return median_time(times) if times else None
 
@@ -84,11 +86,11 @@ class Row:
 
 @dataclass
 class Group:
-    """Rows that may stand in one table: one task, one protocol.
+    """The rows of one table, of one task and protocol.
 
     Attributes:
-        metric, lower: what the runs' own checkpoints watch, and whether less of it is better.
-        targets: levels to reach; :attr:`goal` is what rows are ranked by.
+        metric, lower: the metric that the runs' checkpoints monitor, and whether less of it is better.
+        targets: levels to reach; rows are ranked by :attr:`goal`.
         borrowed: whether the targets are those of another protocol of the task.
         published: entry of ``published.yaml`` whose protocol this is, or empty.
         sweeps: trials of searches, by (name of the search, optimizer).
@@ -115,7 +117,7 @@ class Group:
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the digest is made of."""
+        """The options and data that the digest is computed from."""
         run = self.rows[0].any if self.rows else next(iter(self.sweeps.values()))[0]
         return {key: value for key, value in run.identity.protocol.items() if value is not None}
 
@@ -127,7 +129,7 @@ class Group:
 
     @property
     def aims(self) -> list[Target]:
-        """The targets; of borrowed ones those that some run reached: the others may be out of reach."""
+        """The targets; of borrowed ones only those that some run reached."""
         runs = [run for row in self.rows for run in row.runs.values()]
         return [t for t in self.targets if not self.borrowed or any(run.reached(t) is not None for run in runs)]
 
@@ -137,15 +139,15 @@ class Group:
         return self.aims[-1] if self.aims else None
 
     def stopped_on(self, row: Row, metric: str) -> bool:
-        """Return whether a run of ``row`` was stopped because ``metric`` had reached a level.
+        """Return whether a run of ``row`` was stopped at a level of ``metric``.
 
-        Its best and last value are then those of that level, whatever the optimizer.
+        Its best and last value are then those of that level for every optimizer.
         """
         names = {run.stopped_at for run in row.runs.values()} - {None}
         return any(self.milestones.get(str(name), metric) == metric for name in names)
 
     def order(self, row: Row) -> tuple[float, ...]:
-        """Sort key of a row: gradient evaluations to the last target, then the best value."""
+        """Sort rows by gradient evaluations to the last target, then by best value."""
         axis = "cost/gradient_evaluations" if "cost/gradient_evaluations" in self.axes else "epoch"
         goal = self.goal
         median = row.median(goal, axis) if goal else None
@@ -178,7 +180,10 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 
 def matches(options: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Return whether a run's options have all these settings; an option that is absent is ``None``."""
+    """Return whether a run's options have all these settings.
+
+    An option that is absent is ``None``.
+    """
     return all(options.get(key) == value for key, value in settings.items())
 
 
@@ -252,7 +257,7 @@ def group(
 
 @functools.cache
 def published_entries() -> dict[str, dict[str, Any]]:
-    """Return what ``published.yaml`` has, by name."""
+    """Return the entries of ``published.yaml`` by name."""
     entries: dict[str, dict[str, Any]] = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
     return entries
 
@@ -272,12 +277,12 @@ def _tell_apart(rows: list[Row]) -> None:
         settings = [row.any.identity.setting for row in same]
         keys = [key for key in dict.fromkeys(key for s in settings for key in s) if _differs(key, settings)]
         for row, setting in zip(same, settings, strict=True):
-            told = [f"{key.partition('.')[2]} {value_text(setting.get(key))}" for key in keys]
-            row.label = ", ".join([label, *told])
+            options = [f"{key.partition('.')[2]} {value_text(setting.get(key))}" for key in keys]
+            row.label = ", ".join([label, *options])
 
 
 def value_text(value: Any) -> str:
-    """Return an option as it is named in a label: a callback by its class's name and its options."""
+    """Return an option as text; a callback is its class's name and options."""
     if isinstance(value, list) and any(isinstance(part, dict) for part in value):
         return " and ".join(map(value_text, value))
     if not isinstance(value, dict) or "class_path" not in value:

@@ -1,4 +1,7 @@
-"""One finished run, read from the ``config.yaml`` and ``metrics.csv`` in its folder; nothing else is needed."""
+"""Read finished runs from ``config.yaml`` and ``metrics.csv`` in their folders.
+
+Other files are read where they exist, and none of them is needed.
+"""
 
 import csv
 import functools
@@ -100,7 +103,10 @@ class Run:
         return log
 
     def _join(self, checkpoint: str | None) -> Folder | None:
-        """Put the rows before a resumed run's first in front; the costs in them continue without a gap."""
+        """Prepend the rows of the run that this one was resumed from, if any.
+
+        The costs in them continue without a gap.
+        """
         first = int(self.log["epoch"].min()) if len(self.log["epoch"]) else 1
         if checkpoint is None:
             if first > 1:
@@ -156,7 +162,10 @@ class Run:
         return column in self.log and not bool(np.isnan(self.log[column]).all())
 
     def curve(self, column: str, axis: str = "epoch") -> tuple[np.ndarray, np.ndarray]:
-        """Return positions on ``axis``, a key of :data:`AXES`, and values; nothing where either was not logged."""
+        """Return positions on ``axis``, a key of :data:`AXES`, and values.
+
+        Both are empty where either was not logged.
+        """
         if column not in self.log or axis not in self.log:
             return np.empty(0), np.empty(0)
         # Every table and picture asks for the same few.
@@ -194,7 +203,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Problem:
-    """A folder that is in no table, and why; with the run's identity, if its config can be read."""
+    """A folder that is in no table, with the reason.
+
+    Args:
+        folder: its path.
+        reason: why it is in no table.
+        identity: of the run, if its config can be read.
+    """
 
     folder: Path
     reason: str
@@ -214,9 +229,9 @@ def read(
         progress: yields the folders that it is given, and shows how many have been read.
 
     Returns:
-        The runs that count, and the folders of all others with the reason why they are not among them. Of several runs
-        of one setting and one seed the latest counts, because they are not independent. Unfinished trials of a sweep
-        are among the runs: their cost was spent.
+        The runs that count, and every other folder with the reason why it does not. Of several runs of one setting and
+        one seed the latest counts, because they are not independent. Unfinished trials of a sweep are among the runs:
+        their cost was spent.
     """
     runs: list[Run] = []
     problems: list[Problem] = []
@@ -236,7 +251,7 @@ def read(
         sweep = run.identity.sweep
         counts = run.finished or (sweep is not None and sweep.trial is not None) or (unfinished and run.epochs > 0)
         if (place := _resolved(run.folder)) in continued:
-            problems.append(Problem(run.shown, f"it goes on in {continued[place]}, which has its rows"))
+            problems.append(Problem(run.shown, f"it was resumed in {continued[place]}, which has its rows"))
         elif not counts:
             problems.append(Problem(run.shown, f"half-finished: {run.epochs} epochs of {run.limit}"))
         else:
@@ -252,7 +267,7 @@ def _resolved(folder: Folder) -> Path:
 
 
 def _identify(folder: Folder, config: dict[str, Any], summary: dict[str, Any]) -> RunIdentity:
-    """Return what a run is, its data as it was recorded; refuse a config that was edited afterwards."""
+    """Return the identity of a run, and refuse a config that was edited afterwards."""
     path = folder / "protocol.yaml"
     stored = _mapping(path) if path.exists() else {}
     identity = RunIdentity.recorded(config, stored)
@@ -261,7 +276,7 @@ def _identify(folder: Folder, config: dict[str, Any], summary: dict[str, Any]) -
         description = summary.get("data") or {}
         sentences = [key for key, value in description.items() if isinstance(value, str) and " " in value]
         identity.contents = contents_of(description, sentences)
-    # By its options, and not by its digest: what belongs to a protocol may have been another choice at that time.
+    # By its options, and not by its digest: a protocol may have consisted of other options at that time.
     for key, value in identity.stated_protocol.items() if stored else ():
         if stored.get(key) != value:
             raise ValueError(f"config.yaml says {key} {value}, but it ran under {stored.get(key)}: it was edited")
@@ -269,11 +284,11 @@ def _identify(folder: Folder, config: dict[str, Any], summary: dict[str, Any]) -
 
 
 def _complete_contents(identities: Iterable[RunIdentity]) -> None:
-    """Take a run that recorded less of its data than others for one of them, if it can be only one.
+    """Complete what runs recorded of their data, where only one completion fits.
 
-    Runs from before the data was recorded, and those that failed before it was, keep their table that way: of all that
-    is otherwise of one protocol, they join what agrees with all that they did record, unless several different data
-    sets do.
+    Runs from before the data was recorded, and those that failed before it was, keep their table that way. Among runs
+    whose protocols are otherwise equal, such a run takes the data that agrees with its record, unless several different
+    data sets do.
     """
     by_options: dict[str, list[RunIdentity]] = {}
     for identity in identities:

@@ -1,4 +1,4 @@
-"""The statistics of a comparison: intervals over seeds, paired seeds, and times that some runs never reached."""
+"""Compute intervals over seeds, paired tests, and medians of censored times."""
 
 import functools
 import warnings
@@ -14,7 +14,10 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over ``n`` values and the limits of its t-interval, which are ``None`` for fewer than two values."""
+    """A mean over ``n`` values and the limits of its t-interval.
+
+    The limits are ``None`` for fewer than two values.
+    """
 
     n: int
     mean: float
@@ -22,7 +25,7 @@ class Mean:
     high: float | None
 
     def within(self, least: float, most: float) -> "Mean":
-        """Return it with the interval cut to the values that are possible; what it covers stays the same."""
+        """Return the mean with its interval cut to the values that are possible."""
         if self.low is None or self.high is None:
             return self
         return Mean(self.n, self.mean, max(least, self.low), min(most, self.high))
@@ -46,7 +49,7 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Me
 
 
 def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the means of columns and the limits of their t-intervals, see :func:`mean_interval`.
+    """Return the means of columns and the limits of their t-intervals.
 
     Both limits are the mean where a column has fewer than two finite values.
     """
@@ -62,9 +65,9 @@ def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def geometric_interval(values: Sequence[float]) -> Mean:
-    """Return geometric mean and interval of positive ``values``: the t-interval of their logarithms.
+    """Return geometric mean and interval of positive ``values``.
 
-    It never reaches zero, as that of a few scattered times would.
+    The interval is the t-interval of their logarithms. It never reaches zero, as that of a few scattered times would.
     """
     log = mean_interval(np.log(values).tolist())
     low, high = (None if limit is None else float(np.exp(limit)) for limit in (log.low, log.high))
@@ -85,7 +88,10 @@ class Paired:
 
 
 def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paired | None:
-    """Compare two rows, given as values by seed; ``None`` for fewer than two seeds with a finite value in both."""
+    """Compare two rows, given as values by seed.
+
+    ``None`` is returned for fewer than two seeds with a finite value in both.
+    """
     seeds = sorted(seed for seed in values.keys() & reference.keys() if np.isfinite(values[seed] - reference[seed]))
     differences = np.asarray([values[seed] - reference[seed] for seed in seeds])
     n = len(differences)
@@ -101,9 +107,12 @@ def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paire
 
 @functools.cache
 def detectable_effect(n: int, power: float = POWER, confidence: float = CONFIDENCE) -> float:
-    """Return the true mean, in standard errors, at which a two-sided t-test of ``n`` values rejects with ``power``."""
+    """Return the true mean that a t-test of ``n`` values detects with ``power``.
+
+    It is given in standard errors, for a two-sided test.
+    """
     critical = stats.t.ppf((1 + confidence) / 2, n - 1)
-    # The estimated deviation over the true one; the mean is normal whatever that comes to.
+    # The estimated deviation over the true one; the mean is normal and independent of it.
     deviation = stats.chi(n - 1, scale=1 / np.sqrt(n - 1))
 
     def shortfall(effect: float) -> float:
@@ -116,7 +125,10 @@ def detectable_effect(n: int, power: float = POWER, confidence: float = CONFIDEN
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for their number by Holm's step-down rule (Holm 1979); NaN stays NaN and is not counted."""
+    """Adjust p-values for their number by Holm's step-down rule (Holm 1979).
+
+    NaN stays NaN and is not counted.
+    """
     adjusted = np.full(len(p_values), np.nan)
     known = [i for i in np.argsort(p_values) if np.isfinite(p_values[i])]
     highest = 0.0
@@ -128,9 +140,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Median:
-    """Median of times to a target, of which some are only known to be longer than their run.
+    """The median of times to a target, some of which are longer than their run.
 
-    ``None`` is beyond what the runs can tell: "not within" ``horizon``, the longest time that a run was watched.
+    ``None`` is a time beyond ``horizon``, the longest time that a run was watched.
     ``low`` and ``high`` are the limits of its interval; both are ``None`` for a single run, see ``n``.
     """
 
@@ -144,8 +156,12 @@ class Median:
 
 @dataclass(frozen=True)
 class Time:
-    """When a run reached a target, ``None`` if it did not, and how long it was watched (infinite for one that
-    diverged: it would never have reached it)."""
+    """The time at which a run reached a target.
+
+    Args:
+        reached: the time, ``None`` if it did not reach it.
+        watched: how long the run was; infinite for one that diverged, which would never have reached the target.
+    """
 
     reached: float | None
     watched: float
@@ -187,7 +203,7 @@ def median_time(times: Sequence[Time]) -> Median:
 
 @dataclass(frozen=True)
 class Race:
-    """Which of two rows reached a target first, seed by seed, and the p-value of the sign test.
+    """Counts of which of two rows reached a target first, with a sign test.
 
     ``ratio`` is the geometric mean of the ratios of their times with its interval; ``None`` unless both reached the
     target on every common seed. A pair of which neither is known to have been first is in ``undecided``.
@@ -204,12 +220,10 @@ def race(times: Mapping[str, Time], reference: Mapping[str, Time]) -> Race:
     """Compare a row's times to a target with those of a reference, seed by seed."""
     seeds = sorted(times.keys() & reference.keys())
     pairs = [(times[seed], reference[seed]) for seed in seeds]
-    first = sum(_is_first(mine, theirs) for mine, theirs in pairs)
-    second = sum(_is_first(theirs, mine) for mine, theirs in pairs)
+    first = sum(_is_first(one, other) for one, other in pairs)
+    second = sum(_is_first(other, one) for one, other in pairs)
     ratios = [
-        mine.reached / theirs.reached
-        for mine, theirs in pairs
-        if mine.reached is not None and theirs.reached is not None
+        one.reached / other.reached for one, other in pairs if one.reached is not None and other.reached is not None
     ]
     decided = first + second
     p = float(stats.binomtest(first, decided).pvalue) if decided else np.nan

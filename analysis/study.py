@@ -1,4 +1,4 @@
-"""What a report is about: its title, its baseline, the targets, the names of the rows, and a note.
+"""Read the options of a report from ``study.yaml``.
 
 A folder of runs may state these in a ``study.yaml``:
 
@@ -23,7 +23,14 @@ _TARGET = re.compile(r"([\w/.-]+)\s*(>=|<)\s*(\d[\d.eE+-]*)")
 
 @dataclass(frozen=True)
 class Target:
-    """A level that a metric should reach: at least ``level``, or below it if ``lower`` is better."""
+    """A level that a metric should reach.
+
+    Args:
+        name: in the report.
+        metric: column of the log.
+        level: to be met or exceeded, or to fall below if ``lower`` is better.
+        lower: whether less is better.
+    """
 
     name: str
     metric: str
@@ -67,7 +74,9 @@ class Study:
 
     @classmethod
     def of(cls, folders: Sequence[Path]) -> "Study":
-        """Read the ``study.yaml`` of a single folder; the defaults apply to several, and to one without that file.
+        """Read the ``study.yaml`` of a single folder.
+
+        The defaults apply to several folders, and to one without that file.
 
         Raises:
             ValueError: the file is damaged, or has an option that there is none of.

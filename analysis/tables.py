@@ -1,4 +1,4 @@
-"""One table, three ways to write it: Markdown, HTML and LaTeX."""
+"""Write a table as Markdown, HTML and LaTeX."""
 
 import html
 import re
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from analysis.statistics import Mean, Median
 
-# What LaTeX has commands for and fonts may lack.
+# LaTeX has commands for these, and fonts may lack them.
 _LATEX = {
     "±": r"$\pm$",
     "≥": r"$\geq$",
@@ -28,7 +28,7 @@ class Table:
     """Text in rows and columns, the first of which names the row.
 
     Args:
-        title: what it shows; also its heading.
+        title: its heading.
         columns: names, all different.
         rows: as many cells each as there are columns.
         notes: sentences below it.
@@ -68,7 +68,7 @@ class Table:
         )
 
     def latex(self) -> str:
-        """Return a ``table`` environment for the booktabs package, with everything that LaTeX reads as code escaped."""
+        """Return a ``table`` environment for the booktabs package, with text escaped."""
 
         def line(cells: Sequence[str]) -> str:
             return " & ".join(map(_latex_text, cells)) + " \\\\\n"
@@ -82,7 +82,7 @@ class Table:
 
 def _cells(row: Sequence[str]) -> list[str]:
     first, *others = (html.escape(cell) for cell in row)
-    # Where there is little room a name goes on below after a word, and an interval stands below its value.
+    # Where there is little room, a name breaks after a word, and an interval moves below its value.
     name = first if "/" in first else first.replace("_", "_<wbr>")  # a path stays in one piece, to be copied
     values = (
         re.sub(r" %|\[[^\]]*\]", lambda match: match[0].replace(" ", "\N{NO-BREAK SPACE}"), cell) for cell in others
@@ -107,7 +107,10 @@ def _escape(character: str) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Return ``value`` with so many significant digits, at least all before the point; a dash for none or NaN."""
+    """Return ``value`` with some significant digits, a dash for none or NaN.
+
+    Digits before the point are never rounded away.
+    """
     if value is None or value != value:
         return "-"
     if abs(value) >= 1e6:
@@ -124,7 +127,7 @@ def mean_text(mean: Mean, digits: int = 4) -> str:
 
 
 def median_text(median: Median) -> str:
-    """Return the median with its interval; "not within" the time watched where it is longer than that."""
+    """Return the median with its interval, or "not within" the time watched."""
     if median.median is None:
         if median.horizon != median.horizon:  # not watched at all: every run diverged
             return "not reached"

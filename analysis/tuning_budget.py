@@ -1,4 +1,4 @@
-"""What was spent on finding the settings: trials and costs by optimizer, and how sensitive each was."""
+"""Count the trials and costs of every search, and collect sensitivities."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ _SENSITIVE = ("lr", "weight_decay", "rho")
 
 
 def tuning_budgets(group: Group) -> Iterator[Table]:
-    """Yield, for every search among the trials, what each optimizer was given; unequal budgets are flagged."""
+    """Yield the budget of each optimizer for every search; unequal ones are flagged."""
     keys = dict.fromkeys([*group.sweeps, *group.failed])
     for name in dict.fromkeys(name for name, _ in keys):
         lines, budgets = [], set()
@@ -35,7 +35,7 @@ def tuning_budgets(group: Group) -> Iterator[Table]:
                 ]
             )
         heads = ["optimizer", "trials", "ended", "cut short", "diverged or failed", "gradient evaluations", "seconds"]
-        notes = ["Every trial that was begun is counted, whatever came of it."]
+        notes = ["Every trial that was begun is counted, however it ended."]
         if len(budgets) > 1:
             counts = f"from {min(budgets)} to {max(budgets)} trials"
             notes.append(f"UNEQUAL BUDGETS: {counts}; the winners of this search are not comparable.")
@@ -51,25 +51,25 @@ _AXIS = "cost/gradient_evaluations"
 
 
 def best_of(group: Group) -> Callable[[Run], float | None]:
-    """Return what gives a run's best value of the group's metric."""
+    """Return a function of a run's best value of the group's metric."""
     return lambda run: run.best(group.metric, group.lower)
 
 
 def evaluations_to(target: Target) -> Callable[[Run], float | None]:
-    """Return what gives the gradient evaluations at which a run reached ``target``, if it did."""
+    """Return a function of a run's gradient evaluations to ``target``, if reached."""
     return lambda run: run.reached(target, _AXIS)
 
 
 def evaluations_without(target: Target) -> Callable[[Run], float | None]:
-    """Return what gives the gradient evaluations that a run spent without reaching ``target``, if it did not."""
+    """Return a function of a run's gradient evaluations if ``target`` was not reached."""
     return lambda run: run.at_end(_AXIS) if run.reached(target, _AXIS) is None else None
 
 
 def sensitivities(group: Group, name: str, value_of: Callable[[Run], float | None]) -> dict[str, dict[str, Points]]:
-    """Return by option, then by optimizer, the (option, value) of every trial of a search that varied it.
+    """Return the trials of a search by option and optimizer, as (option, value).
 
-    Options are learning rates and weight decays of either track, and the radius; a trial without a finite value is
-    left out.
+    Options that the search varied count; they are learning rates and weight decays of either track, and the radius; a
+    trial without a finite value is left out.
     """
     points: dict[str, dict[str, Points]] = {}
     for (other, optimizer), trials in group.sweeps.items():

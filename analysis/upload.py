@@ -1,4 +1,4 @@
-"""The report as a run of its own on Weights & Biases: the page to look at, the folder as an artifact."""
+"""Send a report to Weights & Biases, as a page and as an artifact."""
 
 import os
 from pathlib import Path
@@ -18,7 +18,7 @@ def upload(folder: Path, project: str, title: str) -> str:
         title: of the report.
 
     Returns:
-        A sentence that says where it is; without a key it is recorded offline, beside the folder.
+        A sentence with its place; without a key it is recorded offline, beside the folder.
     """
     wandb = quiet_wandb()
     mode: Any = os.environ.get("WANDB_MODE", "online" if has_key() else "offline")

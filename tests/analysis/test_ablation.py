@@ -1,4 +1,4 @@
-"""What each switch does is read off the logs by hand, for one pair of corners and for the mean of four."""
+"""Check the effect of each switch against the logs, by pair and by mean of four."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def last(corners: Path, column: str) -> dict[tuple[bool, bool, bool], np.ndarray
 
 def test_differences_are_those_of_the_logs(entry: Group, corners: Path) -> None:
     (table,) = ablations(entry)
-    assert table.title == "What each switch does, in corners"
+    assert table.title == "Effect of each switch, in corners"
     assert len(table.rows) == 15 and table.strong == {0, 5, 10}
     lines = {line[0]: line for line in table.rows}
     assert list(table.columns)[2] == "last val/loss"

@@ -69,7 +69,8 @@ def test_a_resumed_run_finds_its_beginning_in_the_archive(tmp_path: Path) -> Non
     pack(folder, tmp_path / ARCHIVE)
     found, problems = read([tmp_path / ARCHIVE])
     assert [Path(run.shown).name for run in found] == [second.name]
-    assert [(problem.folder.name, "it goes on in" in problem.reason) for problem in problems] == [(first.name, True)]
+    (problem,) = problems
+    assert (problem.folder.name, "it was resumed in" in problem.reason) == (first.name, True)
     (continuous,) = unpack("continuous", tmp_path).glob("*/*")
     for column in ("val/accuracy", "train/loss", "cost/gradient_evaluations"):
         assert found[0].curve(column)[1].tolist() == Run(continuous).curve(column)[1].tolist()

@@ -57,7 +57,7 @@ def test_runs_that_were_not_probed_have_no_such_table(runs: Path) -> None:
 def test_the_report_has_the_tables_and_curves_of_the_probe(entry: Group, tmp_path: Path) -> None:
     write(tmp_path, [entry], [], Study(title="Corners"))
     text = (tmp_path / "report.html").read_text()
-    for title in ("Flatness at the end", "Does flatter go with better?", "What each switch does, in corners"):
+    for title in ("Flatness at the end", "Does flatter go with better?", "Effect of each switch, in corners"):
         assert f"<h3>{title}</h3>" in text
     assert "flatness/hessian_top over gradient evaluations" in text
     assert set(MEASURES) <= set(pd.read_csv(tmp_path / "runs.csv").columns)

@@ -477,7 +477,7 @@ def test_a_users_folder_is_refused_and_left_as_it_was(name: str, groups: list[Gr
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and holds no report: name another folder"):
+    with pytest.raises(ValueError, match="is not empty and has no report: name another folder"):
         write(tmp_path, groups[1:], [], Study(title="A & B"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
     assert file.read_text() == "mine"

@@ -137,7 +137,7 @@ def test_a_resumed_run_has_the_rows_of_its_beginning(tmp_path: Path) -> None:
     (continuous,) = unpack("continuous", tmp_path).glob("*/*")
     found, problems = read([tmp_path / "resumed"])
     assert [run.folder for run in found] == [second]
-    assert [(problem.folder, "it goes on in" in problem.reason) for problem in problems] == [(first, True)]
+    assert [(problem.folder, "it was resumed in" in problem.reason) for problem in problems] == [(first, True)]
     for column in ("val/accuracy", "train/loss", "cost/gradient_evaluations"):
         assert found[0].curve(column)[1].tolist() == Run(continuous).curve(column)[1].tolist()
     shutil.rmtree(first)
