@@ -75,8 +75,20 @@ class ARS2Neo(TwoPassOptimizer):
     """
 
     shared_options = (
-        *("mode", "energy", "geometry", "k", "alpha", "phi_beta", "phi_lambda", "phi_gamma"),
-        *("ns_steps", "ns_coefficients", "ns_dtype", "ns_algorithm", "probability", "seed"),
+        "mode",
+        "energy",
+        "geometry",
+        "k",
+        "alpha",
+        "phi_beta",
+        "phi_lambda",
+        "phi_gamma",
+        "ns_steps",
+        "ns_coefficients",
+        "ns_dtype",
+        "ns_algorithm",
+        "probability",
+        "seed",
     )
     fixed_options = ("mode", "energy", "geometry")
     main_counters = ("sync_steps", "last_sync", "phi", "phi_variance", "injected_alpha")
@@ -109,13 +121,28 @@ class ARS2Neo(TwoPassOptimizer):
         super().__init__(
             params,
             {
-                **{"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rho": rho},
-                **{"mode": mode, "energy": energy, "geometry": geometry, "k": k, "alpha": alpha},
-                **{"phi_beta": phi_beta, "phi_lambda": phi_lambda, "phi_gamma": phi_gamma},
-                **{"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype},
-                **{"ns_algorithm": ns_algorithm, "probability": probability, "seed": seed},
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "rho": rho,
+                "mode": mode,
+                "energy": energy,
+                "geometry": geometry,
+                "k": k,
+                "alpha": alpha,
+                "phi_beta": phi_beta,
+                "phi_lambda": phi_lambda,
+                "phi_gamma": phi_gamma,
+                "ns_steps": ns_steps,
+                "ns_coefficients": ns_coefficients,
+                "ns_dtype": ns_dtype,
+                "ns_algorithm": ns_algorithm,
+                "probability": probability,
+                "seed": seed,
             },
-            *(compile, capturable),
+            compile=compile,
+            capturable=capturable,
         )
         self.param_groups[0].update(zip(self.main_counters, (0, 0, 0.0, 0.0, 0.0), strict=True))
         if capturable:
@@ -150,8 +177,12 @@ class ARS2Neo(TwoPassOptimizer):
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         keeps_shear = group["mode"] in ("aga", "random") or (group["mode"] == "periodic" and group["k"] > 1)
-        second = () if group["track"] == "matrix" and not group["energy"] else ("exp_avg_sq",)
-        return ("exp_avg", *second, *(("shear",) if keeps_shear else ()))
+        keys = ["exp_avg"]
+        if group["track"] == "vector" or group["energy"]:
+            keys.append("exp_avg_sq")
+        if keeps_shear:
+            keys.append("shear")
+        return tuple(keys)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -270,8 +301,12 @@ class ARS2Neo(TwoPassOptimizer):
         maybe_compile = self._maybe_compile(group)
         if group["energy"]:
             directions: Tensors = maybe_compile(updates.adam_directions)(
-                *(batch.grads, batch.state("exp_avg"), batch.state("exp_avg_sq")),
-                *(group["betas"], batch.step, group["eps"]),
+                batch.grads,
+                batch.state("exp_avg"),
+                batch.state("exp_avg_sq"),
+                group["betas"],
+                batch.step,
+                group["eps"],
             )
         else:
             numels = [shape.numel() for shape in batch.shapes]
@@ -282,8 +317,12 @@ class ARS2Neo(TwoPassOptimizer):
         if group["geometry"]:
             energies = maybe_compile(updates.frobenius_norms)(directions, self._shards)
             updates.orthogonalize_(
-                *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-                *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),
+                directions,
+                flatten=group["flatten"],
+                steps=group["ns_steps"],
+                coefficients=group["ns_coefficients"],
+                dtype=validation.DTYPES[group["ns_dtype"]],
+                algorithm=group["ns_algorithm"],
                 layout=self._layout,
                 maybe_compile=maybe_compile,
                 shapes=batch.shapes,

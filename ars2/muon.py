@@ -58,12 +58,18 @@ class Muon(TrackedOptimizer):
         super().__init__(
             params,
             {
-                **{"lr": lr, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay},
-                **{"ns_steps": ns_steps, "ns_coefficients": ns_coefficients, "ns_dtype": ns_dtype},
+                "lr": lr,
+                "momentum": momentum,
+                "nesterov": nesterov,
+                "weight_decay": weight_decay,
+                "ns_steps": ns_steps,
+                "ns_coefficients": ns_coefficients,
+                "ns_dtype": ns_dtype,
                 "ns_algorithm": ns_algorithm,
-                **{"betas": betas, "eps": eps},
+                "betas": betas,
+                "eps": eps,
             },
-            compile,
+            compile=compile,
         )
         # Schedulers that cycle the momentum would cycle betas instead, if the defaults had any.
         del self.defaults["betas"]
@@ -115,8 +121,12 @@ class Muon(TrackedOptimizer):
             batch.grads, buffers, group["momentum"], nesterov=nesterov
         )
         updates.orthogonalize_(
-            *(directions, group["flatten"], group["ns_steps"], group["ns_coefficients"]),
-            *(validation.DTYPES[group["ns_dtype"]], group["ns_algorithm"]),
+            directions,
+            flatten=group["flatten"],
+            steps=group["ns_steps"],
+            coefficients=group["ns_coefficients"],
+            dtype=validation.DTYPES[group["ns_dtype"]],
+            algorithm=group["ns_algorithm"],
             layout=self._layout,
             maybe_compile=maybe_compile,
             shapes=batch.shapes,
