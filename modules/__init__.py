@@ -1,1 +1,1 @@
-"""LightningModules: a network, a loss and metrics each; the training step is theirs all."""
+"""Define LightningModules, each with a network, a loss and metrics."""

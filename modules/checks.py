@@ -1,4 +1,7 @@
-"""Whether a task module has what training needs: one sentence that says all that is missing, before anything runs."""
+"""Check that a task module can be trained.
+
+One error lists everything that is missing, before training starts.
+"""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -10,10 +13,12 @@ from torch import Tensor, nn
 
 
 def check_complete(module: L.LightningModule, base: type[L.LightningModule]) -> None:
-    """Check that a module derived from ``base`` (TwoPassModule) leaves to it what it does, and does what it leaves.
+    """Check that a subclass of ``base`` (TwoPassModule) is complete.
+
+    It must not replace the methods of ``base`` that train.
 
     Raises:
-        ValueError: it replaces the training step or the optimizers; or it lacks its loss, network or metrics, or has
+        ValueError: it replaces the training step or the optimizers, lacks its loss, network or metrics, or has
             parameters outside the network.
     """
     kind, network = type(module), getattr(module, "network", None)
@@ -44,42 +49,45 @@ def check_complete(module: L.LightningModule, base: type[L.LightningModule]) -> 
 
 
 def check_callbacks(module: L.LightningModule) -> None:
-    """Check that no callback of Lightning would silently do something else to a module that makes its own steps.
+    """Check for callbacks that do not work with manual optimization.
 
     Raises:
-        ValueError: one would.
+        ValueError: a callback of Lightning would silently do something else.
     """
     for callback in vars(module.trainer)["callbacks"]:
         name = type(callback).__name__
         if isinstance(callback, StochasticWeightAveraging) and callback.pl_module_contains_batch_norm(module):
-            # It leaves out the backward pass in an epoch of its own, which manual optimization does not know of.
+            # It skips the backward pass in an extra epoch, which manual optimization ignores.
             raise ValueError(
-                f"{name} would train its average for one more epoch to renew the statistics of BatchNorm, since"
-                f" {type(module).__name__} makes its own optimizer steps: use WeightAveraging, which averages them"
+                f"{name} would train its average for one more epoch to update the statistics of BatchNorm, since"
+                f" {type(module).__name__} uses manual optimization: use WeightAveraging, which averages them"
             )
         if isinstance(callback, BatchSizeFinder):
             raise ValueError(
-                f"{name} would replace the method batch_size() of {type(module).__name__} by a number: leave it out and"
-                " give the data module its batch_size"
+                f"{name} would replace the method batch_size() of {type(module).__name__} by a number: remove it and"
+                " set the batch_size of the data module"
             )
         if isinstance(callback, WeightAveraging):
             for other in module.trainer.checkpoint_callbacks:
                 if getattr(other, "save_weights_only", False):
                     raise ValueError(
-                        f"{name} puts its average only into whole checkpoints, and {type(other).__name__} saves weights"
-                        " alone: set its save_weights_only to false (--checkpoint.save_weights_only false)"
+                        f"{name} saves its average only in full checkpoints, and {type(other).__name__} saves only"
+                        " weights: set its save_weights_only to false (--checkpoint.save_weights_only false)"
                     )
 
 
 def _replaces(kind: type, base: type, name: str) -> bool:
-    """Say whether a class between ``kind`` and ``base`` has a method that does not go on to that of ``base``."""
+    """Return whether a subclass of ``base`` replaces a method without calling it."""
     between = kind.__mro__[: kind.__mro__.index(base)]
     methods = [inspect.unwrap(vars(one)[name]) for one in between if name in vars(one)]
     return any(inspect.isfunction(method) and name not in method.__code__.co_names for method in methods)
 
 
 def examples_in(batch: Any) -> int | None:
-    """Return the length of the first tensor with a dimension in nested mappings and sequences; ``None`` without one."""
+    """Return the length of the first tensor with a dimension in ``batch``.
+
+    Nested mappings and sequences are searched. Without such a tensor the result is ``None``.
+    """
     if isinstance(batch, Tensor):
         return len(batch) if batch.ndim else None
     parts = batch.values() if isinstance(batch, Mapping) else batch

@@ -1,9 +1,8 @@
-"""Cross-entropy of an unembedding without the logits of the whole batch: exact, chunk by chunk over the tokens.
+"""Compute the cross-entropy of an unembedding in chunks of tokens.
 
-Logits and their gradient are the largest tensors of a small language model: tokens times vocabulary, several times
-over. Here a chunk of tokens goes all the way to its loss and to its share of the gradients before the next one begins,
-so that only one chunk's logits are ever there. The gradients are made in the forward pass, as the loss is the last
-thing computed, and nothing is computed twice.
+Logits and their gradient are the largest tensors of a small language model, with tokens times vocabulary entries. Here
+only the logits of one chunk exist at a time. The forward pass computes the loss and the gradients of a chunk before the
+next one, which is possible because the loss is the last operation. Nothing is computed twice, and the result is exact.
 """
 
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 23  # of logits, 32 MiB in float32; fewer make the products of many rows slower
+CHUNK_ELEMENTS = 1 << 23  # logits, 32 MiB in float32; smaller chunks slow the matrix products
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -29,7 +28,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden, weight, targets = ctx.saved_tensors
             return (*_differentiable(hidden, weight, targets, gradient), None, None, None)
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of this cross-entropy were used up by a first backward pass")
+            raise RuntimeError("chunked_cross_entropy allows one backward pass: evaluate the loss again")
         hidden, weight = ctx.gradients
         ctx.gradients = None
         for tensor in (hidden, weight):
@@ -39,7 +38,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _differentiable(hidden: Tensor, weight: Tensor, targets: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The same gradients in operations that can be differentiated again (create_graph), all logits at once."""
+    """Compute the same gradients by differentiable operations.
+
+    This serves create_graph and needs the logits of all tokens.
+    """
     slope = torch.softmax(hidden @ weight.mT, dim=1)
     slope = slope - torch.nn.functional.one_hot(targets.long(), len(weight)).to(slope.dtype)
     slope = slope * (gradient / len(hidden))
@@ -62,7 +64,7 @@ def _forward(
         total -= logs.gather(1, answers).sum()
         if to_hidden is None and to_weight is None:
             continue
-        # The gradient of the logits: probabilities, less one at the answer.
+        # The gradient of the logits is the probabilities minus one at the target.
         slope = logs.exp_()
         slope.scatter_add_(1, answers, slope.new_full(answers.shape, -1.0))
         slope = slope.to(products)
@@ -80,22 +82,22 @@ def _forward(
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, chunk_elements: int = CHUNK_ELEMENTS
 ) -> Tensor:
-    """Return the mean cross-entropy in nats of ``softmax(hidden @ weight.T)`` against ``targets``.
+    """Return the mean cross-entropy in nats of ``softmax(hidden @ weight.T)``.
 
-    Equal to ``F.cross_entropy(F.linear(hidden, weight), targets)`` up to rounding, in loss and gradients; under
-    autocast the products run in its dtype and the softmax in float32, as there. One backward pass is possible.
+    Loss and gradients equal those of ``F.cross_entropy(F.linear(hidden, weight), targets)`` up to rounding. Under
+    autocast the products run in its dtype and the softmax in float32, as there. Only one backward pass is possible.
 
     Args:
         hidden: (tokens, width), at least one token.
-        weight: (vocabulary, width), of the unembedding; it may be tied to an embedding.
+        weight: (vocabulary, width), of the unembedding. It may be tied to an embedding.
         targets: (tokens,), of any integer dtype, in [0, vocabulary).
-        chunk_elements: logits that exist at a time; at least those of one token do.
+        chunk_elements: number of logits in a chunk, which has at least one token.
 
     Returns:
         A scalar in float32 (float64 for float64 weights).
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: the shapes do not match.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or len(hidden) == 0:
         raise ValueError(
@@ -103,7 +105,7 @@ def chunked_cross_entropy(
             f" {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
     if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"there must be one target a token, got {tuple(targets.shape)} for {len(hidden)} tokens")
+        raise ValueError(f"targets must have one entry a token, got {tuple(targets.shape)} for {len(hidden)} tokens")
     chunk = max(1, chunk_elements // len(weight))
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk, torch.is_grad_enabled())
     return loss

@@ -1,26 +1,26 @@
-"""ResNet-18 for images of 32 x 32: torchvision's, with the stem that CIFAR experiments use."""
+"""Adapt torchvision's ResNet-18 to images of 32 x 32."""
 
 from typing import Any
 
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
-# The channels of torchvision's first stage; every other width is a multiple of it.
+# The channels of torchvision's first stage. The other stages have multiples of it.
 _WIDTH = 64
 
 
 class CIFARResNet18(ResNet):
-    """torchvision's ResNet-18 with a 3x3 stem of stride 1, no max-pool, and a width of choice.
+    """Build ResNet-18 with a 3x3 stem of stride 1, no max-pool, and any width.
 
-    Four stages of two blocks each, of ``width``, 2, 4 and 8 times ``width`` channels, with 1x1 projection shortcuts.
-    Every layer is initialised as PyTorch does by default, not as torchvision's ResNet does.
+    Four stages of two blocks have ``width``, 2, 4 and 8 times ``width`` channels, with 1x1 projection shortcuts. Every
+    layer has PyTorch's default initialisation, not that of torchvision's ResNet.
 
     Args:
         classes: number of logits, at least 2.
         width: channels of the first stage, at least 1.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
 
     def __init__(self, classes: int = 10, width: int = 64) -> None:
@@ -39,7 +39,7 @@ class CIFARResNet18(ResNet):
                 module.reset_parameters()
 
     def _make_layer(self, block: Any, planes: int, *args: Any, **options: Any) -> nn.Sequential:
-        # torchvision asks for 64, 128, 256 and 512 planes, whatever the stem gives.
+        # torchvision passes 64, 128, 256 and 512 planes for any stem.
         if planes == _WIDTH:
             self.inplanes = self.width
         return super()._make_layer(block, planes * self.width // _WIDTH, *args, **options)

@@ -1,4 +1,7 @@
-"""The part of a task module that measures: metrics by stage, logged once an epoch, and kept in checkpoints."""
+"""Evaluate a task module and log its metrics once an epoch.
+
+Checkpoints contain the metrics of an unfinished epoch.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,22 +18,23 @@ from modules.metrics import MeanLoss, Metrics, load_metric_state, metric_state
 
 
 class EvaluatedModule(L.LightningModule):
-    """Evaluates and logs; how it is trained is left to a subclass, which updates ``train_metrics`` with every batch.
+    """Evaluate, and log the metrics of every stage.
 
-    A subclass that counts other units than examples says with ``same_units`` whether every example has as many.
+    A subclass implements training and updates ``train_metrics`` with every batch. If its unit is not examples,
+    ``same_units`` states whether every example has equally many units.
     """
 
     same_units = False
 
     def compute_loss(self, batch: Any, metrics: Metrics | None) -> Tensor:
-        """Return the mean loss of ``batch``, a scalar; update ``metrics`` with what was seen, if there are any.
+        """Return the mean loss of ``batch``, a scalar, and update ``metrics``.
 
-        There are none in a second pass, and where a callback probes the loss: nothing is to be logged then.
+        ``metrics`` is ``None`` in a second pass and where a callback probes the loss, so that nothing is logged.
         """
         raise NotImplementedError
 
     def checked_loss(self, batch: Any, metrics: Metrics | None) -> Tensor:
-        """Return what :meth:`compute_loss` does.
+        """Return the result of :meth:`compute_loss`.
 
         Raises:
             TypeError: it is no scalar tensor.
@@ -43,21 +47,26 @@ class EvaluatedModule(L.LightningModule):
         return loss
 
     def batch_size(self, batch: Any) -> int:
-        """Return the number of examples, or other units, in ``batch``: the length of its first tensor.
+        """Return the number of examples, or other units, in ``batch``.
+
+        By default this is the length of its first tensor.
 
         Raises:
-            TypeError: there is no tensor with a dimension in its sequences and mappings.
+            TypeError: its sequences and mappings contain no tensor with a dimension.
         """
         count = examples_in(batch)
         if count is None:
             raise TypeError(
-                f"a batch that is a {type(batch).__name__} does not say how many examples it has: override"
+                f"a batch of type {type(batch).__name__} has no tensor whose length is its number of examples: override"
                 f" batch_size(batch) in {type(self).__name__}"
             )
         return count
 
     def set_metrics(self, metrics: Mapping[str, Metric]) -> None:
-        """Take the task's metrics, by log name; every stage gets its own copies, and the mean loss with them."""
+        """Set the metrics of the task, by log name.
+
+        Every stage gets copies and a mean loss.
+        """
 
         def stage() -> nn.ModuleDict:
             return nn.ModuleDict({"loss": MeanLoss(), **{name: metric.clone() for name, metric in metrics.items()}})
@@ -82,22 +91,24 @@ class EvaluatedModule(L.LightningModule):
         if examples := self.batch_size(batch):
             metrics["loss"].update(self.checked_loss(batch, metrics), examples)
             return
-        # Other processes have all of this batch. A sharded network is gathered from all, so this one runs it too: on
-        # an example of zeros, since few networks take none.
+        # This process has no example of the batch. A sharded network needs the forward pass of every process, so it
+        # runs an example of zeros, because few networks accept an empty batch.
         if self.device_mesh is not None:
             self.compute_loss(apply_to_collection(batch, Tensor, lambda t: t.new_zeros(1, *t.shape[1:])), None)
         metrics["loss"].update(torch.zeros((), device=self.device), 0)
 
     def _log_metrics(self, stage: str, metrics: Metrics, **more: float) -> None:
-        """Log what ``metrics`` have gathered and ``more``, and begin anew; nothing where there was no batch.
+        """Log the values of ``metrics`` and ``more``, and reset the metrics.
+
+        Nothing is logged if there was no batch.
 
         Raises:
             FloatingPointError: the training loss is not finite.
         """
         if not metrics["loss"].update_called:
             return
-        # A metric without updates has no value. Processes leave out the same steps, but not all of them may have had a
-        # part of the batches that were evaluated, and the others wait for all.
+        # A metric without updates has no value. All processes skip the same training steps, but in evaluation some may
+        # have had no example. They must call compute() too, which is a collective.
         alike = stage == "train" or self.trainer.world_size == 1
         none = torch.full((), torch.nan, device=self.device)
         values = {
@@ -110,14 +121,14 @@ class EvaluatedModule(L.LightningModule):
         if trained and not torch.isfinite(values["train/loss"]):
             raise FloatingPointError(
                 f"the training loss is {values['train/loss'].item()} in epoch {self.current_epoch + 1}: lower the"
-                " learning rate, clip the gradient (gradient_clip_val), or look at the data"
+                " learning rate, clip the gradient (gradient_clip_val), or check the data"
             )
         values |= {f"{stage}/{name}": torch.full((), value, device=self.device) for name, value in more.items()}
         self._log_alike(values, prog_bar=True)
 
     def _log_alike(self, values: Mapping[str, Tensor], prog_bar: bool = False) -> None:
-        """Log once in an epoch what every process has come to alike, on its device."""
-        # Lightning warns of values that it does not reduce. The greatest of equal ones is each; a mean may round.
+        """Log once in an epoch values that are equal on every process."""
+        # Lightning warns of values that it does not reduce. The maximum of equal values is exact; their mean may round.
         shared = self.trainer.world_size > 1
         self.log_dict(
             values,
@@ -130,18 +141,18 @@ class EvaluatedModule(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # What the epoch has shown so far: a run that goes on in the middle of it reports the whole of it.
+        # A run resumed in the middle of an epoch then reports the full epoch.
         several = self.trainer.world_size > 1
         checkpoint["train_metrics"] = {name: metric_state(metric, several) for name, metric in self._train_metrics()}
         if several:
-            # Sums of sums depend on their order: as many processes go on from what each had.
-            mine = {name: metric_state(metric, False) for name, metric in self._train_metrics()}
-            checkpoint["train_metric_shares"] = gather_per_rank(self.trainer, mine)
+            # Rounding depends on the order of summation, so as many processes resume from their local sums.
+            local = {name: metric_state(metric, False) for name, metric in self._train_metrics()}
+            checkpoint["train_metric_shares"] = gather_per_rank(self.trainer, local)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = local_share(self.trainer, checkpoint.get("train_metric_shares", []))
         if saved is None:
-            # Of all processes' sums one takes all: the others start from nothing.
+            # Rank 0 takes the sums over all processes; the others start from zero.
             saved = checkpoint["train_metrics"] if self.trainer.is_global_zero else {}
         for name, metric in self._train_metrics():
             if name in saved:

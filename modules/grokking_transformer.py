@@ -1,4 +1,7 @@
-"""The one-block transformer of the grokking experiments (Nanda et al. 2023): no normalisation, learned positions."""
+"""Define the one-block transformer of grokking experiments.
+
+It follows Nanda et al. (2023), with learned positions and without normalisation.
+"""
 
 import math
 
@@ -8,18 +11,18 @@ from torch import Tensor, nn
 
 
 class GrokkingTransformer(nn.Module):
-    """Attention and a ReLU MLP over a few tokens; logits are read at the last position only.
+    """Apply attention and a ReLU MLP to a few tokens.
 
-    The last position attends to every position, so causal masking changes nothing for it, and queries, MLP and logits
-    of the other positions are never computed.
+    Only the last position has logits. It attends to every position, so causal masking would not change it. Queries, MLP
+    and logits of the other positions are never computed.
 
-    Weights are drawn normal with deviation 1/sqrt(width), the unembedding's with 1/sqrt(vocabulary); biases are zero.
+    Weights are normal with deviation 1/sqrt(width), those of the unembedding with 1/sqrt(vocabulary). Biases are zero.
 
     Args:
-        vocabulary: number of tokens, also of logits.
+        vocabulary: number of tokens and of logits.
         context: number of positions.
         width: of the residual stream.
-        heads: number of attention heads; divides ``width``.
+        heads: number of attention heads, a divisor of ``width``.
         mlp_width: of the MLP's hidden layer.
 
     Raises:
@@ -33,7 +36,7 @@ class GrokkingTransformer(nn.Module):
         if width % heads:
             raise ValueError(f"heads must divide width, got heads={heads} and width={width}")
         self.heads = heads
-        # Without torch's own initialisation, which would only use up random numbers.
+        # skip_init saves the random numbers of torch's initialisation.
         self.token_embedding = nn.utils.skip_init(nn.Embedding, vocabulary, width)
         self.position_embedding = nn.utils.skip_init(nn.Embedding, context, width)
         self.query = nn.Parameter(torch.empty(heads, width // heads, width))
@@ -52,11 +55,11 @@ class GrokkingTransformer(nn.Module):
         nn.init.zeros_(self.mlp_out.bias)
 
     def get_output_embeddings(self) -> nn.Module:
-        """Return the module whose weight makes the logits, under the name that transformers gives it."""
+        """Return the unembedding, under the method name of transformers."""
         return self.unembedding
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (batch, context) to the logits of the last position (batch, vocabulary)."""
+        """Map tokens (batch, context) to logits (batch, vocabulary) of the last position."""
         stream = self.token_embedding(tokens) + self.position_embedding.weight
         last = stream[:, -1]
         query = F.linear(last, self.query.flatten(0, 1)).unflatten(-1, (self.heads, -1))

@@ -1,4 +1,7 @@
-"""Query, key and value weights as stacks of one matrix a head, for optimizers that treat each matrix for itself."""
+"""Store query, key and value weights as stacks of one matrix per head.
+
+Optimizers of matrices then treat each head separately.
+"""
 
 from typing import Any
 
@@ -7,10 +10,12 @@ from torch import Tensor, nn
 
 
 class HeadProjection(nn.Module):
-    """A linear map without bias whose weight is (heads, head_dim, width) instead of (heads * head_dim, width).
+    """Apply a linear map whose weight is (heads, head_dim, width).
+
+    It has no bias. The usual shape is (heads * head_dim, width).
 
     Args:
-        linear: whose weight is taken over.
+        linear: provides the weight.
         head_dim: rows of each head.
     """
 
@@ -24,7 +29,10 @@ class HeadProjection(nn.Module):
 
 
 def split_heads(network: Any) -> None:
-    """Replace the query, key and value projections of a Qwen3 of transformers, in place; it computes the same."""
+    """Replace the query, key and value projections of a Qwen3, in place.
+
+    The network of transformers computes the same function.
+    """
     for layer in network.model.layers:
         attention = layer.self_attn
         for name in ("q_proj", "k_proj", "v_proj"):

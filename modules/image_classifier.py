@@ -1,4 +1,7 @@
-"""Images into classes: ResNet-18 under cross-entropy, with per-class accuracy and a confusion matrix at the end."""
+"""Classify images with ResNet-18 under cross-entropy.
+
+Testing adds the accuracy of each class and a confusion matrix.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -15,22 +18,22 @@ from modules.two_pass import TwoPassModule
 
 
 class ImageClassifier(TwoPassModule):
-    """ResNet-18 under cross-entropy, with top-1 and top-5 accuracy.
+    """Train ResNet-18 under cross-entropy, with top-1 and top-5 accuracy.
 
     A batch is (images (batch, 3, height, width) float32, labels (batch,) int64). ``test`` also logs the accuracy of
-    every class and draws the confusion matrix, ``confusion_matrix.png`` in the run folder and in every logger that
-    takes pictures.
+    each class. It draws the confusion matrix to ``confusion_matrix.png`` in the run folder and to every logger that
+    accepts pictures.
 
     Args:
         classes, width: of the network, see :class:`modules.cifar_resnet.CIFARResNet18`.
-        label_smoothing: share of the target spread evenly over all classes, in [0, 1), in training alone.
-        channels_last: keep images, activations and kernels with the channels innermost in memory, where convolutions
-            are faster; results differ by rounding.
-        compile: compile the network with ``torch.compile``, which takes a minute once and saves time on every step.
+        label_smoothing: part of the target that is spread evenly over all classes, in [0, 1), only in training.
+        channels_last: store images, activations and kernels with the channels innermost in memory, which makes
+            convolutions faster. Results differ by rounding.
+        compile: compile the network with ``torch.compile``. This takes a minute once and makes every step faster.
         options: of the training step, see :class:`modules.two_pass.TwoPassModule`.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value is out of range.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class ImageClassifier(TwoPassModule):
         self.confusion = MulticlassConfusionMatrix(classes, validate_args=False)
 
     def configure_model(self) -> None:
-        """Lay the network out in memory and compile it, where that is asked for."""
+        """Apply the memory format, and compile the network if requested."""
         super().configure_model()
         self.network.to(memory_format=self.memory_format)
         if self.compile_network:
@@ -67,10 +70,12 @@ class ImageClassifier(TwoPassModule):
         """Check that the data has as many classes.
 
         Raises:
-            ValueError: it has not.
+            ValueError: the numbers of classes differ.
         """
         if len(self._names()) != self.classes:
-            raise ValueError(f"the model is for {self.classes} classes, the data has {len(self._names())}")
+            raise ValueError(
+                f"the model has {self.classes} classes, the data {len(self._names())}: set model.classes to the latter"
+            )
 
     def _names(self) -> list[str]:
         return list(getattr(self._data(), "classes", self.class_names))
@@ -87,7 +92,7 @@ class ImageClassifier(TwoPassModule):
         self.class_names = checkpoint.get("class_names", self.class_names)
 
     def _logits(self, images: Tensor) -> Tensor:
-        # Images come in float32, also where all of the network is in another precision.
+        # Images are float32 even if the network has another precision.
         dtype = next(self.network.parameters()).dtype
         logits: Tensor = self.network(images.to(dtype, memory_format=self.memory_format))
         return logits
@@ -106,13 +111,13 @@ class ImageClassifier(TwoPassModule):
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing if self.training else 0.0)
 
     def on_test_epoch_end(self) -> None:
-        """Log the accuracy of every class beside the other metrics, and draw the confusion matrix."""
+        """Log the accuracy of each class, and draw the confusion matrix."""
         super().on_test_epoch_end()
         counts = self.confusion.compute()
         self.confusion.reset()
         per_class = counts.diag() / counts.sum(1).clamp(min=1)
         self._log_alike({f"test/accuracy_{name}": value for name, value in zip(self._names(), per_class, strict=True)})
-        folder = self.trainer.log_dir  # here, because it waits for all processes to ask
+        folder = self.trainer.log_dir  # a collective, so it must be called on every process
         if self.trainer.is_global_zero and folder is not None:
             picture = Path(folder) / "confusion_matrix.png"
             draw_confusion_matrix(counts.cpu(), self._names(), picture)
@@ -122,9 +127,10 @@ class ImageClassifier(TwoPassModule):
             print(f"confusion matrix: {picture}")
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> list[str]:
-        """Return one line an image: its number or file, the class and its probability, and whether it is right.
+        """Return one line for each image.
 
-        Without a Trainer they are counted as if all batches were of the size of this one.
+        It has the number or file, the class and its probability, and whether the class is right. Without a Trainer,
+        numbers assume that all batches have the size of this one.
         """
         images, labels = batch
         probabilities = self._logits(images).float().softmax(1)
@@ -143,7 +149,7 @@ class ImageClassifier(TwoPassModule):
 
 
 def draw_confusion_matrix(counts: Tensor, names: list[str], path: Path) -> None:
-    """Draw how often images of each class (rows) were taken for each (columns).
+    """Draw a confusion matrix with labels in rows and predictions in columns.
 
     Args:
         counts: (classes, classes) int64.

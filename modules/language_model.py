@@ -1,4 +1,7 @@
-"""Language modelling with Qwen3 (Yang et al. 2025): each token of a row from those before it."""
+"""Train language models, which predict each token from those before it.
+
+The network is Qwen3 (Yang et al. 2025).
+"""
 
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -16,26 +19,28 @@ from modules.two_pass import TwoPassModule
 
 
 class LanguageModel(TwoPassModule):
-    """transformers' Qwen3, without dropout, under the mean cross-entropy of every token after the first of a row.
+    """Train transformers' Qwen3 without dropout on rows of tokens.
 
-    A batch is (rows (batch, tokens + 1),), of any integer dtype. Loss and perplexity are per token; on a whole text
-    also per word and per byte. Attention is torch's ``scaled_dot_product_attention``.
+    The loss is the mean cross-entropy of all tokens after the first of a row. A batch is (rows (batch, tokens + 1),),
+    of any integer dtype. Loss and perplexity are per token; on a complete text also per word and per byte. Attention is
+    torch's ``scaled_dot_product_attention``.
 
     Args:
-        vocabulary: number of tokens, also of logits.
-        context: the most tokens a prediction is made from.
+        vocabulary: number of tokens and of logits.
+        context: largest number of tokens before a predicted one.
         layers, width: number of blocks, and width of the residual stream.
-        heads, key_value_heads, head_dim: of the attention; ``key_value_heads`` divides ``heads``.
+        heads, key_value_heads, head_dim: of the attention. ``key_value_heads`` divides ``heads``.
         mlp_width: of the MLP's hidden layer.
         rope_theta: base of the rotary position embedding.
-        tied_embeddings: whether embedding and unembedding are one parameter.
-        projections: how the weights of query, key and value are kept: ``"whole"`` as one matrix (heads * head_dim,
-            width) each, ``"per_head"`` as a stack (heads, head_dim, width), of which an optimizer of matrices takes
-            every head's for itself.
-        compile: compile the network with ``torch.compile`` before the first step; texts are drawn without it, since
-            their length changes with every token.
-        temperature, top_k, sample_tokens, sample_seed: of continuations: what logits are divided by (0 takes the
-            likeliest), how many of the likeliest tokens to draw from (``None`` for all), tokens to draw, and the seed.
+        tied_embeddings: whether embedding and unembedding share one parameter.
+        projections: shape of the query, key and value weights. ``"whole"`` is one matrix (heads * head_dim, width)
+            each. ``"per_head"`` is a stack (heads, head_dim, width), in which an optimizer of matrices treats each head
+            separately.
+        compile: compile the network with ``torch.compile`` before the first step. Sampling runs without it, since the
+            length of a text changes with every token.
+        temperature, top_k, sample_tokens, sample_seed: of continuations. Logits are divided by the temperature (0
+            selects the likeliest token), ``top_k`` limits sampling to the likeliest tokens (``None`` for all), then the
+            number of tokens and the seed.
         options: of the training step, see :class:`modules.two_pass.TwoPassModule`.
 
     Raises:
@@ -104,10 +109,10 @@ class LanguageModel(TwoPassModule):
         if projections == "per_head":
             split_heads(self.network)
         self.set_metrics({"perplexity": Perplexity()})
-        self.tokenizer: Any = None  # of tokenizers, where there is no data module to have one
+        self.tokenizer: Any = None  # a tokenizers.Tokenizer, set if no data module provides one
 
     def configure_model(self) -> None:
-        """Shard the network or compile it, where that is asked for.
+        """Shard or compile the network if requested.
 
         Raises:
             ValueError: as :meth:`modules.two_pass.TwoPassModule.configure_model`.
@@ -117,20 +122,22 @@ class LanguageModel(TwoPassModule):
             self.compile_once(self.network.model)
 
     def setup(self, stage: str) -> None:
-        """Check that the data fits the network; where it has whole texts, add the metrics of whole texts.
+        """Check that the data fits the network.
+
+        If the data has complete texts, their metrics are added.
 
         Raises:
-            ValueError: vocabulary or context of the data are others.
+            ValueError: vocabulary or context of the data differ.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
         if data is None:
             return
         for name in ("vocabulary", "context"):
-            mine, theirs = getattr(self, name), getattr(data, name)
-            if mine != theirs:
+            expected, found = getattr(self, name), getattr(data, name)
+            if expected != found:
                 raise ValueError(
-                    f"the model has {name} {mine}, the data {name} {theirs}: give both the same model.{name}"
-                    f" and data.{name}"
+                    f"the model has {name} {expected}, the data {name} {found}: set model.{name} and"
+                    f" data.{name} to one value"
                 )
         if data.protocol == "contiguous":
             sizes = data.description()["splits"]
@@ -147,8 +154,8 @@ class LanguageModel(TwoPassModule):
     def compute_loss(self, batch: tuple[Tensor], metrics: Metrics | None) -> Tensor:
         """Return the mean cross-entropy in nats per token."""
         (rows,) = batch
-        # No mask, since torch's attention is causal by itself. Without this entry transformers searches the positions
-        # for packed texts, which waits for the device in every pass.
+        # No mask is needed, since the attention is causal. Without this entry transformers would search the positions
+        # for packed texts, which synchronises with the device in every pass.
         mask: Any = {"full_attention": None}
         model = self.network.model
         hidden = model(input_ids=rows[:, :-1].long(), attention_mask=mask, use_cache=False).last_hidden_state
@@ -161,7 +168,10 @@ class LanguageModel(TwoPassModule):
         return loss
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the tokenizer, which the data's part of a checkpoint holds, where there will be no data."""
+        """Load the tokenizer from the checkpoint, if no data module provides one.
+
+        The data's part of the checkpoint contains it.
+        """
         super().on_load_checkpoint(checkpoint)
         if is_attached(self):
             return
@@ -171,15 +181,17 @@ class LanguageModel(TwoPassModule):
         self.tokenizer = Tokenizer.from_str(saved[0]) if saved else None
 
     def continue_text(self, tokens: Tensor) -> str:
-        """Return the text of ``tokens`` (1, tokens) and what the network has to follow, by the sampling options.
+        """Return the text of ``tokens`` (1, tokens) and a sampled continuation.
 
         Raises:
-            ValueError: the module was loaded without data, from a checkpoint that holds no tokenizer.
+            ValueError: the module was loaded without data from a checkpoint without a tokenizer.
         """
         data: Any = getattr(self.trainer, "datamodule", None) if is_attached(self) else None
         tokenizer = self.tokenizer if data is None else data.tokens.tokenizer
         if tokenizer is None:
-            raise ValueError("there is no tokenizer: the checkpoint is older than those that hold one; set tokenizer")
+            raise ValueError(
+                "the checkpoint has no tokenizer, since it is too old: set the tokenizer attribute of the module"
+            )
         with torch.compiler.set_stance("force_eager") if self.compile_network else nullcontext():
             drawn = continuation(
                 self.network, tokens, self.sample_tokens, self.context, self.temperature, self.top_k, self.sample_seed

@@ -1,4 +1,4 @@
-"""Metrics of a stage (training, validation, test), and how their state is saved and restored."""
+"""Define the metrics of a stage, and save and restore their state."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,12 +10,15 @@ from torchmetrics import Metric
 
 from experiment.library_internals import set_updates
 
-# A stage's torchmetrics by log name: an nn.ModuleDict, whose values type checkers take for tensors.
+# An nn.ModuleDict of a stage's torchmetrics by log name. Type checkers take its values for tensors.
 Metrics: TypeAlias = Any
 
 
 class MeanLoss(Metric):
-    """Mean over examples that lets NaN through and reads nothing back from the device; torchmetrics' own does both."""
+    """Compute the example-weighted mean loss.
+
+    Unlike torchmetrics.MeanMetric it propagates NaN and never synchronises with the host.
+    """
 
     total: Tensor
     examples: Tensor
@@ -26,17 +29,20 @@ class MeanLoss(Metric):
         self.add_state("examples", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, examples: int) -> None:
-        """Take in the mean ``loss`` of a number of ``examples``."""
+        """Add the mean ``loss`` of a number of ``examples``."""
         self.total += loss * examples
         self.examples += examples
 
     def compute(self) -> Tensor:
-        """Return the mean over all examples so far, NaN where there are none."""
+        """Return the mean over all examples so far, or NaN without any."""
         return self.total / self.examples
 
 
 class Perplexity(MeanLoss):
-    """``exp`` of the mean loss over tokens, as torchmetrics' own, which wants the logits of all of them."""
+    """Compute ``exp`` of the mean loss over tokens.
+
+    Unlike torchmetrics.text.Perplexity it needs no logits.
+    """
 
     def compute(self) -> Tensor:
         """Return the perplexity per token so far."""
@@ -44,11 +50,13 @@ class Perplexity(MeanLoss):
 
 
 class _PerText(MeanLoss):
-    """A loss summed over a whole text, per unit of that text; NaN unless all its tokens were seen.
+    """Compute a loss summed over a complete text, for each unit of that text.
+
+    The result is NaN unless all tokens were seen.
 
     Args:
-        tokens: that the text has.
-        units: that the text has, words or bytes.
+        tokens: number of tokens in the text.
+        units: number of units in the text, words or bytes.
     """
 
     def __init__(self, tokens: int, units: int) -> None:
@@ -61,7 +69,10 @@ class _PerText(MeanLoss):
 
 
 class WordPerplexity(_PerText):
-    """Perplexity per word of the text, which does not depend on how it was cut into tokens."""
+    """Compute the perplexity per word of the text.
+
+    It does not depend on the tokenizer.
+    """
 
     def compute(self) -> Tensor:
         """Return ``exp(total nats / words)``."""
@@ -69,7 +80,7 @@ class WordPerplexity(_PerText):
 
 
 class BitsPerByte(_PerText):
-    """Bits per byte of the text in UTF-8."""
+    """Compute the bits per byte of the text in UTF-8."""
 
     def compute(self) -> Tensor:
         """Return ``total nats / ln 2 / bytes``."""
@@ -77,7 +88,11 @@ class BitsPerByte(_PerText):
 
 
 def snapshot(metrics: Iterable[Metric]) -> Callable[[], None]:
-    """Keep what ``metrics`` have gathered; calling the result, once, makes them forget what came after."""
+    """Save the state of ``metrics``.
+
+    Returns:
+        A function that restores it, to be called once.
+    """
     kept = [
         (metric, metric.update_count, {name: _copy(value) for name, value in metric.metric_state.items()})
         for metric in metrics
@@ -93,12 +108,15 @@ def snapshot(metrics: Iterable[Metric]) -> Callable[[], None]:
 
 
 def _copy(state: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
-    # The tensors of a list are added to it, and never changed.
+    # Metrics append tensors to a list and never change them.
     return list(state) if isinstance(state, list) else state.clone()
 
 
 def metric_state(metric: Metric, shared: bool) -> dict[str, Any]:
-    """Return copies, on the host, of what ``metric`` has gathered, over all processes if ``shared`` by several."""
+    """Return copies, on the host, of the state of ``metric``.
+
+    If ``shared``, the state is reduced over all processes.
+    """
     with metric.sync_context(should_sync=shared):
         values = {
             name: [v.detach().cpu().clone() for v in value] if isinstance(value, list) else value.detach().cpu().clone()
@@ -108,7 +126,7 @@ def metric_state(metric: Metric, shared: bool) -> dict[str, Any]:
 
 
 def load_metric_state(metric: Metric, state: dict[str, Any]) -> None:
-    """Give ``metric`` what :func:`metric_state` returned of it."""
+    """Restore a state returned by :func:`metric_state`."""
     for name, value in state["values"].items():
         moved = [v.to(metric.device) for v in value] if isinstance(value, list) else value.to(metric.device)
         setattr(metric, name, moved)

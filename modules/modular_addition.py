@@ -1,4 +1,7 @@
-"""Modular addition: from x, y and "=" predict (x + y) mod p (Power et al. 2022, "Grokking")."""
+"""Train modular addition, which predicts (x + y) mod p from x, y and "=".
+
+The task is from Power et al. 2022, "Grokking".
+"""
 
 from typing import Any
 
@@ -12,12 +15,12 @@ from modules.two_pass import TwoPassModule
 
 
 class ModularAddition(TwoPassModule):
-    """The grokking transformer under cross-entropy, with accuracy.
+    """Train the grokking transformer under cross-entropy, with accuracy.
 
     A batch is (tokens (batch, 3), answers (batch,)), both int64.
 
     Args:
-        p: the modulus; the vocabulary is p numbers and the token "=".
+        p: the modulus. The vocabulary is p numbers and the token "=".
         width, heads, mlp_width: of the network, see :class:`modules.grokking_transformer.GrokkingTransformer`.
         options: of the training step, see :class:`modules.two_pass.TwoPassModule`.
     """
@@ -29,14 +32,14 @@ class ModularAddition(TwoPassModule):
         self.set_metrics({"accuracy": MulticlassAccuracy(p + 1, average="micro", validate_args=False)})
 
     def setup(self, stage: str) -> None:
-        """Check that the data is of the same modulus.
+        """Check that the data has the same modulus.
 
         Raises:
-            ValueError: it is not.
+            ValueError: the moduli differ.
         """
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and data.p != self.p:
-            raise ValueError(f"the model is for p = {self.p}, the data for p = {data.p}: give both the same p")
+            raise ValueError(f"the model has p = {self.p}, the data p = {data.p}: set model.p and data.p to one value")
 
     def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Metrics | None) -> Tensor:
         """Return the mean cross-entropy in nats."""
@@ -47,7 +50,10 @@ class ModularAddition(TwoPassModule):
         return F.cross_entropy(logits, answers)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> list[str]:
-        """Return one line a question: the sum, the network's answer, and whether it is right."""
+        """Return one line for each question.
+
+        It has the sum, the network's answer, and whether that is right.
+        """
         tokens, answers = batch
         lines = []
         for (x, y, _), guess, answer in zip(

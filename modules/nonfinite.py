@@ -1,4 +1,7 @@
-"""Losses and gradients that are not finite: one look a step at all of them, and a sentence that names the first."""
+"""Find losses and gradients that are not finite.
+
+One reduction per step checks all of them. An error message names the first.
+"""
 
 import functools
 import math
@@ -14,14 +17,14 @@ from ars2.replay import Buffers
 from ars2.sharded import local
 from experiment.library_internals import sparse_values
 
-# Fifteen skipped steps below a scale of one: no scale makes these gradients finite.
+# Each skipped step halves the scale. If 2^-15 is not enough, no scale makes the gradients finite.
 SMALLEST_SCALE = 2.0**-15
 
 
 def gradients_of(optimizer: Optimizer) -> dict[Tensor, Tensor]:
-    """Return the gradients that the optimizer would update from, by parameter, as dense tensors of any strides.
+    """Return the gradients of the update by parameter, as dense tensors.
 
-    Of sharded ones it is what this process holds, of sparse ones their values; an empty one is left out.
+    Sharded gradients are local rows, sparse ones their values. Empty gradients are left out.
     """
     params = (param for group in optimizer.param_groups for param in group["params"])
     found = {p: sparse_values(p.grad) if p.grad.is_sparse else local(p.grad) for p in params if p.grad is not None}
@@ -29,14 +32,17 @@ def gradients_of(optimizer: Optimizer) -> dict[Tensor, Tensor]:
 
 
 def all_finite(losses: Sequence[Tensor], gradients: list[Tensor]) -> Tensor:
-    """Return whether every loss and every gradient is finite, a tensor on their device, which is not read.
+    """Return whether every loss and gradient is finite, as a tensor.
 
-    The gradients are looked at through their norms, which costs a small part of the update and needs one fused kernel.
-    A gradient whose square overflows counts as not finite: it would make a second moment infinite for good.
+    Gradients are checked through their norms, which needs one fused kernel and a small part of the time of the update.
+    A gradient whose square overflows counts as not finite, since it would make a second moment infinite for good.
 
     Args:
         losses: scalars.
-        gradients: of any shapes, on one device with the losses.
+        gradients: of any shapes, on the device of the losses.
+
+    Returns:
+        A boolean scalar on that device, without synchronising.
     """
     dtypes = (tensor.dtype for tensor in (*losses, *gradients))
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
@@ -48,11 +54,11 @@ def all_finite(losses: Sequence[Tensor], gradients: list[Tensor]) -> Tensor:
 def describe(
     network: nn.Module, passes: Iterable[tuple[str, Sequence[Tensor], Mapping[Tensor, Tensor]]], where: str
 ) -> str:
-    """Return the sentence on the first thing that is not finite.
+    """Return an error message on the first value that is not finite.
 
     Args:
-        network: whose parameters are named.
-        passes: of each pass, in their order, its name, its losses and its gradients by parameter.
+        network: the network with the named parameters.
+        passes: name, losses, and gradients by parameter of each pass, in order.
         where: the step and epoch.
     """
     for name, losses, gradients in passes:
@@ -63,9 +69,9 @@ def describe(
         if found:
             return (
                 f"{where}, {name} pass: {' and '.join(found)}; the step was not made: lower the learning rate, clip"
-                " the gradient (gradient_clip_val), look at the data, or leave such steps out (nonfinite: skip)"
+                " the gradient (gradient_clip_val), check the data, or skip such steps (nonfinite: skip)"
             )
-    return f"{where}: a loss or gradient of another process is not finite; the step was not made"
+    return f"{where}: a loss or gradient of another process is not finite; the step was not made: see its message"
 
 
 def _also(others: int) -> str:
@@ -73,24 +79,30 @@ def _also(others: int) -> str:
 
 
 def lower_scale(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
-    """Let ``scaler`` see this step's gradients as they are known to be; say whether no scale makes them finite."""
+    """Update ``scaler`` as after an overflow.
+
+    Returns:
+        Whether no scale makes the gradients finite.
+    """
     gradients = gradients_of(optimizer)
     if not gradients:
         return False
-    # One of another process or of the first pass may be the one that is not finite.
+    # Only a gradient of another process or of the first pass may be infinite, so make one here infinite too.
     gradient = next(iter(gradients.values()))
     gradient[(0,) * gradient.ndim] = math.inf  # in place, whatever its strides
-    # Not through the optimizer's step: nobody is to take this for one.
+    # Without scaler.step(), so that no hook counts an optimizer step.
     scaler.unscale_(optimizer)
     scaler.update()
     return scaler.get_scale() < SMALLEST_SCALE
 
 
 class StepRecord:
-    """What tells of one optimizer step that it was not finite, and why; and what the step must give back then.
+    """Record the losses and buffers of one optimizer step.
+
+    They show whether and why a step is not finite, and undo its changes.
 
     Attributes:
-        losses: of the first and of the second pass, one a batch, scalars.
+        losses: scalars of the first and of the second pass, one for each batch.
     """
 
     losses: tuple[list[Tensor], list[Tensor]]
@@ -100,23 +112,29 @@ class StepRecord:
         self._buffers_between: Buffers | None = None
 
     def begin(self, network: nn.Module) -> None:
-        """Forget the last step; ``network`` is the same each time, on the device where it is trained."""
+        """Start a new step.
+
+        ``network`` is the same each time, on the device where it is trained.
+        """
         self.losses = [], []
         self._buffers = self._buffers or Buffers(network)
         self._buffers.save()
 
     def frozen_statistics(self, network: nn.Module) -> AbstractContextManager[None]:
-        """Leave the buffers of ``network``, such as running statistics, alone in a block: that of the second pass."""
+        """Leave the buffers of ``network`` unchanged in a block.
+
+        The block is the second pass; buffers include running statistics.
+        """
         self._buffers_between = self._buffers_between or Buffers(network)
         return self._buffers_between.unchanged()
 
     def restore_batchnorm(self) -> None:
-        """Make the buffers, such as running statistics, what they were when the step began."""
+        """Restore all buffers, such as running statistics, to the start of the step."""
         if self._buffers is not None:
             self._buffers.restore()
 
     def is_finite(self, optimizer: Any) -> Tensor:
-        """Look, once a step and before anything is updated, at the losses and gradients of both passes.
+        """Check the losses and gradients of both passes, once before the update.
 
         Returns:
             A boolean scalar on the device.
@@ -125,12 +143,12 @@ class StepRecord:
         return all_finite([*self.losses[0], *self.losses[1]], gradients)
 
     def describe(self, network: nn.Module, optimizer: Any, where: str) -> str:
-        """Return the sentence of :func:`describe` on this step."""
+        """Return the message of :func:`describe` for this step."""
         gradients, first = gradients_of(optimizer), self._first_gradients(optimizer)
         passes = [("first", self.losses[0], first or gradients), ("second", self.losses[1], gradients)]
         return describe(network, passes[: 1 + bool(first)], where)
 
     def _first_gradients(self, optimizer: Any) -> dict[Tensor, Tensor]:
-        # Without a second pass they may be those of an earlier step, which a scaler skipped.
+        # Without a second pass these may be left from an earlier step that a scaler skipped.
         first: dict[Tensor, Tensor] = getattr(optimizer, "first_gradients", {}) if self.losses[1] else {}
         return {param: local(gradient) for param, gradient in first.items()}

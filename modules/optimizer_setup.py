@@ -1,4 +1,4 @@
-"""From a network and a config to an optimizer with its parameter groups, and to a scheduler."""
+"""Build the optimizer with its parameter groups, and the scheduler."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,10 +19,12 @@ def build_optimizer(
     matrix: Mapping[str, Any] | None,
     vector: Mapping[str, Any] | None,
 ) -> Optimizer:
-    """Return the optimizer over the network's groups, ``matrix`` and ``vector`` being options of one track alone.
+    """Return the optimizer of the network's parameter groups.
+
+    ``matrix`` and ``vector`` are options of one track.
 
     Raises:
-        ValueError: one of these is an option that the optimizer does not have.
+        ValueError: the optimizer lacks one of these options.
     """
     groups: Iterable[Any] = param_groups(network, policy, matrix, vector)
     optimizer = make_optimizer(groups)
@@ -36,9 +38,9 @@ def build_scheduler(optimizer: Optimizer, make_scheduler: LRSchedulerCallable) -
     """Return the scheduler.
 
     Raises:
-        ValueError: it is one that watches a metric.
+        ValueError: the scheduler needs a metric.
     """
     scheduler = make_scheduler(optimizer)
     if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError("ReduceLROnPlateau needs a metric to watch, which is not supported: name another scheduler")
+        raise ValueError("ReduceLROnPlateau needs a metric, which is not supported: use another scheduler")
     return scheduler

@@ -1,4 +1,4 @@
-"""Going on from a text: tokens drawn one after the other from a language model."""
+"""Sample continuations of a text from a language model."""
 
 from typing import Any
 
@@ -10,22 +10,22 @@ from torch import Tensor
 def continuation(
     network: Any, tokens: Tensor, length: int, context: int, temperature: float, top_k: int | None, seed: int
 ) -> Tensor:
-    """Draw ``length`` tokens that follow ``tokens``.
+    """Sample ``length`` tokens that follow ``tokens``.
 
-    Draws use random numbers of their own, so the same call returns the same tokens, and training goes on as if it had
-    not been made.
+    A separate generator makes the draws, so the same call returns the same tokens, and the random numbers of training
+    do not change.
 
     Args:
         network: a causal language model of transformers.
         tokens: (1, tokens), any integer dtype.
-        length: number of tokens to draw.
-        context: the most tokens the network sees; of a longer text it sees the last ones.
-        temperature: by which logits are divided; 0 takes the likeliest token each time.
-        top_k: draw from the that many likeliest tokens; ``None`` from all.
+        length: number of tokens to sample.
+        context: largest number of tokens that the network sees, the last ones of a longer text.
+        temperature: divisor of the logits; 0 selects the likeliest token each time.
+        top_k: sample from this many likeliest tokens; ``None`` from all.
         seed: of the draws.
 
     Returns:
-        The drawn tokens (length,), int64.
+        The sampled tokens (length,), int64.
     """
     generator = torch.Generator().manual_seed(seed)
     text = tokens.long()

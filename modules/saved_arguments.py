@@ -1,4 +1,7 @@
-"""The arguments that a module was made with, in its checkpoints: what load_from_checkpoint() makes it of again."""
+"""Save the arguments of a module in its checkpoints.
+
+load_from_checkpoint() makes the module from them.
+"""
 
 import inspect
 from collections.abc import Mapping
@@ -9,10 +12,10 @@ from torch import Tensor, nn
 
 
 def arguments_of(module: nn.Module, frame: FrameType | None) -> dict[str, Any]:
-    """Return the arguments of the outermost ``__init__`` of ``module`` that is under way, if they are plain values.
+    """Return the plain arguments of the outermost running ``__init__`` of ``module``.
 
-    Others, such as a function that makes an optimizer, are not for a checkpoint that is read without running code. Of
-    these ``optimizer`` becomes ``None``: a module can be evaluated without one.
+    Other arguments, such as a function that makes an optimizer, cannot be loaded without running code, and are left
+    out. ``optimizer`` becomes ``None``, since a module can be evaluated without one.
 
     Args:
         module: under construction.
@@ -30,7 +33,10 @@ def arguments_of(module: nn.Module, frame: FrameType | None) -> dict[str, Any]:
 
 
 def is_plain(value: Any) -> bool:
-    """Say whether ``value`` is made of numbers, texts, lists, tuples and dictionaries alone."""
+    """Return whether ``value`` consists only of plain values.
+
+    These are numbers, strings, None, lists, tuples and dictionaries.
+    """
     if type(value) in (list, tuple):
         return all(map(is_plain, value))
     if type(value) is dict:
@@ -39,18 +45,18 @@ def is_plain(value: Any) -> bool:
 
 
 def check_same_network(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Check that ``module`` is made of the tensors of ``state``.
+    """Check that ``module`` has the tensors of ``state``.
 
     Raises:
-        ValueError: it is not.
+        ValueError: names or shapes differ.
     """
-    here, there = (
+    actual, saved = (
         {name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (module.state_dict(), state)
     )
-    for name in {**there, **here}:
-        if here.get(name) != there.get(name):
+    for name in {**saved, **actual}:
+        if actual.get(name) != saved.get(name):
             raise ValueError(
-                f"{name} is {there.get(name, 'not there')} in the checkpoint and {here.get(name, 'not there')} in the"
-                f" {type(module).__name__} that was made for it: give load_from_checkpoint() the arguments of the run's"
-                " config.yaml, such as width=8, if the checkpoint is older than those that hold them"
+                f"{name} is {saved.get(name, 'missing')} in the checkpoint and {actual.get(name, 'missing')} in the"
+                f" {type(module).__name__} made for it: pass load_from_checkpoint() the arguments in the run's"
+                " config.yaml, such as width=8, if the checkpoint is too old to have them"
             )

@@ -1,4 +1,4 @@
-"""A network's parameters dealt out over processes by their first dimension (FSDP2), and gathered block by block."""
+"""Shard a network's parameters over processes with FSDP2."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,7 +9,10 @@ from experiment.library_internals import NormBase
 
 
 def blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """Yield the parts that a network is a list of: the members of its outermost ModuleList's and Sequential's."""
+    """Yield the blocks of a network.
+
+    They are the members of its outermost ModuleList and Sequential modules.
+    """
     for child in network.children():
         if isinstance(child, (nn.ModuleList, nn.Sequential)):
             yield from (member for member in child if any(True for _ in member.parameters()))
@@ -18,18 +21,18 @@ def blocks(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def shard(module: nn.Module, methods: Sequence[str], mesh: Any) -> None:
-    """Shard the parameters of ``module`` over the processes of ``mesh``, in place; a second call does nothing.
+    """Shard the parameters of ``module`` over the processes of ``mesh``, in place.
 
-    Each block of it is gathered when it is its turn, and what is in no block while one of ``methods`` runs. Parameters
-    are then DTensors, and so are their gradients.
+    A second call does nothing. Each block is gathered when it runs. Parameters outside of blocks are gathered while one
+    of ``methods`` runs. Parameters and their gradients become DTensors.
 
     Args:
-        module: all of whose parameters are trained.
-        methods: of ``module``, by name, through which alone its parameters are used.
+        module: all its parameters are trained.
+        methods: names of the methods of ``module`` that use its parameters.
         mesh: of the strategy, with dimensions ``data_parallel`` and ``tensor_parallel``.
 
     Raises:
-        ValueError: the mesh is tensor-parallel, or there is a BatchNorm, which would see its process' examples alone.
+        ValueError: the mesh is tensor-parallel, or a BatchNorm would see only the examples of its process.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
@@ -42,7 +45,7 @@ def shard(module: nn.Module, methods: Sequence[str], mesh: Any) -> None:
         )
     if any(isinstance(part, NormBase) and part.track_running_stats for part in module.modules()):
         raise ValueError(
-            "a network with BatchNorm cannot be sharded: every process would normalise by its own part of the batch;"
+            "a network with BatchNorm cannot be sharded: every process would normalise by its part of the batch:"
             " use strategy ddp with sync_batchnorm"
         )
     for part in (*blocks(module), module):

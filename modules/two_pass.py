@@ -1,8 +1,8 @@
-"""One training step for every optimizer: a gradient, a second one where the optimizer wants it, one update.
+"""Train any optimizer, with a second pass where it requests one.
 
-Knows nothing of any task and names no optimizer. Both passes see the same batches and the same random numbers;
-buffers (BatchNorm's statistics) and the reported loss come from the first one alone. What is measured is in
-:mod:`modules.evaluation`, what must not be taken in in :mod:`modules.nonfinite`.
+The training step evaluates the gradient once or twice and updates once. It knows neither the task nor the optimizer.
+Both passes use the same batches and random numbers. Buffers (BatchNorm's statistics) and the reported loss come from
+the first pass. :mod:`modules.evaluation` logs metrics, and :mod:`modules.nonfinite` finds steps that must be skipped.
 """
 
 import inspect
@@ -29,51 +29,53 @@ from modules.optimizer_setup import build_optimizer, build_scheduler
 from modules.saved_arguments import arguments_of, check_same_network, is_plain
 from modules.sharding import shard
 
-# An epoch that ends with so many steps left out in a row ends the run: nothing is learnt any more.
+# An epoch that ends with this many skipped steps in a row ends the run, because the model no longer learns.
 MOST_SKIPPED = 100
 
 
 class TwoPassModule(EvaluatedModule):
-    """Base of the task modules: manual optimization, schedulers, clipping and accumulation.
+    """Provide a base for task modules with manual optimization.
 
-    A task module sets ``self.network``, calls :meth:`set_metrics`, and implements :meth:`compute_loss`. An optimizer
-    that has the parts of a two-pass step (``wants_second_pass``, ``perturb``, ``restore``) is driven through them; any
-    other gets one pass. Where it also has ``never_two_pass``, ``always_two_pass`` or ``decides_alike``, see
-    :class:`ars2.two_pass.TwoPassOptimizer`, batches are not kept, and processes need not vote on second passes.
+    It implements schedulers, clipping and accumulation. A task module sets ``self.network``, calls :meth:`set_metrics`,
+    and implements :meth:`compute_loss`. An optimizer with the parts of a two-pass step (``wants_second_pass``,
+    ``perturb``, ``restore``) is driven through them; any other makes one pass. The optional attributes
+    ``never_two_pass``, ``always_two_pass`` and ``decides_alike``, see :class:`ars2.two_pass.TwoPassOptimizer`, save
+    stored batches and exchanges.
 
     Args:
-        optimizer: takes parameter groups, returns the optimizer; ``None``, which ``load_from_checkpoint()`` gives if it
-            is given none, makes a module that can be evaluated and not trained.
-        scheduler: takes the optimizer, returns a learning-rate scheduler.
+        optimizer: takes parameter groups and returns the optimizer. With ``None``, the default of
+            ``load_from_checkpoint()``, the module can be evaluated but not trained.
+        scheduler: takes the optimizer and returns a learning-rate scheduler.
         scheduler_interval: whether the scheduler is stepped after every ``"epoch"`` or every ``"step"`` (update).
-        policy: which parameters are matrices, see :func:`ars2.param_groups`; every optimizer gets these groups.
-        matrix, vector: options for the groups of that track alone, such as ``{"weight_decay": 0.0}``.
-        gradient_clip_val: limit on the gradient that updates; ``None`` does not clip.
+        policy: which parameters are matrices, see :func:`ars2.param_groups`. Every optimizer gets these groups.
+        matrix, vector: options for the groups of that track, such as ``{"weight_decay": 0.0}``.
+        gradient_clip_val: limit of the gradient in the update. ``None`` does not clip.
         gradient_clip_algorithm: ``"norm"`` (global) or ``"value"`` (elementwise).
-        accumulate_grad_batches: batches to an update, in both passes; the last window of an epoch may be shorter, its
-            losses are divided by the same number (as Lightning does it). Several processes exchange gradients once a
-            window and pass; until then each has a whole gradient, also of a sharded network.
-        clip_first_pass: whether the first gradient of a step that looks twice is clipped too, to the same limit.
-        nonfinite: what comes of a step whose loss or gradient is not finite, in either pass. It is never made; with
-            ``"stop"`` the run ends with a sentence that names step, pass and parameter, with ``"skip"`` it goes on with
-            the next batch. Under a gradient scaler such steps are part of finding the scale: they are skipped and the
-            scale lowered, and ``"stop"`` ends the run only when the scale has become useless. Skipped steps are counted
-            in ``train/skipped_steps``; they are no optimizer steps, no scheduler counts them, and no metric of the
-            epoch has their batches. An epoch of nothing else is logged as NaN; one that ends with 100 of them in a row
+        accumulate_grad_batches: batches in an update, in both passes. The last window of an epoch may be shorter; its
+            losses are divided by the same number, as in Lightning. Several processes exchange gradients once for each
+            window and pass. Until then each has a full gradient, even of a sharded network.
+        clip_first_pass: whether the first gradient of a two-pass step is clipped too, with the same limit.
+        nonfinite: reaction to a loss or gradient, of either pass, that is not finite. Such a step is never made.
+            ``"stop"`` ends the run with an error that names step, pass and parameter; ``"skip"`` continues with the
+            next batch. A gradient scaler needs such steps to find its scale: they are skipped and the scale is lowered,
+            and ``"stop"`` ends the run only when the scale has become useless. ``train/skipped_steps`` counts skipped
+            steps. They are no optimizer steps, schedulers do not count them, and the metrics of the epoch exclude their
+            batches. An epoch with only skipped steps is logged as NaN. An epoch that ends with 100 of them in a row
             ends the run.
-        local_first_pass: over several processes, whether each takes its adversarial point from its own part of the
-            batch where every step looks twice (m-sharpness, Foret et al. 2021): one all-reduce of the gradient fewer.
-        gather: over several processes, whether orthogonal directions are exchanged ``"exact"`` or in ``"bfloat16"``,
-            see :meth:`ars2.tracked.TrackedOptimizer.distribute`.
+        local_first_pass: whether each of several processes computes the adversarial point from its part of the batch,
+            if every step is a two-pass step (m-sharpness, Foret et al. 2021). This saves one all-reduce of the
+            gradient.
+        gather: whether several processes exchange orthogonal directions ``"exact"`` or in ``"bfloat16"``, see
+            :meth:`ars2.tracked.TrackedOptimizer.distribute`.
 
     Raises:
         ValueError: ``accumulate_grad_batches`` below 1 or ``gradient_clip_val`` not above 0.
     """
 
     network: nn.Module
-    # Methods beside compute_loss() that use the network's parameters: a sharded network is gathered for them.
+    # Other methods that use the network's parameters. A sharded network is gathered for them as for compute_loss().
     uses_parameters: tuple[str, ...] = ("predict_step",)
-    unit = "examples"  # what batch_size() counts, and losses are means over
+    unit = "examples"  # the unit of batch_size() and of mean losses
 
     def __init__(
         self,
@@ -109,32 +111,34 @@ class TwoPassModule(EvaluatedModule):
         self.clip_first_pass, self.nonfinite = clip_first_pass, nonfinite
         self.local_first_pass, self.gather = local_first_pass, gather
         self.gradient_evaluations = self.skipped_steps = self._skipped_in_a_row = 0
-        # Why training cannot go on, from the step that found it until the batch's end, when it is raised.
+        # The error that ends training. It is raised at the end of the batch, after callbacks could save a checkpoint.
         self.fatal_error: str | None = None
-        # Whether this process is to stop, and whether any was at the last update; None where there is no other.
+        # Whether this process was asked to stop, and whether any was at the last update. None with a single process.
         self.stop_asked = False
         self.stop_agreed: bool | None = None
         self._resumed_optimizer: str | None = None
-        # Of the window so far, and what a second pass needs of them.
+        # The number of batches in the open window, and those to repeat in a second pass with weights and random states
         self._batches_so_far = 0
         self._window: list[tuple[Any, Tensor | float, Callable[[], None]]] = []
         self._record = StepRecord()
         self._is_second_pass = False
         self._restore_metrics: Callable[[], None] = lambda: None
         self._has_exchanged = False
-        self._is_elsewhere = False  # where its optimizer trains and is not to be evaluated
+        self._is_elsewhere = False  # whether a schedule-free optimizer is at its training parameters
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **arguments: Any) -> Self:
-        """Return the module of a checkpoint, which evaluates and predicts without a Trainer, as Lightning does.
+        """Return the module of a checkpoint, as Lightning does.
+
+        It can evaluate and predict without a Trainer.
 
         Args:
             checkpoint_path: of the file.
-            args: as Lightning's.
-            arguments: as Lightning's, and those of the module, before the ones in the file.
+            args: as in Lightning.
+            arguments: as in Lightning, and arguments of the module, which replace those in the file.
 
         Raises:
-            ValueError: the file does not hold what the module is made with, or another network.
+            ValueError: the file lacks an argument of the module, or is of another network.
         """
         try:
             return super().load_from_checkpoint(checkpoint_path, *args, **arguments)
@@ -143,36 +147,42 @@ class TwoPassModule(EvaluatedModule):
                 raise
             missing = str(error).rpartition(": ")[2]
             raise ValueError(
-                f"{checkpoint_path} does not hold what {cls.__name__} needs ({missing}): give load_from_checkpoint()"
-                " these arguments too; of a checkpoint older than those that hold any, give optimizer=None and the"
-                " arguments of the network in the run's config.yaml, such as width=8"
+                f"{checkpoint_path} lacks arguments of {cls.__name__} ({missing}): pass them to load_from_checkpoint()."
+                " For an old checkpoint without arguments, pass optimizer=None and the arguments of the network in the"
+                " run's config.yaml, such as width=8"
             ) from error
 
     def configure_model(self) -> None:
-        """Shard the network over the processes where that is the strategy's (ModelParallelStrategy).
+        """Shard the network over the processes under ModelParallelStrategy.
 
         Raises:
-            ValueError: a network or a choice of options that cannot be sharded.
+            ValueError: the network or the options do not allow sharding.
         """
         if self.device_mesh is None:
             return
         if self.local_first_pass:
             raise ValueError(
-                "local_first_pass needs whole gradients on every process, which a sharded network has not: use"
-                " strategy ddp, or set local_first_pass to false"
+                "local_first_pass does not support a sharded network: use strategy ddp, or set local_first_pass to"
+                " false"
             )
-        # The module, not the network: a loss may use parts of the network in its own way.
+        # Shard the module, because a loss may call submodules of the network directly.
         shard(self, ("compute_loss", *self.uses_parameters), self.device_mesh)
 
     @staticmethod
     def compile_once(network: nn.Module) -> None:
-        """Compile ``network`` in place, unless it is; a wrapper would change the names of the parameters."""
+        """Compile ``network`` in place, unless it is compiled already.
+
+        A wrapper would change the names of the parameters.
+        """
         if not is_compiled(network):
             network.compile()
 
     @property
     def between_steps(self) -> bool:
-        """Whether no window of batches is open: only then does a checkpoint hold everything that training needs."""
+        """Return whether no window of batches is open.
+
+        Only then a checkpoint contains everything that training needs.
+        """
         return self._batches_so_far == 0
 
     def _close_window(self) -> None:
@@ -185,9 +195,13 @@ class TwoPassModule(EvaluatedModule):
         return scaler
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
-        """Make the passes of one batch and, when its window is full, the update; returns the first pass's loss."""
+        """Make the passes of one batch, and the update when its window is full.
+
+        Returns:
+            The loss of the first pass.
+        """
         wrapped: Any = self.optimizers()
-        # The wrapper's class inherits from the optimizer's: only step() may be called on it.
+        # Only step() may be called on Lightning's wrapper. Its other methods would act on the wrapper itself.
         optimizer = wrapped.optimizer
         two_pass = hasattr(optimizer, "wants_second_pass")
         if self.between_steps:
@@ -225,7 +239,10 @@ class TwoPassModule(EvaluatedModule):
         return loss.detach()
 
     def log(self, *args: Any, **options: Any) -> None:
-        """Log as Lightning does, but nothing that a second pass says: values are the first one's."""
+        """Log as Lightning does, but nothing from a second pass.
+
+        Logged values are those of the first pass.
+        """
         if not self._is_second_pass:
             super().log(*args, **options)
 
@@ -246,13 +263,16 @@ class TwoPassModule(EvaluatedModule):
             after()
 
     def _backward(self, loss: Tensor, sync: bool) -> None:
-        """Add the gradient of one batch of a window; only if ``sync``, exchange that of the window so far."""
+        """Add the gradient of one batch of a window.
+
+        The gradient of the window so far is exchanged only if ``sync``.
+        """
         strategy: Any = self.trainer.strategy
         if self.device_mesh is not None:
             module: Any = self  # an FSDPModule by now
             module.set_requires_gradient_sync(sync)
         blocked = not sync and isinstance(strategy, DDPStrategy)
-        # DDP learns a static graph in its first backward pass, which fails without the exchange.
+        # DDP records a static graph in its first backward pass, which fails without the exchange.
         blocked = blocked and (self._has_exchanged or not strategy.model.static_graph)
         self._has_exchanged = True
         with strategy.block_backward_sync() if blocked else nullcontext():
@@ -262,63 +282,69 @@ class TwoPassModule(EvaluatedModule):
         wanted: bool = optimizer.wants_second_pass(scale)
         if getattr(optimizer, "decides_alike", False):
             return wanted
-        # One rank's wish is everybody's: ranks that disagree would wait for each other forever.
+        # All ranks must agree, or the next collective deadlocks.
         return self.trainer.strategy.reduce_boolean_decision(wanted, all=False)
 
     def _agree(self, finite: Tensor) -> bool:
-        """Return whether the step is finite on all processes; they also learn whether any was asked to stop.
+        """Return whether the step is finite on all processes.
 
-        One reduction, and one reading of the device.
+        The same reduction reports whether any was asked to stop. The device is read once.
         """
         if self.trainer.world_size == 1:
             return bool(finite)
-        # Filled on the device: a tensor made from a Python number is sent there, and waited for.
+        # torch.full fills on the device. torch.tensor would copy from the host and synchronise.
         flags = torch.full((2,), float(self.stop_asked), device=finite.device)
         flags[0] = ~finite
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        spoiled, stop = flags.tolist()
+        nonfinite, stop = flags.tolist()
         self.stop_agreed = bool(stop)
-        return not spoiled
+        return not nonfinite
 
     def _weight(self, batch: Any) -> Tensor | float:
-        """Return what makes the mean over processes of their mean losses the mean over the whole batch.
+        """Return the weight of this process' mean loss in the mean over the batch.
 
-        That is 1 where all have equally many examples, and always for one process. The processes ask each other only
-        where their loader does not say it.
+        It is 1 where all processes have equally many examples. The processes exchange their counts only if the loader
+        does not provide the weight.
         """
         if self.trainer.world_size == 1:
             return 1.0
         loader: Any = self.trainer.train_dataloader
         if self.same_units or type(self).batch_size is EvaluatedModule.batch_size:
             if isinstance(getattr(loader, "sampler", None), DistributedSampler):
-                return 1.0  # it fills up the last share
+                return 1.0  # it pads the last share
             if hasattr(loader, "share_weight"):
                 return float(loader.share_weight)
-        mine = torch.full((), float(self.batch_size(batch)), device=self.device)
-        mean = mine.clone()
-        torch.distributed.all_reduce(mean)
-        return mine * self.trainer.world_size / mean
+        count = torch.full((), float(self.batch_size(batch)), device=self.device)
+        total = count.clone()
+        torch.distributed.all_reduce(total)
+        return count * self.trainer.world_size / total
 
     def _skip_step(self, optimizer: Any) -> None:
-        """Go on as if the step's batches had not been, and say so where the run is to stop for it."""
+        """Undo the effects of the step's batches, and record a fatal error if any.
+
+        Training then continues as without these batches.
+        """
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         self._record.restore_batchnorm()
         self._restore_metrics()
-        # An epoch that had nothing else has a mean all the same, over no examples.
+        # So that an epoch with only skipped steps has a mean, over no examples.
         self.train_metrics["loss"].update(torch.zeros((), device=self.device), 0)
-        # Under a scaler the scale may be what is wrong.
-        hopeless = self._scaler is None or lower_scale(self._scaler, optimizer)
-        if hopeless and self.nonfinite == "stop":
+        # With a scaler, the scale may be the cause.
+        scale_is_useless = self._scaler is None or lower_scale(self._scaler, optimizer)
+        if scale_is_useless and self.nonfinite == "stop":
             where = f"step {self.trainer.global_step + 1} in epoch {self.current_epoch + 1}"
             self.fatal_error = self._record.describe(self.network, optimizer, where)
 
     def on_fit_start(self) -> None:
-        # Where it replaces configure_optimizers(), nothing has looked before.
+        # A subclass that replaces configure_optimizers() has not been checked yet.
         check_complete(self, TwoPassModule)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip the gradient that updates; by now a gradient scaler has unscaled it."""
+        """Clip the gradient of the update.
+
+        A gradient scaler has unscaled it by now.
+        """
         if self.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 
@@ -328,16 +354,19 @@ class TwoPassModule(EvaluatedModule):
             scheduler.step()
 
     def on_train_epoch_start(self) -> None:
-        """Train every epoch on the first one's batches where the trainer is to overfit a few (overfit_batches)."""
-        # Lightning turns off shuffling in torch's DataLoader alone.
+        """Use the batches of the first epoch in every epoch under overfit_batches.
+
+        Lightning disables shuffling only in torch's DataLoader.
+        """
+        # Other loaders than torch's get the epoch number instead.
         sampler: Any = getattr(getattr(self.trainer.train_dataloader, "batch_sampler", None), "sampler", None)
         if vars(self.trainer)["overfit_batches"] > 0 and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(0)
 
     def _move_optimizers(self, to: Literal["train", "eval"]) -> None:
-        """Let optimizers that train at other parameters than they are evaluated at go over to one of these.
+        """Switch optimizers between parameters to train and to evaluate.
 
-        Those without a schedule (Defazio et al. 2024) have methods ``train()`` and ``eval()`` for it.
+        Schedule-free ones (Defazio et al. 2024) have the methods ``train()`` and ``eval()`` for this.
         """
         for optimizer in self.trainer.optimizers:
             if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
@@ -355,10 +384,10 @@ class TwoPassModule(EvaluatedModule):
         if self.fatal_error is not None:
             error, self.fatal_error = self.fatal_error, None
             raise FloatingPointError(error)
-        # Here, not at the epoch's end: callbacks read the epoch's metrics there, before this module's turn.
+        # Not in on_train_epoch_end, because callbacks read the metrics there before this module's hook runs.
         if self.trainer.is_last_batch:
             self._log_epoch()
-            # What looks at the epoch's end, and the checkpoints of it, find what is evaluated.
+            # Callbacks and checkpoints at the epoch's end need the parameters to evaluate.
             self._move_optimizers("eval")
 
     def on_train_epoch_end(self) -> None:
@@ -370,16 +399,18 @@ class TwoPassModule(EvaluatedModule):
             self._step_scheduler()
 
     def on_train_end(self) -> None:
-        """Refuse to end well where nothing was trained.
+        """Fail if nothing was trained.
 
         Raises:
-            RuntimeError: there were batches, and no optimizer step.
+            RuntimeError: there were batches, but no optimizer step.
         """
         self._move_optimizers("eval")
         if self.trainer.global_step == 0 and self.trainer.fit_loop.total_batch_idx >= 0:
-            why = "though there were batches: look at training_step, max_time and accumulate_grad_batches"
+            why = "though there were batches: check training_step, max_time and accumulate_grad_batches"
             if self.skipped_steps:
-                why = f"since all {self.skipped_steps} had a loss or gradient that is not finite"
+                why = (
+                    f"since all {self.skipped_steps} had a loss or gradient that is not finite: lower the learning rate"
+                )
             raise RuntimeError(f"training ended without one optimizer step, {why}")
 
     def _log_epoch(self) -> None:
@@ -387,31 +418,30 @@ class TwoPassModule(EvaluatedModule):
         self._log_metrics("train", self.train_metrics, **skipped)
         if self._skipped_in_a_row >= MOST_SKIPPED:
             raise FloatingPointError(
-                f"none of the last {self._skipped_in_a_row} steps was made, up to the end of epoch"
-                f" {self.current_epoch + 1}, since every loss or gradient was not finite: lower the learning rate, clip"
-                " the gradient (gradient_clip_val), or look at the data"
+                f"all of the last {self._skipped_in_a_row} steps up to the end of epoch {self.current_epoch + 1} were"
+                " skipped, since a loss or gradient was not finite: lower the learning rate, clip the gradient"
+                " (gradient_clip_val), or check the data"
             )
 
     def configure_optimizers(self) -> Any:
         """Build the groups, the optimizer and the scheduler.
 
         Raises:
-            ValueError: something that a task module must have is missing, ``matrix`` or ``vector`` name an option that
-                the optimizer does not have, the scheduler needs a metric, or the checkpoint that the run goes on from
-                was another optimizer's.
+            ValueError: the task module is incomplete, ``matrix`` or ``vector`` have an option that the optimizer lacks,
+                the scheduler needs a metric, or the checkpoint to resume is of another optimizer.
         """
         check_complete(self, TwoPassModule)
         check_callbacks(self)
         optimizer: Any = build_optimizer(self.network, self.make_optimizer, self.policy, self.matrix, self.vector)
-        self._record = StepRecord()  # the old one is of the device that the network was on before
+        self._record = StepRecord()  # the old record may be on another device
         self._has_exchanged = False
         sharded = self.device_mesh is not None
         if (sharded or isinstance(self.trainer.strategy, DDPStrategy)) and hasattr(optimizer, "distribute"):
             optimizer.distribute(None if sharded else torch.distributed.group.WORLD, self.gather)
         if self._resumed_optimizer not in (None, type(optimizer).__name__):
             raise ValueError(
-                f"the checkpoint is of a run under {self._resumed_optimizer} and cannot go on under"
-                f" {type(optimizer).__name__}: resume with the config of that run"
+                f"the checkpoint is of a run with {self._resumed_optimizer} and cannot be resumed with"
+                f" {type(optimizer).__name__}: use the config of that run"
             )
         if self.make_scheduler is None:
             return optimizer
@@ -423,7 +453,7 @@ class TwoPassModule(EvaluatedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        # A subclass may have saved hyperparameters of its own.
+        # A subclass may have saved more hyperparameters.
         saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         if "_instantiator" not in saved:
             saved = {name: value for name, value in saved.items() if is_plain(value)}
@@ -436,26 +466,31 @@ class TwoPassModule(EvaluatedModule):
 
     @torch.no_grad()
     def _save_both(self, checkpoint: dict[str, Any]) -> None:
-        """Let a checkpoint hold the parameters to evaluate, and beside them those to train on from, to the bit."""
+        """Save the parameters to evaluate, and beside them those to train on.
+
+        The latter are saved bit for bit.
+        """
         training = {name: param.clone() for name, param in self.named_parameters()}
         self._move_optimizers("eval")
         checkpoint["state_dict"] |= {name: param.clone() for name, param in self.named_parameters()}
         self._move_optimizers("train")
         for name, param in self.named_parameters():
-            param.copy_(training[name])  # there and back rounds
+            param.copy_(training[name])  # switching back and forth rounds
         checkpoint["training_parameters"] = training
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from the counts of a run; ``load_from_checkpoint()``, without a Trainer, takes the weights alone.
+        """Restore the counters of a run.
+
+        ``load_from_checkpoint()``, without a Trainer, restores only the weights.
 
         Raises:
-            ValueError: without a Trainer, if the module's network is another one.
+            ValueError: without a Trainer, if the checkpoint is of another network.
         """
         if not is_attached(self):
             check_same_network(self, checkpoint["state_dict"])
             return
         super().on_load_checkpoint(checkpoint)
-        # A checkpoint in parts, one a process, has neither here.
+        # A sharded checkpoint has no training parameters here.
         if self.trainer.state.fn == "fit" and "training_parameters" in checkpoint:
             checkpoint["state_dict"].update(checkpoint["training_parameters"])
         self.gradient_evaluations = checkpoint["gradient_evaluations"]

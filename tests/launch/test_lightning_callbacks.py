@@ -48,13 +48,13 @@ def test_the_best_checkpoint_holds_the_average_that_was_validated(tmp_path: Path
     name = "network.query"
     assert not torch.equal(saved["state_dict"][name], saved["current_model_state"][name])
     said = call("fit", *one_epoch, *average, "--runs", tmp_path / "others").error
-    assert "EMAWeightAveraging puts its average only into whole checkpoints" in said
+    assert "EMAWeightAveraging saves its average only in full checkpoints" in said
     assert "--checkpoint.save_weights_only false" in said
 
 
 def test_an_average_that_would_be_trained_on_is_refused() -> None:
     callback = StochasticWeightAveraging(swa_lrs=0.01)
-    with pytest.raises(ValueError, match="one more epoch to renew the statistics of BatchNorm"):
+    with pytest.raises(ValueError, match="one more epoch to update the statistics of BatchNorm"):
         fit_module(SmallTask(optimizer=make_optimizer("adamw")), callbacks=[callback])  # type: ignore[arg-type]
 
 

@@ -278,7 +278,7 @@ def test_the_summary_and_the_output_name_the_validation_set(trained: Path, tmp_p
     ("options", "named"),
     [
         ({"label_smoothing": 1.0}, "label_smoothing must be in"),
-        ({"classes": 7}, "the model is for 7 classes, the data has 10"),
+        ({"classes": 7}, "the model has 7 classes, the data 10"),
     ],
 )
 def test_options_that_make_no_sense_are_errors_that_name_them(options: dict[str, Any], named: str) -> None:

@@ -142,7 +142,7 @@ def test_a_validation_loss_that_is_nan_is_logged_as_such_and_the_run_goes_on() -
 
 def test_a_run_that_learns_nothing_any_more_stops_at_an_epochs_end() -> None:
     module = Damaged(tuple(range(5, 999)), 1, optimizer=make_optimizer("sync"), nonfinite="skip")
-    with pytest.raises(FloatingPointError, match="none of the last 103 steps was made, up to the end of epoch 18"):
+    with pytest.raises(FloatingPointError, match="all of the last 103 steps up to the end of epoch 18 were skipped"):
         fit(module, epochs=99)
     assert module.skipped_steps == 103
 

@@ -74,7 +74,7 @@ def test_resuming_at_an_epochs_end_changes_nothing(name: str, tmp_path: Path) ->
 def test_going_on_under_another_optimizer_is_refused(name: str, other: str, tmp_path: Path) -> None:
     first = Recorder(path=tmp_path / "run.ckpt")
     train(name, 1, first)
-    with pytest.raises(ValueError, match="cannot go on under"):
+    with pytest.raises(ValueError, match="cannot be resumed with"):
         train(other, 2, Recorder(), first.path)
 
 

@@ -109,7 +109,7 @@ def test_what_cannot_be_sharded_is_refused_in_every_process(two: list[Results]) 
     for refused in (results["refused"] for results in two):
         assert refused["batch norm"].startswith("a network with BatchNorm cannot be sharded")
         assert refused["tensor parallel"].startswith("tensor parallelism is not supported")
-        assert refused["local first pass"].startswith("local_first_pass needs whole gradients")
+        assert refused["local first pass"].startswith("local_first_pass does not support a sharded network")
         assert refused["probe"].startswith("the flatness probe needs complete parameters on every process")
 
 
