@@ -4,10 +4,12 @@ import ast
 import importlib.util
 import re
 import shlex
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import compare
 from launch import sweep_specification
@@ -126,6 +128,63 @@ def test_the_sweep_shown_is_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "sweep.yaml").write_text(blocks("searching", "yaml")[0])
     monkeypatch.chdir(ROOT)
     assert sweep_specification.read(tmp_path / "sweep.yaml").trials == 16
+
+
+def winner(study: str, row: str) -> dict[str, Any]:
+    """The arguments of the module in a winner's run."""
+    with zipfile.ZipFile(ROOT / f"results/{study}/runs.zip") as archive:
+        name = next(n for n in archive.namelist() if n.startswith(f"{row}-final/") and n.endswith("config.yaml"))
+        arguments: dict[str, Any] = yaml.safe_load(archive.read(name))["model"]["init_args"]
+    return arguments
+
+
+# What the tables of docs/choosing_settings.md show, line by line: a study, and its row in each column.
+LEARNING_RATES = [
+    ("grok_tuned", ("base_all", "adamw_all", "muon_all")),
+    ("grok_tuned", ("base_hidden", "adamw_hidden", "muon_hidden")),
+    ("grok_narrow", ("base_all", "adamw_all", None)),
+    ("grok_narrow", (None, "adamw_hidden", "muon_hidden")),
+    ("grok_ablation", ("base", "base_no_geometry", None)),
+    ("cifar_mini_tuned", ("base", "adamw", "muon")),
+    ("wikitext2_nano_tuned", ("base", "adamw", "muon")),
+]
+WEIGHT_DECAYS = ["base_all", "base_hidden", "adamw_all", "adamw_hidden", "muon_all", "muon_hidden"]
+RADII = [
+    ("grok_tuned", ("sync_all", "aga_all")),
+    ("grok_tuned", ("sync_hidden", "aga_hidden")),
+    ("grok_ablation", ("sync", None)),
+    ("cifar_mini_tuned", ("sync", "aga")),
+    ("wikitext2_nano_tuned", ("sync", "aga")),
+]
+
+
+def cells(heading: str) -> list[list[list[float]]]:
+    """The numbers in the cells of the table below a heading, without the first column."""
+    section = PAGES["choosing_settings"].split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    rows = [line.strip("|").split("|")[1:] for line in lines]
+    return [[[float(number) for number in re.findall(r"[\d.]+", cell)] for cell in row] for row in rows]
+
+
+def same(shown: list[float], *values: float | None) -> bool:
+    """Whether the numbers shown are the values to two digits; those of vectors may be left out."""
+    given = [float(f"{value:.2g}") for value in values if value is not None]
+    return shown == given[: len(shown)] and bool(shown)
+
+
+def test_the_settings_shown_are_those_of_the_winners() -> None:
+    for (study, rows), shown in zip(LEARNING_RATES, cells("Learning rate"), strict=True):
+        for row, numbers in zip(rows, shown, strict=True):
+            found = winner(study, row) if row else {}
+            vector = (found.get("vector") or {}).get("lr")
+            assert (not row and not numbers) or same(numbers, found["optimizer"]["init_args"]["lr"], vector), row
+    for row, shown in zip(WEIGHT_DECAYS, cells("Weight decay"), strict=True):
+        found = winner("grok_tuned", row)
+        decays = found["optimizer"]["init_args"]["weight_decay"], (found["vector"] or {}).get("weight_decay")
+        assert same([*shown[0], *shown[1]], *decays), row
+    for (study, rows), shown in zip(RADII, cells("rho"), strict=True):
+        for row, numbers in zip(rows, shown, strict=True):
+            assert (not row and not numbers) or same(numbers, winner(study, row)["optimizer"]["init_args"]["rho"]), row
 
 
 class Config:
