@@ -1,9 +1,17 @@
 """Imported by the server that the tests' processes are forked from."""
 
-import tests.helpers.commands
-import tests.helpers.resuming
-import tests.helpers.wandb_server
-from tests.helpers.commands import call
+import importlib
 
-# Lightning and jsonargparse import more with the first command; this one makes nothing.
-call("fit", *tests.helpers.commands.AGA, "--print_config")
+from tests.helpers.commands import AGA, call
+
+MODULES = (
+    # What a run imports late: pictures at its end, W&B at its beginning.
+    *("analysis.plots", "analysis.run_pictures", "callbacks.flatness_probe", "wandb.proto.wandb_internal_pb2"),
+    # The targets of tests.helpers.launching, with the modules of all tasks.
+    *("tests.modules.ddp_fit", "tests.modules.sharded_fit", "tests.ars2.sharded_training"),
+    *("tests.helpers.resuming", "tests.helpers.wandb_server"),
+)
+for name in MODULES:
+    importlib.import_module(name)
+# Lightning and jsonargparse import more with the first command; this one runs nothing.
+call("fit", *AGA, "--print_config")
