@@ -17,7 +17,9 @@ from tests.helpers.processes import server
 from tests.helpers.wandb_server import KEY, WandbServer
 
 NO_SERVER = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "1"}
-WITHOUT_CHOICE = TINY[: TINY.index("--wandb")]
+# A trial, because a trial is not drawn at its end.
+TRIAL = ("--sweep.name", "search", "--sweep.optimizer", "aga", "--sweep.trial", "0")
+WITHOUT_CHOICE = (*TINY[: TINY.index("--wandb")], *TRIAL)
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ def test_a_configured_key_is_named_and_training_goes_on(
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     result = call("fit", *ADAMW, *TINY[: TINY.index("--wandb")], "--runs", tmp_path / "runs")
     assert result.code == 0
-    assert "the package wandb is not installed: this run is not logged there" in result.out
+    assert "the package wandb is not installed" in result.out
 
 
 def test_wandb_that_is_asked_for_is_an_error_that_says_how_to_get_it(tmp_path: Path) -> None:

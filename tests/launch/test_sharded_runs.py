@@ -45,7 +45,7 @@ def test_a_folder_of_parts_goes_on_under_its_strategy_alone(parts: Path) -> None
     check_checkpoint(parts, resume=True, sharded=True)
     with pytest.raises(ValueError, match=r"is a sharded checkpoint: add --config configs/overlays/fsdp\.yaml"):
         check_checkpoint(parts, resume=True)
-    assert "is in parts" in call("fit", *AGA, *TINY, "--ckpt_path", parts).error
+    assert "is a sharded checkpoint" in call("fit", *AGA, *TINY, "--ckpt_path", parts).error
 
 
 @pytest.mark.parametrize("missing", [".metadata", "meta.pt"])
