@@ -1,1 +1,1 @@
-"""LightningDataModules: where examples come from and how they become batches."""
+"""Provide LightningDataModules, which load examples and form batches."""

@@ -1,4 +1,7 @@
-"""Crop, flip and Cutout of whole batches of images: drawn on the host, applied where the batch is."""
+"""Augment batches of images by crop, flip and Cutout.
+
+Parameters are drawn on the host and applied on the device of the batch.
+"""
 
 import functools
 from typing import NamedTuple
@@ -11,10 +14,10 @@ from datamodules.batches import TensorBatches
 
 
 class Draws(NamedTuple):
-    """What was drawn for a batch, int64 each: where to crop, whether to flip, where to cut out.
+    """Collect the random parameters of a batch, each int64.
 
-    ``corners`` (batch, 2): row and column of the crop's corner in the padded image, 0 to 2 * padding; ``flips``
-    (batch,): 0 or 1; ``centres`` (batch, 2): row and column of the Cutout square's centre in the cropped image.
+    ``corners`` (batch, 2) are row and column of the crop's corner in the padded image, 0 to 2 * padding. ``flips``
+    (batch,) are 0 or 1. ``centres`` (batch, 2) are row and column of the Cutout square's centre in the cropped image.
     """
 
     corners: Tensor
@@ -23,7 +26,10 @@ class Draws(NamedTuple):
 
 
 class TrainingImages(NamedTuple):
-    """A batch on its way: ``images`` (batch, channels, height, width) uint8, ``labels`` (batch,) int64, ``draws``."""
+    """Describe a batch before its augmentation.
+
+    ``images`` (batch, channels, height, width) are uint8, ``labels`` (batch,) int64, and ``draws`` the parameters.
+    """
 
     images: Tensor
     labels: Tensor
@@ -32,24 +38,24 @@ class TrainingImages(NamedTuple):
 
 @functools.cache
 def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return ``values`` of channels in [0, 1] as a tensor (channels, 1, 1) for bytes; made once a device.
+    """Return ``values`` of channels in [0, 1] as a tensor (channels, 1, 1) for bytes.
 
-    Making a tensor from Python numbers on a GPU waits until the GPU has finished its queue.
+    It is cached, because making a tensor from Python numbers synchronises with a GPU.
     """
     return torch.tensor(values, device=device).view(-1, 1, 1) * 255
 
 
 class Augmentation(NamedTuple):
-    """A random crop after padding with black, a horizontal flip, normalisation, and one Cutout square.
+    """Apply a random crop, a horizontal flip, normalisation, and Cutout.
 
-    Cutout (DeVries and Taylor 2017) fills a square with zeros after normalisation; its centre is uniform over the
-    image, and what of it lies outside is lost.
+    The crop is taken after padding with black. Cutout (DeVries and Taylor 2017) fills one square with zeros after
+    normalisation. Its centre is uniform over the image, and any part outside is ignored.
 
     Args:
         mean, std: of each channel, for images in [0, 1].
-        padding: pixels on each side before the crop; 0 does not move the image.
-        flip: whether every second image, on average, is mirrored.
-        cutout: side of the square in pixels, even; 0 cuts nothing out.
+        padding: pixels on each side before the crop; 0 disables the crop.
+        flip: whether to mirror half of the images on average.
+        cutout: side of the square in pixels, even; 0 disables Cutout.
     """
 
     mean: tuple[float, ...]
@@ -59,19 +65,22 @@ class Augmentation(NamedTuple):
     cutout: int = 16
 
     def draw(self, count: int, size: tuple[int, int], generator: torch.Generator) -> Draws:
-        """Draw for ``count`` images of ``size`` (height, width)."""
+        """Draw the parameters for ``count`` images of ``size`` (height, width)."""
         corners = torch.randint(2 * self.padding + 1, (count, 2), generator=generator)
         flips = torch.randint(2 if self.flip else 1, (count,), generator=generator)
         rows, columns = (torch.randint(length, (count,), generator=generator) for length in size)
         return Draws(corners, flips, torch.stack([rows, columns], dim=1))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Map ``images`` uint8 to float32 of zero mean and unit deviation; nothing random."""
+        """Map ``images`` uint8 to float32 of zero mean and unit deviation."""
         mean, std = (_of_channels(tuple(values), images.device) for values in (self.mean, self.std))
         return images.float().sub_(mean).div_(std)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        """Return ``images`` (batch, channels, height, width) uint8 as float32: cropped, flipped, normalised, cut."""
+        """Return ``images`` after crop, flip, normalisation and Cutout.
+
+        They are (batch, channels, height, width), in uint8 before and in float32 after.
+        """
         height, width = images.shape[-2:]
         corners, flips, centres = draws
         if self.padding:
@@ -93,18 +102,19 @@ class Augmentation(NamedTuple):
 
 
 class ImageBatches(TensorBatches):
-    """A loader over images and labels.
+    """Load batches of images and labels.
 
-    With an augmentation, every batch comes with what was drawn for it: from the seed, the epoch and the number of the
-    batch alone, so that a run resumed in the middle of an epoch, and one on more processes, trains on the same images.
+    With an augmentation, every batch includes its random parameters. They depend only on the seed, the epoch and the
+    number of the batch. So a run resumed in the middle of an epoch, or run on more processes, trains on the same
+    images.
 
     Args:
         images: (examples, channels, height, width) uint8.
         labels: (examples,) int64.
-        batch_size: examples to a batch, of all processes together; the last short batch is kept.
-        seed: of the order and the augmentation; ``None`` keeps the given order and augments nothing.
-        augmentation: what to draw for.
-        shared: whether several processes share every batch; if not, each is given all of it.
+        batch_size: examples in a batch, over all processes. The last short batch is used too.
+        seed: of the order and the augmentation. ``None`` keeps the given order and does not augment.
+        augmentation: the augmentation, if any.
+        shared: whether several processes share every batch. If not, each gets all of it.
 
     Raises:
         ValueError: as for :class:`datamodules.batches.TensorBatches`, or an augmentation without a seed.
@@ -121,16 +131,16 @@ class ImageBatches(TensorBatches):
     ) -> None:
         super().__init__((images, labels), batch_size, seed, shared=shared)
         if augmentation is not None and seed is None:
-            raise ValueError("an augmentation needs a seed")
+            raise ValueError("an augmentation needs a seed: set one")
         self.augmentation = augmentation
 
-    def _batch(self, examples: Tensor, mine: slice) -> tuple[Tensor, ...]:
-        images, labels = super()._batch(examples, mine)
+    def _batch(self, examples: Tensor, local: slice) -> tuple[Tensor, ...]:
+        images, labels = super()._batch(examples, local)
         if self.augmentation is None or self.seed is None:
             return images, labels
-        # Mixed as the order's seed is; drawn for all processes, so that their number changes nothing.
+        # Mixed like the seed of the order. Drawn for the batch of all processes, so that their number has no effect.
         number = (self.seed * 1_000_003 + self.epoch) * 1_000_003 + self.done
         generator = torch.Generator().manual_seed(number % 2**63)
         size = (images.shape[2], images.shape[3])
         draws = self.augmentation.draw(len(examples), size, generator)
-        return TrainingImages(images, labels, Draws(*(drawn[mine] for drawn in draws)))  # type: ignore[return-value]
+        return TrainingImages(images, labels, Draws(*(drawn[local] for drawn in draws)))  # type: ignore[return-value]

@@ -1,4 +1,7 @@
-"""Batches from tensors in memory: whole batches by index, a seeded order, and resuming in the middle of an epoch."""
+"""Form batches from tensors in memory.
+
+Batches are selected by index, in a seeded order. Loaders resume in the middle of an epoch.
+"""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -11,20 +14,26 @@ from torch import Tensor
 
 
 def world() -> tuple[int, int]:
-    """Return this process' rank and the number of processes that train together."""
-    together = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    """Return this process' rank and the number of processes."""
+    distributed = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
 
 
 def device_of(data: L.LightningDataModule, on_device: bool) -> torch.device:
-    """Return where the tensors of ``data`` are to be kept: the device that trains if ``on_device``, else the host."""
+    """Return the device for the tensors of ``data``.
+
+    It is the training device if ``on_device``, else the host.
+    """
     if on_device and data.trainer is not None:
         return data.trainer.strategy.root_device
     return torch.device("cpu")
 
 
 def share(examples: int) -> slice:
-    """Return which of a batch's examples are this process': a run of them, as long as the others' or one longer."""
+    """Return the slice of a batch for this process.
+
+    The sizes of the slices differ by at most one.
+    """
     rank, ranks = world()
     each, more = divmod(examples, ranks)
     start = rank * each + min(rank, more)
@@ -32,30 +41,30 @@ def share(examples: int) -> slice:
 
 
 class TensorBatches:
-    """A loader over tensors that share their first dimension.
+    """Load batches from tensors that share their first dimension.
 
-    The order of an epoch follows from ``seed`` and the epoch's number alone. Lightning tells the number through
-    :meth:`set_epoch` and saves ``state_dict`` in its checkpoints, so a run resumes with the batch after the last one
-    it trained on. Without Lightning every iteration is the next epoch.
+    The order of an epoch depends only on ``seed`` and the number of the epoch. Lightning sets the number through
+    :meth:`set_epoch` and saves ``state_dict`` in its checkpoints, so a resumed run continues with the next batch.
+    Without Lightning every iteration is the next epoch.
 
-    Where several processes train together, each is given its part of every batch: one after the other, sizes differing
-    by at most one. No part of a shuffled batch is empty: a last short one with fewer examples than processes joins the
-    batch before it. In the given order, which is for evaluation, the last processes' parts may be empty, so that every
-    example is evaluated once and every process is given equally many batches.
+    Several processes share every batch, in consecutive slices whose sizes differ by at most one. In a shuffled epoch no
+    slice is empty: a last batch with fewer examples than processes is merged into the one before. In the given order,
+    which is for evaluation, the slices of the last processes may be empty. So every example is evaluated once, and
+    every process has equally many batches.
 
     Args:
         tensors: each of shape (examples, ...), on one device.
-        batch_size: examples to a batch, of all processes together.
-        seed: of the order; ``None`` keeps the given order in every epoch.
-        drop_last: whether a last short batch is left out; of a shuffled epoch it holds other examples each time.
-        shared: whether several processes share every batch; if not, each is given all of it.
+        batch_size: examples in a batch, over all processes.
+        seed: of the order. ``None`` keeps the given order in every epoch.
+        drop_last: whether to drop a last short batch. It has other examples in each shuffled epoch.
+        shared: whether several processes share every batch. If not, each gets all of it.
 
     Attributes:
-        share_weight: the examples that this process was given of the last batch, relative to an even share of it.
+        share_weight: size of this process' slice of the last batch, relative to the mean size.
 
     Raises:
-        ValueError: no examples, none left, ``batch_size`` below 1, or a shuffled batch that is too small for the number
-            of processes.
+        ValueError: no examples, none left, ``batch_size`` below 1, or a shuffled batch with fewer examples than
+            processes.
     """
 
     def __init__(
@@ -69,13 +78,13 @@ class TensorBatches:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if len(tensors[0]) == 0:
-            raise ValueError("there are no examples to make batches of")
+            raise ValueError("there are no examples: pass tensors with at least one")
         if drop_last and len(tensors[0]) < batch_size:
-            raise ValueError(f"there are {len(tensors[0])} examples, too few for one batch of {batch_size}")
+            raise ValueError(f"there are {len(tensors[0])} examples, too few for one batch of {batch_size}: lower it")
         self.tensors, self.batch_size, self.seed = tensors, batch_size, seed
         self.drop_last, self.shared = drop_last, shared
         self.share_weight = 1.0
-        # Lightning looks for set_epoch here; a loader with an attribute called sampler it takes for a DataLoader.
+        # Lightning finds set_epoch here. It would take a loader with an attribute sampler for a DataLoader.
         self.batch_sampler = SimpleNamespace(sampler=self)
         self.epoch, self.done = -1, 0
         self._resuming = False
@@ -85,7 +94,7 @@ class TensorBatches:
         return len(self._bounds()) - 1
 
     def _bounds(self) -> list[int]:
-        """Return where each batch of an epoch's order begins, and the end of the last one."""
+        """Return the start of each batch in the order, and the end of the last one."""
         examples, ranks = len(self.tensors[0]), 1 if self.seed is None or not self.shared else world()[1]
         if min(self.batch_size, examples) < ranks:
             raise ValueError(
@@ -101,22 +110,25 @@ class TensorBatches:
         return bounds
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        goes_on = self._resuming and self.done < len(self) and self._announced in (None, self.epoch)
-        if not goes_on:
+        resumes = self._resuming and self.done < len(self) and self._announced in (None, self.epoch)
+        if not resumes:
             self.epoch, self.done = self.epoch + 1 if self._announced is None else self._announced, 0
         self._resuming, self._announced = False, None
-        # Moved once an epoch: an index on the host would be sent to the device, and waited for, with every batch.
+        # Moved once an epoch, because an index on the host would synchronise with the device in every batch.
         order, bounds = self._order().to(self.tensors[0].device), self._bounds()
         while self.done < len(bounds) - 1:
             self.done += 1
             batch = order[bounds[self.done - 1] : bounds[self.done]]
-            mine = share(len(batch)) if self.shared else slice(0, len(batch))
-            self.share_weight = (mine.stop - mine.start) * (world()[1] if self.shared else 1) / len(batch)
-            yield self._batch(batch, mine)
+            local = share(len(batch)) if self.shared else slice(0, len(batch))
+            self.share_weight = (local.stop - local.start) * (world()[1] if self.shared else 1) / len(batch)
+            yield self._batch(batch, local)
 
-    def _batch(self, examples: Tensor, mine: slice) -> tuple[Tensor, ...]:
-        """Return this process' part of the ``done``-th batch of the epoch, whose numbers are ``examples``."""
-        return tuple(tensor[examples[mine]] for tensor in self.tensors)
+    def _batch(self, examples: Tensor, local: slice) -> tuple[Tensor, ...]:
+        """Return this process' part of a batch.
+
+        ``examples`` are the numbers of the examples of the batch, and ``local`` is the slice of this process.
+        """
+        return tuple(tensor[examples[local]] for tensor in self.tensors)
 
     def _order(self) -> Tensor:
         examples = len(self.tensors[0])
@@ -127,13 +139,16 @@ class TensorBatches:
         return torch.randperm(examples, generator=generator)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the number of the epoch that the next iteration begins, or goes on with."""
+        """Set the number of the epoch that the next iteration starts or resumes."""
         self._announced = epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch and how many of its batches were handed out."""
+        """Return the epoch and its number of delivered batches."""
         return {"epoch": self.epoch, "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batch where ``state`` was taken; at an epoch's end with the next epoch."""
+        """Resume after the last batch of ``state``.
+
+        At the end of an epoch, resume with the next epoch.
+        """
         self.epoch, self.done, self._resuming = state["epoch"], state["done"], True

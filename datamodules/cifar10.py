@@ -1,4 +1,7 @@
-"""CIFAR-10: fetched and verified by torchvision, held in memory as bytes, augmented by whole batches on the device."""
+"""Load CIFAR-10, which torchvision downloads and verifies.
+
+Images stay in memory as bytes. Batches are augmented on the device.
+"""
 
 import contextlib
 import hashlib
@@ -27,10 +30,12 @@ SIZE = 32
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """Return a seeded order of all examples whose every beginning holds the classes in equal numbers, give or take 1.
+    """Return a seeded order in which every prefix is stratified.
+
+    The counts of the classes in a prefix differ by at most one.
 
     Args:
-        labels: (examples,) int64; a class that has run out is left out from there on.
+        labels: (examples,) int64. A class without further examples is left out from there on.
         seed: of the order within each class.
     """
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -39,30 +44,30 @@ def stratified_order(labels: Tensor, seed: int) -> Tensor:
 
 
 class CIFAR10Data(L.LightningDataModule):
-    """Batches (images (batch, 3, 32, 32) float32, labels (batch,) int64) once they are on their device.
+    """Provide batches of CIFAR-10.
 
-    Training images are cropped, flipped, normalised and cut out there, see
-    :class:`datamodules.augmentation.Augmentation`, once a batch, so that both passes of a step see the same; all other
-    images are normalised.
+    On their device they are (images (batch, 3, 32, 32) float32, labels (batch,) int64). Training images are augmented
+    there, see :class:`datamodules.augmentation.Augmentation`, once for each batch, so that both passes of a step use
+    the same images. All other images are only normalised.
 
     Args:
-        root: folder that has, or gets, torchvision's ``cifar-10-batches-py``; ``None`` is the environment variable
+        root: folder for torchvision's ``cifar-10-batches-py``. ``None`` is the environment variable
             ``ARS2_CIFAR10_ROOT``, or else ``data/cifar10``.
-        download: whether to fetch the data set if it is not there.
-        validation: ``"test"``, the 10,000 test images, as published, or ``"holdout"``, images taken from the training
-            set, every class alike. ``test`` evaluates on the test images in both cases.
-        holdout_examples: how many are taken, at least 1.
-        train_examples: how many images to train on, every class alike; ``None`` is all that are left.
+        download: whether to download a missing data set.
+        validation: ``"test"``, the 10,000 test images, as published, or ``"holdout"``, stratified images from the
+            training set. ``test`` evaluates on the test images in both cases.
+        holdout_examples: number of held-out images, at least 1.
+        train_examples: number of stratified training images. ``None`` is all that are left.
         seed: of the hold-out, the choice of training images, the order and the augmentation.
-        batch_size: images to a training batch, of all processes together; the last short batch is kept.
-        val_batch_size: images to a batch elsewhere.
+        batch_size: images in a training batch, over all processes. The last short batch is used too.
+        val_batch_size: images in any other batch.
         padding, flip, cutout: of the augmentation.
-        on_device: keep the images on the device that trains (184 MB) instead of sending every batch there.
-        images: image files for ``predict``, shrunk or enlarged to 32 x 32; ``None`` takes the first ten test images.
+        on_device: store the images on the training device (184 MB) instead of copying every batch to it.
+        images: image files for ``predict``, resized to 32 x 32. ``None`` is the first ten test images.
 
     Raises:
-        ValueError: a value out of range, a damaged file, or a file that is no image.
-        FileNotFoundError: the data set is not there and cannot be fetched.
+        ValueError: a value is out of range, or a file is damaged or is no image.
+        FileNotFoundError: the data set is missing and cannot be downloaded.
     """
 
     task = "cifar"
@@ -109,7 +114,7 @@ class CIFAR10Data(L.LightningDataModule):
         self._splits: dict[str, str] = {}
 
     def description(self) -> dict[str, Any]:
-        """Return what is trained and validated on."""
+        """Return the images of the training and validation sets, in words."""
         return dict(self._splits)
 
     @property
@@ -117,14 +122,14 @@ class CIFAR10Data(L.LightningDataModule):
         return self.images is not None and self.trainer is not None and self.trainer.predicting
 
     def prepare_data(self) -> None:
-        """Look for the data set, fetch it if it is not there, and name the file that is damaged if one is.
+        """Download the data set if it is missing, and check its files.
 
         Raises:
             FileNotFoundError, ValueError: see the class.
         """
         if self._asks_about_files:
             return
-        # Two runs that start at once fetch it once.
+        # Two runs that start at the same time download it once.
         cache = default_cache()
         cache.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(str(self.root.absolute()).encode()).hexdigest()[:16]
@@ -139,7 +144,7 @@ class CIFAR10Data(L.LightningDataModule):
             if name not in missing and not check_integrity(folder / name, checksum):
                 raise ValueError(
                     f"{folder / name} is damaged (its MD5 sum is not the official one): delete it, and the next run"
-                    " fetches it again"
+                    " downloads it again"
                 )
         if not missing:
             return
@@ -150,20 +155,20 @@ class CIFAR10Data(L.LightningDataModule):
                 CIFAR10(self.root, download=True)
                 return
             except (OSError, RuntimeError) as error:
-                reason = f"it cannot be fetched ({getattr(error, 'reason', error)})"
+                reason = f"it cannot be downloaded ({getattr(error, 'reason', error)})"
                 for path in made:
                     with contextlib.suppress(OSError):
                         path.rmdir()
         raise FileNotFoundError(
             f"CIFAR-10 is not complete in {self.root} ({CIFAR10.base_folder}/{missing[0]} is missing) and {reason}:"
-            f" run once with a network, or name a folder that has it by --data.root or {ROOT_VARIABLE}"
+            f" run once with network access, or set --data.root or {ROOT_VARIABLE} to a folder that has it"
         )
 
     def setup(self, stage: str) -> None:
         """Read the images into memory (154 MB for the training set) and split them.
 
         Raises:
-            ValueError: there are fewer training images than the options ask for.
+            ValueError: the options need more training images.
         """
         if self._asks_about_files:
             return
@@ -176,10 +181,10 @@ class CIFAR10Data(L.LightningDataModule):
             wanted = len(order) - held_out if self.train_examples is None else self.train_examples
             if not 0 < wanted <= len(order) - held_out:
                 raise ValueError(
-                    f"{wanted} images cannot be trained on: the training set has {len(order)}, of which {held_out} are"
-                    " held out"
+                    f"train_examples must be in 1 to {len(order) - held_out}, got {wanted}: the training set has"
+                    f" {len(order)} images, of which {held_out} are held out"
                 )
-            # Sorted, so that all images are in the order of the files.
+            # Sorted, so that images are in the order of the files.
             val, train = (part.sort().values for part in order[: held_out + wanted].tensor_split([held_out]))
             self.train_set = images[train], labels[train]
             if held_out:
@@ -190,7 +195,7 @@ class CIFAR10Data(L.LightningDataModule):
 
     def _read(self, train: bool) -> tuple[Tensor, Tensor]:
         source = CIFAR10(self.root, train=train)
-        # Contiguous channel by channel: crops and normalisation run over planes.
+        # Channels first and contiguous, because crops and normalisation work on planes.
         images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return images, torch.tensor(source.targets)
 
@@ -206,21 +211,21 @@ class CIFAR10Data(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> ImageBatches:
-        """Shuffled and augmented anew each epoch."""
+        """Return the training images, shuffled and augmented in each epoch."""
         return self._batches(*self.train_set, training=True)
 
     def val_dataloader(self) -> ImageBatches:
-        """The test images or the hold-out, in a fixed order."""
+        """Return the test images or the hold-out, in a fixed order."""
         return self._batches(*self.val_set)
 
     def test_dataloader(self) -> ImageBatches:
-        """The test images, in a fixed order."""
+        """Return the test images, in a fixed order."""
         return self._batches(*self.test_set)
 
     def predict_dataloader(self) -> ImageBatches:
-        """The image files, in the order given, with label -1; or the first ten test images with theirs.
+        """Return the image files in their order, with label -1.
 
-        Every process is given all of them.
+        By default, return the first ten test images with their labels. Every process gets all images.
         """
         if self.images is None:
             images, labels = self.test_set
@@ -229,7 +234,10 @@ class CIFAR10Data(L.LightningDataModule):
         return self._batches(pixels, torch.full((len(pixels),), -1), shared=False)
 
     def _open(self, path: str) -> Tensor:
-        """Return an image file as (3, 32, 32) uint8; of one that is not square, the middle."""
+        """Return an image file as (3, 32, 32) uint8.
+
+        An image that is not square is cropped to its middle.
+        """
         try:
             with Image.open(path) as file:
                 image = ImageOps.fit(file.convert("RGB"), (SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -240,7 +248,7 @@ class CIFAR10Data(L.LightningDataModule):
         return pil_to_tensor(image)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Augment or only normalise the images, on the device that they are on by now."""
+        """Augment or only normalise the images on their device."""
         if isinstance(batch, TrainingImages):
             return self.augmentation.apply(batch.images, batch.draws), batch.labels
         images, labels = batch

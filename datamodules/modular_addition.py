@@ -1,4 +1,7 @@
-"""Modular addition: all p*p sums, a random part of them to train on, the rest to validate. Made in memory."""
+"""Generate the p*p sums of modular addition.
+
+A random part is for training, the rest for validation.
+"""
 
 import random
 import re
@@ -11,18 +14,20 @@ from datamodules.batches import TensorBatches
 
 
 class ModularAdditionData(L.LightningDataModule):
-    """Batches (tokens (batch, 3) of x, y and "=" (token p), answers (batch,)), int64.
+    """Provide batches of sums, (tokens (batch, 3), answers (batch,)), both int64.
+
+    The tokens are x, y and "=" (token p).
 
     Args:
         p: the modulus, at least 3.
-        train_fraction: part of the p*p pairs to train on, rounded down, in (0, 1).
+        train_fraction: part of the p*p pairs for training, rounded down, in (0, 1).
         seed: of the split and of the training order.
-        batch_size: examples to a training batch; the last short batch is kept.
-        val_batch_size: examples to a validation batch.
-        questions: sums such as ``"3+5"`` for ``predict``; ``None`` asks ten of the validation pairs.
+        batch_size: examples in a training batch. The last short batch is used too.
+        val_batch_size: examples in a validation batch.
+        questions: sums such as ``"3+5"`` for ``predict``. ``None`` is ten of the validation pairs.
 
     Raises:
-        ValueError: a value out of range, or a question that is not a sum of two numbers below ``p``.
+        ValueError: a value is out of range, or a question is not a sum of two numbers below ``p``.
     """
 
     task = "modular_addition"
@@ -42,7 +47,7 @@ class ModularAdditionData(L.LightningDataModule):
         if not 0 < int(train_fraction * p * p) < p * p:
             raise ValueError(f"train_fraction must leave pairs on both sides of the split, got {train_fraction}")
         self.p, self.seed, self.batch_size, self.val_batch_size = p, seed, batch_size, val_batch_size
-        # Shuffled by Python, as in Nanda et al.'s code, which grokking experiments have split by ever since.
+        # Python's shuffle gives the split of Nanda et al.'s code, which later grokking experiments use too.
         pairs = [(x, y) for x in range(p) for y in range(p)]
         random.Random(seed).shuffle(pairs)
         self.train_pairs, self.val_pairs = torch.tensor(pairs).tensor_split([int(train_fraction * p * p)])
@@ -51,7 +56,7 @@ class ModularAdditionData(L.LightningDataModule):
     def _parse(self, question: str) -> tuple[int, int]:
         match = re.fullmatch(r"\s*(\d+)\s*\+\s*(\d+)\s*=?\s*", question)
         if match is None or max(int(match[1]), int(match[2])) >= self.p:
-            raise ValueError(f"a question is a sum of two numbers below p = {self.p}, such as '3+5', got {question!r}")
+            raise ValueError(f"a question must be a sum of numbers below p = {self.p}, such as '3+5', got {question!r}")
         return int(match[1]), int(match[2])
 
     def _examples(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,17 +64,23 @@ class ModularAdditionData(L.LightningDataModule):
         return torch.cat([pairs, equals], dim=1), pairs.sum(1) % self.p
 
     def train_dataloader(self) -> TensorBatches:
-        """Shuffled anew each epoch."""
+        """Return the training pairs, shuffled in each epoch."""
         return TensorBatches(self._examples(self.train_pairs), self.batch_size, self.seed)
 
     def val_dataloader(self) -> TensorBatches:
-        """In a fixed order."""
+        """Return the validation pairs, in a fixed order."""
         return TensorBatches(self._examples(self.val_pairs), self.val_batch_size, None)
 
     def test_dataloader(self) -> TensorBatches:
-        """The validation pairs: the task has no third split."""
+        """Return the validation pairs.
+
+        The task has no third split.
+        """
         return self.val_dataloader()
 
     def predict_dataloader(self) -> TensorBatches:
-        """The questions, in the order asked; every process is given all of them."""
+        """Return the questions in their order.
+
+        Every process gets all of them.
+        """
         return TensorBatches(self._examples(self.asked), self.val_batch_size, None, shared=False)

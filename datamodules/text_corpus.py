@@ -1,4 +1,4 @@
-"""Read the lines of a text corpus, split by split: from a folder on disk, or from the hub."""
+"""Read the lines of a text corpus from a folder or from the hub."""
 
 import hashlib
 import logging
@@ -15,10 +15,10 @@ _PARQUET = ".parquet"
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where a corpus comes from, what it is, and how to read it.
+    """Describe a corpus and how to read it.
 
-    ``digest`` (hexadecimal) follows from the text alone. ``read`` returns the lines of every split, without their
-    line ends; it is the slow part.
+    ``digest`` (hexadecimal) depends only on the text. ``read`` returns the lines of every split, without their line
+    ends, and is slow.
     """
 
     source: str
@@ -27,21 +27,21 @@ class Corpus:
 
 
 def open_corpus(root: Path | None) -> Corpus:
-    """Find the corpus and digest it.
+    """Find the corpus and compute its digest.
 
     Args:
-        root: a folder with one text or Parquet file a split, told by ``train``, ``valid`` and ``test`` in their names,
-            or a copy that ``save_to_disk`` of ``datasets`` wrote; ``None`` loads the raw WikiText-2 from the hub.
+        root: a folder with one text or Parquet file for each split, with ``train``, ``valid`` and ``test`` in their
+            names, or a copy saved by ``save_to_disk`` of ``datasets``. ``None`` loads the raw WikiText-2 from the hub.
 
     Raises:
-        FileNotFoundError: no such folder, or a split without a file in it.
-        ValueError: several files for one split; anything but text files where ``datasets`` is not installed.
-        ConnectionError: the hub cannot be reached and has not been before.
+        FileNotFoundError: the folder, or the file of a split, is missing.
+        ValueError: several files for one split, or other than text files without the package ``datasets``.
+        ConnectionError: the hub cannot be reached, and there is no local copy.
     """
     if root is None:
         return _digested(f"{HUB_CONFIG} from the hub", _from_hub())
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root} to read the corpus from: see data.root")
+        raise FileNotFoundError(f"the corpus folder {root} is missing: set data.root to an existing one")
     if (root / "dataset_dict.json").is_file():
         return _digested("a saved copy of datasets", _datasets("a saved copy").load_from_disk(str(root)))
     files = {split: _file(root, split) for split in SPLITS}
@@ -57,23 +57,26 @@ def _file(root: Path, split: str) -> Path:
     pattern = _PATTERNS[split]
     found = [path for path in sorted(root.rglob(pattern)) if path.is_file() and not path.name.startswith(".")]
     if not found:
-        raise FileNotFoundError(f"{root} holds no file named {pattern}, for the {split} split")
+        raise FileNotFoundError(f"{root} has no file named {pattern} for the {split} split: add one")
     if len(found) > 1:
         raise ValueError(
-            f"{root} holds {len(found)} files named {pattern}, such as {found[0].name} and {found[1].name}:"
-            " leave one for each split"
+            f"{root} has {len(found)} files named {pattern}, such as {found[0].name} and {found[1].name}:"
+            " keep one for each split"
         )
     return found[0]
 
 
 def _datasets(what: str) -> Any:
-    """Import ``datasets``, which text files do without."""
+    """Import ``datasets``.
+
+    Text files do not need it.
+    """
     try:
         import datasets
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"reading {what} needs the package datasets: install it (pip install datasets), or name a folder with one"
-            " text file a split by --data.root"
+            f"reading {what} needs the package datasets: install it (pip install datasets), or set --data.root to a"
+            " folder with one text file for each split"
         ) from error
     return datasets
 
@@ -81,15 +84,15 @@ def _datasets(what: str) -> Any:
 def _from_hub() -> Any:
     load_dataset = _datasets("the hub").load_dataset
     print(f"asking the hub for {HUB_CONFIG}", flush=True)
-    # Each of its attempts would print two lines where there is no network.
+    # Without a network, each attempt would print two lines.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
         return load_dataset(HUB_NAME, HUB_CONFIG)
     except Exception as error:
-        # Several libraries are involved, each with errors of its own for the same trouble.
+        # Several libraries are involved, which raise different exceptions for the same cause.
         raise ConnectionError(
-            f"{HUB_CONFIG} could not be loaded from the hub ({type(error).__name__}) and there is no copy of it here:"
-            " connect to the network, or name a folder that holds its files by --data.root"
+            f"{HUB_CONFIG} could not be loaded from the hub ({type(error).__name__}) and there is no local copy:"
+            " connect to the network, or set --data.root to a folder with its files"
         ) from error
 
 
@@ -106,7 +109,7 @@ def _from_text(files: dict[str, Path]) -> dict[str, list[str]]:
 
 def _from_parquet(files: dict[str, Path]) -> dict[str, list[str]]:
     names = {split: str(path) for split, path in files.items()}
-    # Streamed: datasets would otherwise keep a copy of its own, and go by the file's name and time.
+    # Streaming avoids the cache of datasets, which would identify a file by its name and time.
     return _lines(_datasets("Parquet files").load_dataset("parquet", data_files=names, streaming=True))
 
 
@@ -120,6 +123,6 @@ def _digested(source: str, dataset: Any) -> Corpus:
 
 def _lines(dataset: Any) -> dict[str, list[str]]:
     if missing := [split for split in SPLITS if split not in dataset]:
-        raise ValueError(f"the corpus lacks the split {missing[0]}; it has {', '.join(dataset)}")
-    # One entry is one line; the hub's copy keeps the line ends in some of them.
+        raise ValueError(f"the corpus lacks the split {missing[0]}, it has {', '.join(dataset)}: add the missing one")
+    # One entry is one line. Some entries in the hub's copy have line ends.
     return {split: [str(row["text"]).rstrip("\r\n") for row in dataset[split]] for split in SPLITS}

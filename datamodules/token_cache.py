@@ -1,7 +1,8 @@
-"""Tokenizer and tokens of a corpus, made once and kept on disk under a digest of all that they follow from.
+"""Cache the tokenizer and the tokens of a corpus on disk.
 
-A cache is a folder. It is made under another name and renamed when it is whole, so that nobody ever sees half of one;
-a lock lets two runs that start at once make it only once; and checksums tell a damaged one, which is made again.
+The name of a cache is a digest of everything that determines its contents. A cache is a folder, written under a
+temporary name and renamed when complete, so that a partial one is never read. With a lock, two runs that start at the
+same time make it once. Checksums detect a damaged cache, which is made again.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from rich.progress import Progress
 from datamodules.text_corpus import SPLITS, Corpus
 from datamodules.token_rows import PAD, Protocol, SplitTokens, split_tokens
 
-_FORMAT = 3  # of the cache, and of everything in this folder that its contents follow from
+_FORMAT = 3  # version of the cache and of the code in this folder that determines its contents
 _SPECIAL_TOKENS = ["<|endoftext|>", "<pad>"]
 _BYTES = 256
 _ENCODED_AT_ONCE = 4096
@@ -29,34 +30,38 @@ _META = "meta.json"
 
 
 class Tokens(NamedTuple):
-    """What a cache holds: the tokenizer (of ``tokenizers``) and every split."""
+    """Collect the tokenizer (of ``tokenizers``) and the tokens of every split."""
 
     tokenizer: Any
     splits: dict[str, SplitTokens]
 
 
 def default_cache() -> Path:
-    """Return the folder for caches: ``ars2`` in ``XDG_CACHE_HOME``, or in ``~/.cache``."""
+    """Return ``ars2`` in ``XDG_CACHE_HOME`` or ``~/.cache``, the folder for caches."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ars2"
 
 
 def cached_tokens(corpus: Corpus, vocabulary: int, protocol: Protocol, context: int, cache: Path) -> Tokens:
-    """Load the tokens of ``corpus``, making them if they are not there, or damaged.
+    """Load the tokens of ``corpus``, making the cache if missing or damaged.
 
     Args:
-        corpus: what to tokenize.
-        vocabulary: of the byte-level BPE tokenizer that is trained on the training split, special tokens included.
+        corpus: the corpus to tokenize.
+        vocabulary: size of the byte-level BPE tokenizer, special tokens included. It is trained on the training split.
         protocol, context: of the rows, see :func:`datamodules.token_rows.split_tokens`.
-        cache: folder that holds the folders of all caches.
+        cache: folder of all caches.
 
     Raises:
-        ValueError: a vocabulary that the corpus does not give, an empty split, or one without a whole row.
+        ValueError: a vocabulary larger than the corpus allows, an empty split, or one without a full row.
     """
     import tokenizers
 
     options = {
-        **{"format": _FORMAT, "corpus": corpus.digest, "tokenizers": tokenizers.__version__},
-        **{"vocabulary": vocabulary, "protocol": protocol, "context": context if protocol == "packed" else None},
+        "format": _FORMAT,
+        "corpus": corpus.digest,
+        "tokenizers": tokenizers.__version__,
+        "vocabulary": vocabulary,
+        "protocol": protocol,
+        "context": context if protocol == "packed" else None,
     }
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:24]
     folder = cache / digest
@@ -67,7 +72,7 @@ def cached_tokens(corpus: Corpus, vocabulary: int, protocol: Protocol, context: 
             _make(folder, corpus, vocabulary, protocol, context)
             found = _load(folder)
     if found is None:
-        raise OSError(f"the cache {folder} was written and cannot be read back: look at the disk")
+        raise OSError(f"the cache {folder} cannot be read after writing it: check the disk")
     return found
 
 
@@ -77,7 +82,10 @@ def _checksum(path: Path) -> str:
 
 
 def _load(folder: Path) -> Tokens | None:
-    """Return what ``folder`` holds, arrays mapped into memory; ``None`` if it is missing or damaged."""
+    """Return the contents of ``folder``, with memory-mapped arrays.
+
+    If it is missing or damaged, the result is ``None``.
+    """
     import tokenizers
 
     try:
@@ -97,7 +105,7 @@ def _make(folder: Path, corpus: Corpus, vocabulary: int, protocol: Protocol, con
     lines = corpus.read()
     for split in SPLITS:
         if not any(line.strip() for line in lines[split]):
-            raise ValueError(f"the {split} split of the corpus ({corpus.source}) holds no text")
+            raise ValueError(f"the {split} split of the corpus ({corpus.source}) has no text: check its file")
     temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.making-", dir=folder.parent))
     try:
         with _Progress(lines) as progress:
@@ -111,13 +119,13 @@ def _make(folder: Path, corpus: Corpus, vocabulary: int, protocol: Protocol, con
 
                 tokens, *sizes = split_tokens(lines[split], encode, protocol, context)
                 if len(tokens) == 0 or tokens.size < 2:
-                    raise ValueError(f"the {split} split of the corpus holds no piece of 2 to {context + 1} tokens")
+                    raise ValueError(f"the {split} split has no sentence of 2 to {context + 1} tokens: raise context")
                 np.save(temporary / f"{split}.npy", tokens)
                 meta["sizes"][split] = sizes
         meta["checksums"] = {path.name: _checksum(path) for path in sorted(temporary.iterdir())}
         (temporary / _META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         if folder.exists():
-            # Damaged. Moved first, because a folder that is half removed must not be looked at either.
+            # Damaged. Moved first, because a partly deleted folder must not be read either.
             damaged = Path(tempfile.mkdtemp(prefix=f"{folder.name}.damaged-", dir=folder.parent))
             os.replace(folder, damaged)
             shutil.rmtree(damaged)
@@ -131,9 +139,9 @@ def _train_tokenizer(lines: Sequence[str], vocabulary: int, every_byte: bool) ->
 
     Args:
         lines: of the training split.
-        vocabulary: tokens, special ones included.
-        every_byte: whether bytes that the split does not hold have a token too, so that no text is unknown. The
-            published protocol leaves them out, and has as many more merges.
+        vocabulary: number of tokens, special ones included.
+        every_byte: whether bytes outside the split have a token, so that every text can be encoded. The published
+            protocol leaves them out and has as many more merges.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -160,7 +168,10 @@ def _train_tokenizer(lines: Sequence[str], vocabulary: int, every_byte: bool) ->
 
 
 class _Progress:
-    """A bar for what takes seconds; on a terminal only, as everywhere."""
+    """Show a progress bar for slow work.
+
+    It appears only on a terminal.
+    """
 
     def __init__(self, lines: dict[str, list[str]]) -> None:
         self.lines = sum(map(len, lines.values()))
@@ -177,7 +188,7 @@ class _Progress:
         self.bar.stop()
 
     def encode(self, tokenizer: Any, texts: Sequence[str], split: str) -> Iterator[list[int]]:
-        """Yield the tokens of each text, many of them encoded at once on all cores."""
+        """Yield the tokens of each text, encoding many at once on all cores."""
         self.bar.update(self.training, visible=False)
         task = self.bar.add_task(f"tokenizing {split}", total=len(texts))
         for start in range(0, len(texts), _ENCODED_AT_ONCE):

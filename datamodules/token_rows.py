@@ -1,4 +1,7 @@
-"""Two ways from lines of text to rows of tokens, of which ``row[:-1]`` predicts ``row[1:]``."""
+"""Convert lines of text to rows of tokens, by one of two protocols.
+
+In a row, ``row[:-1]`` predicts ``row[1:]``.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -8,18 +11,18 @@ from numpy.typing import NDArray
 
 Protocol = Literal["packed", "contiguous"]
 END, PAD = 0, 1  # the tokenizer's special tokens, <|endoftext|> and <pad>
-UNKNOWN = "<unk>"  # what the tokens version of WikiText-2 has in place of rare words
+UNKNOWN = "<unk>"  # replaces rare words in the tokens version of WikiText-2
 
-# Texts in, the tokens of each out; a lazy iterable, so that not all tokens are Python numbers at once.
+# Maps texts to their tokens. The iterable is lazy, so that not all tokens are Python numbers at once.
 Encode = Callable[[Sequence[str]], Iterable[list[int]]]
 
 
 class SplitTokens(NamedTuple):
-    """A split as tokens, and the size of its text.
+    """Collect the tokens of a split and the size of its text.
 
-    ``tokens`` (int32) are rows (rows, context + 1) under ``packed``, one stream (tokens,) under ``contiguous``.
-    ``words`` are whitespace-separated, with one end of line a line; ``utf8_bytes`` counts one byte an end of line;
-    ``unknown_words`` are those that read ``<unk>``, of which the raw version has none.
+    ``tokens`` (int32) are rows (rows, context + 1) under ``packed``, and one stream (tokens,) under ``contiguous``.
+    ``words`` counts whitespace-separated words and one line end for each line. ``utf8_bytes`` counts one byte for each
+    line end. ``unknown_words`` counts ``<unk>``, which the raw version does not contain.
     """
 
     tokens: NDArray[np.int32]
@@ -29,10 +32,10 @@ class SplitTokens(NamedTuple):
 
 
 def pieces(lines: Iterable[str]) -> Iterator[str]:
-    """Split each line at its full stops, and end every piece with one of its own.
+    """Split each line at full stops, and end every piece with a full stop.
 
-    White space around a piece is stripped first, so "an actor ." becomes "an actor."; empty pieces are dropped, and a
-    piece that had no full stop, such as a heading, gets one too.
+    White space around a piece is removed first, so "an actor ." becomes "an actor.". Empty pieces are dropped. A piece
+    without a full stop, such as a heading, gets one too.
     """
     for line in lines:
         for piece in line.split("."):
@@ -41,10 +44,10 @@ def pieces(lines: Iterable[str]) -> Iterator[str]:
 
 
 def packed(lines: Sequence[str], encode: Encode, context: int) -> NDArray[np.int32]:
-    """Return rows (rows, context + 1) of whole pieces, each followed by the end token, padded at the end.
+    """Return rows (rows, context + 1) of complete pieces, padded at the end.
 
-    Pieces of 2 to context + 1 tokens, the end token included, are sorted with the longest first (equal ones stay in
-    order) and put into the current row if they fit, else into a new one.
+    The end token follows each piece. Pieces of 2 to context + 1 tokens, the end token included, are sorted by length in
+    a stable order, longest first. Each joins the current row if it fits, and starts a new one otherwise.
     """
     length = context + 1
     kept = [tokens for tokens in encode(list(pieces(lines))) if 2 <= len(tokens) + 1 <= length]
@@ -61,13 +64,19 @@ def packed(lines: Sequence[str], encode: Encode, context: int) -> NDArray[np.int
 
 
 def contiguous(lines: Sequence[str], encode: Encode) -> NDArray[np.int32]:
-    """Return one stream (tokens,): the end token, then every line with its line end."""
+    """Return one stream (tokens,) of all lines with their line ends.
+
+    It starts with the end token.
+    """
     parts = [np.asarray(tokens, dtype=np.int32) for tokens in encode([f"{line}\n" for line in lines])]
     return np.concatenate([np.array([END], dtype=np.int32), *parts])
 
 
 def split_tokens(lines: Sequence[str], encode: Encode, protocol: Protocol, context: int) -> SplitTokens:
-    """Turn one split into tokens by ``protocol``; only ``packed`` depends on ``context`` here."""
+    """Convert one split to tokens by ``protocol``.
+
+    Only ``packed`` depends on ``context``.
+    """
     tokens = packed(lines, encode, context) if protocol == "packed" else contiguous(lines, encode)
     words = [word for line in lines for word in line.split()]
     utf8_bytes = sum(len(line.encode()) + 1 for line in lines)

@@ -1,4 +1,7 @@
-"""WikiText-2 (Merity et al. 2017) as rows of byte-level BPE tokens, under one of two protocols."""
+"""Load WikiText-2 (Merity et al. 2017) as rows of byte-level BPE tokens.
+
+There are two protocols.
+"""
 
 import hashlib
 import os
@@ -21,30 +24,30 @@ _PROMPTS, _PROMPT_TOKENS = 3, 16
 
 
 class WikiText2Data(L.LightningDataModule):
-    """Batches (rows (batch, context + 1),) of int32 tokens; a row's tokens but the last predict those but the first.
+    """Provide batches (rows (batch, context + 1),) of int32 tokens.
 
-    ``packed`` is the published protocol: whole sentences, longest first, packed into rows and padded; padding counts in
-    the loss, and the last short batch of both splits is left out. Its perplexities compare with nothing else.
-    ``contiguous`` is the standard one: the text as one stream. Every token of a validation or test text is predicted
-    once, the last ones in a shorter row of their own, so that perplexity per word and bits per byte can be given.
-    Training rows are shuffled.
+    A row's tokens but the last predict those but the first. ``packed`` is the published protocol. It packs complete
+    sentences into rows, longest first, and pads them. Padding counts in the loss, and the last short batch of training
+    and validation is dropped. Its perplexities are comparable only with each other. ``contiguous`` is the standard
+    protocol, with the text as one stream. It predicts every token of a validation or test text once, the last ones in a
+    shorter row, so that perplexity per word and bits per byte can be computed. Training rows are shuffled.
 
     Args:
-        vocabulary: of the tokenizer, special tokens included; it is trained on the training split.
-        context: tokens that a row is predicted from.
+        vocabulary: of the tokenizer, special tokens included. It is trained on the training split.
+        context: number of tokens in a row to predict from.
         protocol: ``"packed"`` or ``"contiguous"``.
-        batch_size: rows to a training batch.
-        val_batch_size: rows to a validation batch; ``None`` is ``batch_size``.
+        batch_size: rows in a training batch.
+        val_batch_size: rows in a validation batch. ``None`` is ``batch_size``.
         seed: of the training order.
-        root: folder with the corpus, see :func:`datamodules.text_corpus.open_corpus`; ``None`` takes the environment
+        root: folder of the corpus, see :func:`datamodules.text_corpus.open_corpus`. ``None`` is the environment
             variable ``ARS2_WIKITEXT2_ROOT``, or else the raw version from the hub.
-        on_device: keep the rows on the device that trains instead of sending every batch there.
-        cache: folder for tokenizers and tokens; ``None`` is ``ars2`` in the user's cache folder.
-        prompts: texts for ``predict`` to go on from; ``None`` takes the beginnings of three validation rows.
+        on_device: store the rows on the training device instead of copying every batch to it.
+        cache: folder for tokenizers and tokens. ``None`` is ``ars2`` in the user's cache folder.
+        prompts: texts to continue for ``predict``. ``None`` is the beginnings of three validation rows.
 
     Raises:
-        ValueError: a value out of range, when made; what :func:`datamodules.token_cache.cached_tokens` says, when set
-            up; and a prompt without tokens, or with more than ``context``.
+        ValueError: a value is out of range, at construction. At setup as :func:`datamodules.token_cache.cached_tokens`,
+            or a prompt without tokens or with more than ``context``.
     """
 
     task = "wikitext"
@@ -79,12 +82,15 @@ class WikiText2Data(L.LightningDataModule):
         self._load()
 
     def setup(self, stage: str) -> None:
-        """Load the tokens, on every process; loggers are told corpus and protocol, which every number depends on."""
+        """Load the tokens, on every process.
+
+        Loggers get the description of the corpus and protocol, on which every result depends.
+        """
         self._load()
         if stage == "predict":
             self.prompt_tokens()
         elif stage == "fit":
-            # Too few rows for a batch are found here, before anything is written.
+            # This fails before anything is written, if there are too few rows for a batch.
             self.train_dataloader()
             self.val_dataloader()
             for logger in [] if self.trainer is None else self.trainer.loggers:
@@ -101,17 +107,20 @@ class WikiText2Data(L.LightningDataModule):
 
     @property
     def tokens(self) -> Tokens:
-        """The tokenizer and the splits.
+        """Return the tokenizer and the splits.
 
         Raises:
             RuntimeError: :meth:`setup` has not been called.
         """
         if self._tokens is None:
-            raise RuntimeError("the tokens are there after setup()")
+            raise RuntimeError("the tokens are not loaded: call setup() first")
         return self._tokens
 
     def description(self) -> dict[str, Any]:
-        """Return what a number on this data depends on: corpus, protocol, vocabulary, and sizes by split."""
+        """Return the properties of the data that results depend on.
+
+        These are corpus, protocol, vocabulary, and sizes by split.
+        """
         sizes = {}
         for name, split in self.tokens.splits.items():
             rows, rest = self._rows(split)
@@ -121,55 +130,65 @@ class WikiText2Data(L.LightningDataModule):
         unknown = sum(split.unknown_words for split in self.tokens.splits.values())
         version = f"tokens version ({unknown:,} words are {UNKNOWN})" if unknown else f"raw version (no {UNKNOWN})"
         return {
-            **{"corpus": f"WikiText-2, {version}", "source": self.source, "corpus_sha256": self.digest},
-            **{"tokenizer_sha256": hashlib.sha256(self.tokens.tokenizer.to_str().encode()).hexdigest()},
-            **{"protocol": self.protocol, "vocabulary": self.vocabulary, "context": self.context, "splits": sizes},
+            "corpus": f"WikiText-2, {version}",
+            "source": self.source,
+            "corpus_sha256": self.digest,
+            "tokenizer_sha256": hashlib.sha256(self.tokens.tokenizer.to_str().encode()).hexdigest(),
+            "protocol": self.protocol,
+            "vocabulary": self.vocabulary,
+            "context": self.context,
+            "splits": sizes,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: the tokenizer, without which its tokens mean nothing, and two digests."""
-        said = self.description()
-        digests = {name: said[name] for name in ("corpus_sha256", "tokenizer_sha256")}
+        """Return the tokenizer and two digests for a checkpoint.
+
+        Without the tokenizer the tokens have no meaning.
+        """
+        description = self.description()
+        digests = {name: description[name] for name in ("corpus_sha256", "tokenizer_sha256")}
         return {**digests, "tokenizer": self.tokens.tokenizer.to_str()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a checkpoint was trained on the corpus that is here.
+        """Check that a checkpoint was trained on this corpus.
 
         Raises:
-            ValueError: on another one, or under another tokenizer.
+            ValueError: it was trained on another corpus or with another tokenizer.
         """
-        said = self.description()
-        for name, what in (("corpus_sha256", "corpus"), ("tokenizer_sha256", "tokenizer")):
-            if state_dict[name] != said[name]:
+        description = self.description()
+        for name, kind in (("corpus_sha256", "corpus"), ("tokenizer_sha256", "tokenizer")):
+            if state_dict[name] != description[name]:
                 raise ValueError(
-                    f"the checkpoint was trained with another {what} ({state_dict[name][:8]}) than the one in"
-                    f" {self.source} here ({said[name][:8]}): its tokens mean something else; name the folder of its"
-                    f" corpus by --data.root or {ROOT}"
+                    f"the checkpoint was trained with another {kind} ({state_dict[name][:8]}) than the one of"
+                    f" {self.source} ({description[name][:8]}): set --data.root or {ROOT} to the folder of its corpus"
                 )
 
     def _rows(self, split: SplitTokens) -> tuple[Tensor, Tensor]:
-        """Return a split's whole rows, as a view of the mapped memory, and the tokens of a last shorter row."""
+        """Return the full rows of a split, and the tokens of a last shorter row.
+
+        The rows are a view of the mapped memory.
+        """
         tokens = torch.from_numpy(split.tokens)
         if self.protocol == "packed":
             return tokens, tokens.new_empty(0)
-        # Neighbouring rows share a token: what one predicts last, the next one starts from.
+        # Neighbouring rows share a token, the last target of one and the first input of the next.
         whole = (len(tokens) - 1) // self.context
         rows = tokens[: whole * self.context + 1].unfold(0, self.context + 1, self.context) if whole else None
         return tokens.new_empty(0, self.context + 1) if rows is None else rows, tokens[whole * self.context :]
 
     def train_dataloader(self) -> TensorBatches:
-        """Shuffled anew each epoch."""
+        """Return the training rows, shuffled in each epoch."""
         rows, _ = self._rows(self.tokens.splits["train"])
         return TensorBatches(
             (rows.to(device_of(self, self.on_device)),), self.batch_size, self.seed, drop_last=self.protocol == "packed"
         )
 
     def val_dataloader(self) -> Any:
-        """In a fixed order."""
+        """Return the validation rows, in a fixed order."""
         return self._evaluated("validation")
 
     def test_dataloader(self) -> Any:
-        """In a fixed order."""
+        """Return the test rows, in a fixed order."""
         return self._evaluated("test")
 
     def _evaluated(self, name: str) -> Any:
@@ -194,28 +213,28 @@ class WikiText2Data(L.LightningDataModule):
             ids = self.tokens.tokenizer.encode(prompt, add_special_tokens=False).ids
             if self.tokens.tokenizer.decode(ids, skip_special_tokens=False) != prompt:
                 raise ValueError(
-                    f"the prompt {prompt[:40]!r} has characters that the packed protocol's tokenizer does not know,"
-                    " for the training text does not hold them: leave them out"
+                    f"the prompt {prompt[:40]!r} has characters outside the training text, which the packed"
+                    " protocol cannot encode: leave them out"
                 )
             if not 1 <= len(ids) <= self.context:
                 raise ValueError(
-                    f"the prompt {prompt[:40]!r} has {len(ids)} tokens, and the context holds 1 to {self.context}:"
-                    f" give a {'shorter' if ids else 'longer'} one"
+                    f"the prompt {prompt[:40]!r} has {len(ids)} tokens, and the context allows 1 to {self.context}:"
+                    f" use a {'shorter' if ids else 'longer'} one"
                 )
             prompts.append(torch.tensor([ids], dtype=torch.int32))
         return prompts
 
     def predict_dataloader(self) -> Any:
-        """The prompts, one a batch, in the order given."""
+        """Return the prompts in their order, one in each batch."""
         return DataLoader([(prompt,) for prompt in self.prompt_tokens()], batch_size=None)  # type: ignore[arg-type]
 
 
 class _WholeText:
-    """Whole rows in batches, then the rest of the text as one shorter row."""
+    """Load full rows in batches, then the rest of the text as one shorter row."""
 
     def __init__(self, rows: Tensor, rest: Tensor, batch_size: int) -> None:
         self.rows: TensorBatches | list[Any] = TensorBatches((rows,), batch_size, None) if len(rows) else []
-        # A batch too: of several processes one is given the row, and the others none of it.
+        # With several processes, one gets the row and the others an empty slice.
         self.rest: TensorBatches | list[Any] = TensorBatches((rest.unsqueeze(0),), 1, None) if len(rest) > 1 else []
 
     def __len__(self) -> int:

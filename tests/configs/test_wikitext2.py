@@ -119,7 +119,7 @@ def test_without_prompts_the_validation_text_is_continued(trained: Path) -> None
 
 def test_a_prompt_longer_than_the_context_is_refused(trained: Path) -> None:
     result = ask(trained, "--data.prompts", f'["{"zq " * 30}"]')
-    assert "tokens, and the context holds 1 to 16: give a shorter one" in result.error
+    assert "tokens, and the context allows 1 to 16: use a shorter one" in result.error
 
 
 def test_a_prompt_of_nothing_is_refused(trained: Path) -> None:
@@ -143,7 +143,7 @@ def test_evaluating_the_checkpoint_gives_the_numbers_of_its_run(trained: Path, t
         (("--data.context", 8), "set model.context and data.context to one value"),
         slow(("--data.batch_size", 0), "batch_size must be at least 1"),
         slow(("--data.protocol", "stacked"), "expected one of 'packed', 'contiguous'"),
-        (("--data.root", "/nowhere"), "there is no folder /nowhere"),
+        (("--data.root", "/nowhere"), "the corpus folder /nowhere is missing"),
         (("--data.protocol", "packed", "--data.batch_size", 5000), "too few for one batch of 5000"),
     ],
 )

@@ -48,14 +48,14 @@ def test_the_digest_follows_from_the_text_alone(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"the corpus folder .*nowhere is missing"):
         open_corpus(tmp_path / "nowhere")
 
 
 def test_a_split_without_a_file_is_named(tmp_path: Path) -> None:
     write_corpus(tmp_path)
     (tmp_path / FILES["test"]).unlink()
-    with pytest.raises(FileNotFoundError, match=r"no file named \*test\*, for the test split"):
+    with pytest.raises(FileNotFoundError, match=r"no file named \*test\* for the test split"):
         open_corpus(tmp_path)
 
 
@@ -70,7 +70,7 @@ def test_a_saved_copy_without_a_split_is_refused(tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 
     DatasetDict({"train": Dataset.from_dict({"text": ["a"]})}).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(ValueError, match="lacks the split validation; it has train"):
+    with pytest.raises(ValueError, match="lacks the split validation, it has train"):
         open_corpus(tmp_path / "saved")
 
 

@@ -164,10 +164,10 @@ def test_a_vocabulary_that_bpe_cannot_give_is_refused(vocabulary: int, corpus: C
 def test_an_empty_split_is_refused_by_name(split: str, content: str, tmp_path: Path) -> None:
     write_corpus(tmp_path / "text")
     (tmp_path / "text" / FILES[split]).write_text(content)
-    with pytest.raises(ValueError, match=f"the {split} split .* holds no text"):
+    with pytest.raises(ValueError, match=f"the {split} split .* has no text"):
         load(open_corpus(tmp_path / "text"), tmp_path / "cache")
 
 
 def test_a_context_below_every_piece_is_refused(corpus: Corpus, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no piece of 2 to 2 tokens"):
+    with pytest.raises(ValueError, match="no sentence of 2 to 2 tokens"):
         load(corpus, tmp_path / "cache", context=1)
