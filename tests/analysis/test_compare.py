@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from analysis.rows import check_names, group
 from analysis.study import Study
 from compare import main
 from tests.callbacks.test_wandb_run import of, read
-from tests.helpers.commands import AGA, ROOT, TINY, Result, fit, python
+from tests.helpers.commands import AGA, ROOT, TINY, Result, clean_environment, fit
 
 
 def compare(*arguments: object) -> Result:
@@ -163,7 +164,12 @@ def test_errors_are_one_sentence(arguments: list[str], code: int, message: str, 
 
 
 def test_the_command_needs_no_torch(runs: Path, tmp_path: Path) -> None:
-    command = "import sys, compare; code = compare.main(); sys.exit(code or 3 * ('torch' in sys.modules))"
-    result = python("-c", command, runs / "grok_aga", "--output", tmp_path / "out", home=tmp_path)
-    assert result.code == 0, result.err
+    # A new interpreter: a forked one has torch from the start.
+    code = "import sys, compare; code = compare.main(); sys.exit(code or 3 * ('torch' in sys.modules))"
+    command = [sys.executable, "-c", code, str(runs / "grok_aga"), "--output", str(tmp_path / "out")]
+    environment = clean_environment(tmp_path)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "report.html").is_file()
