@@ -1,6 +1,7 @@
 """The order of calls: a right one updates, a wrong one says so, and none trains nothing in silence."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from functools import partial
 from itertools import product
@@ -89,9 +90,9 @@ def test_any_order_of_calls_is_an_error_or_trains(mode: str, has_gradient: bool)
                 before, steps_done = after, steps_done + 1
             elif name == "restore":
                 assert same(before, model.parameters()), order
-        if optimizer._step_state.stage == "moved":
+        with suppress(RuntimeError):  # where the parameters have not been moved
             optimizer.restore()
-            assert same(before, model.parameters()), order
+        assert same(before, model.parameters()), order
     assert steps_done > 50 and errors > 100
 
 
@@ -99,7 +100,7 @@ def test_any_order_of_calls_is_an_error_or_trains(mode: str, has_gradient: bool)
 def test_a_no_op_closure_is_an_error(mode: str) -> None:
     _, optimizer = started(mode)
     before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match="the closure computed no gradient: zero the gradients"):
+    with pytest.raises(RuntimeError, match="zero the gradients"):
         optimizer.step(lambda: None)
     assert_identical(before, snapshot(optimizer))
 
@@ -169,7 +170,7 @@ def test_a_closure_that_computes_nothing_at_the_adversarial_point_is_an_error(mo
             model.loss(0).backward()
 
     before = copies(model.parameters())
-    with pytest.raises(RuntimeError, match="computed no gradient at the adversarial point"):
+    with pytest.raises(RuntimeError, match="adversarial point"):
         optimizer.step(closure)
     assert len(calls) == 2 and same(before, model.parameters())
     assert optimizer.diagnostics()["steps"] == 0
@@ -209,7 +210,7 @@ def test_after_the_parts_a_closure_is_evaluated_once_and_only_the_update_applied
 @pytest.mark.parametrize("mode", ["sync", "aga"])
 def test_step_without_closure_or_parts_says_what_to_call(mode: str) -> None:
     _, optimizer = started(mode)
-    with pytest.raises(RuntimeError, match=r"call step\(closure\), or call wants_second_pass\(\)"):
+    with pytest.raises(RuntimeError, match=r"step\(closure\).*wants_second_pass\(\)"):
         optimizer.step()
 
 

@@ -103,7 +103,7 @@ def test_a_copy_is_capturable_and_has_counters_of_its_own() -> None:
 
 @pytest.mark.parametrize("mode", ["aga", "random"])
 def test_modes_that_decide_in_python_are_refused(mode: str) -> None:
-    with pytest.raises(ValueError, match=f'capturable needs mode "base" or "sync", got \'{mode}\''):
+    with pytest.raises(ValueError, match=f"capturable.*got '{mode}'"):
         setup(mode, capturable=True)
 
 

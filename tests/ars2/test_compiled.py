@@ -165,9 +165,7 @@ def test_a_missing_compiler_is_one_sentence_and_the_parameters_stay(monkeypatch:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=no_compiler))
     model, optimizer = make("base", compile=True)
     before = copies(parameters_of(optimizer))
-    with pytest.raises(
-        RuntimeError, match=r"^compile=True: .*install a C\+\+ compiler.*or set compile=False.*"
-    ) as info:
+    with pytest.raises(RuntimeError, match=r"C\+\+ compiler.*compile=False") as info:
         optimizer.step(closure_of(model, optimizer, 0))
     assert "\n" not in str(info.value)
     assert worst_difference(before, parameters_of(optimizer)) == 0

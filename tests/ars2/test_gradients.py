@@ -206,7 +206,7 @@ def test_a_sparse_gradient_is_named_before_anything_changes(optimizer_of: Callab
         optimizer.zero_grad()
         (first.sum() + table(torch.tensor([1])).sum()).backward()
 
-    with pytest.raises(RuntimeError, match=f"parameter {'table' if named else 0} has a sparse gradient.*sparse=False"):
+    with pytest.raises(RuntimeError, match=f"parameter {'table' if named else 0} .*sparse=False"):
         optimizer.step(closure)
     assert same(before, [first, table.weight])
     assert [group["step"] for group in optimizer.param_groups] == [0, 0]

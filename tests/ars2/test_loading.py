@@ -46,18 +46,18 @@ def damaged(kind: str, saved: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("missing tensor", r"the saved state of parameter 3 has \['exp_avg_sq', 'shear'\], not"),
-        ("no state of a parameter", "the saved state of parameter 3 has nothing, not"),
-        ("unknown tensor", "parameter 3 has .*max_exp_avg_sq.*same class and mode"),
-        ("other shape", r"the saved exp_avg_sq of parameter 3 is \(5, 5\), not \(40, 26\)"),
-        ("not a tensor", "the saved exp_avg of parameter 3 is float"),
+        ("missing tensor", r"parameter 3 .*\['exp_avg_sq', 'shear'\]"),
+        ("no state of a parameter", "parameter 3 .*nothing"),
+        ("unknown tensor", "parameter 3 .*max_exp_avg_sq"),
+        ("other shape", r"exp_avg_sq of parameter 3 .*\(5, 5\)"),
+        ("not a tensor", "exp_avg of parameter 3 .*float"),
         ("fewer groups", "other parameter groups"),
         ("fewer parameters", "other parameter groups"),
-        ("other track", "group 1: track must be one of 'vector', got 'matrix'"),
-        ("no counter", "group 0: sync_steps must be an integer of at least 0, got 'nothing'"),
-        ("no variance", "group 0: phi_variance must be a number, got 'nothing'"),
-        ("no step", "group 1: step must be an integer of at least 0, got 'nothing'"),
-        ("groups that differ", "alpha must be the same in all groups"),
+        ("other track", "group 1: track .*got 'matrix'"),
+        ("no counter", "group 0: sync_steps .*'nothing'"),
+        ("no variance", "group 0: phi_variance .*'nothing'"),
+        ("no step", "group 1: step .*'nothing'"),
+        ("groups that differ", "alpha .*groups"),
     ],
 )
 def test_a_damaged_saved_state_is_refused_with_nothing_changed(kind: str, message: str) -> None:
@@ -76,7 +76,7 @@ def test_a_damaged_saved_state_is_refused_with_nothing_changed(kind: str, messag
 def test_a_saved_state_of_another_mode_is_refused(source: str, into: str) -> None:
     optimizer, other = setup(source)[1], setup(into)[1]
     before = snapshot(other)
-    with pytest.raises(ValueError, match=f"mode must be one of '{MODES[into]['mode']}', got '{MODES[source]['mode']}'"):
+    with pytest.raises(ValueError, match=f"mode .*'{MODES[into]['mode']}', got '{MODES[source]['mode']}'"):
         other.load_state_dict(optimizer.state_dict())
     assert_identical(before, snapshot(other))
 
@@ -165,5 +165,5 @@ def test_a_saved_state_of_another_class_is_refused() -> None:
     model = SmallProblem()
     adamw = torch.optim.AdamW([{"params": group["params"]} for group in problem_groups(model)])
     for optimizer in (ARS2Neo(problem_groups(model)), Muon(problem_groups(model))):
-        with pytest.raises(ValueError, match="saved optimizer state, group 0: track must be one of"):
+        with pytest.raises(ValueError, match="group 0: track"):
             optimizer.load_state_dict(adamw.state_dict())

@@ -51,9 +51,9 @@ def test_a_capturable_learning_rate_may_be_a_tensor(mode: str) -> None:
 
 
 def test_a_learning_rate_that_is_a_tensor_is_refused_where_the_step_is_not_capturable() -> None:
-    with pytest.raises(ValueError, match=r"lr must be a number in \[0, inf\), got tensor"):
+    with pytest.raises(ValueError, match=r"lr .*got tensor"):
         ARS2Neo(vectors(1), lr=torch.tensor(0.1))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"lr must be a number in \[0, inf\), got -0.1"):
+    with pytest.raises(ValueError, match=r"lr .*got -0.1"):
         ARS2Neo(vectors(1), lr=torch.tensor(-0.1), mode="base", capturable=True)  # type: ignore[arg-type]
 
 

@@ -50,11 +50,11 @@ def test_a_named_head_is_taken() -> None:
 
 
 def test_a_wrong_head_is_an_error_with_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match="no module 'haed': did you mean 'head'"):
+    with pytest.raises(ValueError, match=r"'haed'.*'head'"):
         param_groups(HeadFirst(), head="haed")
-    with pytest.raises(ValueError, match="a Linear that is no module of the model"):
+    with pytest.raises(ValueError, match="Linear"):
         param_groups(HeadFirst(), head=nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="head must be a module of the model or its name, or several, got int"):
+    with pytest.raises(TypeError, match=r"head .*got int"):
         param_groups(HeadFirst(), head=[1])  # type: ignore[list-item]
 
 
@@ -65,7 +65,7 @@ def test_a_guessed_head_is_reported_as_guessed() -> None:
     guessed = next(line for line in report(HeadFirst(), "hidden").splitlines() if "output head" in line)
     assert "down.weight" in guessed and "a guess: name it with head=" in guessed
     assert "guessed" not in report(HeadFirst(), "hidden", head="head")
-    with pytest.warns(UserWarning, match="guesses that the output head is 'down'") as caught:
+    with pytest.warns(UserWarning, match="'down'") as caught:
         param_groups(HeadFirst(), "hidden")
     assert len(caught) == 1 and caught[0].filename == __file__
 

@@ -186,7 +186,7 @@ def test_options_go_to_the_groups_of_their_track() -> None:
 
 @pytest.mark.parametrize(("track", "name"), [("matrix", "params"), ("vector", "track"), ("matrix", "flatten")])
 def test_options_may_not_undo_the_policy(track: str, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"options of the {track} track may not contain \['{name}'\]"):
+    with pytest.raises(ValueError, match=rf"{track} .*'{name}'"):
         param_groups(Network(), **{track: {name: "vector"}})
 
 
@@ -211,12 +211,12 @@ def test_groups_without_names_suit_an_optimizer_that_takes_no_pairs(tmp_path: Pa
 
 
 def test_a_lazy_parameter_is_named() -> None:
-    with pytest.raises(ValueError, match=r"parameter 0\.(weight|bias) has no shape yet: run one forward pass"):
+    with pytest.raises(ValueError, match=r"parameter 0\.(weight|bias) .*forward pass"):
         param_groups(nn.Sequential(nn.LazyLinear(3)))
 
 
 def test_misuse_is_named() -> None:
-    with pytest.raises(ValueError, match="policy must be 'all' or 'hidden', got 'muon'"):
+    with pytest.raises(ValueError, match=r"policy .*got 'muon'"):
         param_groups(Network(), "muon")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no trainable parameter"):
         param_groups(nn.Sequential(nn.ReLU()))
@@ -227,7 +227,7 @@ def test_misuse_is_named() -> None:
 @pytest.mark.parametrize("function", [param_groups, report, assign])
 def test_parameters_in_the_place_of_the_model_are_an_error(function: Any) -> None:
     for wrong in (Network().parameters(), Network().named_parameters(), list(Network().parameters()), Network):
-        with pytest.raises(TypeError, match=r"got (generator|list|type): pass model, not model.parameters\(\)"):
+        with pytest.raises(TypeError, match=r"got (generator|list|type).*model.parameters\(\)"):
             function(wrong, "hidden")
 
 

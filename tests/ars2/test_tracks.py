@@ -30,7 +30,7 @@ def train(optimizer: Any, model: nn.Module) -> None:
 @pytest.mark.parametrize("named", [False, True])
 def test_shapes_decide_where_no_track_is_said(cls: Any, named: bool) -> None:
     model = network()
-    with pytest.warns(UserWarning, match=f"{cls.__name__} got parameters without a track") as caught:
+    with pytest.warns(UserWarning, match=f"{cls.__name__} .*without a track") as caught:
         optimizer = cls(model.named_parameters() if named else model.parameters(), lr=0.01)
     assert len(caught) == 1 and tracks(optimizer) == [("matrix", 2), ("vector", 4)]
     assert all(p.ndim == (2 if g["track"] == "matrix" else 1) for g in optimizer.param_groups for p in g["params"])
@@ -86,11 +86,11 @@ def test_a_mixed_group_that_is_refused_leaves_nothing_behind(cls: Any) -> None:
 
 
 def test_a_refused_parameter_has_its_own_index(cls: Any) -> None:
-    with pytest.raises(ValueError, match="parameter 2 must be of a floating-point dtype"):
+    with pytest.raises(ValueError, match=r"parameter 2 .*floating-point"):
         cls([nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2)), torch.zeros(2, dtype=torch.int64)])
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_a_parameter_without_a_shape_is_named(cls: Any) -> None:
-    with pytest.raises(ValueError, match="parameter 0 has no shape yet: run one forward pass"):
+    with pytest.raises(ValueError, match=r"parameter 0 .*forward pass"):
         cls(nn.LazyLinear(3).parameters())

@@ -26,7 +26,7 @@ def process(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize(("whole", "cls"), [(False, ARS2Neo), (True, Muon)])
 def test_parameters_that_fsdp1_flattens_are_refused(whole: bool, cls: type) -> None:
     model = FullyShardedDataParallel(nn.Linear(3, 4), use_orig_params=whole, device_id=torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"shard the model with torch\.distributed\.fsdp\.fully_shard instead"):
+    with pytest.raises(ValueError, match="fully_shard"):
         cls([{"params": list(model.parameters()), "track": "vector"}])
 
 

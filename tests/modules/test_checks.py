@@ -23,7 +23,7 @@ class Optimizes(Sums):
 
 @pytest.mark.parametrize(("kind", "name"), [(Tutorial, "training_step"), (Optimizes, "configure_optimizers")])
 def test_a_class_that_replaces_the_step_or_the_optimizers_is_refused(kind: Any, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{kind.__name__} cannot be trained yet: leave {name}\(\) to TwoPassModule"):
+    with pytest.raises(ValueError, match=rf"^{kind.__name__} .*{name}\(\)"):
         fit(kind(optimizer=ADAMW))
 
 
@@ -42,7 +42,7 @@ def test_a_step_that_goes_on_to_the_suites_own_is_none_of_these() -> None:
 def test_parameters_that_would_not_be_trained_are_named() -> None:
     module = SmallTask(optimizer=ADAMW)
     module.head = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match=r"outside self.network, which would not be trained: head.weight, head.bias"):
+    with pytest.raises(ValueError, match=r"self.network.*head.weight, head.bias"):
         fit(module)
     module.head.requires_grad_(False)
     assert fit(module).global_step == 12
@@ -53,7 +53,7 @@ def test_training_that_never_steps_does_not_end_well() -> None:
         def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
             return super().compute_loss(batch, metrics) * torch.nan
 
-    with pytest.raises(RuntimeError, match="without one optimizer step, since all 12 had a loss or gradient"):
+    with pytest.raises(RuntimeError, match=r"without one optimizer step.* 12 "):
         fit(Spoilt(optimizer=ADAMW, nonfinite="skip"))
     fit(SmallTask(optimizer=ADAMW), limit_train_batches=0)  # nothing was to be trained
 
@@ -128,7 +128,7 @@ class Nothing(SmallTask):
     ("kind", "returned"), [(AsDictionary, "a dict"), (OfEachExample, r"one of shape \(4,\)"), (Nothing, "a NoneType")]
 )
 def test_a_loss_that_is_no_scalar_is_refused(kind: type[SmallTask], returned: str) -> None:
-    said = rf"{kind.__name__}.compute_loss\(\) must return the mean loss, a scalar tensor, and returned {returned}"
+    said = rf"{kind.__name__}.compute_loss\(\) .*{returned}"
     with pytest.raises(TypeError, match=said):
         fit(kind(optimizer=ADAMW))
     module = kind(optimizer=ADAMW)

@@ -26,8 +26,8 @@ from tests.modules.test_precision import Damaged
 @pytest.mark.parametrize(
     ("in_pass", "factor", "sentence"),
     [
-        (1, torch.nan, "step 4 in epoch 1, first pass: the loss is nan and the gradient of convolution.weight is not"),
-        (2, torch.inf, "step 4 in epoch 1, second pass: the loss is inf and the gradient of convolution.weight is not"),
+        (1, torch.nan, "step 4 in epoch 1, first pass: .* nan .*convolution.weight"),
+        (2, torch.inf, "step 4 in epoch 1, second pass: .* inf .*convolution.weight"),
     ],
 )
 def test_by_default_the_run_stops_with_step_pass_and_parameter(in_pass: int, factor: float, sentence: str) -> None:
@@ -47,7 +47,7 @@ def test_a_gradient_alone_is_named_by_its_parameter() -> None:
 
     for name in ("adamw", "muon", "aga"):
         module = Breaks(optimizer=make_optimizer(name))
-        with pytest.raises(FloatingPointError, match=r"step 3 in epoch 1, first pass: the gradient of head.bias is no"):
+        with pytest.raises(FloatingPointError, match=r"step 3 in epoch 1, first pass: .*head.bias"):
             fit(module)
         assert_equal_states(state_of(module), Loop(name, limit=2, epochs=1).train())
 
@@ -142,7 +142,7 @@ def test_a_validation_loss_that_is_nan_is_logged_as_such_and_the_run_goes_on() -
 
 def test_a_run_that_learns_nothing_any_more_stops_at_an_epochs_end() -> None:
     module = Damaged(tuple(range(5, 999)), 1, optimizer=make_optimizer("sync"), nonfinite="skip")
-    with pytest.raises(FloatingPointError, match="all of the last 103 steps up to the end of epoch 18 were skipped"):
+    with pytest.raises(FloatingPointError, match=r" 103 steps .*epoch 18"):
         fit(module, epochs=99)
     assert module.skipped_steps == 103
 
@@ -204,7 +204,7 @@ def test_the_values_of_a_sparse_gradient_are_looked_at_too() -> None:
             return vectors.square().sum()
 
     module = Sparse(optimizer=lambda params: torch.optim.SGD(params, lr=1e-2))
-    with pytest.raises(FloatingPointError, match=r"^step 3 in epoch 1, first pass: the gradient of weight is not"):
+    with pytest.raises(FloatingPointError, match=r"^step 3 in epoch 1, first pass: .*weight"):
         fit(module)
     assert all(param.isfinite().all() for param in module.network.parameters())
 
@@ -241,12 +241,12 @@ def test_the_device_is_read_once_a_step() -> None:
 
 
 def test_an_option_that_does_not_exist_is_refused() -> None:
-    with pytest.raises(ValueError, match="nonfinite must be 'stop' or 'skip', got 'ignore'"):
+    with pytest.raises(ValueError, match=r"nonfinite .*got 'ignore'"):
         SmallTask(optimizer=make_optimizer("base"), nonfinite="ignore")
 
 
 def test_only_the_first_of_many_parameters_is_named() -> None:
     module = Damaged((0,), 1, torch.nan, optimizer=make_optimizer("base"))
-    with pytest.raises(FloatingPointError, match=r"\(nor are those of 5 more parameters\)"):
+    with pytest.raises(FloatingPointError, match="5 more parameters"):
         fit(module)
     assert len(list(nn.Module.parameters(module.network))) == 6

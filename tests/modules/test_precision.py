@@ -170,7 +170,7 @@ def test_a_first_pass_that_overflows_unseen_by_the_second_is_found_all_the_same(
 def test_a_scale_that_can_fall_no_further_ends_the_run() -> None:
     module = Damaged(tuple(range(100)), 1, optimizer=make_optimizer("sync"))
     mine = scaler(init_scale=SMALLEST_SCALE * 4)
-    with pytest.raises(FloatingPointError, match=r"^step 1 in epoch 1, first pass: the loss is inf"):
+    with pytest.raises(FloatingPointError, match=r"^step 1 in epoch 1, first pass: .* inf"):
         fit(module, plugins=[half(mine)])
     assert module.skipped_steps == 3
 

@@ -54,7 +54,7 @@ def test_the_best_checkpoint_of_a_command_answers_questions(best: Path) -> None:
 
 
 def test_what_is_loaded_can_be_trained_on_once_it_has_an_optimizer(best: Path) -> None:
-    with pytest.raises(ValueError, match=r"cannot be trained yet: give it an optimizer, which load_from_checkpoint"):
+    with pytest.raises(ValueError, match=r"optimizer.*load_from_checkpoint"):
         fits.fit(ModularAddition.load_from_checkpoint(best), fits.data(), [], None, 1)
     module = ModularAddition.load_from_checkpoint(best, optimizer=ADAMW)
     assert fits.fit(module, fits.data(), [], None, 1).global_step == 4
@@ -87,7 +87,7 @@ def test_a_language_model_goes_on_from_texts_without_the_data(tmp_path: Path) ->
     older = torch.load(path, weights_only=True)
     del older["WikiText2Data"]["tokenizer"]
     torch.save(older, path)
-    with pytest.raises(ValueError, match="the checkpoint has no tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer"):
         LanguageModel.load_from_checkpoint(path).continue_text(prompt)
 
 
@@ -95,11 +95,9 @@ def test_an_older_checkpoint_takes_its_arguments_from_the_call(best: Path, tmp_p
     older = torch.load(best, weights_only=True)
     del older["hyper_parameters"]
     torch.save(older, path := tmp_path / "older.ckpt")
-    with pytest.raises(ValueError, match=r"arguments of ModularAddition \('optimizer'\): .* pass optimizer=None and"):
+    with pytest.raises(ValueError, match=r"ModularAddition .*optimizer=None"):
         ModularAddition.load_from_checkpoint(path)
-    with pytest.raises(
-        ValueError, match=r"is \(2, 4, 8\) in the checkpoint and .* pass load_from_checkpoint\(\) the arg"
-    ):
+    with pytest.raises(ValueError, match=r"\(2, 4, 8\) .*load_from_checkpoint\(\)"):
         ModularAddition.load_from_checkpoint(path, optimizer=None)
     module = ModularAddition.load_from_checkpoint(path, optimizer=None, p=7, width=8, heads=2, mlp_width=16)
     assert all(torch.equal(value, older["state_dict"][name]) for name, value in module.state_dict().items())

@@ -107,10 +107,10 @@ def test_a_loss_of_one_process_that_is_not_finite_leaves_the_step_out_in_all(two
 
 def test_what_cannot_be_sharded_is_refused_in_every_process(two: list[Results]) -> None:
     for refused in (results["refused"] for results in two):
-        assert refused["batch norm"].startswith("a network with BatchNorm cannot be sharded")
-        assert refused["tensor parallel"].startswith("tensor parallelism is not supported")
-        assert refused["local first pass"].startswith("local_first_pass does not support a sharded network")
-        assert refused["probe"].startswith("the flatness probe needs complete parameters on every process")
+        assert "BatchNorm" in refused["batch norm"]
+        assert "tensor parallelism" in refused["tensor parallel"]
+        assert "local_first_pass" in refused["local first pass"]
+        assert "flatness probe" in refused["probe"]
 
 
 def test_lightning_refuses_16_mixed_under_the_strategy() -> None:
