@@ -19,8 +19,7 @@ EVERY_MODE = {name: (name, {}) for name in OPTIONS}
 # The others differ in what a step decides alone, which tests/ars2/test_distributed.py compares.
 MODES = {name: (name, {}) for name in ("adamw", "muon", "sync", "aga")}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "accumulated": ("aga", {"accumulate_grad_batches": 3}),
-    "clipped": ("sync", {"gradient_clip_val": 0.1}),
+    "accumulated and clipped": ("aga", {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}),
     "asked for sizes": ("sync", {"units": 3}),
     "local": ("sync", {"local_first_pass": True}),
     "rounded": ("base", {"gather": "bfloat16"}),
@@ -66,7 +65,7 @@ def assert_one(ranks: list[Results], label: str) -> None:
             assert torch.equal(value, ranks[0][label]["state"][name]), name
 
 
-@pytest.mark.parametrize("label", [*MODES, "accumulated", "clipped", "asked for sizes"])
+@pytest.mark.parametrize("label", [*MODES, "accumulated and clipped", "asked for sizes"])
 def test_two_processes_train_to_what_one_does(label: str, two: list[Results], alone: Results) -> None:
     assert_one(two, label)
     assert_same_as_alone(two, alone, label)
