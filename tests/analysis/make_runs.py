@@ -1,4 +1,4 @@
-"""Train the tiny runs of ``runs.zip``, which the tests here read: about two minutes of one core.
+"""Train the tiny runs of ``runs.zip``, which the tests here read.
 
 python -m tests.analysis.make_runs
 """
@@ -22,7 +22,10 @@ def seeded(seed: int) -> tuple[object, ...]:
 
 
 def make_runs(runs: Path) -> None:
-    """Two rows of three seeds, one of another protocol, and a search with unequal budgets and its winner."""
+    """Train rows of three seeds, one of another protocol, and a search.
+
+    The search has unequal budgets, and a run of its winner.
+    """
     for seed in SEEDS:
         fit(runs, *ADAMW, *LENGTH, *seeded(seed), "--model.optimizer.lr", "0.01")
         fit(runs, *AGA, *LENGTH, *seeded(seed), "--internals.every_n_steps", "1")
@@ -36,7 +39,10 @@ def make_runs(runs: Path) -> None:
 
 
 def make_corners(runs: Path) -> None:
-    """Two seeds of every corner of flatness, geometry and energy, as a search's winners, with the flatness probe."""
+    """Train two seeds of every corner of flatness, geometry and energy.
+
+    They are a search's winners, with the flatness probe.
+    """
     probe = {"class_path": "callbacks.flatness_probe.FlatnessProbe", "init_args": {"epochs": 2, "rho": 0.05}}
     probed = (*TINY, "--trainer.max_epochs", 2, "--trainer.callbacks", json.dumps([probe]), "--experiment", "corners")
     for mode, geometry, energy in product(("base", "sync"), ("true", "false"), ("true", "false")):
@@ -47,7 +53,7 @@ def make_corners(runs: Path) -> None:
 
 
 def make_others(folder: Path) -> None:
-    """One folder a test: two settings of one name, a resumed run, callbacks, a divergence, and an evaluation."""
+    """Train the runs of single tests, in a folder for each test."""
     for rate in ("0.001", "0.002"):
         fit(folder / "settings", *AGA, *LENGTH, "--model.optimizer.lr", rate)
     first = fit(folder / "resumed", *AGA, *TINY, "--trainer.max_epochs", 3)

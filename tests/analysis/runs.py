@@ -1,4 +1,4 @@
-"""Run folders for the tests: real fits of tiny networks from ``runs.zip``, and copies of them that are damaged."""
+"""Unpack real fits of tiny networks, and copy and damage them for the tests."""
 
 import shutil
 import zipfile
@@ -27,7 +27,7 @@ def copy(folder: Path, runs: Path, name: str) -> Path:
 
 
 def cut(folder: Path, lines: int) -> None:
-    """Leave the first ``lines`` of the log and no summary: a run that was killed."""
+    """Leave the first ``lines`` of the log and no summary, as a killed run does."""
     path = folder / "metrics.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[: lines + 1]))
     (folder / "summary.json").unlink(missing_ok=True)

@@ -21,7 +21,10 @@ def entry(corners: Path) -> Group:
 
 
 def last(corners: Path, column: str) -> dict[tuple[bool, bool, bool], np.ndarray]:
-    """The last value of a column by corner (flatness, geometry, energy), in the order of the seeds."""
+    """The last values of a column by corner, in the order of the seeds.
+
+    A corner is flatness, geometry and energy, on or off.
+    """
     values: dict[tuple[bool, bool, bool], dict[int, float]] = {}
     for path in corners.glob("*/*/config.yaml"):
         config = yaml.safe_load(path.read_text())

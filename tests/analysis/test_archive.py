@@ -1,4 +1,4 @@
-"""Archives of runs: complete, the same bytes every time, and read like the folder that they were packed from."""
+"""Test that archives are complete, reproducible, and read like their folders."""
 
 import shutil
 import sys

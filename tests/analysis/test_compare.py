@@ -46,7 +46,7 @@ def test_a_fresh_run_becomes_a_report(tmp_path: Path, monkeypatch: pytest.Monkey
     without_a_key(tmp_path, monkeypatch)
     missing = tmp_path / "missing"
     folders = (tmp_path / "runs", missing, "--output", tmp_path / "out")
-    options = ("--target", "train/loss < 1000", "--title", "One seed", "--wandb", "mine")
+    options = ("--target", "train/loss < 1000", "--title", "One seed", "--wandb", "project")
     result = compare(*folders, *options)
     assert result.code == 0
     assert "reading runs" in result.err and "writing tables and pictures" in result.err

@@ -1,4 +1,4 @@
-"""The dashboard's specification, as it would be sent; made without a network or a key, in a process of its own."""
+"""Test the specification of the dashboard, made without a network or a key."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The flatness tables hold the probe's last values, and correlations that are scipy's."""
+"""Test the flatness tables against the logs and against SciPy's correlations."""
 
 from pathlib import Path
 

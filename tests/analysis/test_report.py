@@ -1,4 +1,4 @@
-"""The report of real runs: its numbers by hand, what stands together, and pages that need no network."""
+"""Test the report of real runs against numbers by hand; its page needs no network."""
 
 import re
 import shutil
@@ -262,14 +262,14 @@ def test_sensitivity_has_a_point_a_trial(groups: list[Group]) -> None:
 
 
 def test_published_numbers_stand_beside_runs_of_their_settings_alone(groups: list[Group]) -> None:
-    # p = 7 is not what was published.
+    # The published protocol has another p than 7.
     assert published(groups[0]) is None
     entry = groups[0]
     shown = Group(**{**vars(entry), "published": _published()})
     table = published(shown)
     assert table is not None
     lines = {line[0]: line for line in table.rows}
-    # The published AdamW has another learning rate than the runs here; AGA's is theirs.
+    # The published AdamW has another learning rate than the runs here; AGA has the same one.
     assert "AdamW: no run here" in lines
     assert lines["ARS2-Neo AGA: measured (grok_aga)"][1:3] == ["3", "6"]
     assert lines["ARS2-Neo AGA: later report"][3:8] == ["12", "-", "77", "116", "234"]
@@ -336,8 +336,8 @@ def test_a_metric_that_runs_were_stopped_on_is_not_tested(groups: list[Group]) -
 def test_no_two_rows_look_the_same() -> None:
     rows = range(len(plots.COLOURS) * len(plots.STYLES))
     assert len(rows) >= 14
-    for look in (plots.style, plots.mark):
-        assert len({tuple(look(index).values()) for index in rows}) == len(rows)
+    for choose in (plots.style, plots.mark):
+        assert len({tuple(choose(index).values()) for index in rows}) == len(rows)
 
 
 def test_trials_are_told_apart_by_colour_and_marker(groups: list[Group]) -> None:
@@ -374,7 +374,7 @@ def test_second_passes_are_drawn_for_rows_that_make_some(groups: list[Group]) ->
     by_label = {entry.label: entry for entry in groups[0].rows}
     figure = plots.second_passes(by_label["grok_aga"])
     assert figure is not None
-    # Every step was logged: each look is a line over the loss.
+    # Every step was logged: each second pass is a line over the loss.
     run = by_label["grok_aga"].any
     _, rate = run.curve("flatness/trigger_rate", "cost/optimizer_steps")
     over_loss = figure.axes[0].lines
@@ -461,33 +461,33 @@ def test_the_other_files_say_the_same(page: Path, groups: list[Group]) -> None:
 def test_a_report_replaces_its_own_pictures_and_keeps_a_users(groups: list[Group], page: Path, tmp_path: Path) -> None:
     folder = tmp_path / "report"
     shutil.copytree(page, folder)
-    (folder / "pictures" / "mine.svg").write_text("kept")
-    (folder / "mine.txt").write_text("kept")
+    (folder / "pictures" / "user.svg").write_text("kept")
+    (folder / "user.txt").write_text("kept")
     before = {picture.name for picture in pictures(folder)}
     write(folder, groups[1:], [], Study(title="A & B"))
     after = {picture.name for picture in pictures(folder)}
     assert after and before - after
-    assert {picture.name for picture in (folder / "pictures").iterdir()} == after | {"mine.svg"}
-    assert (folder / "mine.txt").read_text() == "kept"
+    assert {picture.name for picture in (folder / "pictures").iterdir()} == after | {"user.svg"}
+    assert (folder / "user.txt").read_text() == "kept"
     assert "In no table" not in (folder / "report.html").read_text()
 
 
-@pytest.mark.parametrize("name", ["pictures/mine.png", "runs.csv", "report.md", "thesis.tex"])
+@pytest.mark.parametrize("name", ["pictures/user.png", "runs.csv", "report.md", "thesis.tex"])
 def test_a_users_folder_is_refused_and_left_as_it_was(name: str, groups: list[Group], tmp_path: Path) -> None:
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
-    file.write_text("mine")
+    file.write_text("user's text")
     with pytest.raises(ValueError, match="is not empty and has no report: name another folder"):
         write(tmp_path, groups[1:], [], Study(title="A & B"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
-    assert file.read_text() == "mine"
+    assert file.read_text() == "user's text"
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(groups: list[Group], tmp_path: Path) -> None:
-    (tmp_path / "report").write_text("mine")
+    (tmp_path / "report").write_text("user's text")
     with pytest.raises(ValueError, match="is no folder"):
         write(tmp_path / "report", groups[1:], [], Study(title="A & B"))
-    assert (tmp_path / "report").read_text() == "mine"
+    assert (tmp_path / "report").read_text() == "user's text"
 
 
 def test_costs_that_were_not_logged_leave_their_axis_out(runs: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reading run folders: the numbers are those of the log, and a damaged folder is reported and not fatal."""
+"""Test the reading of run folders, damaged ones among them."""
 
 import csv
 import json

@@ -41,19 +41,19 @@ def test_one_value_has_no_interval_and_none_has_no_mean() -> None:
 
 
 def test_paired_seeds_are_compared_seed_by_seed() -> None:
-    mine, theirs = {"0": 3.0, "1": 5.0, "2": 7.0, "9": 100.0}, {"2": 6.0, "1": 3.0, "0": 2.5, "8": -100.0}
-    compared = paired(mine, theirs)
+    first, second = {"0": 3.0, "1": 5.0, "2": 7.0, "9": 100.0}, {"2": 6.0, "1": 3.0, "0": 2.5, "8": -100.0}
+    compared = paired(first, second)
     assert compared is not None
-    # Differences 0.5, 2 and 1, whatever the order; seeds that only one has do not count.
+    # Differences 0.5, 2 and 1 in any order; seeds that only one has do not count.
     assert (compared.difference.n, compared.difference.mean) == (3, pytest.approx(3.5 / 3))
     assert compared.p == pytest.approx(stats.ttest_rel([3.0, 5.0, 7.0], [2.5, 3.0, 6.0]).pvalue)
     error = np.std([0.5, 2.0, 1.0], ddof=1) / math.sqrt(3)
     assert compared.detectable == pytest.approx(detectable_effect(3) * error)
 
 
-@pytest.mark.parametrize("mine", [{"0": 1.0}, {"0": 1.0, "1": math.nan}, {"7": 1.0, "8": 2.0}])
-def test_fewer_than_two_common_seeds_compare_nothing(mine: dict[str, float]) -> None:
-    assert paired(mine, {"0": 2.0, "1": 3.0}) is None
+@pytest.mark.parametrize("values", [{"0": 1.0}, {"0": 1.0, "1": math.nan}, {"7": 1.0, "8": 2.0}])
+def test_fewer_than_two_common_seeds_compare_nothing(values: dict[str, float]) -> None:
+    assert paired(values, {"0": 2.0, "1": 3.0}) is None
 
 
 def test_without_scatter_there_is_no_p_value() -> None:
@@ -97,7 +97,7 @@ def test_censored_times_count_as_longer_than_they_were_watched() -> None:
     times = [*reached(1, 3, 4), *missed(2, 10)]
     median = median_time(times)
     assert (median.reached, median.median, median.horizon) == (3, 4, 10)
-    # To leave the missed ones out would say 3, to take their ends for times as well.
+    # Leaving the missed ones out would give 3, and so would taking their ends for times.
     assert np.median([1, 3, 4]) == np.median([1, 3, 4, 2, 10]) == 3
 
 
@@ -146,10 +146,10 @@ def test_the_interval_of_a_median_is_open_where_too_few_got_there() -> None:
 
 
 def test_a_race_counts_who_was_first_on_each_seed() -> None:
-    mine = {"0": Time(1, 1), "1": Time(4, 4), "2": Time(None, 9), "3": Time(None, 2), "4": Time(5, 5)}
-    theirs = {"0": Time(2, 2), "1": Time(3, 3), "2": Time(8, 8), "3": Time(8, 8), "4": Time(None, 5), "5": Time(1, 1)}
-    result = race(mine, theirs)
-    # Seed 3 is open: mine was watched until 2 only. On seed 4 theirs was still running when mine got there.
+    one = {"0": Time(1, 1), "1": Time(4, 4), "2": Time(None, 9), "3": Time(None, 2), "4": Time(5, 5)}
+    other = {"0": Time(2, 2), "1": Time(3, 3), "2": Time(8, 8), "3": Time(8, 8), "4": Time(None, 5), "5": Time(1, 1)}
+    result = race(one, other)
+    # Seed 3 is open, as the first run was watched until 2 only. On seed 4 the second was still running at 5.
     assert (result.first, result.second, result.undecided) == (2, 2, 1)
     assert result.p == 1.0
     assert result.ratio is None

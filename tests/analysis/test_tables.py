@@ -1,4 +1,4 @@
-"""One table in three languages; nothing in a cell is taken for code by any of them."""
+"""Test a table in three languages, none of which takes a cell for code."""
 
 import math
 import re
