@@ -6,34 +6,35 @@ the first pass. :mod:`modules.evaluation` logs metrics, and :mod:`modules.nonfin
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DistributedSampler
 
-from ars2.param_groups import Policy
+from ars2.param_groups import Policy, param_groups
 from ars2.replay import random_state
-from experiment.library_internals import is_attached, is_compiled
+from ars2.validation import check_known
+from experiment.library_internals import is_compiled
 from modules.checks import check_callbacks, check_complete
 from modules.evaluation import EvaluatedModule
 from modules.metrics import snapshot
 from modules.nonfinite import StepRecord, lower_scale
-from modules.optimizer_setup import build_optimizer, build_scheduler
-from modules.saved_arguments import arguments_of, check_same_network, is_plain
+from modules.resuming import ResumableModule
+from modules.saved_arguments import arguments_of
 from modules.sharding import shard
 
 # An epoch that ends with this many skipped steps in a row ends the run, because the model no longer learns.
 MOST_SKIPPED = 100
 
 
-class TwoPassModule(EvaluatedModule):
+class TwoPassModule(ResumableModule):
     """Provide a base for task modules with manual optimization.
 
     It implements schedulers, clipping and accumulation. A task module sets ``self.network``, calls :meth:`set_metrics`,
@@ -72,7 +73,6 @@ class TwoPassModule(EvaluatedModule):
         ValueError: ``accumulate_grad_batches`` below 1 or ``gradient_clip_val`` not above 0.
     """
 
-    network: nn.Module
     # Other methods that use the network's parameters. A sharded network is gathered for them as for compute_loss().
     uses_parameters: tuple[str, ...] = ("predict_step",)
     unit = "examples"  # the unit of batch_size() and of mean losses
@@ -110,13 +110,12 @@ class TwoPassModule(EvaluatedModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.clip_first_pass, self.nonfinite = clip_first_pass, nonfinite
         self.local_first_pass, self.gather = local_first_pass, gather
-        self.gradient_evaluations = self.skipped_steps = self._skipped_in_a_row = 0
+        self._skipped_in_a_row = 0
         # The error that ends training. It is raised at the end of the batch, after callbacks could save a checkpoint.
         self.fatal_error: str | None = None
         # Whether this process was asked to stop, and whether any was at the last update. None with a single process.
         self.stop_asked = False
         self.stop_agreed: bool | None = None
-        self._resumed_optimizer: str | None = None
         # The number of batches in the open window, and those to repeat in a second pass with weights and random states
         self._batches_so_far = 0
         self._window: list[tuple[Any, Tensor | float, Callable[[], None]]] = []
@@ -124,33 +123,6 @@ class TwoPassModule(EvaluatedModule):
         self._is_second_pass = False
         self._restore_metrics: Callable[[], None] = lambda: None
         self._has_exchanged = False
-        self._is_elsewhere = False  # whether a schedule-free optimizer is at its training parameters
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **arguments: Any) -> Self:
-        """Return the module of a checkpoint, as Lightning does.
-
-        It can evaluate and predict without a Trainer.
-
-        Args:
-            checkpoint_path: of the file.
-            args: as in Lightning.
-            arguments: as in Lightning, and arguments of the module, which replace those in the file.
-
-        Raises:
-            ValueError: the file lacks an argument of the module, or is of another network.
-        """
-        try:
-            return super().load_from_checkpoint(checkpoint_path, *args, **arguments)
-        except TypeError as error:
-            if "__init__() missing" not in str(error):
-                raise
-            missing = str(error).rpartition(": ")[2]
-            raise ValueError(
-                f"{checkpoint_path} lacks arguments of {cls.__name__} ({missing}): pass them to load_from_checkpoint()."
-                " For an old checkpoint without arguments, pass optimizer=None and the arguments of the network in the"
-                " run's config.yaml, such as width=8"
-            ) from error
 
     def configure_model(self) -> None:
         """Shard the network over the processes under ModelParallelStrategy.
@@ -363,16 +335,6 @@ class TwoPassModule(EvaluatedModule):
         if vars(self.trainer)["overfit_batches"] > 0 and hasattr(sampler, "set_epoch"):
             sampler.set_epoch(0)
 
-    def _move_optimizers(self, to: Literal["train", "eval"]) -> None:
-        """Switch optimizers between parameters to train and to evaluate.
-
-        Schedule-free ones (Defazio et al. 2024) have the methods ``train()`` and ``eval()`` for this.
-        """
-        for optimizer in self.trainer.optimizers:
-            if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
-                getattr(optimizer, to)()
-                self._is_elsewhere = to == "train"
-
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         self._move_optimizers("train")
 
@@ -451,48 +413,36 @@ class TwoPassModule(EvaluatedModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval},
         }
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        # A subclass may have saved more hyperparameters.
-        saved = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        if "_instantiator" not in saved:
-            saved = {name: value for name, value in saved.items() if is_plain(value)}
-            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {**saved, **self._arguments}
-        if self._is_elsewhere and self.device_mesh is None:
-            self._save_both(checkpoint)
-        checkpoint["gradient_evaluations"] = self.gradient_evaluations
-        checkpoint["skipped_steps"] = self.skipped_steps
-        checkpoint["optimizer"] = type(self.trainer.optimizers[0]).__name__
 
-    @torch.no_grad()
-    def _save_both(self, checkpoint: dict[str, Any]) -> None:
-        """Save the parameters to evaluate, and beside them those to train on.
+def build_optimizer(
+    network: nn.Module,
+    make_optimizer: OptimizerCallable,
+    policy: Policy,
+    matrix: Mapping[str, Any] | None,
+    vector: Mapping[str, Any] | None,
+) -> Optimizer:
+    """Return the optimizer of the network's parameter groups.
 
-        The latter are saved bit for bit.
-        """
-        training = {name: param.clone() for name, param in self.named_parameters()}
-        self._move_optimizers("eval")
-        checkpoint["state_dict"] |= {name: param.clone() for name, param in self.named_parameters()}
-        self._move_optimizers("train")
-        for name, param in self.named_parameters():
-            param.copy_(training[name])  # switching back and forth rounds
-        checkpoint["training_parameters"] = training
+    ``matrix`` and ``vector`` are options of one track.
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters of a run.
+    Raises:
+        ValueError: the optimizer lacks one of these options.
+    """
+    groups: Iterable[Any] = param_groups(network, policy, matrix, vector)
+    optimizer = make_optimizer(groups)
+    for track, options in (("matrix", matrix), ("vector", vector)):
+        known = getattr(optimizer, "group_options", optimizer.defaults)
+        check_known(options or {}, known, f"{type(optimizer).__name__} ({track} group)")
+    return optimizer
 
-        ``load_from_checkpoint()``, without a Trainer, restores only the weights.
 
-        Raises:
-            ValueError: without a Trainer, if the checkpoint is of another network.
-        """
-        if not is_attached(self):
-            check_same_network(self, checkpoint["state_dict"])
-            return
-        super().on_load_checkpoint(checkpoint)
-        # A sharded checkpoint has no training parameters here.
-        if self.trainer.state.fn == "fit" and "training_parameters" in checkpoint:
-            checkpoint["state_dict"].update(checkpoint["training_parameters"])
-        self.gradient_evaluations = checkpoint["gradient_evaluations"]
-        self.skipped_steps = checkpoint["skipped_steps"]
-        self._resumed_optimizer = checkpoint["optimizer"]
+def build_scheduler(optimizer: Optimizer, make_scheduler: LRSchedulerCallable) -> LRScheduler:
+    """Return the scheduler.
+
+    Raises:
+        ValueError: the scheduler needs a metric.
+    """
+    scheduler = make_scheduler(optimizer)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError("ReduceLROnPlateau needs a metric, which is not supported: use another scheduler")
+    return scheduler

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ars2 import ARS2Neo, Muon
-from modules.optimizer_setup import build_optimizer
+from modules.two_pass import build_optimizer
 from tests.modules.by_hand import Loop
 from tests.modules.small_task import (
     CORE,
