@@ -113,15 +113,15 @@ def keep_shear_(
         first: gradients of the first pass by parameter, at any scale.
         maybe_compile: wraps the function that works on tensors.
     """
-    second, firsts, kept = both_gradients(params, grads, states, first)
+    second, firsts, shears = both_gradients(params, grads, states, first)
     if not second:
         return
     if maybe_compile is not eager:
-        torch._foreach_copy_(kept, maybe_compile(shear_forces)(second, firsts))
+        torch._foreach_copy_(shears, maybe_compile(shear_forces)(second, firsts))
         return
     products, lengths = inner_products(second, firsts), norms(firsts)
-    for second_chunk, first_chunk, kept_chunk in split_flat(second, firsts, kept):
-        torch._foreach_copy_(kept_chunk, without_parallel(second_chunk, first_chunk, products, lengths))
+    for second_chunk, first_chunk, shear_chunk in split_flat(second, firsts, shears):
+        torch._foreach_copy_(shear_chunk, without_parallel(second_chunk, first_chunk, products, lengths))
 
 
 def both_gradients(
@@ -239,12 +239,12 @@ def diagnostics(group: dict[str, Any], keeps_shear: bool) -> dict[str, float]:
 
     ``group`` is the first group, which has the counters.
     """
-    steps, looks = int(group["step"]), int(group["sync_steps"])
+    steps, sync_steps = int(group["step"]), int(group["sync_steps"])
     report = {
         "steps": float(steps),
-        "sync_steps": float(looks),
-        "gradient_evaluations": float(steps + looks),
-        "effective_k": steps / looks if looks else math.inf,
+        "sync_steps": float(sync_steps),
+        "gradient_evaluations": float(steps + sync_steps),
+        "effective_k": steps / sync_steps if sync_steps else math.inf,
     }
     if keeps_shear:
         report["alpha"] = group["injected_alpha"]

@@ -167,8 +167,8 @@ def _symmetric(added: Tensor | None, left: Tensor, right: Tensor, beta: float = 
     matrices, rows, _ = left.shape
     half = left.dtype in _HALF
     width, least = (_BLOCK_ROWS, _BLOCKED_FROM_ROWS_FOR_HALF) if half else (_BLOCK_COLUMNS, _BLOCKED_FROM_ROWS)
-    whole = rows < least or left.device.type != "cpu" or left.requires_grad
-    if whole or torch.compiler.is_compiling():
+    in_one_product = rows < least or left.device.type != "cpu" or left.requires_grad
+    if in_one_product or torch.compiler.is_compiling():
         return torch.bmm(left, right) if added is None else torch.baddbmm(added, left, right, beta=beta, alpha=alpha)
     # In float32, rows at a power-of-two distance conflict in the cache and slow the mirroring, so they are padded. Half
     # precision multiplies unpadded rows faster.

@@ -190,8 +190,8 @@ def _plan(
         chosen = _chosen(algorithm, bucket.rows, bucket.columns, dtype, device)
         # A row of zeros stays zero only under the standard algorithm; Gram gives it a singular value. A matrix whose
         # products would be in float32 must not join a batch in half precision.
-        alike = chosen[0] == "standard" and _chosen(algorithm, rows, columns, dtype, device) == chosen
-        return alike and _LEAST_FILLED_ROWS * bucket.rows <= rows and bucket.rows <= _PADDED_TO_ROWS
+        same_products = chosen[0] == "standard" and _chosen(algorithm, rows, columns, dtype, device) == chosen
+        return same_products and _LEAST_FILLED_ROWS * bucket.rows <= rows and bucket.rows <= _PADDED_TO_ROWS
 
     buckets: list[_Bucket] = []
     for index in sorted(range(len(kinds)), key=lambda i: (-min(kinds[i][1:3]), -max(kinds[i][1:3]))):

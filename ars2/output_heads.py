@@ -57,13 +57,13 @@ def find_heads(model: nn.Module, named: Head | None = None) -> OutputHeads:
 def _find(model: nn.Module, adapters: frozenset[nn.Module]) -> tuple[list[nn.Module], nn.Module | None]:
     """Return the heads, and the one among them that is guessed, if any."""
     chain = _unwrapped(model)
-    if speakers := [module for module in chain if _speaks(module)]:
-        answers = (module.get_output_embeddings() for module in speakers)  # type: ignore[operator]
-        said = [answer for answer in answers if isinstance(answer, nn.Module)][:1]
-        classifiers, unsure = _outside_of_base(speakers[-1], adapters, bool(said))
-        return said + classifiers, classifiers[-1] if unsure else None
+    if declaring := [module for module in chain if _declares_head(module)]:
+        declared = (module.get_output_embeddings() for module in declaring)  # type: ignore[operator]
+        heads = [head for head in declared if isinstance(head, nn.Module)][:1]
+        classifiers, guessed = _outside_of_base(declaring[-1], adapters, bool(heads))
+        return heads + classifiers, classifiers[-1] if guessed else None
     linears = _linears(model, adapters)
-    if parts := _speaking_parts(model):
+    if parts := _declaring_parts(model):
         found = [_find(part, adapters) for part in parts]
         if heads := [head for heads, _ in found for head in heads]:
             return heads, next((last for _, last in found if last is not None), None)
@@ -78,14 +78,14 @@ def _find(model: nn.Module, adapters: frozenset[nn.Module]) -> tuple[list[nn.Mod
     return _alternatives(model, linears[-1], linears) if linears else [], linears[-1] if len(linears) > 1 else None
 
 
-def _speaks(module: nn.Module) -> bool:
+def _declares_head(module: nn.Module) -> bool:
     return callable(getattr(module, "get_output_embeddings", None))
 
 
-def _speaking_parts(module: nn.Module) -> list[nn.Module]:
+def _declaring_parts(module: nn.Module) -> list[nn.Module]:
     """Return the outermost submodules that declare their heads."""
     children = list(module.children())
-    return [part for child in children for part in ([child] if _speaks(child) else _speaking_parts(child))]
+    return [part for child in children for part in ([child] if _declares_head(child) else _declaring_parts(child))]
 
 
 def _unwrapped(model: nn.Module) -> list[nn.Module]:

@@ -142,8 +142,8 @@ def param_groups(
         ValueError: as :func:`assign`, or an option that the groups set themselves.
     """
     for track, options in (("matrix", matrix), ("vector", vector)):
-        if taken := {"params", "track", "flatten"} & set(options or {}):
-            raise ValueError(f"options of the {track} track may not contain {sorted(taken)}: the policy sets these")
+        if reserved := {"params", "track", "flatten"} & set(options or {}):
+            raise ValueError(f"options of the {track} track may not contain {sorted(reserved)}: the policy sets these")
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     if policy == "hidden" and head is None and (guessed := find_heads(model).guessed) is not None:
         warnings.warn(

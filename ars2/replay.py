@@ -47,14 +47,14 @@ class Buffers:
         stale: list[BufferBackup] = []
         for module in self._modules:
             for name, buffer in module.named_buffers(recurse=False):
-                kept = before.get((module, name))
-                if kept is None or kept.buffer is not buffer:
-                    kept = BufferBackup(buffer, torch.empty_like(buffer), -1)
-                if _may_have_changed(module, name, kept):
-                    kept = kept._replace(version=_version(buffer))
-                    stale.append(kept)
-                self._backups[module, name] = kept
-        _copy([kept.copy for kept in stale], [kept.buffer for kept in stale])
+                backup = before.get((module, name))
+                if backup is None or backup.buffer is not buffer:
+                    backup = BufferBackup(buffer, torch.empty_like(buffer), -1)
+                if _may_have_changed(module, name, backup):
+                    backup = backup._replace(version=_version(buffer))
+                    stale.append(backup)
+                self._backups[module, name] = backup
+        _copy([backup.copy for backup in stale], [backup.buffer for backup in stale])
 
     def restore(self) -> None:
         """Restore the buffers to their state at :meth:`save`.
@@ -62,14 +62,14 @@ class Buffers:
         They are the same tensors, written in place.
         """
         stale: list[BufferBackup] = []
-        for (module, name), kept in self._backups.items():
-            if getattr(module, name) is not kept.buffer:
-                setattr(module, name, kept.buffer)
-            if _may_have_changed(module, name, kept):
-                stale.append(kept)
-        _copy([kept.buffer for kept in stale], [kept.copy for kept in stale])
-        for slot, kept in self._backups.items():
-            self._backups[slot] = kept._replace(version=_version(kept.buffer))
+        for (module, name), backup in self._backups.items():
+            if getattr(module, name) is not backup.buffer:
+                setattr(module, name, backup.buffer)
+            if _may_have_changed(module, name, backup):
+                stale.append(backup)
+        _copy([backup.buffer for backup in stale], [backup.copy for backup in stale])
+        for slot, backup in self._backups.items():
+            self._backups[slot] = backup._replace(version=_version(backup.buffer))
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
@@ -85,24 +85,24 @@ def _version(buffer: Tensor) -> int:
     return 0 if buffer.is_inference() else buffer._version
 
 
-def _may_have_changed(module: nn.Module, name: str, kept: BufferBackup) -> bool:
-    buffer = kept.buffer
+def _may_have_changed(module: nn.Module, name: str, backup: BufferBackup) -> bool:
+    buffer = backup.buffer
     # Nothing writes to an inference tensor or to an expanded one.
     if buffer.is_inference() or (
         buffer.layout is torch.strided and 0 in buffer.stride() and not buffer.is_contiguous()
     ):
         return False
-    return name not in module._non_persistent_buffers_set or _version(buffer) != kept.version
+    return name not in module._non_persistent_buffers_set or _version(buffer) != backup.version
 
 
 @torch.no_grad()
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    alike: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    by_kind: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for target, source in zip(targets, sources, strict=True):
-        into, out_of = alike[target.device, target.dtype]
+        into, out_of = by_kind[target.device, target.dtype]
         into.append(target)
         out_of.append(source)
-    for into, out_of in alike.values():
+    for into, out_of in by_kind.values():
         torch._foreach_copy_(into, out_of)
 
 
@@ -131,7 +131,7 @@ def random_state(*devices: torch.device) -> Callable[[], None]:
             get_state, set_state = backend.get_rng_state, backend.set_rng_state
         except (RuntimeError, AttributeError):
             warnings.warn(
-                f"the random state of devices of type {device.type!r} cannot be read: there the second pass draws"
+                f"the random state of devices of type {device.type!r} cannot be read: on them the second pass draws"
                 " other random numbers (dropout) than the first",
                 stacklevel=2,
             )

@@ -43,9 +43,9 @@ def keep_shears_(batches: list[Batch], first: dict[Tensor, Tensor], shards: Shar
         [flatness.inner_products(second, firsts) for second, firsts, _ in found],
         [flatness.norms(firsts) for _, firsts, _ in found],
     )
-    for (second, firsts, kept), product, length in zip(found, products, lengths, strict=True):
+    for (second, firsts, stored), product, length in zip(found, products, lengths, strict=True):
         shears = flatness.without_parallel(second, firsts, product, length)
-        for place, shear in zip(kept, shears, strict=True):
+        for place, shear in zip(stored, shears, strict=True):
             place.copy_(shear)
 
 

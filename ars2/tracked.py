@@ -382,8 +382,8 @@ class TrackedOptimizer(Optimizer):
             grads.append(_laid_out_as(like, local(param.grad)))
             for key in others if self._shards is None else ():  # users may have replaced a tensor
                 owned[key] = _laid_out_as(like, owned[key])
-            kept = (first, *others, "step") if "step" in owned else (first, *others)
-            states.append({key: local(owned[key]) for key in kept})
+            keys = (first, *others, "step") if "step" in owned else (first, *others)
+            states.append({key: local(owned[key]) for key in keys})
         return Batch([local(p) for p in sources], grads, states, sources, None if self._capturable else 0)
 
     def _batches_by_count(self, group: dict[str, Any]) -> list[Batch]:

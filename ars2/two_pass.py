@@ -258,11 +258,11 @@ class TwoPassOptimizer(TrackedOptimizer):
         if not self._check_gradients():
             return result
         # Gradients that the closure zeroed in place or added to. With create_graph adding makes a new tensor.
-        kept = [p for p, grad, _ in before if p.grad is not None and (p.grad is grad or p.grad.requires_grad)]
+        reused = [p for p, grad, _ in before if p.grad is not None and (p.grad is grad or p.grad.requires_grad)]
         if self.wants_second_pass():
             try:
                 self.perturb()
-                for param in kept:
+                for param in reused:
                     # NaN marks a gradient that the closure adds to instead of replacing it.
                     param.grad = torch.full_like(self.first_gradients[param], math.nan, requires_grad=False)
                 with torch.enable_grad():
@@ -273,7 +273,7 @@ class TwoPassOptimizer(TrackedOptimizer):
                         "step(closure): the closure computed no gradient at the adversarial point: call backward() in"
                         " every evaluation"
                     )
-                self._check_not_added_to(kept)
+                self._check_not_added_to(reused)
             except BaseException:
                 self._abandon()
                 raise

@@ -37,7 +37,7 @@ class TrainingImages(NamedTuple):
 
 
 @functools.cache
-def _of_channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _channel_tensor(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Return ``values`` of channels in [0, 1] as a tensor (channels, 1, 1) for bytes.
 
     It is cached, because making a tensor from Python numbers synchronises with a GPU.
@@ -73,7 +73,7 @@ class Augmentation(NamedTuple):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Map ``images`` uint8 to float32 of zero mean and unit deviation."""
-        mean, std = (_of_channels(tuple(values), images.device) for values in (self.mean, self.std))
+        mean, std = (_channel_tensor(tuple(values), images.device) for values in (self.mean, self.std))
         return images.float().sub_(mean).div_(std)
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:

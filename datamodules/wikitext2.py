@@ -172,9 +172,9 @@ class WikiText2Data(L.LightningDataModule):
         if self.protocol == "packed":
             return tokens, tokens.new_empty(0)
         # Neighbouring rows share a token, the last target of one and the first input of the next.
-        whole = (len(tokens) - 1) // self.context
-        rows = tokens[: whole * self.context + 1].unfold(0, self.context + 1, self.context) if whole else None
-        return tokens.new_empty(0, self.context + 1) if rows is None else rows, tokens[whole * self.context :]
+        full_rows = (len(tokens) - 1) // self.context
+        rows = tokens[: full_rows * self.context + 1].unfold(0, self.context + 1, self.context) if full_rows else None
+        return tokens.new_empty(0, self.context + 1) if rows is None else rows, tokens[full_rows * self.context :]
 
     def train_dataloader(self) -> TensorBatches:
         """Return the training rows, shuffled in each epoch."""
@@ -196,7 +196,7 @@ class WikiText2Data(L.LightningDataModule):
         rows = rows.to(device_of(self, self.on_device))
         if self.protocol == "packed":
             return TensorBatches((rows,), self.val_batch_size, None, drop_last=True)
-        return _WholeText(rows, rest, self.val_batch_size)
+        return _CompleteText(rows, rest, self.val_batch_size)
 
     def prompt_tokens(self) -> list[Tensor]:
         """Return each prompt as tokens (1, tokens).
@@ -229,7 +229,7 @@ class WikiText2Data(L.LightningDataModule):
         return DataLoader([(prompt,) for prompt in self.prompt_tokens()], batch_size=None)  # type: ignore[arg-type]
 
 
-class _WholeText:
+class _CompleteText:
     """Load full rows in batches, then the rest of the text as one shorter row."""
 
     def __init__(self, rows: Tensor, rest: Tensor, batch_size: int) -> None:

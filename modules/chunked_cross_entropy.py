@@ -85,7 +85,7 @@ def chunked_cross_entropy(
     """Return the mean cross-entropy in nats of ``softmax(hidden @ weight.T)``.
 
     Loss and gradients equal those of ``F.cross_entropy(F.linear(hidden, weight), targets)`` up to rounding. Under
-    autocast the products run in its dtype and the softmax in float32, as there. Only one backward pass is possible.
+    autocast the products run in its dtype and the softmax in float32, as in torch. Only one backward pass is possible.
 
     Args:
         hidden: (tokens, width), at least one token.

@@ -109,10 +109,10 @@ class EvaluatedModule(L.LightningModule):
             return
         # A metric without updates has no value. All processes skip the same training steps, but in evaluation some may
         # have had no example. They must call compute() too, which is a collective.
-        alike = stage == "train" or self.trainer.world_size == 1
+        same_updates = stage == "train" or self.trainer.world_size == 1
         none = torch.full((), torch.nan, device=self.device)
         values = {
-            f"{stage}/{name}": none.clone() if alike and not metric.update_called else metric.compute()
+            f"{stage}/{name}": none.clone() if same_updates and not metric.update_called else metric.compute()
             for name, metric in metrics.items()
         }
         trained = stage == "train" and bool(metrics["loss"].examples)
@@ -124,9 +124,9 @@ class EvaluatedModule(L.LightningModule):
                 " learning rate, clip the gradient (gradient_clip_val), or check the data"
             )
         values |= {f"{stage}/{name}": torch.full((), value, device=self.device) for name, value in more.items()}
-        self._log_alike(values, prog_bar=True)
+        self._log_identical(values, prog_bar=True)
 
-    def _log_alike(self, values: Mapping[str, Tensor], prog_bar: bool = False) -> None:
+    def _log_identical(self, values: Mapping[str, Tensor], prog_bar: bool = False) -> None:
         """Log once in an epoch values that are equal on every process."""
         # Lightning warns of values that it does not reduce. The maximum of equal values is exact; their mean may round.
         shared = self.trainer.world_size > 1

@@ -116,7 +116,9 @@ class ImageClassifier(TwoPassModule):
         counts = self.confusion.compute()
         self.confusion.reset()
         per_class = counts.diag() / counts.sum(1).clamp(min=1)
-        self._log_alike({f"test/accuracy_{name}": value for name, value in zip(self._names(), per_class, strict=True)})
+        self._log_identical(
+            {f"test/accuracy_{name}": value for name, value in zip(self._names(), per_class, strict=True)}
+        )
         folder = self.trainer.log_dir  # a collective, so it must be called on every process
         if self.trainer.is_global_zero and folder is not None:
             picture = Path(folder) / "confusion_matrix.png"

@@ -93,13 +93,13 @@ def snapshot(metrics: Iterable[Metric]) -> Callable[[], None]:
     Returns:
         A function that restores it, to be called once.
     """
-    kept = [
+    saved = [
         (metric, metric.update_count, {name: _copy(value) for name, value in metric.metric_state.items()})
         for metric in metrics
     ]
 
     def restore() -> None:
-        for metric, updates, state in kept:
+        for metric, updates, state in saved:
             for name, value in state.items():
                 setattr(metric, name, value)
             set_updates(metric, updates)
