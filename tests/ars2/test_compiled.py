@@ -98,7 +98,8 @@ def test_a_compiled_step_is_the_step_and_compiles_nothing_after_the_first_ones(
     assert worst_difference(plain, compiled) < 2e-5
 
 
-@pytest.mark.parametrize("mode", ["base", pytest.param("sync", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["base", "sync"])
 def test_a_capturable_step_can_be_compiled_too(mode: str, backend: CompileCounterWithBackend) -> None:
     plain, _ = train(mode, compile=False)
     compiled, compilations = train(mode, compile=True, capturable=True)
@@ -148,9 +149,14 @@ def test_many_groups_and_many_optimizers_do_not_reach_the_limit_of_compilations(
         assert all((a != b).any() for a, b in zip(params, before, strict=True))
 
 
-def test_a_copy_is_compiled_and_a_saved_state_says_nothing_of_it(backend: CompileCounterWithBackend) -> None:
+def test_a_saved_state_says_nothing_of_compiling() -> None:
     _, optimizer = make("base", compile=True)
     assert not any("compile" in group for group in optimizer.state_dict()["param_groups"])
+
+
+@pytest.mark.slow
+def test_a_copy_is_compiled(backend: CompileCounterWithBackend) -> None:
+    _, optimizer = make("base", compile=True)
     copied = copy.deepcopy(optimizer)
     for p in parameters_of(copied):
         p.grad = torch.ones_like(p)

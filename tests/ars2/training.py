@@ -19,7 +19,6 @@ MODES: dict[str, dict[str, Any]] = {
     "base": {"mode": "base"},
     "sync": {"mode": "sync"},
     "aga": {"mode": "aga", "k": 6, "phi_lambda": 2.0},
-    "aga, rare": {"mode": "aga", "k": 10, "phi_lambda": 3.0},
     "periodic": {"mode": "periodic", "k": 3},
     "periodic, k=1": {"mode": "periodic", "k": 1},
     "random": {"mode": "random", "probability": 0.3, "seed": 5},
