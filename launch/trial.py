@@ -53,7 +53,9 @@ class Trial:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self._receiver, sender = context.Pipe(duplex=False)
-        options = (list(arguments), str(log), dict(environment or {}), sender)
+        # The server's own environment is that of its start.
+        variables = {**os.environ, **(environment or {})}
+        options = (list(arguments), str(log), variables, sender)
         self._process = context.Process(target=_train, args=options)
         self._process.start()
         sender.close()
