@@ -73,6 +73,9 @@ class Search:
         context: of the runs' processes, see :func:`launch.trial.server`.
         report: called with a line whenever a run has ended.
         runner: runs a command line in a process of ``context``, its output going to a file.
+
+    Raises:
+        ValueError: the folder has its runs in an archive, or a sweep with other points.
     """
 
     def __init__(
@@ -80,6 +83,11 @@ class Search:
     ) -> None:
         self.sweep, self.folder, self.context, self.report, self.runner = sweep, folder, context, report, runner
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "runs.zip").is_file() and not any(folder.glob("*/*/config.yaml")):
+            raise ValueError(
+                f"the runs of {folder} are packed: unpack them with python -m zipfile -e {folder}/runs.zip {folder}, or"
+                " name another folder"
+            )
         for leftover in folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
         journal = str(folder / "trials.journal")

@@ -234,6 +234,13 @@ def test_another_search_space_in_the_same_folder_is_refused(done: tuple[Path, Re
     assert "holds a sweep with other points for adamw: name another folder" in result.error
 
 
+def test_a_sweep_whose_runs_are_packed_says_how_to_unpack_them(tmp_path: Path) -> None:
+    (tmp_path / "runs.zip").touch()
+    with pytest.raises(ValueError, match=r"are packed: unpack them with python -m zipfile -e .*runs.zip"):
+        Search(read(sweep_file(tmp_path, SWEEP)), tmp_path, None, print)
+    assert not (tmp_path / "trials.journal").exists()
+
+
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
     sweep = {**SWEEP, "common": {**COMMON, "trainer": {"max_epochs": 30}}, "final_seeds": []}
