@@ -145,7 +145,7 @@ class EvaluatedModule(L.LightningModule):
         several = self.trainer.world_size > 1
         checkpoint["train_metrics"] = {name: metric_state(metric, several) for name, metric in self._train_metrics()}
         if several:
-            # Rounding depends on the order of summation, so as many processes resume from their local sums.
+            # Rounding depends on the order of summation, so resuming with as many processes starts from local sums.
             local = {name: metric_state(metric, False) for name, metric in self._train_metrics()}
             checkpoint["train_metric_shares"] = gather_per_rank(self.trainer, local)
 

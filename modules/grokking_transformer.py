@@ -36,7 +36,7 @@ class GrokkingTransformer(nn.Module):
         if width % heads:
             raise ValueError(f"heads must divide width, got heads={heads} and width={width}")
         self.heads = heads
-        # skip_init saves the random numbers of torch's initialisation.
+        # skip_init draws no random numbers for a default initialisation that would be overwritten.
         self.token_embedding = nn.utils.skip_init(nn.Embedding, vocabulary, width)
         self.position_embedding = nn.utils.skip_init(nn.Embedding, context, width)
         self.query = nn.Parameter(torch.empty(heads, width // heads, width))
