@@ -1,4 +1,7 @@
-"""A small deterministic problem with every kind of parameter that the optimizers treat differently."""
+"""Define a small deterministic problem for the tests of the optimizers.
+
+It has every kind of parameter that the optimizers treat differently.
+"""
 
 from typing import Any
 
@@ -52,14 +55,17 @@ class SmallProblem(nn.Module):
         return self.wide(functional.gelu(self.tall(torch.cat([seen, read], dim=1))))
 
     def loss(self, step: int) -> Tensor:
-        """Mean cross-entropy of the batch for `step` (from 0): the data is walked through in order, again and again."""
+        """Return the mean cross-entropy of the batch for `step` (from 0).
+
+        Steps take the batches in order and begin again after the last one.
+        """
         start = step * BATCH % EXAMPLES
         rows = slice(start, start + BATCH)
         return functional.cross_entropy(self(self.images[rows], self.tokens[rows]), self.targets[rows])
 
 
 def split_by_track(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Trainable parameters by track: "matrix" from two dimensions on, "vector" below."""
+    """Split trainable parameters into "matrix" (two dimensions or more) and "vector"."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return {
         "matrix": [p for p in trainable if p.ndim >= 2],
@@ -70,9 +76,10 @@ def split_by_track(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def problem_groups(
     model: nn.Module, matrix: dict[str, Any] | None = None, vector: dict[str, Any] | None = None
 ) -> list[dict[str, Any]]:
-    """A complete matrix group and a complete vector group; `matrix` and `vector` override single options of theirs.
+    """Return a matrix group and a vector group with every option set.
 
-    The two tracks differ in every option on purpose: mixing them up must show.
+    `matrix` and `vector` override single options of their group. The two tracks differ in every option on purpose:
+    mixing them up must show.
     """
     params = split_by_track(model)
     return [
@@ -101,6 +108,9 @@ def problem_groups(
 
 
 def gradients(model: SmallProblem, groups: list[dict[str, Any]], step: int) -> list[Tensor | None]:
-    """Gradients of the loss of `step` at the present parameters, in flat order over `groups`; .grad is not touched."""
+    """Return the loss gradients of `step` at the current parameters.
+
+    They are in flat order over `groups`. .grad is left unchanged.
+    """
     params = [p for group in groups for p in group["params"]]
     return list(torch.autograd.grad(model.loss(step), params, allow_unused=True))

@@ -1,7 +1,7 @@
-"""The whole ARS2-Neo step in float64, one tensor at a time: slow, plain, and independent of the `ars2` package.
+"""Implement the complete ARS2-Neo step in float64, one tensor at a time.
 
-It exists to be compared with. Nothing is batched, nothing is done in place that need not be, and every line can be
-checked against the algorithm's equations.
+It is slow, plain, and independent of the `ars2` package. It exists to be compared with: nothing is batched, nothing is
+done in place that need not be, and every line can be checked against the algorithm's equations.
 """
 
 import math
@@ -43,13 +43,20 @@ def reference_newton_schulz(
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns, U V^T of the singular value decomposition, in float64."""
+    """Return U V^T of the singular value decomposition, in float64.
+
+    It is the nearest matrix with orthonormal rows or columns.
+    """
     u, _, v_transposed = torch.linalg.svd(matrix.double(), full_matrices=False)
     return u @ v_transposed
 
 
 def geometry(update: Tensor, flatten: bool, steps: int) -> Tensor:
-    """Newton-Schulz of a whole parameter: 2-D as is, 3-D matrix by matrix (unless `flatten`), else as (rows, rest)."""
+    """Apply Newton-Schulz to a parameter of any number of dimensions.
+
+    A 2-D parameter is taken as it is and a 3-D one matrix by matrix (unless `flatten`). All others are read as (rows,
+    rest).
+    """
     if update.ndim < 2:
         raise ValueError(f"The matrix track takes tensors of 2 dimensions or more, got shape {tuple(update.shape)}.")
     if update.ndim == 3 and not flatten:
@@ -58,11 +65,11 @@ def geometry(update: Tensor, flatten: bool, steps: int) -> Tensor:
 
 
 class ReferenceARS2:
-    """ARS2-Neo by the book.
+    """Follow the published equations of ARS2-Neo.
 
     `groups`: dicts with "params" (float64 tensors, changed in place), "track" ("matrix" or "vector"), "lr", "betas",
     "eps", "weight_decay", "rho" and, optionally, "flatten" (False).
-    `looks` is the draw of mode "random": step number (from 1) -> whether to evaluate twice; without it a private
+    `draw` decides in mode "random": step number (from 1) -> whether to make a second pass. Without it a private
     generator draws with `probability`. Every list below has one entry a parameter, in flat order over the groups.
     `energy` and `geometry` are the switches of the matrix track.
     `history` gets one record a step; its "threshold" is the value that phi must fall below, so it is never positive.
@@ -79,7 +86,7 @@ class ReferenceARS2:
         phi_gamma: float = 2.0,
         ns_steps: int = 5,
         probability: float = 0.1,
-        looks: Callable[[int], bool] | None = None,
+        draw: Callable[[int], bool] | None = None,
         energy: bool = True,
         geometry: bool = True,
     ) -> None:
@@ -91,7 +98,7 @@ class ReferenceARS2:
         self.energy, self.geometry = energy, geometry
         self.alpha, self.phi_beta, self.phi_lambda, self.phi_gamma = alpha, phi_beta, phi_lambda, phi_gamma
         generator = random.Random(0)
-        self.looks = looks or (lambda t: generator.random() < probability)
+        self.draw = draw or (lambda t: generator.random() < probability)
         self.keeps_shear = mode in ("aga", "random") or (mode == "periodic" and k > 1)
 
         self.params: list[Tensor] = [p for group in groups for p in group["params"]]
@@ -108,7 +115,10 @@ class ReferenceARS2:
 
     @torch.no_grad()
     def step(self, gradient_function: Callable[[], Gradients]) -> None:
-        """One update. `gradient_function` returns the gradients at the parameters as they are when it is called."""
+        """Make one update.
+
+        `gradient_function` returns the gradients at the parameters as they are when it is called.
+        """
         self.t += 1
         first = self.evaluate(gradient_function)
 
@@ -143,7 +153,10 @@ class ReferenceARS2:
         return [None if g is None else g.detach().clone() for g in gradients]
 
     def cosine_with_shear(self, gradients: Gradients) -> float:
-        """One cosine over all tensors that have both a cached shear force and a gradient now; 0 if there is none."""
+        """Return one cosine over all tensors with both a shear force and a gradient.
+
+        It is 0 if there is no such tensor.
+        """
         inner = gradient_square = shear_square = 0.0
         for g, s in zip(gradients, self.shear, strict=True):
             if g is not None and s.any():
@@ -160,7 +173,7 @@ class ReferenceARS2:
         if self.mode == "periodic":
             return self.t % self.k == 1 % self.k
         if self.mode == "random":
-            return bool(self.looks(self.t))
+            return bool(self.draw(self.t))
         return phi < threshold or (self.k > 1 and self.t - self.last_sync >= self.k)
 
     def evaluate_at_adversarial_point(self, first: Gradients, gradient_function: Callable[[], Gradients]) -> Gradients:

@@ -1,4 +1,7 @@
-"""States in tests/ars2/saved, as they were saved before parameters had step counts of their own."""
+"""Make the optimizers of the states in tests/ars2/saved.
+
+They were saved before parameters had separate step counts.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +16,7 @@ KINDS = ("base", "aga", "muon")
 
 
 def make(kind: str) -> tuple[list[nn.Parameter], ARS2Neo | Muon]:
-    """A matrix and a vector, and their optimizer."""
+    """Make a matrix, a vector, and their optimizer."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 4), (4,))]
     groups = [{"params": [params[0]], "track": "matrix"}, {"params": [params[1]], "track": "vector"}]
@@ -23,7 +26,7 @@ def make(kind: str) -> tuple[list[nn.Parameter], ARS2Neo | Muon]:
 
 
 def steps(params: list[nn.Parameter], optimizer: ARS2Neo | Muon, numbers: Iterable[int]) -> None:
-    """Make the steps of these numbers; each has an input of its own."""
+    """Make the steps of these numbers, each with a different input."""
     for number in numbers:
         inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
 

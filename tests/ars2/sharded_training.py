@@ -1,4 +1,7 @@
-"""One of several processes that train a network sharded by FSDP2 without Lightning, and one process with all of it."""
+"""Train networks sharded by FSDP2 without Lightning, for the tests.
+
+:func:`train_all` is one of several processes. :func:`train` without a mesh is one process with all of the network.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +31,10 @@ Result = dict[str, Any]
 
 
 class UnevenProblem(SmallProblem):
-    """The small problem with a matrix and a vector of one row: all processes but the first hold nothing of them."""
+    """Add a matrix and a vector of one row to the small problem.
+
+    All processes but the first have an empty shard of them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +79,10 @@ def shard(model: UnevenProblem, mesh: DeviceMesh) -> None:
 
 
 def one_step(model: UnevenProblem, optimizer: Any, step: int, rank: int, ranks: int) -> None:
-    """One step of a loop that makes the passes itself, on this process' share of the step's PARTS batches."""
+    """Make one step of a loop that makes the passes itself.
+
+    This process takes its share of the step's PARTS batches.
+    """
 
     def backward() -> None:
         parts = range(rank * PARTS // ranks, (rank + 1) * PARTS // ranks)
@@ -93,7 +102,10 @@ def one_step(model: UnevenProblem, optimizer: Any, step: int, rank: int, ranks: 
 
 @contextmanager
 def counted() -> Iterator[list[int]]:
-    """Count this process' all-reduces; FSDP2 itself makes none (it has others) where there are no replicas."""
+    """Count the all-reduces of this process.
+
+    FSDP2 makes other collectives, but no all-reduce where there are no replicas.
+    """
     calls: list[int] = []
     plain = dist.all_reduce
 
@@ -108,15 +120,15 @@ def counted() -> Iterator[list[int]]:
         dist.all_reduce = plain
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
 def result(model: nn.Module, optimizer: Optimizer) -> Result:
-    """Parameters and state as whole tensors, by name, and the counters."""
-    tensors = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    """Return the parameters and state as full tensors, by name, and the counters."""
+    tensors = {name: full(p.detach()) for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
-        tensors |= {f"{name}.{key}": whole(value) for key, value in optimizer.state[p].items()}
+        tensors |= {f"{name}.{key}": full(value) for key, value in optimizer.state[p].items()}
     numbers = {key: value for key, value in optimizer.param_groups[0].items() if isinstance(value, int | float)}
     return {"tensors": tensors, "numbers": numbers}
 
@@ -136,9 +148,9 @@ def load(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
 def train(
     name: str, mesh: DeviceMesh | None = None, rank: int = 0, ranks: int = 1, folder: Path | None = None
 ) -> Result:
-    """Train all STEPS; sharded if there is a ``mesh``.
+    """Train all STEPS, sharded if there is a ``mesh``.
 
-    With a ``folder`` the first half is saved there, or if it is there already, only the second half is trained.
+    With a ``folder`` the first half is saved there. If it is there already, only the second half is trained.
     """
     model = UnevenProblem()
     if mesh is not None:
@@ -148,20 +160,28 @@ def train(
     start = half if folder is not None and folder.exists() else 0
     if folder is not None and start:
         load(model, optimizer, folder)
-    looks, exchanges = [], []
+    second_passes, exchanges = [], []
     for step in range(start, STEPS):
         with counted() as calls:
             one_step(model, optimizer, step, rank, ranks)
         exchanges.append(len(calls))
-        looks.append(optimizer.param_groups[0].get("sync_steps"))
+        second_passes.append(optimizer.param_groups[0].get("sync_steps"))
         if folder is not None and step + 1 == half:
             save(model, optimizer, folder)
-    held = {name: local(p).numel() for name, p in model.named_parameters()}
-    return {**result(model, optimizer), "looks": looks, "exchanges": exchanges, "held": held}
+    local_numels = {name: local(p).numel() for name, p in model.named_parameters()}
+    return {
+        **result(model, optimizer),
+        "second_passes": second_passes,
+        "exchanges": exchanges,
+        "local_numels": local_numels,
+    }
 
 
 def train_all(rank: int, ranks: int, port: int, folder: Path, replicas: int, saves: bool) -> None:
-    """Be one of ``ranks`` processes that train under every optimizer; writes ``<rank>.pt``."""
+    """Train under every optimizer as one of ``ranks`` processes.
+
+    The results go to ``<rank>.pt``.
+    """
     become(rank, ranks, port)
     dist.init_process_group("gloo")
     if replicas > 1:

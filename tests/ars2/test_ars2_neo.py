@@ -1,7 +1,8 @@
-"""ARS2Neo against the float64 reference, in every mode, over dozens of steps.
+"""Compare ARS2Neo with the float64 reference in every mode.
 
-The small problem has a convolution, a stack of heads, an embedding, tall and wide matrices and biases; its entries are
-of order 1. Each bound is at most five times the worst absolute difference that was measured at any of the steps.
+They are compared over dozens of steps. The small problem has a convolution, a stack of heads, an embedding, tall and
+wide matrices and biases; its entries are of order 1. Each bound is at most five times the worst absolute difference
+that was measured at any of the steps.
 """
 
 from functools import partial
@@ -20,10 +21,10 @@ from tests.ars2.training import (
     SHEAR_MODES,
     assert_identical,
     closure_of,
-    cut_in_pieces,
     parameters_of,
     setup,
     snapshot,
+    split_into_chunks,
     step_by_parts,
     worst_difference,
 )
@@ -35,7 +36,7 @@ BFLOAT16_BOUND = 6e-3  # 10 steps with products in bfloat16; measured: 1.3e-3
 
 
 class Comparison:
-    """The reference and ARS2Neo from the same start, stepped side by side."""
+    """Step the reference and ARS2Neo side by side from the same start."""
 
     def __init__(
         self, mode: str, dtype: torch.dtype, ns_dtype: str, matrix: dict[str, Any], vector: dict[str, Any]
@@ -45,19 +46,22 @@ class Comparison:
         self.reference_groups = problem_groups(self.reference_model, matrix, vector)
         draw: dict[str, Any] = {}
         if options["mode"] == "random":
-            draw["looks"] = lambda t: is_sync_step({"k": 0, **options}, t, 0.0, 0.0)
+            draw["draw"] = lambda t: is_sync_step({"k": 0, **options}, t, 0.0, 0.0)
         plain = {name: value for name, value in options.items() if name != "seed"}
         self.reference = ReferenceARS2(self.reference_groups, **plain, **draw)
         self.model = SmallProblem(dtype)
         self.optimizer = ARS2Neo(problem_groups(self.model, matrix, vector), ns_dtype=ns_dtype, **options)
 
     def step(self, step: int) -> float:
-        """One step of both; the same decision is asserted, the worst difference of a parameter returned."""
+        """Make one step of both and return the worst difference of a parameter.
+
+        Both must make the same decision about the second pass.
+        """
         self.reference.step(partial(gradients, self.reference_model, self.reference_groups, step))
-        looks = self.optimizer.diagnostics()["sync_steps"]
+        before = self.optimizer.diagnostics()["sync_steps"]
         self.optimizer.step(closure_of(self.model, self.optimizer, step))
-        looked = self.optimizer.diagnostics()["sync_steps"] > looks
-        assert looked == self.reference.history[-1]["synced"], f"another decision at step {step + 1}"
+        synced = self.optimizer.diagnostics()["sync_steps"] > before
+        assert synced == self.reference.history[-1]["synced"], f"another decision at step {step + 1}"
         return worst_difference(self.model.parameters(), self.reference_model.parameters())
 
     def run(self, steps: int) -> float:
@@ -80,10 +84,8 @@ def test_float64_follows_the_reference(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["sync", "aga"])
-def test_float64_follows_the_reference_where_tensors_are_cut_in_pieces(
-    mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cut_in_pieces(monkeypatch)
+def test_float64_follows_the_reference_in_flat_chunks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    split_into_chunks(monkeypatch)
     assert compare(mode, torch.float64, "float64").run(12) <= FLOAT64_BOUND
 
 
@@ -117,7 +119,7 @@ def test_state_follows_the_reference(mode: str) -> None:
         assert worst_difference((s["shear"] for s in state), reference.shear) <= 1.2e-15
 
 
-def test_aga_sees_what_the_reference_sees() -> None:
+def test_aga_records_the_same_phi_as_the_reference() -> None:
     comparison = compare("aga", torch.float64, "float64")
     for step in range(STEPS):
         comparison.step(step)
@@ -132,15 +134,15 @@ def test_aga_sees_what_the_reference_sees() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_parts_and_closure_are_the_same_to_the_bit(mode: str) -> None:
-    whole, whole_optimizer = setup(mode)
-    parts, parts_optimizer = setup(mode)
+def test_separate_calls_equal_a_closure_to_the_bit(mode: str) -> None:
+    by_closure, closure_optimizer = setup(mode)
+    by_parts, parts_optimizer = setup(mode)
     for step in range(20):
-        before = whole_optimizer.diagnostics()["sync_steps"]
-        whole_optimizer.step(closure_of(whole, whole_optimizer, step))
-        again = step_by_parts(parts, parts_optimizer, step)
-        assert again == (whole_optimizer.diagnostics()["sync_steps"] > before)
-    assert_identical(snapshot(whole_optimizer), snapshot(parts_optimizer))
+        before = closure_optimizer.diagnostics()["sync_steps"]
+        closure_optimizer.step(closure_of(by_closure, closure_optimizer, step))
+        again = step_by_parts(by_parts, parts_optimizer, step)
+        assert again == (closure_optimizer.diagnostics()["sync_steps"] > before)
+    assert_identical(snapshot(closure_optimizer), snapshot(parts_optimizer))
 
 
 @pytest.mark.parametrize("mode", CORE_MODES)
@@ -172,7 +174,7 @@ def test_a_learning_rate_scheduler_drives_each_track() -> None:
     assert_identical(before, snapshot(optimizer)["params"])
 
 
-def test_each_group_may_differ_in_every_option_of_its_own() -> None:
+def test_groups_may_differ_in_every_option() -> None:
     # One group a parameter: the same mathematics, whatever shares a group.
     together, together_optimizer = setup("aga", torch.float64, "float64")
     apart = SmallProblem(torch.float64)

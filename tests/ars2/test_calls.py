@@ -1,4 +1,7 @@
-"""The order of calls: a right one updates, a wrong one says so, and none trains nothing in silence."""
+"""Check the order of calls that make a step.
+
+A valid order updates, an invalid one is an error, and no order silently trains nothing.
+"""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -44,7 +47,7 @@ def call(name: str, model: SmallProblem, optimizer: ARS2Neo) -> None:
 
 
 def started(mode: str) -> tuple[SmallProblem, ARS2Neo]:
-    """A few steps in, just after a backward pass."""
+    """Return a model and its optimizer after a few steps and a backward pass."""
     model, optimizer = setup(mode)
     train(model, optimizer, range(3))
     optimizer.zero_grad()
@@ -150,7 +153,7 @@ def test_a_step_without_any_gradient_changes_and_counts_nothing(name: str, how: 
     assert_identical(snapshot(undisturbed), snapshot(optimizer))
 
 
-def test_asking_before_the_first_gradient_does_not_count_as_calling_the_parts() -> None:
+def test_wants_second_pass_before_any_gradient_starts_no_step() -> None:
     model, optimizer = setup("sync")
     assert not optimizer.wants_second_pass()
     model.loss(0).backward()
@@ -176,7 +179,7 @@ def test_a_closure_that_computes_nothing_at_the_adversarial_point_is_an_error(mo
     assert optimizer.diagnostics()["steps"] == 0
 
 
-def test_base_takes_a_no_op_closure_for_the_gradients_that_are_there() -> None:
+def test_base_steps_with_existing_gradients_after_a_no_op_closure() -> None:
     model, optimizer = started("base")
     other, other_optimizer = started("base")
     optimizer.step(lambda: None)
@@ -208,13 +211,13 @@ def test_after_the_parts_a_closure_is_evaluated_once_and_only_the_update_applied
 
 
 @pytest.mark.parametrize("mode", ["sync", "aga"])
-def test_step_without_closure_or_parts_says_what_to_call(mode: str) -> None:
+def test_step_without_closure_or_second_pass_names_the_missing_calls(mode: str) -> None:
     _, optimizer = started(mode)
     with pytest.raises(RuntimeError, match=r"step\(closure\).*wants_second_pass\(\)"):
         optimizer.step()
 
 
-def test_a_second_pass_that_was_wanted_must_be_made() -> None:
+def test_a_wanted_second_pass_must_be_made() -> None:
     model, optimizer = started("sync")
     assert optimizer.wants_second_pass()
     before = snapshot(optimizer)
@@ -266,7 +269,7 @@ def test_while_moved_only_restore_is_allowed(name: str, forbidden: Callable[[ARS
 
 
 @pytest.mark.parametrize(("mode", "name"), [("base", "perturb"), ("sync", "perturb"), ("aga", "restore")])
-def test_perturb_and_restore_need_what_comes_before_them(mode: str, name: str) -> None:
+def test_perturb_and_restore_in_the_wrong_order_are_errors(mode: str, name: str) -> None:
     _, optimizer = started(mode)
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match=rf"{name}\(\)"):
@@ -283,7 +286,7 @@ def test_restoring_twice_is_an_error() -> None:
         optimizer.restore()
 
 
-def test_a_look_may_be_taken_although_it_was_not_wanted() -> None:
+def test_an_unwanted_second_pass_may_be_made() -> None:
     # Another rank may want it.
     model, optimizer = setup("periodic")
     train(model, optimizer, range(1))

@@ -1,4 +1,7 @@
-"""A step that a CUDA graph can hold: the same arithmetic, its counters and learning rate on the device, no reads."""
+"""A capturable step can be recorded in a CUDA graph.
+
+It does the same arithmetic, its counters and learning rate are on the device, and it never reads from the device.
+"""
 
 import copy
 
@@ -59,7 +62,7 @@ def test_a_capturable_step_makes_the_same_calls_whatever_the_step_and_reads_noth
     assert calls[0] == calls[1] == calls[2] == calls[3]
 
 
-def test_what_changes_from_step_to_step_is_a_tensor_that_stays() -> None:
+def test_values_that_change_each_step_are_persistent_tensors() -> None:
     model, optimizer = setup("sync", capturable=True)
     scheduler = CosineAnnealingLR(optimizer, 20)
     main = optimizer.param_groups[0]
@@ -91,7 +94,7 @@ def test_states_are_saved_as_plain_numbers_and_loaded_into_either_kind(capturabl
             assert group["lr"] == pytest.approx(same["lr"], rel=1e-6)  # float32 on the device
 
 
-def test_a_copy_is_capturable_and_has_counters_of_its_own() -> None:
+def test_a_copy_is_capturable_and_has_separate_counters() -> None:
     model, optimizer = setup("base", capturable=True)
     train(model, optimizer, range(2))
     copied = copy.deepcopy(optimizer)
@@ -109,7 +112,7 @@ def test_modes_that_decide_in_python_are_refused(mode: str) -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU, and there is none")
 @pytest.mark.parametrize("mode", CAPTURABLE_MODES)
-def test_a_cuda_graph_replays_whole_steps(mode: str) -> None:
+def test_a_cuda_graph_replays_complete_steps(mode: str) -> None:
     results = []
     for captured in (False, True):
         model = SmallProblem().cuda()

@@ -1,4 +1,7 @@
-"""Closures that find gradients of earlier backward passes: zeroed, they do not count; added to, they are not lost."""
+"""Closures handle gradients of earlier backward passes correctly.
+
+Zeroed gradients do not count, and those that the closure adds to are not lost.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +25,7 @@ ADDS = r"step\(closure\): the closure adds to gradients of earlier backward pass
 
 
 def adding_closure(model: SmallProblem, step: int, create_graph: bool = False) -> Callable[[], Tensor]:
-    """A closure that zeroes nothing."""
+    """Return a closure that zeroes nothing."""
 
     def closure() -> Tensor:
         loss = model.loss(step)
@@ -53,7 +56,7 @@ def test_one_evaluation_adds_to_the_gradients_that_it_finds(name: str) -> None:
     assert_identical(snapshot(other_optimizer), snapshot(optimizer))
 
 
-def test_in_a_two_pass_mode_too_where_the_step_makes_one_pass() -> None:
+def test_a_one_pass_step_of_a_two_pass_mode_adds_to_gradients_too() -> None:
     model, optimizer = setup("periodic")
     other, other_optimizer = setup("periodic")
     for each, its_optimizer in ((model, optimizer), (other, other_optimizer)):
@@ -81,7 +84,7 @@ def test_two_evaluations_cannot_add_to_the_gradients_that_they_find(mode: str, c
     assert_identical(before, after)
 
 
-def test_nor_those_of_the_step_before() -> None:
+def test_two_evaluations_cannot_add_to_gradients_of_the_step_before() -> None:
     model, optimizer = setup("sync")
     optimizer.step(adding_closure(model, 0))
     with pytest.raises(RuntimeError, match=ADDS):
@@ -172,7 +175,7 @@ def test_without_gradients_before_it_a_closure_need_not_zero_them(mode: str) -> 
     assert_identical(snapshot(other_optimizer), snapshot(optimizer))
 
 
-def test_telling_them_apart_reads_the_device_only_where_gradients_stay_in_place(
+def test_the_check_reads_the_device_only_where_gradients_stay_in_place(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, optimizer = setup("sync")
@@ -216,7 +219,7 @@ def test_lightning_accumulates_in_one_pass_and_not_in_two(clipping: dict[str, An
         fit("sync", accumulate_grad_batches=2, **clipping)
 
 
-def test_lightnings_own_closure_is_a_closure_like_any_other() -> None:
+def test_the_closure_of_lightning_is_treated_like_any_other() -> None:
     model, optimizer = setup("sync")
     for step in range(4):
         optimizer.step(closure_of(model, optimizer, step))

@@ -1,4 +1,4 @@
-"""A compiled step: the arithmetic of one that is not, and nothing is compiled anew when its numbers change."""
+"""A compiled step equals an eager one, and new numbers compile nothing anew."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ STEPS = 8
 
 
 class RaggedProblem(SmallProblem):
-    """Every third batch is a short one."""
+    """Make every third batch a short one."""
 
     def loss(self, step: int) -> Tensor:
         rows = slice(0, 5) if step % 3 == 2 else slice(step % 3 * 16, step % 3 * 16 + 16)
@@ -37,8 +37,10 @@ def make(mode: str, compile: bool, **options: Any) -> tuple[RaggedProblem, ARS2N
 
 
 def train(mode: str, compile: bool, **options: Any) -> tuple[list[Tensor], list[int]]:
-    """Train with a learning rate and a momentum that change in every step; returns the parameters, and the number of
-    compilations in each step."""
+    """Train with a learning rate and a momentum that change in every step.
+
+    Return the parameters, and the number of compilations in each step.
+    """
     model, optimizer = make(mode, compile, **options)
     # It changes betas[0] or the momentum too.
     scheduler = OneCycleLR(optimizer, [5e-3, 1e-2], total_steps=STEPS + 1)
@@ -52,7 +54,7 @@ def train(mode: str, compile: bool, **options: Any) -> tuple[list[Tensor], list[
 
 
 @pytest.mark.slow
-def test_a_step_of_two_passes_that_is_compiled_from_outside_runs_as_it_is() -> None:
+def test_a_two_pass_step_compiled_by_the_user_runs_eagerly() -> None:
     results = []
     for compiled in (False, True):
         model, optimizer = make("sync", compile=False)
@@ -76,7 +78,10 @@ def test_a_compiled_step_does_not_depend_on_the_default_device(mode: str, backen
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
-    """Tracing and guards, which decide what is compiled anew, without the kernels, which take a minute."""
+    """Trace and guard without generating kernels, which would take a minute.
+
+    Tracing and guards decide what is compiled anew.
+    """
     backend = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     return backend
@@ -85,13 +90,13 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
 @pytest.mark.parametrize(
     "mode", ["aga", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("base", "sync", "muon"))]
 )
-def test_a_compiled_step_is_the_step_and_compiles_nothing_after_the_first_ones(
+def test_a_compiled_step_equals_the_eager_one_and_is_compiled_once(
     mode: str, backend: CompileCounterWithBackend
 ) -> None:
     plain, none = train(mode, compile=False)
     compiled, compilations = train(mode, compile=True)
     assert not any(none)
-    # AGA: the first step looks twice, the second one injects the shear force.
+    # AGA: the first step makes a second pass, the second one injects the shear force.
     first = 2 if mode == "aga" else 1
     assert all(compilations[:first]) and not any(compilations[first:]), compilations
     assert backend.frame_count == sum(compilations)
@@ -108,7 +113,7 @@ def test_a_capturable_step_can_be_compiled_too(mode: str, backend: CompileCounte
 
 
 @pytest.mark.slow
-def test_without_energy_or_geometry_a_compiled_step_is_the_step(backend: CompileCounterWithBackend) -> None:
+def test_without_energy_or_geometry_a_compiled_step_equals_the_eager_one(backend: CompileCounterWithBackend) -> None:
     for switched_off in ("energy", "geometry"):
         plain, _ = train("sync", compile=False, **{switched_off: False})
         compiled, compilations = train("sync", compile=True, **{switched_off: False})
@@ -164,7 +169,7 @@ def test_a_copy_is_compiled(backend: CompileCounterWithBackend) -> None:
     assert backend.frame_count > 0
 
 
-def test_a_missing_compiler_is_one_sentence_and_the_parameters_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_a_one_sentence_error_and_parameters_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(graph: Any, inputs: Any) -> Any:
         raise OSError("g++: not found")
 

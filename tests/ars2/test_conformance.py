@@ -1,4 +1,4 @@
-"""Every optimizer that a run may use, through the same checks at the optimizer's level."""
+"""Every optimizer that a run may use passes the same checks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +30,11 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 
 class Model(nn.Module):
-    """An embedding tied to the head, both convolutions, a norm, a frozen layer, and one that not every pass uses."""
+    """Combine parameters of every role and kind.
+
+    It has an embedding tied to the head, both convolutions, a norm, a frozen layer, and a layer that not every pass
+    uses.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -90,7 +94,7 @@ def test_every_trainable_parameter_is_covered_once_and_trained(name: str, policy
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_learns(name: str) -> None:
+def test_the_loss_falls(name: str) -> None:
     model, optimizer = new(name)
     before = sum(model.loss(step).item() for step in range(6))
     advance(model, optimizer, range(40))

@@ -1,4 +1,7 @@
-"""Each parameter counts its own gradients: one that is unfrozen later starts as if it were alone."""
+"""Each parameter has a separate step count.
+
+A parameter that is unfrozen later starts as if it were alone.
+"""
 
 from typing import Any
 
@@ -20,7 +23,10 @@ LATE = 30  # steps before the second parameter has a gradient
 
 
 def train(name: str, shape: tuple[int, ...], early: bool, compile: bool = False) -> tuple[Tensor, ARS2Neo | Muon]:
-    """Return a parameter that has gradients in 10 steps, after ``LATE`` steps of another if ``early``."""
+    """Return a parameter that has gradients in 10 steps.
+
+    If ``early``, another parameter has gradients in ``LATE`` steps before.
+    """
     cls, options = OPTIMIZERS[name]
     generator = torch.Generator().manual_seed(0)
     late, other = (nn.Parameter(torch.randn(shape, generator=generator)) for _ in range(2))
@@ -59,21 +65,21 @@ def test_a_parameter_whose_gradients_begin_later_moves_as_if_alone(name: str, sh
 
 
 @pytest.mark.parametrize("cls", [ARS2Neo, Muon])
-def test_vectors_that_take_turns_are_those_of_adamw(cls: type) -> None:
+def test_vectors_with_alternating_gradients_follow_adamw(cls: type) -> None:
     torch.manual_seed(0)
-    ours = [nn.Parameter(torch.randn(4)) for _ in range(3)]
-    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    params = [nn.Parameter(torch.randn(4)) for _ in range(3)]
+    adamw_params = [nn.Parameter(p.detach().clone()) for p in params]
     options: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
-    optimizer = cls([{"params": ours, "track": "vector"}], **options, **({"mode": "base"} if cls is ARS2Neo else {}))
-    adamw = torch.optim.AdamW(theirs, **options)
+    optimizer = cls([{"params": params, "track": "vector"}], **options, **({"mode": "base"} if cls is ARS2Neo else {}))
+    adamw = torch.optim.AdamW(adamw_params, **options)
     for step in range(40):
-        for index, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        for index, (p, q) in enumerate(zip(params, adamw_params, strict=True)):
             p.grad = None if step % (index + 1) else torch.randn(4)
             q.grad = None if p.grad is None else p.grad.clone()
         optimizer.step()
         adamw.step()
-    assert all(torch.allclose(p, q, rtol=1e-6, atol=1e-7) for p, q in zip(ours, theirs, strict=True))
-    for p, q in zip(ours, theirs, strict=True):
+    assert all(torch.allclose(p, q, rtol=1e-6, atol=1e-7) for p, q in zip(params, adamw_params, strict=True))
+    for p, q in zip(params, adamw_params, strict=True):
         assert optimizer.state[p]["step"] == adamw.state[q]["step"]
 
 

@@ -1,4 +1,7 @@
-"""Two processes that see the same global gradient stay one: every rank holds all moments and makes the same moves."""
+"""Two processes that see the same global gradient stay equal.
+
+Every rank has all moments and makes the same updates.
+"""
 
 from pathlib import Path
 
@@ -32,7 +35,10 @@ def gathered(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def phis_of_different_gradients(rank: int) -> list[float]:
-    """AGA's phi step by step, where each rank has gradients of its own, as if it rounded otherwise."""
+    """Return AGA's phi step by step where the gradients of the ranks differ.
+
+    The difference stands for one in rounding.
+    """
     model = SmallProblem()
     optimizer = ARS2Neo(problem_groups(model), ns_dtype="float32", **MODES["aga"])
     assert not optimizer.decides_alike
@@ -86,7 +92,7 @@ def trained(both: list[dict[str, list[Tensor]]]) -> dict[str, list[Tensor]]:
     return both[0]
 
 
-def test_ranks_that_share_their_work_decide_by_the_same_phi_however_they_round(
+def test_ranks_that_share_work_use_the_same_phi_despite_rounding(
     both: list[dict[str, list[Tensor]]],
 ) -> None:
     first, second = (results["phi"] for results in both)
@@ -99,14 +105,17 @@ def test_every_mode_but_aga_decides_by_its_options_and_the_step_alone(mode: str)
 
 
 class BothBatches(SmallProblem):
-    """One process with the data of both ranks: the mean of their losses has the mean of their gradients."""
+    """Average the losses of both ranks in one process.
+
+    Its gradient is the mean of their gradients.
+    """
 
     def loss(self, step: int) -> Tensor:
         return (super().loss(RANKS * step) + super().loss(RANKS * step + 1)) / RANKS
 
 
 @pytest.mark.parametrize("mode", TRIED)
-def test_ranks_stay_together_and_do_what_one_process_does(mode: str, trained: dict[str, list[Tensor]]) -> None:
+def test_ranks_stay_equal_and_match_one_process(mode: str, trained: dict[str, list[Tensor]]) -> None:
     model = BothBatches()
     optimizer = ARS2Neo(problem_groups(model), ns_dtype="float32", **MODES[mode])
     for step in range(STEPS):

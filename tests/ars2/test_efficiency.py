@@ -1,4 +1,7 @@
-"""What a step costs beside its arithmetic: reads of the device, calls of the matrix kernel, memory kept."""
+"""Count what a step costs beside its arithmetic.
+
+The costs are reads of the device, calls of the matrix kernel, and memory that is kept.
+"""
 
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +21,7 @@ READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "maske
 
 
 class Calls(TorchDispatchMode):
-    """Counts the operations that reach the kernels, by name, and the lists and numbers that Python read.
+    """Count operations that reach kernels, by name, and values read by Python.
 
     Step counts are on the host, as torch.optim.AdamW's: reading one waits for nothing.
     """
@@ -50,7 +53,10 @@ def count(monkeypatch: pytest.MonkeyPatch, run: Callable[[], object], optimizer:
 
 
 def optimizer_calls(mode: str, monkeypatch: pytest.MonkeyPatch, steps: int = 8) -> list[Counter[str]]:
-    """The calls made by the optimizer's parts alone, step by step; the passes are not counted."""
+    """Return the calls of the optimizer alone, step by step.
+
+    The forward and backward passes are not counted.
+    """
     model, optimizer = setup(mode)
     seen = []
     for step in range(steps):
@@ -121,6 +127,6 @@ def test_the_number_of_state_tensors(mode: str) -> None:
     expected = 2 if mode in ("base", "sync", "periodic, k=1") else 3
     for _ in range(2):
         tensors = [[t for t in state.values() if t.ndim] for state in optimizer.state.values()]
-        assert {len(kept) for kept in tensors} == {expected}
+        assert {len(of_parameter) for of_parameter in tensors} == {expected}
         step_by_parts(model, optimizer, 0)
     assert len(optimizer.state) == len(problem_groups(model)[0]["params"]) + len(problem_groups(model)[1]["params"])

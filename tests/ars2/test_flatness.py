@@ -1,4 +1,7 @@
-"""The adversarial point, the shear force, its injection, and the decisions, by hand."""
+"""Check the pure functions of flatness, and the decisions, by hand.
+
+These are the adversarial point, the shear force and its injection.
+"""
 
 import math
 from itertools import pairwise
@@ -33,7 +36,7 @@ def test_a_zero_gradient_does_not_move() -> None:
     assert torch.equal(param, double(0.1, -2.0))
 
 
-def test_every_tensor_moves_by_its_own_rho() -> None:
+def test_every_tensor_moves_by_the_rho_of_its_group() -> None:
     model, optimizer = setup("sync", torch.float64, "float64")
     train(model, optimizer, range(3))
     before = {p: p.detach().clone() for p in model.parameters()}
@@ -60,7 +63,7 @@ def test_the_shear_force_is_orthogonal_to_the_first_gradient_and_completes_it() 
         torch.testing.assert_close(rest / g, torch.full_like(g, (rest / g).flatten()[0].item()), rtol=1e-9, atol=0)
 
 
-def test_the_shear_force_of_a_zero_gradient_is_the_whole_second_one() -> None:
+def test_the_shear_force_of_a_zero_gradient_is_the_second_gradient() -> None:
     (shear,) = flatness.shear_forces([double(1.0, 2.0)], [double(0.0, 0.0)])
     assert torch.equal(shear, double(1.0, 2.0))
 
@@ -127,32 +130,32 @@ def group(**options: Any) -> dict[str, Any]:
     return {"k": 0, "last_sync": 0, "phi_variance": 0.0, "phi_beta": 0.75, "phi_lambda": 0.5, **options}
 
 
-def test_base_never_looks_and_sync_always() -> None:
+def test_base_never_makes_a_second_pass_and_sync_always() -> None:
     assert not any(flatness.is_sync_step(group(mode="base"), t, -1.0, 0.0) for t in range(1, 50))
     assert all(flatness.is_sync_step(group(mode="sync"), t, 1.0, 0.0) for t in range(1, 50))
 
 
 @pytest.mark.parametrize(("k", "expected"), [(1, [1, 2, 3, 4, 5, 6, 7]), (2, [1, 3, 5, 7]), (3, [1, 4, 7]), (9, [1])])
-def test_periodic_looks_at_steps_one_k_plus_one_and_so_on(k: int, expected: list[int]) -> None:
-    looks = [t for t in range(1, 8) if flatness.is_sync_step(group(mode="periodic", k=k), t, 0.0, 0.0)]
-    assert looks == expected
+def test_periodic_makes_a_second_pass_every_k_steps(k: int, expected: list[int]) -> None:
+    syncs = [t for t in range(1, 8) if flatness.is_sync_step(group(mode="periodic", k=k), t, 0.0, 0.0)]
+    assert syncs == expected
     model = SmallProblem()
     optimizer = ARS2Neo(problem_groups(model), mode="periodic", k=k)
     assert [t for t in range(1, 8) if step_by_parts(model, optimizer, t - 1)] == expected
 
 
-def test_aga_looks_first_when_phi_drops_and_after_k_steps() -> None:
-    def looks(t: int, phi: float, variance: float, **options: Any) -> bool:
+def test_aga_makes_a_second_pass_first_when_phi_drops_and_after_k_steps() -> None:
+    def syncs(t: int, phi: float, variance: float, **options: Any) -> bool:
         return flatness.is_sync_step(group(mode="aga", **options), t, phi, variance)
 
-    assert looks(1, 0.0, 0.0)
-    assert looks(5, -0.51, 1.0) and not looks(5, -0.5, 1.0) and not looks(5, 0.9, 1.0)
-    assert not looks(5, 0.0, 1.0, k=4, last_sync=2) and looks(6, 0.0, 1.0, k=4, last_sync=2)
+    assert syncs(1, 0.0, 0.0)
+    assert syncs(5, -0.51, 1.0) and not syncs(5, -0.5, 1.0) and not syncs(5, 0.9, 1.0)
+    assert not syncs(5, 0.0, 1.0, k=4, last_sync=2) and syncs(6, 0.0, 1.0, k=4, last_sync=2)
     # k up to 1 sets no longest stretch.
-    assert not looks(99, 0.0, 1.0, k=0, last_sync=2) and not looks(99, 0.0, 1.0, k=1, last_sync=2)
+    assert not syncs(99, 0.0, 1.0, k=0, last_sync=2) and not syncs(99, 0.0, 1.0, k=1, last_sync=2)
 
 
-def test_the_variance_starts_at_the_first_step_and_skips_the_step_after_a_look() -> None:
+def test_the_variance_starts_at_step_one_and_skips_the_step_after_a_sync() -> None:
     assert flatness.next_variance(group(phi_variance=9.0), 0.5, 1) == 0.25
     assert flatness.next_variance(group(phi_variance=1.0, last_sync=4), 0.5, 5) == 1.0
     assert flatness.next_variance(group(phi_variance=1.0, last_sync=4), 0.5, 6) == 0.75 + 0.25 * 0.25
@@ -163,14 +166,14 @@ def draws(seed: int, probability: float = 0.3, steps: int = 4000) -> list[bool]:
     return [flatness.is_sync_step(options, t, 0.0, 0.0) for t in range(1, steps + 1)]
 
 
-def test_random_looks_at_the_first_step_whatever_the_probability() -> None:
+def test_random_syncs_at_the_first_step_whatever_the_probability() -> None:
     for seed in range(5):
         assert draws(seed, 0.0, 50) == [True] + [False] * 49
     assert all(draws(0, 1.0, 50))
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.9])
-def test_random_looks_about_as_often_as_its_probability_says(probability: float) -> None:
+def test_random_syncs_about_as_often_as_its_probability(probability: float) -> None:
     for seed in range(2):
         drawn = draws(seed, probability)[1:]
         deviation = math.sqrt(probability * (1 - probability) / len(drawn))
@@ -186,13 +189,13 @@ def test_random_is_the_same_for_the_same_seed_and_another_for_another() -> None:
 
 
 def test_random_of_the_optimizer_is_a_matter_of_seed_and_step_alone() -> None:
-    def looks(seed: int) -> list[bool]:
+    def syncs(seed: int) -> list[bool]:
         model, optimizer = setup("random", seed=seed)
         torch.rand(seed)  # the global generator does not matter
         return [step_by_parts(model, optimizer, step) for step in range(30)]
 
-    assert looks(3) == draws(3, 0.3, 30) == looks(3)
-    assert looks(4) == draws(4, 0.3, 30) != looks(3)
+    assert syncs(3) == draws(3, 0.3, 30) == syncs(3)
+    assert syncs(4) == draws(4, 0.3, 30) != syncs(3)
 
 
 def test_the_global_generator_is_left_alone() -> None:
@@ -208,10 +211,10 @@ def test_the_global_generator_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("mode", ["periodic", "random", "aga"])
-def test_without_injection_a_step_without_a_look_is_that_of_base(mode: str) -> None:
+def test_without_injection_a_one_pass_step_equals_that_of_base(mode: str) -> None:
     options = {"periodic": {"k": 100}, "random": {"probability": 0.0}, "aga": {"phi_lambda": 1e6, "k": 0}}[mode]
     param, plain = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
-    optimizer = ARS2Neo([param], mode=mode, alpha=0.0, rho=0.0, **options)  # rho 0: the first look changes nothing
+    optimizer = ARS2Neo([param], mode=mode, alpha=0.0, rho=0.0, **options)  # rho 0: the pass changes nothing
     base = ARS2Neo([plain], mode="base")
     weights = torch.arange(12.0).reshape(3, 4)
     for step in range(6):

@@ -1,4 +1,7 @@
-"""Every kind of gradient: absent in either pass or both, views into a buffer, sparse; and that it is left as found."""
+"""Gradients of every kind are handled and left as they were found.
+
+They may be absent in either pass or both, views into a buffer, or sparse.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +33,10 @@ GRADIENTS_BOUND = 8e-15  # absolute, in float64, over 30 steps; measured: 1.7e-1
 
 
 class Forgetful(SmallProblem):
-    """Some parameters get no gradient on some evaluations, as experts that no token was sent to."""
+    """Give some parameters no gradient on some evaluations.
+
+    So it is with experts that no token was sent to.
+    """
 
     evaluation = 0
 
@@ -54,13 +60,14 @@ def test_gradients_that_come_and_go_between_the_passes_follow_the_reference(mode
 
     options = MODES[mode]
     if options["mode"] == "random":
-        options = {"mode": "random", "probability": 0.0}  # looks at the first step alone, as the reference with it
+        options = {"mode": "random", "probability": 0.0}  # only the first step syncs, in the reference too
     reference_model, model = Forgetful(torch.float64), Forgetful(torch.float64)
     groups = problem_groups(reference_model)
     reference = ReferenceARS2(groups, **options)
-    mine = problem_groups(model)
-    mine = [{**group, "params": [p]} for group in mine for p in group["params"]] if apart else mine
-    optimizer = ARS2Neo(mine, ns_dtype="float64", **options)
+    groups_of_model = problem_groups(model)
+    if apart:
+        groups_of_model = [{**group, "params": [p]} for group in groups_of_model for p in group["params"]]
+    optimizer = ARS2Neo(groups_of_model, ns_dtype="float64", **options)
     for step in range(30):
         reference.step(partial(absent, reference_model, groups, step))
         optimizer.step(closure_of(model, optimizer, step))
@@ -120,10 +127,10 @@ def test_the_update_leaves_the_gradients_as_they_are(mode: str) -> None:
     for step in range(7):
         found: dict[Tensor, tuple[Tensor | None, Tensor]] = {}
 
-        def look(found: dict = found) -> None:
+        def record(found: dict = found) -> None:
             found.update({p: (p.grad, p.grad.clone()) for p in model.parameters() if p.grad is not None})
 
-        step_by_parts(model, optimizer, step, between=look)
+        step_by_parts(model, optimizer, step, between=record)
         assert len(found) == 8
         assert all(p.grad is g and torch.equal(g, values) for p, (g, values) in found.items())
 
@@ -177,7 +184,7 @@ def test_an_unsupported_parameter_is_named(cls: type, make: Callable[[], Tensor]
 
 
 @pytest.mark.parametrize("cls", [ARS2Neo, Muon])
-def test_a_vector_that_is_said_to_be_a_matrix_is_named(cls: type) -> None:
+def test_a_vector_on_the_matrix_track_is_an_error(cls: type) -> None:
     optimizer = cls([nn.Parameter(torch.ones(2, 2))])
     bad = {"params": [("layer.weight", nn.Parameter(torch.ones(3)))], "track": "matrix"}
     message = r"parameter layer.weight of shape \(3,\) is on the matrix track.*track=\"vector\""
@@ -189,7 +196,7 @@ def test_a_vector_that_is_said_to_be_a_matrix_is_named(cls: type) -> None:
 
 
 @pytest.mark.parametrize("cls", [ARS2Neo, Muon])
-def test_what_is_no_tensor_is_named(cls: type) -> None:
+def test_a_parameter_that_is_no_tensor_is_named(cls: type) -> None:
     with pytest.raises(TypeError, match="parameter 1 must be a tensor, got int"):
         cls([nn.Parameter(torch.ones(2, 2)), 3])
 

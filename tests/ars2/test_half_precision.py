@@ -1,4 +1,4 @@
-"""Parameters in half precision are updated as in float32, and rounded once."""
+"""Half-precision parameters are updated as in float32, and rounded once."""
 
 import copy
 from typing import Any
@@ -69,7 +69,7 @@ def test_small_updates_add_up_as_in_float32(
 
 
 @pytest.mark.parametrize("mode", CORE_MODES)
-def test_a_saved_state_goes_on_to_the_bit_in_half_precision(mode: str) -> None:
+def test_a_saved_state_resumes_to_the_bit_in_half_precision(mode: str) -> None:
     def new() -> tuple[SmallProblem, ARS2Neo]:
         model = SmallProblem(torch.bfloat16)
         return model, ARS2Neo(problem_groups(model), **MODES[mode])
@@ -99,7 +99,7 @@ def test_a_state_without_remainders_loads_and_one_with_them_loads_into_float32()
     train(model, optimizer, range(2))
 
 
-def test_a_replaced_parameter_keeps_nothing_of_the_old_one() -> None:
+def test_a_replaced_parameter_keeps_no_remainder_of_the_old_one() -> None:
     param = nn.Parameter(torch.full((8,), 1.0, dtype=torch.bfloat16))
     optimizer = ARS2Neo([{"params": [param], "track": "vector"}], lr=1e-3, mode="base", weight_decay=0.0)
     param.grad = torch.ones_like(param)
@@ -115,7 +115,7 @@ def test_a_replaced_parameter_keeps_nothing_of_the_old_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_the_way_to_the_adversarial_point_and_back_leaves_no_trace(dtype: torch.dtype) -> None:
+def test_perturb_and_restore_leave_no_trace(dtype: torch.dtype) -> None:
     model = SmallProblem(dtype)
     optimizer = ARS2Neo(problem_groups(model))
     train(model, optimizer, range(2))

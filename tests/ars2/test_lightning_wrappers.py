@@ -1,4 +1,4 @@
-"""Behind the wrappers that Fabric and Lightning put around an optimizer."""
+"""The optimizers work behind the wrappers of Fabric and Lightning."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ def by_lightning(model: SmallProblem, optimizer: ARS2Neo) -> ARS2Neo:
 @pytest.mark.parametrize(
     ("mode", "wrap"), [("base", by_lightning), ("sync", by_fabric), ("aga", by_lightning), ("aga", by_fabric)]
 )
-def test_the_parts_work_on_a_wrapper(mode: str, wrap: Callable[[SmallProblem, ARS2Neo], ARS2Neo]) -> None:
+def test_the_separate_calls_work_on_a_wrapper(mode: str, wrap: Callable[[SmallProblem, ARS2Neo], ARS2Neo]) -> None:
     (model, optimizer), (plain, plain_optimizer) = setup(mode), setup(mode)
     wrapped = wrap(model, optimizer)
     for step in range(6):

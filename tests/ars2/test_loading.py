@@ -1,4 +1,4 @@
-"""A saved state that does not fit is refused by name, with nothing changed."""
+"""A saved state that does not fit is refused by name and changes nothing."""
 
 import inspect
 from copy import deepcopy
@@ -82,7 +82,7 @@ def test_a_saved_state_of_another_mode_is_refused(source: str, into: str) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_state_from_before_parameters_counted_for_themselves_goes_on_as_it_did(kind: str) -> None:
+def test_a_state_from_before_separate_step_counts_resumes_exactly(kind: str) -> None:
     saved = torch.load(FOLDER / f"{kind}.pt", weights_only=True)
     params, optimizer = make(kind)
     for param, value in zip(params, saved["params"], strict=True):
@@ -93,7 +93,7 @@ def test_a_state_from_before_parameters_counted_for_themselves_goes_on_as_it_did
 
 
 @pytest.mark.parametrize("option", ["ns_algorithm", "energy", "rho"])
-def test_an_option_that_a_saved_state_is_too_old_to_have_is_at_its_default(option: str) -> None:
+def test_an_option_missing_from_an_old_saved_state_has_its_default(option: str) -> None:
     model, optimizer = setup("aga")
     train(model, optimizer, range(4))
     saved, default = deepcopy(optimizer.state_dict()), inspect.signature(ARS2Neo).parameters[option].default
@@ -106,7 +106,7 @@ def test_an_option_that_a_saved_state_is_too_old_to_have_is_at_its_default(optio
 
 
 @pytest.mark.parametrize("option", ["ns_algorithm", "energy"])
-def test_a_pickled_optimizer_that_is_too_old_for_an_option_has_its_default(option: str) -> None:
+def test_an_option_missing_from_an_old_pickled_optimizer_has_its_default(option: str) -> None:
     _, optimizer = setup("aga")
     pickled = optimizer.__getstate__()
     for group in pickled["param_groups"]:
@@ -142,7 +142,7 @@ def test_hooks_see_and_change_the_state_that_is_loaded() -> None:
         assert torch.equal(state["exp_avg_sq"], 2 * saved["state"][index]["exp_avg_sq"])
 
 
-def test_a_hook_that_orders_parameters_by_name_restores_each_ones_moments() -> None:
+def test_a_hook_that_orders_parameters_by_name_restores_their_moments() -> None:
     torch.manual_seed(0)
     params = {"a": nn.Parameter(torch.randn(3, 4)), "b": nn.Parameter(torch.randn(3, 4))}
     optimizer, other = (ARS2Neo(list(items), mode="base") for items in (params.items(), reversed(params.items())))

@@ -1,4 +1,7 @@
-"""Muon against a plain float64 loop written for this test, its vector track against torch's AdamW."""
+"""Compare Muon with a plain float64 loop and torch's AdamW.
+
+The loop is written for this test; AdamW is the reference of the vector track.
+"""
 
 import math
 from typing import Any
@@ -26,7 +29,7 @@ def groups_of(model: SmallProblem, flatten: bool = False) -> list[dict[str, Any]
 
 
 class PlainMuon:
-    """One tensor at a time, in float64; the second group is left to AdamW."""
+    """Update one tensor at a time, in float64; leave the second group to AdamW."""
 
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float, momentum: float, nesterov: bool) -> None:
         self.params, self.lr, self.weight_decay = params, lr, weight_decay
@@ -97,20 +100,20 @@ def test_state_is_a_momentum_for_matrices_and_two_moments_for_vectors() -> None:
 def test_schedulers_cycle_the_momentum_of_matrices(scheduler: type) -> None:
     params = [torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(4))]
     optimizer = Muon([{"params": params[:1]}, {"params": params[1:], "track": "vector"}], momentum=0.9)
-    theirs = torch.optim.Muon([torch.nn.Parameter(torch.ones(3, 4))], momentum=0.9)
+    torch_muon = torch.optim.Muon([torch.nn.Parameter(torch.ones(3, 4))], momentum=0.9)
     options = {"max_lr": 0.1, "base_momentum": 0.8, "max_momentum": 0.95}
     options |= {"total_steps": 8} if scheduler is OneCycleLR else {"base_lr": 0.01, "step_size_up": 3}
-    schedules = [scheduler(each, **options) for each in (optimizer, theirs)]
+    schedules = [scheduler(each, **options) for each in (optimizer, torch_muon)]
     seen = []
     for _ in range(5):
         for param in params:
             param.grad = torch.ones_like(param)
         optimizer.step()
-        theirs.step()
+        torch_muon.step()
         for schedule in schedules:
             schedule.step()
         seen.append(optimizer.param_groups[0]["momentum"])
-        assert optimizer.param_groups[0]["momentum"] == theirs.param_groups[0]["momentum"]
+        assert optimizer.param_groups[0]["momentum"] == torch_muon.param_groups[0]["momentum"]
         assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
     assert len(set(seen)) > 2
     other = Muon([torch.nn.Parameter(torch.ones(3, 4))])
@@ -118,7 +121,7 @@ def test_schedulers_cycle_the_momentum_of_matrices(scheduler: type) -> None:
     assert other.param_groups[1]["betas"] == (0.9, 0.95)
 
 
-def test_a_step_has_the_size_that_lr_and_shape_say() -> None:
+def test_the_step_size_follows_from_lr_and_shape() -> None:
     # Orthogonal rows of a wide matrix: an RMS of about lr * sqrt(1 / cols), whatever the size of the gradient.
     param = torch.nn.Parameter(torch.zeros(16, 64))
     optimizer = Muon([param], lr=0.1)

@@ -1,4 +1,7 @@
-"""The two Newton-Schulz algorithms: equal in float64, Gram no less accurate than standard where it is used."""
+"""Compare the standard and the Gram Newton-Schulz iterations.
+
+They are equal in float64, and Gram is no less accurate than standard where it is used.
+"""
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5, 8])
-def test_gram_is_the_reference_in_float64(steps: int) -> None:
+def test_gram_equals_the_reference_in_float64(steps: int) -> None:
     for shape in SHAPES:
         matrix = random(*shape)
         result = orthogonalize(matrix, steps, dtype=torch.float64, algorithm="gram")
@@ -28,7 +31,7 @@ def test_gram_is_the_reference_in_float64(steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [3, 9])
 @pytest.mark.parametrize("coefficients", COEFFICIENTS)
-def test_gram_is_standard_under_every_schedule(coefficients: str, steps: int) -> None:
+def test_gram_equals_standard_under_every_schedule(coefficients: str, steps: int) -> None:
     matrix = random(3, 32, 160)
     standard, gram = (
         orthogonalize(matrix, steps, coefficients, torch.float64, algorithm) for algorithm in ("standard", "gram")
@@ -146,7 +149,7 @@ def test_the_choice_is_by_shape_dtype_and_device() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 576), (576, 64)])
-def test_auto_takes_what_the_choice_says(shape: tuple[int, int]) -> None:
+def test_auto_uses_the_algorithm_chosen_by_shape(shape: tuple[int, int]) -> None:
     matrix = random(*shape, dtype=torch.float32)
     auto, gram, standard = (orthogonalize(matrix, algorithm=a) for a in ("auto", "gram", "standard"))
     assert torch.equal(auto, gram) and not torch.equal(auto, standard)
@@ -193,7 +196,7 @@ def test_rows_multiplied_in_float32_are_not_padded_into_a_batch_in_bfloat16(monk
 def _shapes_multiplied(
     monkeypatch: pytest.MonkeyPatch, stacks: list[Tensor], dtype: torch.dtype, algorithm: str
 ) -> tuple[list[Tensor], set[tuple[int, ...]]]:
-    """Orthogonalise together; returns the results, and the shapes of the batches that were multiplied."""
+    """Orthogonalise together; return the results and the shapes multiplied."""
     calls: set[tuple[int, ...]] = set()
     bmm = torch.bmm
 

@@ -1,4 +1,4 @@
-"""Options as others hand them over: NumPy's numbers, tensors, and groups that are copies of groups."""
+"""Options may be NumPy numbers or tensors, and groups copies of groups."""
 
 import time
 from typing import Any
@@ -18,14 +18,14 @@ def vectors(count: int) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("cls", [ARS2Neo, Muon])
-def test_numpys_numbers_are_taken_and_saved_as_plain_ones(cls: type) -> None:
+def test_numpy_numbers_are_accepted_and_saved_as_plain_ones(cls: type) -> None:
     optimizer = cls(
         [{"params": vectors(1), "track": "vector", "weight_decay": np.float64(0.5)}],
         lr=np.float32(0.25),
         betas=(np.float32(0.5), 0.75),
         ns_steps=np.int64(3),
     )
-    optimizer.param_groups[0]["lr"] = np.float32(0.125)  # as a scheduler of somebody's own may set it
+    optimizer.param_groups[0]["lr"] = np.float32(0.125)  # as a user's scheduler may set it
     (group,) = through_a_file(optimizer.state_dict())["param_groups"]
     assert (group["lr"], group["betas"], group["ns_steps"], group["weight_decay"]) == (0.125, (0.5, 0.75), 3, 0.5)
     assert [type(group[name]) for name in ("lr", "ns_steps", "weight_decay")] == [float, int, float]
@@ -58,7 +58,7 @@ def test_a_learning_rate_that_is_a_tensor_is_refused_where_the_step_is_not_captu
 
 
 @pytest.mark.parametrize("capturable", [False, True])
-def test_a_copy_of_a_group_is_a_group(capturable: bool) -> None:
+def test_a_copy_of_a_group_is_accepted(capturable: bool) -> None:
     model, optimizer = setup("sync", capturable=capturable)
     train(model, optimizer, range(3))
     (new,) = vectors(1)

@@ -1,4 +1,4 @@
-"""Newton-Schulz against the singular value decomposition and the float64 reference."""
+"""Compare Newton-Schulz with the SVD and the float64 reference."""
 
 from itertools import product
 
@@ -28,18 +28,25 @@ def with_singular_values(rows: int, cols: int, values: Tensor) -> Tensor:
 
 
 def input_for(dtype: torch.dtype) -> torch.dtype:
-    """What the optimizers hand over: moments in float32, or float64 for float64 parameters."""
+    """Return moments as the optimizers pass them.
+
+    They are float32, or float64 for float64 parameters.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def in_polar_basis(result: Tensor, matrix: Tensor) -> Tensor:
-    """Symmetric, with the result's singular values as eigenvalues, just if the singular vectors are the matrix's."""
+    """Express the result in the basis of the polar factor.
+
+    It is symmetric, with the result's singular values as eigenvalues, if and only if the singular vectors are those of
+    the matrix.
+    """
     polar = polar_factor(matrix)
     return result.double() @ polar.T if matrix.shape[0] <= matrix.shape[1] else polar.T @ result.double()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_jordan_is_the_reference(dtype: torch.dtype) -> None:
+def test_jordan_equals_the_reference(dtype: torch.dtype) -> None:
     for shape in SHAPES:
         matrix = random(*shape)
         result = orthogonalize(matrix.to(input_for(dtype)), dtype=dtype)
@@ -106,9 +113,7 @@ def test_polar_express_brings_values_closer_than_jordan() -> None:
         ((2, 3, 7, 4), torch.bfloat16, "jordan"),
     ],
 )
-def test_every_matrix_of_a_stack_is_taken_for_itself(
-    shape: tuple[int, ...], dtype: torch.dtype, coefficients: str
-) -> None:
+def test_matrices_of_a_stack_are_independent(shape: tuple[int, ...], dtype: torch.dtype, coefficients: str) -> None:
     stack = random(*shape, dtype=input_for(dtype))
     stack[0] *= 1e6  # scales do not reach over
     result = orthogonalize(stack, 5, coefficients, dtype)
@@ -163,16 +168,16 @@ def test_an_input_is_not_changed() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["standard", "gram"])
-def test_stacks_are_written_over_only_where_that_is_allowed(algorithm: str) -> None:
+def test_inputs_are_overwritten_only_where_allowed(algorithm: str) -> None:
     def stacks() -> list[Tensor]:
         return [random(1, *shape, dtype=torch.float32) for shape in ((4, 30), (20, 3), (7, 7), (7, 7))]
 
-    kept, given = stacks(), stacks()
-    results = orthogonalize_all(kept, 5, "jordan", torch.bfloat16, algorithm=algorithm)
-    assert all(torch.equal(a, b) for a, b in zip(kept, stacks(), strict=True))
+    inputs, given = stacks(), stacks()
+    results = orthogonalize_all(inputs, 5, "jordan", torch.bfloat16, algorithm=algorithm)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, stacks(), strict=True))
     written = orthogonalize_all(given, 5, "jordan", torch.bfloat16, algorithm=algorithm, overwrite=True)
     assert all(torch.equal(a, b) for a, b in zip(results, written, strict=True))
-    assert not torch.equal(given[0], kept[0])  # where it is a batch of its own, its memory is the iteration's
+    assert not torch.equal(given[0], inputs[0])  # where it is a batch of its own, its memory is the iteration's
 
 
 @pytest.mark.parametrize(
@@ -240,7 +245,7 @@ def test_the_result_does_not_depend_on_the_scale(shape: tuple[int, ...], coeffic
         assert torch.equal(batched.reshape(shape), found)
 
 
-def test_zeros_stay_zero_and_what_is_not_finite_shows() -> None:
+def test_zeros_stay_zero_and_non_finite_values_propagate() -> None:
     stack = random(4, 5, 6, dtype=torch.float32)
     stack[1], stack[2, 0, 0], stack[3, 0, 0] = 0.0, torch.inf, torch.nan
     result = orthogonalize(stack, dtype=torch.float32)

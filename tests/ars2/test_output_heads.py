@@ -1,4 +1,7 @@
-"""Which modules are the output heads: named, said by the model, or guessed and reported as guessed."""
+"""Find the output heads of a model.
+
+They are named by the user, declared by the model, or guessed and reported as guessed.
+"""
 
 import warnings
 from typing import Any
@@ -14,12 +17,12 @@ from ars2.param_groups import assign
 
 
 def heads(model: nn.Module, head: Any = None) -> set[str]:
-    """The names of the parameters that are output heads."""
+    """Return the names of the parameters that are output heads."""
     return {item.name for item in assign(model, "hidden", head) if item.role == "output head"}
 
 
 class HeadFirst(nn.Module):
-    """Registers its head before its MLP."""
+    """Register the head before the MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +81,7 @@ def test_a_guessed_head_is_reported_as_guessed() -> None:
         lambda: nn.Linear(3, 4),
     ],
 )
-def test_what_is_sure_is_no_guess(model_of: Any) -> None:
+def test_unambiguous_heads_are_not_reported_as_guessed(model_of: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         param_groups(model_of(), "hidden")
@@ -124,7 +127,7 @@ def test_a_classifier_of_transformers_has_its_head_outside_of_its_base(name: str
 
 
 class WithPart(nn.Module):
-    """A head of one's own, registered first, on a model that says what its head is."""
+    """Declare its head, which is registered before a part that declares others."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -136,7 +139,7 @@ class WithPart(nn.Module):
     ("name", "expected"),
     [("BertModel", {"own.weight"}), ("BertForSequenceClassification", {"parts.0.classifier.weight"})],
 )
-def test_parts_of_a_model_say_what_their_heads_are(name: str, expected: set[str]) -> None:
+def test_heads_declared_by_submodules_are_found(name: str, expected: set[str]) -> None:
     model = WithPart(bert(name))
     assert heads(model) == expected and find_heads(model).guessed is None
 
@@ -201,7 +204,7 @@ class ModulesToSave(nn.Module):
 
 
 class Peft(nn.Module):
-    """As peft.PeftModel around peft.LoraModel; ``model`` answers for both."""
+    """Stand for peft.PeftModel around peft.LoraModel; ``model`` answers for both."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

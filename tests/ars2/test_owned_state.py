@@ -1,4 +1,7 @@
-"""The state belongs to its owner: what is put into it, or hooked into its loading, is what the next step finds."""
+"""The next step uses the state that the user sets.
+
+Users may replace entries, or change them by hooks into loading.
+"""
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from tests.ars2.training import assert_identical, setup, snapshot, train, worst_
     ("mode", "replaced"),
     [("base", "tensor"), ("sync", "whole state"), ("aga", "tensor"), ("aga", "other layout"), ("base", "whole state")],
 )
-def test_state_that_its_owner_replaces_is_what_the_next_step_finds(mode: str, replaced: str) -> None:
+def test_the_next_step_uses_state_that_the_user_replaced(mode: str, replaced: str) -> None:
     snapshots = []
     for in_place in (True, False):
         model, optimizer = setup(mode, ns_dtype="float32")
@@ -34,7 +37,7 @@ def test_state_that_its_owner_replaces_is_what_the_next_step_finds(mode: str, re
         assert_identical(*snapshots)
 
 
-def test_a_momentum_that_its_owner_replaces_is_what_the_next_step_finds() -> None:
+def test_the_next_step_uses_a_momentum_that_the_user_replaced() -> None:
     param = nn.Parameter(torch.ones(3, 4))
     optimizer = Muon([param], momentum=0.5)
     for _ in range(2):
@@ -44,7 +47,7 @@ def test_a_momentum_that_its_owner_replaces_is_what_the_next_step_finds() -> Non
         assert torch.equal(optimizer.state[param]["momentum_buffer"], torch.full((3, 4), 0.5))
 
 
-def test_a_count_that_its_owner_replaces_is_what_the_next_step_finds() -> None:
+def test_the_next_step_uses_a_step_count_that_the_user_replaced() -> None:
     param = nn.Parameter(torch.zeros(4))
     optimizer = ARS2Neo([{"params": [param], "track": "vector"}], mode="base", lr=1.0, weight_decay=0.0)
     optimizer.state[param]["step"] = torch.tensor(10_000.0)
@@ -56,7 +59,7 @@ def test_a_count_that_its_owner_replaces_is_what_the_next_step_finds() -> None:
 
 
 @pytest.mark.parametrize("trained", [0, 3])
-def test_parameters_that_somebody_exchanged_in_a_group_start_anew(trained: int) -> None:
+def test_parameters_exchanged_in_a_group_start_anew(trained: int) -> None:
     params = [nn.Parameter(torch.ones(3, 4)) for _ in range(2)]
     optimizer = ARS2Neo(params, mode="sync")
 

@@ -1,4 +1,4 @@
-"""The package on its own: what it exports and what it imports."""
+"""Check what the package exports, imports and installs."""
 
 import ast
 import shutil
@@ -40,18 +40,18 @@ def test_files_import_torch_the_standard_library_and_the_package_alone(path: Pat
     assert imported <= {"torch", "ars2"} | set(sys.stdlib_module_names)
 
 
-def test_there_are_files_to_look_at() -> None:
+def test_the_files_of_the_package_are_found() -> None:
     assert len(FILES) > 5
 
 
-def test_what_is_exported_is_there_and_documented() -> None:
+def test_every_export_exists_and_is_documented() -> None:
     assert set(ars2.__all__) == {"ARS2Neo", "Muon", "orthogonalize", "param_groups", "repeatable", "report"}
     assert all(getattr(ars2, name).__doc__ for name in ars2.__all__)
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """What ``pip install .`` installs."""
+    """Build what ``pip install .`` installs."""
     checkout = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT.parent / name, checkout)
@@ -72,7 +72,7 @@ def test_the_wheel_is_the_package_with_its_type_marker_and_nothing_else(wheel: z
     assert files == {"ars2/py.typed", *(f"ars2/{path.name}" for path in FILES)}
 
 
-def test_the_wheel_says_the_version_that_the_checkout_says(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_has_the_version_of_the_checkout(wheel: zipfile.ZipFile) -> None:
     assert metadata(wheel)["Version"] == ars2.__version__
 
 

@@ -1,4 +1,4 @@
-"""Which parameter goes on which track, and why: by role, never by name."""
+"""Parameters are assigned to tracks by role, never by name, with a reason."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from ars2.param_groups import assign
 
 
 class Network(nn.Module):
-    """Names that mislead on purpose; subclasses say which module is the head, or that none is."""
+    """Name its modules misleadingly; subclasses declare a head, or that none is."""
 
     def __init__(self, tied: bool = False) -> None:
         super().__init__()
@@ -33,8 +33,8 @@ class Network(nn.Module):
             self.word_embeddings.weight = self.lm_head.weight
 
 
-class SayingNetwork(Network):
-    """Its head is not its last linear layer, and it says so."""
+class DeclaringNetwork(Network):
+    """Declare a head that is not the last linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,12 +83,12 @@ def test_all_takes_everything_of_two_dimensions() -> None:
     assert roles(Network(), "all") == expected
 
 
-def test_the_model_says_which_module_is_its_head() -> None:
+def test_a_model_may_declare_its_head() -> None:
     expected = {**EXPECTED, "projection.weight": ("hidden", "matrix")}
-    assert roles(SayingNetwork(), "hidden") == expected
+    assert roles(DeclaringNetwork(), "hidden") == expected
 
 
-def test_a_model_may_say_that_it_has_no_head() -> None:
+def test_a_model_may_declare_that_it_has_no_head() -> None:
     assert roles(HeadlessNetwork(), "hidden")["word_embeddings.weight"] == ("hidden", "matrix")
 
 
@@ -112,7 +112,7 @@ def test_hidden_leaves_out_parameters_that_are_broadcast() -> None:
     assert {track for _, track in roles(VisionTransformer(), "all").values()} == {"matrix"}
 
 
-def test_without_a_word_the_last_linear_layer_is_the_head() -> None:
+def test_without_a_declaration_the_last_linear_layer_is_the_head() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.BatchNorm1d(5))
     assert {name: role for name, (role, _) in roles(model).items()} == {
         "0.weight": "hidden",
@@ -150,7 +150,7 @@ def test_large_dimensions_are_vectors(policy: str, rows: int, track: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("model_of", "policy"), [(Network, "all"), (SayingNetwork, "hidden"), (lambda: Network(tied=True), "hidden")]
+    ("model_of", "policy"), [(Network, "all"), (DeclaringNetwork, "hidden"), (lambda: Network(tied=True), "hidden")]
 )
 def test_every_trainable_parameter_is_in_exactly_one_group(model_of: Any, policy: str) -> None:
     model = model_of()

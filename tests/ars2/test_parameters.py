@@ -1,4 +1,7 @@
-"""Every kind of parameter: strided otherwise, of 0 to 5 dimensions, empty, in half precision, shared."""
+"""Parameters of every kind are trained correctly.
+
+They may have other strides, 0 to 5 dimensions, no entries, half precision, or several names.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Scaled losses and autocast: neither shows in the result."""
+"""Scaled losses and autocast do not change the result."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -201,17 +201,17 @@ def test_autocast_around_muon_changes_no_bit() -> None:
 @pytest.mark.parametrize(("mode", "by_parts"), [("sync", False), ("aga", True)])
 def test_one_autocast_block_around_both_passes_does_not_reuse_stale_weights(mode: str, by_parts: bool) -> None:
     # Autocast keeps the bfloat16 copies of the weights until its outermost block ends.
-    whole, whole_optimizer = setup(mode)
+    outer_model, outer_optimizer = setup(mode)
     model = Autocast()
     optimizer = ARS2Neo(problem_groups(model), ns_dtype="float32", **MODES[mode])
     for step in range(6):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if by_parts:
-                step_by_parts(whole, whole_optimizer, step)
+                step_by_parts(outer_model, outer_optimizer, step)
             else:
-                whole_optimizer.step(closure_of(whole, whole_optimizer, step))
+                outer_optimizer.step(closure_of(outer_model, outer_optimizer, step))
         train(model, optimizer, [step])  # autocast within each pass: a cache of its own
-    assert_identical(snapshot(optimizer), snapshot(whole_optimizer))
+    assert_identical(snapshot(optimizer), snapshot(outer_optimizer))
 
 
 def test_in_one_autocast_block_a_forward_pass_sees_where_the_parameters_are() -> None:

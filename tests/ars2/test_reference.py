@@ -1,4 +1,4 @@
-"""The float64 reference itself, against values worked out by hand and against torch."""
+"""Check the float64 reference against values by hand and against torch."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,10 @@ def group(*params: Tensor, **options: Any) -> dict[str, Any]:
 
 
 def script(*values: list[Any] | None) -> Callable[[], Gradients]:
-    """A gradient function for one parameter that hands out the given gradients, one a call, wherever it stands."""
+    """Return a function that yields the given gradients of one parameter in turn.
+
+    It ignores the value of the parameter.
+    """
     remaining = iter(values)
 
     def gradient_function() -> Gradients:
@@ -76,18 +79,18 @@ def test_polar_factor_is_the_rotation_of_a_rotated_diagonal() -> None:
 
 
 def test_vector_track_is_torch_adamw() -> None:
-    ours, theirs = SmallProblem(torch.float64), SmallProblem(torch.float64)
+    model, adamw_model = SmallProblem(torch.float64), SmallProblem(torch.float64)
     options: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.3}
-    groups = [group(*ours.parameters(), **options)]
-    their_groups = [group(*theirs.parameters())]
+    groups = [group(*model.parameters(), **options)]
+    adamw_groups = [group(*adamw_model.parameters())]
     reference = ReferenceARS2(groups, mode="base")
-    adamw = torch.optim.AdamW(theirs.parameters(), **options)
+    adamw = torch.optim.AdamW(adamw_model.parameters(), **options)
     for step in range(20):
-        reference.step(partial(gradients, ours, groups, step))
-        for p, g in zip(theirs.parameters(), gradients(theirs, their_groups, step), strict=True):
+        reference.step(partial(gradients, model, groups, step))
+        for p, g in zip(adamw_model.parameters(), gradients(adamw_model, adamw_groups, step), strict=True):
             p.grad = g
         adamw.step()
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for p, q in zip(model.parameters(), adamw_model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)
     assert reference.history[-1]["t"] == 20 and not any(record["synced"] for record in reference.history)
 
@@ -219,10 +222,10 @@ def test_aga_invariants_on_the_problem() -> None:
     assert reasons == {"start", "phi", "k", "none"}
 
 
-def test_random_looks_first_and_when_drawn() -> None:
+def test_random_syncs_at_step_one_and_when_drawn() -> None:
     model = SmallProblem(torch.float64)
     groups = problem_groups(model)
-    reference = ReferenceARS2(groups, mode="random", looks=lambda t: t in (4, 5))
+    reference = ReferenceARS2(groups, mode="random", draw=lambda t: t in (4, 5))
     train(reference, model, groups, 6)
     assert [record["t"] for record in reference.history if record["synced"]] == [1, 4, 5]
     assert {record["alpha"] for record in reference.history} == {0.1}

@@ -1,4 +1,4 @@
-"""What a second pass repeats and leaves alone: random numbers and buffers."""
+"""A second pass repeats random numbers and leaves buffers unchanged."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,10 @@ from ars2.replay import Buffers, frozen_statistics, random_state, repeatable
 
 
 class Running(nn.Module):
-    """Running statistics of one's own: written in place, replaced, or written by a kernel that counts no version."""
+    """Update running statistics in one of three ways.
+
+    They are written in place, replaced, or written by a kernel that does not raise the version counter.
+    """
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -33,7 +36,7 @@ class Running(nn.Module):
 
 
 class Cache(nn.Module):
-    """A buffer that no checkpoint keeps, and that changes all the same."""
+    """Change a buffer that no checkpoint contains."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ def test_a_pass_with_frozen_statistics_changes_no_buffer(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_buffers_come_back_as_often_as_they_are_kept(name: str) -> None:
+def test_buffers_are_restored_in_every_frozen_pass(name: str) -> None:
     network = NETWORKS[name]()
     buffers = Buffers(network)
     for _ in range(3):
@@ -154,7 +157,10 @@ def test_buffers_come_back_after_an_error() -> None:
 
 
 class Generators:
-    """A device's module: a generator for each of its devices, as torch.cuda, torch.mps and torch.xpu have them."""
+    """Stand for a device's module with one generator a device.
+
+    torch.cuda, torch.mps and torch.xpu have them like this.
+    """
 
     def __init__(self) -> None:
         self.of: dict[torch.device, torch.Generator] = {}

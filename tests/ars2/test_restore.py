@@ -1,4 +1,7 @@
-"""The way back from the adversarial point: exact to the bit, on every way out, and the next step as if nothing was."""
+"""Restoring from the adversarial point is exact to the bit.
+
+It happens on every way out, and the next step is the one of a run without the failure.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,26 +16,29 @@ from tests.ars2.training import (
     assert_identical,
     closure_of,
     copies,
-    cut_in_pieces,
     parameters_of,
     same,
     setup,
     snapshot,
+    split_into_chunks,
     train,
 )
 
 
-@pytest.fixture(autouse=True, params=[None, 7], ids=["whole tensors", "pieces"])
-def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
-    """The entries of the pieces that tensors are cut in; every test is run without and with them."""
+@pytest.fixture(autouse=True, params=[None, 7], ids=["full tensors", "chunks"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """Set the entries of the chunks that tensors are split into.
+
+    Every test runs without and with them.
+    """
     numel: int | None = request.param
     if numel is not None:
-        cut_in_pieces(monkeypatch, numel)
+        split_into_chunks(monkeypatch, numel)
     return numel
 
 
 class Failing(SmallProblem):
-    """Raises inside the forward pass, the given number of passes from now."""
+    """Raise in the forward pass, the given number of passes from now."""
 
     passes_left = -1
     error: BaseException = RuntimeError("in forward")
@@ -51,10 +57,10 @@ def fail_in_forward(model: Failing, optimizer: ARS2Neo, step: int, error: BaseEx
 
 def fail_after_backward(model: Failing, optimizer: ARS2Neo, step: int, error: BaseException) -> Callable[[], Tensor]:
     calls: list[int] = []
-    whole = closure_of(model, optimizer, step)
+    closure_without_error = closure_of(model, optimizer, step)
 
     def closure() -> Tensor:
-        loss = whole()
+        loss = closure_without_error()
         calls.append(1)
         if len(calls) == 2:
             raise error
@@ -64,7 +70,7 @@ def fail_after_backward(model: Failing, optimizer: ARS2Neo, step: int, error: Ba
 
 
 def fail_within_backward(model: Failing, optimizer: ARS2Neo, step: int, error: BaseException) -> Callable[[], Tensor]:
-    """The later layers have their second gradient by then, the earlier ones do not."""
+    """Fail where the later layers have a second gradient, the earlier ones do not."""
     calls: list[int] = []
 
     def hook(_: Tensor) -> None:
@@ -73,11 +79,11 @@ def fail_within_backward(model: Failing, optimizer: ARS2Neo, step: int, error: B
             raise error
 
     handle = model.tall.weight.register_hook(hook)
-    whole = closure_of(model, optimizer, step)
+    closure_without_error = closure_of(model, optimizer, step)
 
     def closure() -> Tensor:
         try:
-            return whole()
+            return closure_without_error()
         finally:
             if len(calls) == 2:
                 handle.remove()
@@ -91,9 +97,9 @@ def failing(mode: str) -> tuple[Failing, ARS2Neo]:
     # The same optimizer class and options over the parameters of the failing model.
     groups = [{**group, "params": []} for group in optimizer.param_groups]
     names = {p: name for name, p in like.named_parameters()}
-    mine = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for group, source in zip(groups, optimizer.param_groups, strict=True):
-        group["params"] = [mine[names[p]] for p in source["params"]]
+        group["params"] = [parameters[names[p]] for p in source["params"]]
     return model, ARS2Neo(groups, **{name: optimizer.defaults[name] for name in ("mode", "k", "ns_dtype")})
 
 
@@ -135,7 +141,7 @@ def test_an_error_in_the_second_pass_leaves_everything_as_after_the_first(
     assert_identical(snapshot(undisturbed_optimizer), snapshot(optimizer))
 
 
-def test_a_gradient_that_only_the_failed_second_pass_computed_is_taken_away() -> None:
+def test_a_gradient_that_only_the_failed_second_pass_computed_is_removed() -> None:
     used, unused = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
     optimizer = ARS2Neo([used, unused])
     calls: list[int] = []
@@ -223,7 +229,7 @@ def test_restoring_is_exact_to_the_bit_whatever_the_values(dtype: torch.dtype) -
     assert torch.equal(param.detach().view(bits), values.view(bits))
 
 
-def test_what_was_moved_is_remembered_and_not_guessed_from_the_gradients() -> None:
+def test_restore_depends_on_what_was_moved_and_not_on_gradients() -> None:
     # A gradient that comes or goes between the passes must not decide what is moved back.
     first, second, third = (nn.Parameter(torch.full((3, 3), v)) for v in (1.0, 2.0, 3.0))
     optimizer = ARS2Neo([first, second, third])
@@ -239,7 +245,7 @@ def test_what_was_moved_is_remembered_and_not_guessed_from_the_gradients() -> No
     assert first[0, 0].item() == 1.0 and second[0, 0].item() < 2.0 and third[0, 0].item() < 3.0
 
 
-def test_the_parameters_given_by_a_user_inside_the_second_pass_do_not_stay() -> None:
+def test_parameter_values_set_in_the_second_pass_are_discarded() -> None:
     model, optimizer = setup("sync")
     before = copies(model.parameters())
     model.loss(0).backward()
@@ -251,7 +257,7 @@ def test_the_parameters_given_by_a_user_inside_the_second_pass_do_not_stay() -> 
     assert same(before, model.parameters())
 
 
-def test_values_put_in_the_place_of_a_parameters_storage_do_not_stay_either() -> None:
+def test_storage_replaced_in_the_second_pass_is_discarded() -> None:
     param = nn.Parameter(torch.arange(1.0, 26.0).view(5, 5))
     before = param.detach().clone()
     optimizer = ARS2Neo([param])
@@ -264,8 +270,8 @@ def test_values_put_in_the_place_of_a_parameters_storage_do_not_stay_either() ->
 
 
 @pytest.mark.parametrize("moves", [1, 2])
-def test_an_interrupt_between_two_pieces_leaves_none_of_them_moved(
-    moves: int, piece: int | None, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupt_between_two_chunks_leaves_none_of_them_moved(
+    moves: int, chunk: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     param = nn.Parameter(torch.arange(1.0, 26.0).view(5, 5))
     before = param.detach().clone()
@@ -277,12 +283,12 @@ def test_an_interrupt_between_two_pieces_leaves_none_of_them_moved(
     def interrupted(params: list[Tensor], offsets: list[Tensor], *rest: Any) -> None:
         real(params, offsets, *rest)
         moved.append(params[0].numel())
-        if len(moved) == moves or piece is None:
+        if len(moved) == moves or chunk is None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(flatness, "move_along_", interrupted)
     optimizer.wants_second_pass()
     with pytest.raises(KeyboardInterrupt):
         optimizer.perturb()
-    assert moved == ([25] if piece is None else [piece] * moves)
+    assert moved == ([25] if chunk is None else [chunk] * moves)
     assert torch.equal(param, before)

@@ -1,4 +1,7 @@
-"""Parameters sharded by FSDP2, without Lightning: several processes with uneven and empty shards do what one does."""
+"""Sharded processes train to the result of one process.
+
+The parameters are sharded by FSDP2, without Lightning; the shards are uneven and some are empty.
+"""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -37,49 +40,52 @@ def alone() -> Results:
     return {name: train(name) for name in OPTIMIZERS}
 
 
-def assert_same(mine: Result, other: Result) -> None:
-    assert mine["numbers"] == pytest.approx(other["numbers"], rel=1e-4)
+def assert_same(actual: Result, other: Result) -> None:
+    assert actual["numbers"] == pytest.approx(other["numbers"], rel=1e-4)
     for name, expected in other["tensors"].items():
         # A shear force is what is left of two nearly equal gradients; a square differs by twice as much as its root.
         tolerance = {"shear": 2e-5, "exp_avg_sq": 2e-6}.get(name.rpartition(".")[2], 1e-6)
-        assert (mine["tensors"][name] - expected).norm() <= tolerance * expected.norm(), name
+        assert (actual["tensors"][name] - expected).norm() <= tolerance * expected.norm(), name
 
 
 def assert_one(ranks: list[Results], name: str) -> None:
     for results in ranks[1:]:
-        assert results[name]["looks"] == ranks[0][name]["looks"]
+        assert results[name]["second_passes"] == ranks[0][name]["second_passes"]
         assert results[name]["numbers"] == ranks[0][name]["numbers"], "phi or its variance differ"
         for key, tensor in results[name]["tensors"].items():
             assert torch.equal(tensor, ranks[0][name]["tensors"][key]), key
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_two_processes_train_to_what_one_does(name: str, two: list[Results], alone: Results) -> None:
+def test_two_processes_train_like_one(name: str, two: list[Results], alone: Results) -> None:
     assert_one(two, name)
-    assert two[0][name]["looks"] == alone[name]["looks"]
+    assert two[0][name]["second_passes"] == alone[name]["second_passes"]
     assert_same(two[0][name], alone[name])
 
 
 def test_shards_are_uneven_and_empty(two: list[Results]) -> None:
-    held = [results["base"]["held"] for results in two]
-    assert (held[0]["embedding.weight"], held[1]["embedding.weight"]) == (6 * 8, 5 * 8)
+    local_numels = [results["base"]["local_numels"] for results in two]
+    assert (local_numels[0]["embedding.weight"], local_numels[1]["embedding.weight"]) == (6 * 8, 5 * 8)
     for name in ("gain", "shift"):
-        assert (held[0][name], held[1][name]) == (7, 0)
+        assert (local_numels[0][name], local_numels[1][name]) == (7, 0)
 
 
-def test_aga_looks_at_some_steps_and_not_at_others(alone: Results) -> None:
+def test_aga_makes_a_second_pass_at_some_steps_only(alone: Results) -> None:
     for name in ("aga", "aga, no energy"):
-        assert 1 < alone[name]["looks"][-1] < STEPS
+        assert 1 < alone[name]["second_passes"][-1] < STEPS
 
 
 def test_a_step_makes_few_all_reduces(two: list[Results]) -> None:
-    """One each for the move, the shear forces (made or injected), phi and the energies, whatever the groups."""
+    """A step makes one all-reduce for each quantity, however many groups.
+
+    The quantities are the move, the shear forces (made or injected), phi and the energies.
+    """
     for name in ("sync", "aga", "periodic"):
-        looks = [0, *two[0][name]["looks"]]
+        second_passes = [0, *two[0][name]["second_passes"]]
         shear, phi = name != "sync", name == "aga"
         for step, found in enumerate(two[0][name]["exchanges"]):
-            looked = looks[step + 1] > looks[step]
-            assert found == 1 + looked + shear + (phi and step > 0), (name, step)
+            synced = second_passes[step + 1] > second_passes[step]
+            assert found == 1 + synced + shear + (phi and step > 0), (name, step)
     assert set(two[0]["base"]["exchanges"]) == {1}
     assert set(two[0]["muon"]["exchanges"]) == {0}
 
@@ -95,31 +101,31 @@ def test_matrices_that_travel_in_bfloat16_are_rounded(two: list[Results], alone:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # just that is meant
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_checkpoint_of_two_processes_goes_on_in_one(name: str, two: list[Results], folder: Path) -> None:
+def test_one_process_resumes_a_checkpoint_of_two(name: str, two: list[Results], folder: Path) -> None:
     resumed = train(name, folder=folder / f"checkpoint {name}")
-    assert len(resumed["looks"]) == STEPS // 2
-    assert resumed["looks"] == two[0][name]["looks"][STEPS // 2 :]
+    assert len(resumed["second_passes"]) == STEPS // 2
+    assert resumed["second_passes"] == two[0][name]["second_passes"][STEPS // 2 :]
     assert_same(resumed, two[0][name])
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_two_processes_goes_on_in_four(two: list[Results], folder: Path) -> None:
+def test_four_processes_resume_a_checkpoint_of_two(two: list[Results], folder: Path) -> None:
     four = launch(train_all, 4, folder / "four go on", 1, True)
     for name in RESUMED:
         assert_one(four, name)
-        assert four[0][name]["looks"] == two[0][name]["looks"][STEPS // 2 :]
+        assert four[0][name]["second_passes"] == two[0][name]["second_passes"][STEPS // 2 :]
         assert_same(four[0][name], two[0][name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("replicas", [1, 2])
-def test_four_processes_train_to_what_one_does(replicas: int, alone: Results, tmp_path: Path) -> None:
-    """All four hold a part each; or two hold a half each, and two the same again."""
+def test_four_processes_train_like_one(replicas: int, alone: Results, tmp_path: Path) -> None:
+    """Train four shards, or two replicas of two shards each."""
     four = launch(train_all, 4, tmp_path / "four", replicas, False)
-    assert sum(results["base"]["held"]["gain"] > 0 for results in four) == replicas
+    assert sum(results["base"]["local_numels"]["gain"] > 0 for results in four) == replicas
     for name in EXACT:
         assert_one(four, name)
-        assert four[0][name]["looks"] == alone[name]["looks"]
+        assert four[0][name]["second_passes"] == alone[name]["second_passes"]
         assert_same(four[0][name], alone[name])
 
 
@@ -182,21 +188,21 @@ def test_a_gradient_in_another_layout_is_refused_before_anything_changes(mesh: D
     assert torch.equal(param.full_tensor(), torch.ones(4, 4))
 
 
-def test_whole_state_is_loaded_into_shards_and_training_goes_on(mesh: DeviceMesh) -> None:
-    whole = SmallProblem()
-    optimizer = ARS2Neo(problem_groups(whole), mode="aga", ns_dtype="float32")
-    train_by_closure(whole, optimizer, range(3))
+def test_full_state_is_loaded_into_shards_and_training_resumes(mesh: DeviceMesh) -> None:
+    full = SmallProblem()
+    optimizer = ARS2Neo(problem_groups(full), mode="aga", ns_dtype="float32")
+    train_by_closure(full, optimizer, range(3))
     model = SmallProblem()
-    model.load_state_dict(whole.state_dict())
+    model.load_state_dict(full.state_dict())
     fully_shard(model, mesh=mesh)
     sharded = ARS2Neo(problem_groups(model), mode="aga", ns_dtype="float32")
     sharded.load_state_dict(optimizer.state_dict())
     assert all(
         isinstance(value, DTensor) or key == "step" for state in sharded.state.values() for key, value in state.items()
     )
-    for each, its in ((whole, optimizer), (model, sharded)):
+    for each, its in ((full, optimizer), (model, sharded)):
         train_by_closure(each, its, range(3, 6))
-    for p, q in zip(whole.parameters(), model.parameters(), strict=True):
+    for p, q in zip(full.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(q.full_tensor(), p.detach(), rtol=1e-6, atol=1e-7)
 
 
@@ -207,12 +213,12 @@ def test_a_copy_knows_that_its_parameters_are_sharded(mesh: DeviceMesh) -> None:
 
 
 @pytest.mark.parametrize("option", ["compile", "capturable"])
-def test_options_for_whole_parameters_are_refused(option: str, mesh: DeviceMesh) -> None:
+def test_options_for_unsharded_parameters_are_refused(option: str, mesh: DeviceMesh) -> None:
     with pytest.raises(ValueError, match="compile and capturable"):
         ARS2Neo(problem_groups(sharded_problem(mesh)), **{option: True})
 
 
-def test_whole_parameters_need_a_group_to_be_distributed() -> None:
+def test_unsharded_parameters_need_a_group_to_be_distributed() -> None:
     with pytest.raises(ValueError, match="group"):
         ARS2Neo(problem_groups(SmallProblem())).distribute(None)
 

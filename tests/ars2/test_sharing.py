@@ -1,4 +1,7 @@
-"""Sharing the Newton-Schulz out among processes: what one process would compute, on every rank."""
+"""Sharing Newton-Schulz among processes gives every rank the same result.
+
+It is the one that one process would compute.
+"""
 
 from itertools import product
 from pathlib import Path
@@ -21,12 +24,15 @@ def stacks(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
 
 
-def newton_schulz(wholes: list[Tensor]) -> list[Tensor]:
-    return orthogonalize_all(wholes, 5, "jordan", torch.float64)
+def newton_schulz(matrices: list[Tensor]) -> list[Tensor]:
+    return orthogonalize_all(matrices, 5, "jordan", torch.float64)
 
 
 def by_rows(rows: int, ranks: int) -> list[int]:
-    """Rows on each rank, as torch.chunk deals them out: uneven, the last ranks perhaps empty."""
+    """Return the rows of each rank, as torch.chunk splits them.
+
+    They are uneven, and the last ranks may have none.
+    """
     parts = [len(part) for part in torch.arange(rows).chunk(ranks)]
     return parts + [0] * (ranks - len(parts))
 
@@ -38,9 +44,9 @@ def on_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
     assert group is not None
     seen: list[int] = []
 
-    def count(wholes: list[Tensor]) -> list[Tensor]:
-        seen.append(len(wholes))
-        return newton_schulz(wholes)
+    def count(matrices: list[Tensor]) -> list[Tensor]:
+        seen.append(len(matrices))
+        return newton_schulz(matrices)
 
     replicated = orthogonalize_replicated(stacks(), count, torch.float64, group)
     rounded = orthogonalize_replicated(stacks(), newton_schulz, torch.bfloat16, group)
@@ -59,19 +65,19 @@ def on_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.slow)])
-def test_every_rank_gets_what_one_process_computes(ranks: int, tmp_path: Path) -> None:
+def test_every_rank_gets_the_result_of_one_process(ranks: int, tmp_path: Path) -> None:
     found = launch(on_rank, ranks, tmp_path)
     alone = newton_schulz(stacks())
     for replicated, rounded, one, _, _ in found:
-        for here, there, whole in zip(replicated, found[0][0], alone, strict=True):
+        for here, there, full in zip(replicated, found[0][0], alone, strict=True):
             assert torch.equal(here, there)
-            assert (here - whole).abs().max() < 1e-12
-        for here, whole in zip(rounded, replicated, strict=True):
-            assert torch.equal(here, whole.to(torch.bfloat16))
+            assert (here - full).abs().max() < 1e-12
+        for here, full in zip(rounded, replicated, strict=True):
+            assert torch.equal(here, full.to(torch.bfloat16))
         assert len(one) == 1 and (one[0] - alone[0]).abs().max() < 1e-12
-    for index, whole in enumerate(alone):
+    for index, full in enumerate(alone):
         together = torch.cat([sharded[index] for _, _, _, sharded, _ in found])
-        assert (together - whole.flatten()).abs().max() < 1e-12
+        assert (together - full.flatten()).abs().max() < 1e-12
     # Nothing was computed twice.
     for call in (0, 1):
         assert sum(seen[call] for *_, seen in found) == len(SHAPES)

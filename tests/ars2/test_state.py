@@ -1,4 +1,7 @@
-"""What an optimizer keeps: tensors only, made up front; copied, saved and loaded without loss, in every format."""
+"""The state is made up front and survives copying, saving and loading.
+
+It consists of tensors only.
+"""
 
 import gc
 import weakref
@@ -72,9 +75,9 @@ def test_counters_are_plain_numbers_in_the_groups(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["aga", pytest.param("sync", marks=pytest.mark.slow)])
-def test_nothing_of_a_step_outlives_it(mode: str) -> None:
+def test_no_temporary_of_a_step_stays_alive(mode: str) -> None:
     gc.collect()
-    of_others = [t for t in gc.get_objects() if type(t) is Tensor]  # kept, so that no address is used again
+    of_others = [t for t in gc.get_objects() if type(t) is Tensor]  # referenced, so that no address is used again
     model, optimizer = setup(mode)
     model.loss(0).backward()
     assert optimizer.wants_second_pass()
@@ -92,9 +95,9 @@ def test_nothing_of_a_step_outlives_it(mode: str) -> None:
     optimizer.zero_grad()
     model.zero_grad()
     gc.collect()
-    held = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (40, 26)]
-    kept = [t for state in optimizer.state.values() for t in state.values() if t.shape == (40, 26)]
-    assert {id(t) for t in held} - {id(t) for t in of_others} == {id(t) for t in kept}
+    alive_tensors = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == (40, 26)]
+    state_tensors = [t for state in optimizer.state.values() for t in state.values() if t.shape == (40, 26)]
+    assert {id(t) for t in alive_tensors} - {id(t) for t in of_others} == {id(t) for t in state_tensors}
 
 
 def test_diagnostics_of_each_mode() -> None:
@@ -114,7 +117,7 @@ def test_diagnostics_of_each_mode() -> None:
 
 
 @pytest.mark.parametrize("mode", ["sync", "aga"])
-def test_a_deep_copy_goes_on_alone_and_the_same(mode: str) -> None:
+def test_a_deep_copy_trains_independently_to_the_same_result(mode: str) -> None:
     model, optimizer = setup(mode)
     train(model, optimizer, range(5))
     other, other_optimizer = deepcopy((model, optimizer))

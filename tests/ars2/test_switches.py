@@ -1,4 +1,7 @@
-"""Flatness, geometry and energy, each on and off: every corner against the float64 reference, and what each one is."""
+"""Switch flatness, geometry and energy on and off in every combination.
+
+Every corner is compared with the float64 reference, and some with other optimizers.
+"""
 
 import math
 from copy import deepcopy
@@ -44,7 +47,10 @@ def bound(energy: bool, geometry: bool, dtype: torch.dtype) -> float:
 def largest_difference(
     mode: str, energy: bool, geometry: bool, dtype: torch.dtype, ns_dtype: str, matrix: dict[str, Any]
 ) -> float:
-    """Of a parameter from the reference's, over all steps."""
+    """Return the largest difference of a parameter from the reference's.
+
+    It is taken over all steps.
+    """
     options: dict[str, Any] = {"mode": mode, "energy": energy, "geometry": geometry, "k": 6 if mode == "aga" else 0}
     reference_model, model = SmallProblem(torch.float64), SmallProblem(dtype)
     groups = problem_groups(reference_model, matrix)
@@ -53,9 +59,9 @@ def largest_difference(
     worst = 0.0
     for step in range(STEPS):
         reference.step(partial(gradients, reference_model, groups, step))
-        looks = optimizer.diagnostics()["sync_steps"]
+        before = optimizer.diagnostics()["sync_steps"]
         optimizer.step(closure_of(model, optimizer, step))
-        assert (optimizer.diagnostics()["sync_steps"] > looks) == reference.history[-1]["synced"]
+        assert (optimizer.diagnostics()["sync_steps"] > before) == reference.history[-1]["synced"]
         worst = max(worst, worst_difference(model.parameters(), reference_model.parameters()))
     return worst
 
@@ -97,7 +103,7 @@ def adamw_of(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW([{name: group[name] for name in names} for group in problem_groups(model)])
 
 
-def test_without_flatness_and_geometry_it_is_adamw() -> None:
+def test_without_flatness_and_geometry_it_equals_adamw() -> None:
     model, optimizer = setup("base", torch.float64, geometry=False)
     other = SmallProblem(torch.float64)
     adamw = adamw_of(other)
@@ -107,7 +113,7 @@ def test_without_flatness_and_geometry_it_is_adamw() -> None:
     assert worst_difference(model.parameters(), other.parameters()) <= 2e-15  # measured: 4e-16
 
 
-def test_without_geometry_matrices_get_the_kernel_that_vectors_get_to_the_bit() -> None:
+def test_without_geometry_matrices_are_updated_like_vectors_to_the_bit() -> None:
     model, optimizer = setup("aga", geometry=False)
     other = SmallProblem()
     groups = [{**group, "track": "vector"} for group in problem_groups(other)]
@@ -117,7 +123,7 @@ def test_without_geometry_matrices_get_the_kernel_that_vectors_get_to_the_bit() 
     assert_identical([*model.parameters()], [*other.parameters()])
 
 
-def test_without_geometry_sync_is_sam_on_adamw() -> None:
+def test_without_geometry_sync_equals_sam_on_adamw() -> None:
     model, optimizer = setup("sync", torch.float64, geometry=False)
     other = SmallProblem(torch.float64)
     adamw = adamw_of(other)
@@ -143,7 +149,7 @@ def test_without_geometry_sync_is_sam_on_adamw() -> None:
     assert worst_difference(model.parameters(), other.parameters()) <= 6e-15  # measured: 1.2e-15
 
 
-def test_without_energy_geometry_alone_is_muon_at_another_scale() -> None:
+def test_without_energy_geometry_alone_equals_muon_at_another_scale() -> None:
     model, optimizer = setup("base", torch.float64, "float64", energy=False)
     other = SmallProblem(torch.float64)
     groups = []
@@ -222,7 +228,7 @@ def test_a_matrix_without_any_gradient_so_far_stays(energy: bool, geometry: bool
 
 
 @pytest.mark.parametrize(("energy", "geometry"), SWITCHES)
-def test_a_saved_state_goes_on_to_the_bit(energy: bool, geometry: bool) -> None:
+def test_a_saved_state_resumes_to_the_bit(energy: bool, geometry: bool) -> None:
     mode = "aga"
     model, optimizer = setup(mode, energy=energy, geometry=geometry)
     train(model, optimizer, range(7))
@@ -246,7 +252,7 @@ def test_a_saved_state_with_another_switch_is_refused_with_nothing_changed(switc
 
 
 @pytest.mark.parametrize("switch", ["energy", "geometry"])
-def test_a_switch_is_one_for_the_whole_optimizer(switch: str) -> None:
+def test_all_groups_share_a_switch(switch: str) -> None:
     groups = problem_groups(SmallProblem())
     groups[1][switch] = False
     with pytest.raises(ValueError, match=f"{switch} .*groups"):

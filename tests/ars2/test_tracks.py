@@ -1,4 +1,7 @@
-"""Parameters that were given without a track: their shapes decide, and the user's groups stay what they are."""
+"""Parameters without a track get one by their shapes.
+
+The user's groups stay unchanged.
+"""
 
 import pickle
 import warnings
@@ -28,7 +31,7 @@ def train(optimizer: Any, model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_shapes_decide_where_no_track_is_said(cls: Any, named: bool) -> None:
+def test_shapes_decide_where_no_track_is_given(cls: Any, named: bool) -> None:
     model = network()
     with pytest.warns(UserWarning, match=f"{cls.__name__} .*without a track") as caught:
         optimizer = cls(model.named_parameters() if named else model.parameters(), lr=0.01)
@@ -56,7 +59,7 @@ def test_only_a_mixed_group_is_split(cls: Any) -> None:
     torch.optim.lr_scheduler.LambdaLR(cls([{"params": decay}, {"params": rest}]), [lambda _: 1.0, lambda _: 0.5])
 
 
-def test_nothing_is_said_where_every_parameter_is_a_matrix_or_has_a_track(cls: Any) -> None:
+def test_no_message_where_every_parameter_is_a_matrix_or_has_a_track(cls: Any) -> None:
     params = list(network().parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -85,7 +88,7 @@ def test_a_mixed_group_that_is_refused_leaves_nothing_behind(cls: Any) -> None:
     assert tracks(optimizer) == [("vector", 1)] and list(optimizer.state) == [bias]
 
 
-def test_a_refused_parameter_has_its_own_index(cls: Any) -> None:
+def test_a_refused_parameter_is_named_by_its_index(cls: Any) -> None:
     with pytest.raises(ValueError, match=r"parameter 2 .*floating-point"):
         cls([nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2)), torch.zeros(2, dtype=torch.int64)])
 

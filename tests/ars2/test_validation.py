@@ -1,4 +1,7 @@
-"""Every option out of range is refused by name, value and range, wherever it comes from, with nothing changed."""
+"""Every option out of range is refused, and nothing changes.
+
+The message names the option, the value and the range, wherever the option comes from.
+"""
 
 import re
 from copy import deepcopy
@@ -15,7 +18,7 @@ from tests.ars2.training import assert_identical, snapshot, train
 
 NAN, INFINITY = float("nan"), float("inf")
 
-# Option, a value, what the message says is allowed. Each can stand in a group, so each can also come from a saved one.
+# Option, a value, the range in the message. Each can stand in a group, so each can also come from a saved one.
 COMMON: list[tuple[str, Any, str]] = [
     ("track", "tensor", "one of 'matrix', 'vector'"),
     ("flatten", "yes", "one of False, True"),
@@ -158,7 +161,7 @@ def test_the_ends_of_the_ranges_are_allowed(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["mode", "phi_lambda", "ns_dtype"])
-def test_what_is_one_for_the_whole_optimizer_may_not_differ(name: str) -> None:
+def test_options_of_the_optimizer_may_not_differ_between_groups(name: str) -> None:
     other = {"mode": "base", "k": 5, "ns_steps": 6, "ns_dtype": "float32", "seed": 9}.get(name, 0.77)
     first, second = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
     with pytest.raises(ValueError, match=f"{name} .*groups"):
@@ -175,7 +178,7 @@ def test_equal_values_of_other_types_do_not_differ() -> None:
     assert len(ARS2Neo([{"params": [first], "phi_lambda": 2}, {"params": [second]}]).param_groups) == 2
 
 
-def test_a_number_says_its_range_as_it_is() -> None:
+def test_a_range_is_printed_exactly() -> None:
     with pytest.raises(ValueError, match=re.escape("(0, 1], got 0")):
         validation.check_number({"x": 0}, "x", 0.0, 1.0, open_minimum=True, closed_maximum=True)
     validation.check_number({"x": 1}, "x", 0.0, 1.0, open_minimum=True, closed_maximum=True)
@@ -199,13 +202,13 @@ def test_an_unknown_option_of_a_group_is_an_error_with_the_nearest_name(cls: Any
     assert len(optimizer.param_groups) == len(optimizer.state) == 1
 
 
-def test_an_unknown_option_that_resembles_none_is_answered_by_all() -> None:
+def test_an_unknown_option_that_resembles_none_lists_all() -> None:
     with pytest.raises(ValueError, match=r"'zzz'.*alpha, betas, .*, weight_decay$"):
         ARS2Neo([{"params": [nn.Parameter(torch.ones(2, 2))], "zzz": 1}])
 
 
 @pytest.mark.parametrize("cls", [ARS2Neo, Muon])
-def test_a_group_may_have_what_schedulers_keep_in_it(cls: Any) -> None:
+def test_a_group_may_have_the_entries_of_schedulers(cls: Any) -> None:
     optimizer = cls([nn.Parameter(torch.ones(2, 2))])
     torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5)
     copy = {**optimizer.param_groups[0], "params": [nn.Parameter(torch.ones(2, 2))], "name": "new", "lr_scale": 0.5}

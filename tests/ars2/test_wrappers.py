@@ -1,4 +1,4 @@
-"""Wrappers of torch that hand an optimizer something else than the model's parameters."""
+"""Wrappers of torch pass other tensors than the model's parameters."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from ars2 import ARS2Neo, Muon
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[None]:
-    """A group of this process alone."""
+    """Make a process group of this process alone."""
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -24,8 +24,8 @@ def process(tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("process")
 @pytest.mark.parametrize(("whole", "cls"), [(False, ARS2Neo), (True, Muon)])
-def test_parameters_that_fsdp1_flattens_are_refused(whole: bool, cls: type) -> None:
-    model = FullyShardedDataParallel(nn.Linear(3, 4), use_orig_params=whole, device_id=torch.device("cpu"))
+def test_parameters_that_fsdp1_flattens_are_refused(use_orig_params: bool, cls: type) -> None:
+    model = FullyShardedDataParallel(nn.Linear(3, 4), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match="fully_shard"):
         cls([{"params": list(model.parameters()), "track": "vector"}])
 

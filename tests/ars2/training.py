@@ -1,4 +1,7 @@
-"""How the tests drive an optimizer: the modes with their options, closures, the parts, and what is compared."""
+"""Drive an optimizer in the tests.
+
+The module has the modes with their options, closures, steps by separate calls, and comparisons.
+"""
 
 import io
 from collections.abc import Callable, Iterable
@@ -32,19 +35,25 @@ CORE_MODES = ["base", "sync", "aga"]
 def setup(
     mode: str = "sync", dtype: torch.dtype = torch.float32, ns_dtype: str = "float32", **options: Any
 ) -> tuple[SmallProblem, ARS2Neo]:
-    """The small problem and an ARS2Neo over its two tracks, in a mode of the table above."""
+    """Return the small problem and an ARS2Neo over its two tracks.
+
+    The mode is one of the table above.
+    """
     model = SmallProblem(dtype)
     return model, ARS2Neo(problem_groups(model), ns_dtype=ns_dtype, **{**MODES[mode], **options})
 
 
-def cut_in_pieces(monkeypatch: pytest.MonkeyPatch, numel: int = 7) -> None:
-    """Let the optimizer work tensor by tensor, on pieces of so many entries where tensors are larger."""
+def split_into_chunks(monkeypatch: pytest.MonkeyPatch, numel: int = 7) -> None:
+    """Split tensors with more than ``numel`` entries into flat chunks.
+
+    The optimizer then works tensor by tensor.
+    """
     monkeypatch.setattr(batch, "_CHUNK_NUMEL", 1)
     monkeypatch.setattr(batch, "_FLAT_CHUNK_NUMEL", numel)
 
 
 def closure_of(model: SmallProblem, optimizer: Optimizer, step: int) -> Callable[[], Tensor]:
-    """The standard closure for the batch of `step` (from 0)."""
+    """Return the standard closure for the batch of `step` (from 0)."""
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -56,7 +65,7 @@ def closure_of(model: SmallProblem, optimizer: Optimizer, step: int) -> Callable
 
 
 def train(model: SmallProblem, optimizer: Optimizer, steps: Iterable[int]) -> None:
-    """Whole steps, by closure."""
+    """Make complete steps, by closure."""
     for step in steps:
         optimizer.step(closure_of(model, optimizer, step))
 
@@ -68,7 +77,10 @@ def step_by_parts(
     between: Callable[[], None] = lambda: None,
     loss_scale: float = 1.0,
 ) -> bool:
-    """One step through the parts; `between` runs before the update. Returns whether there was a second pass."""
+    """Make one step by separate calls; return whether there was a second pass.
+
+    `between` runs before the update.
+    """
     optimizer.zero_grad()
     (model.loss(step) * loss_scale).backward()
     again = optimizer.wants_second_pass(grad_scale=loss_scale)
@@ -92,12 +104,15 @@ def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def same(left: Iterable[Tensor], right: Iterable[Tensor]) -> bool:
-    """Equal to the bit, dtypes included."""
+    """Return whether tensors are equal to the bit, dtypes included."""
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def snapshot(optimizer: Optimizer) -> dict[str, Any]:
-    """All that a step may change, copied: parameters, gradients, state, and the groups' numbers."""
+    """Copy all that a step may change.
+
+    That is parameters, gradients, state, and the groups' numbers.
+    """
     params = parameters_of(optimizer)
     return {
         "params": copies(params),
@@ -107,7 +122,10 @@ def snapshot(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def assert_identical(left: Any, right: Any, where: str = "") -> None:
-    """Assert that two nested structures of tensors and plain values are equal to the bit."""
+    """Assert that two nested structures are equal to the bit.
+
+    They may have tensors and plain values.
+    """
     assert type(left) is type(right), f"{where}: {type(left)} against {type(right)}"
     if isinstance(left, Tensor):
         assert left.dtype == right.dtype and torch.equal(left, right), where
@@ -124,7 +142,7 @@ def assert_identical(left: Any, right: Any, where: str = "") -> None:
 
 
 def through_a_file(saved: Any) -> Any:
-    """Saved and read back by the loader that takes nothing but tensors and plain values."""
+    """Save, and read back by the loader that accepts tensors and plain values only."""
     file = io.BytesIO()
     torch.save(saved, file)
     file.seek(0)
@@ -132,5 +150,5 @@ def through_a_file(saved: Any) -> Any:
 
 
 def worst_difference(left: Iterable[Tensor], right: Iterable[Tensor]) -> float:
-    """The largest absolute difference of any entry, taken in float64."""
+    """Return the largest absolute difference of any entry, computed in float64."""
     return max((a.double() - b.double()).abs().max().item() for a, b in zip(left, right, strict=True))
