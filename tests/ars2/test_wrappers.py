@@ -23,7 +23,7 @@ def process(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("process")
-@pytest.mark.parametrize(("whole", "cls"), [(False, ARS2Neo), (True, Muon)])
+@pytest.mark.parametrize(("use_orig_params", "cls"), [(False, ARS2Neo), (True, Muon)])
 def test_parameters_that_fsdp1_flattens_are_refused(use_orig_params: bool, cls: type) -> None:
     model = FullyShardedDataParallel(nn.Linear(3, 4), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match="fully_shard"):

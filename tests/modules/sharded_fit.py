@@ -21,7 +21,7 @@ from callbacks.training_state import RandomStates
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
 from modules.two_pass import TwoPassModule
-from tests.ars2.sharded_training import whole
+from tests.ars2.sharded_training import full
 from tests.helpers.launching import become
 from tests.modules import evaluations, exchanges, language
 from tests.modules.ddp_fit import BATCH, OPTIONS, Looks
@@ -73,9 +73,9 @@ def result(module: TwoPassModule) -> dict[str, Any]:
     if isinstance(module, FSDPModule):
         module.reshard()  # validation leaves what is in no block gathered
     named = dict(module.network.named_parameters())
-    tensors = {name: whole(param.detach()) for name, param in named.items()}
+    tensors = {name: full(param.detach()) for name, param in named.items()}
     for name, param in named.items():
-        tensors |= {f"{name}.{key}": whole(value) for key, value in optimizer.state[param].items()}
+        tensors |= {f"{name}.{key}": full(value) for key, value in optimizer.state[param].items()}
     return {"tensors": tensors, "held": {name: local(param).numel() for name, param in named.items()}}
 
 
