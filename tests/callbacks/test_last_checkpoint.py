@@ -93,7 +93,7 @@ def test_a_period_below_one_is_refused() -> None:
 def test_steps_in_between_are_saved_where_their_windows_end(tmp_path: Path) -> None:
     saved = []
 
-    class Looks(CostCounters):
+    class SavedSteps(CostCounters):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             if (tmp_path / "last.ckpt").exists():
@@ -101,7 +101,7 @@ def test_steps_in_between_are_saved_where_their_windows_end(tmp_path: Path) -> N
 
     # Four batches an epoch; windows of three and one, two updates an epoch.
     model = module(ars2("sync"), accumulate_grad_batches=3)
-    callbacks = [LastCheckpoint(1000, str(tmp_path), every_n_steps=1), Looks()]
+    callbacks = [LastCheckpoint(1000, str(tmp_path), every_n_steps=1), SavedSteps()]
     fit(model, data(), callbacks, None, epochs=2, enable_checkpointing=True)
     assert saved == [1, 2, 2, 2, 3]
     assert load(tmp_path / "last.ckpt")["global_step"] == 4

@@ -124,7 +124,7 @@ def test_the_trigger_rate_is_over_the_steps_since_the_last_row_also_when_resumed
     fit(module(optimizer), data(), [OptimizerInternals(2), saving], tmp_path / "a", 1, enable_checkpointing=True)
     path = str(tmp_path / "last.ckpt")
     fit(module(optimizer), data(), [OptimizerInternals(2)], tmp_path / "b", 3, ckpt_path=path)
-    # Looks in steps 1, 5, 9; rows after every other step.
+    # Second passes in steps 1, 5, 9; rows after every other step.
     assert [row["flatness/trigger_rate"] for row in rows(tmp_path / "a", having=MEASURED)] == [0.5, 0]
     assert [row["flatness/trigger_rate"] for row in rows(tmp_path / "b", having=MEASURED)] == [0.5, 0, 0.5, 0]
     assert [row["step"] for row in rows(tmp_path / "b", having=MEASURED)] == [5, 7, 9, 11]

@@ -1,4 +1,4 @@
-"""The loops that training under Lightning is compared with: plain torch, written out."""
+"""Train with plain torch loops, to compare Lightning with."""
 
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
@@ -15,9 +15,10 @@ from tests.modules.small_task import SmallNetwork, SmallTask, batches, make_opti
 
 @dataclass
 class Loop:
-    """A training loop without Lightning: windows of batches whose gradients add up, in one pass or two.
+    """Train without Lightning, in one pass or two, with accumulation.
 
-    ``damaged`` are steps, counted from 0, that a gradient which is not finite spoils: nothing of them may stay.
+    Windows of batches add up their gradients. ``damaged`` are steps, counted from 0, that a gradient which is not
+    finite spoils: nothing of them may stay.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Loop:
     damaged: Collection[int] = ()
 
     def train(self) -> dict[str, Tensor]:
-        """Return what :func:`tests.modules.small_task.state_of` would say of a module trained in this way."""
+        """Return what :func:`tests.modules.small_task.state_of` returns for a module."""
         torch.manual_seed(0)
         self.network = SmallNetwork().to(self.dtype)
         self.optimizer: Any = make_optimizer(self.name)(param_groups(self.network))

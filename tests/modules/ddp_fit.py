@@ -1,4 +1,7 @@
-"""One of several processes that fit together under Lightning's DDP, and one process alone with the same batches."""
+"""Fit under Lightning's DDP, or in one process with the same batches.
+
+:func:`together` is one of several processes.
+"""
 
 import warnings
 from pathlib import Path
@@ -22,8 +25,8 @@ PRECISE = {name: {"lr": 1e-3, "ns_dtype": "float32"} for name in ("base", "sync"
 OPTIONS: dict[str, dict[str, Any]] = {"adamw": {"lr": 1e-3}, **PRECISE}
 
 
-class Looks(L.Callback):
-    """Keeps after which steps two gradients had been evaluated, and what the batches were."""
+class SecondPasses(L.Callback):
+    """Record after which steps two gradients had been evaluated, and the batches."""
 
     def __init__(self) -> None:
         self.evaluations: list[int] = []
@@ -35,7 +38,7 @@ class Looks(L.Callback):
 
 
 class Units(ModularAddition):
-    """Counts several units an example, of which the loader of its batches knows nothing."""
+    """Count several units an example, unknown to the loader of its batches."""
 
     units = 1
 
@@ -44,14 +47,17 @@ class Units(ModularAddition):
 
 
 def fit(name: str, ranks: int = 1, units: int = 0, **options: Any) -> dict[str, Any]:
-    """Train 16 steps; returns the state, the evaluations after each step and the logged metrics."""
+    """Train 16 steps.
+
+    Return the state, the evaluations after each step and the logged metrics.
+    """
     torch.manual_seed(0)
     small = {"p": 11, "width": 16, "heads": 2, "mlp_width": 16}
     kind = Units if units else ModularAddition
     module = kind(**small, optimizer=make_optimizer(name, **OPTIONS[name]), **options)
     if isinstance(module, Units):
         module.units = units
-    looks = Looks()
+    second_passes = SecondPasses()
     trainer = L.Trainer(
         max_epochs=EPOCHS,
         max_steps=STEPS,
@@ -63,26 +69,34 @@ def fit(name: str, ranks: int = 1, units: int = 0, **options: Any) -> dict[str, 
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[looks],
+        callbacks=[second_passes],
     )
     trainer.fit(module, ModularAdditionData(p=11, batch_size=BATCH, val_batch_size=50))
     metrics = {key: value.item() for key, value in trainer.callback_metrics.items() if not key.startswith("cost")}
-    return {"state": state_of(module), "evaluations": looks.evaluations, "batches": looks.batches, "metrics": metrics}
+    return {
+        "state": state_of(module),
+        "evaluations": second_passes.evaluations,
+        "batches": second_passes.batches,
+        "metrics": metrics,
+    }
 
 
 def together(
     rank: int, ranks: int, port: int, folder: Path, runs: dict[str, tuple[str, dict[str, Any]]], text: Path | None
 ) -> None:
-    """Be one of ``ranks`` processes, started as torchrun starts them; writes ``<rank>.pt``."""
+    """Train as one of ``ranks`` processes, started as torchrun starts them.
+
+    The results go to ``<rank>.pt``.
+    """
     become(rank, ranks, port)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         results = {label: fit(name, ranks, **options) for label, (name, options) in runs.items()}
         if text is not None:
             results["exchanged"] = exchanges.count(folder, ranks, lambda ranks: "ddp")
             results["stopped"] = exchanges.stop(folder, ranks, lambda ranks: "ddp")
             results["evaluated"] = evaluations.evaluate(text, ranks=ranks, strategy=lambda ranks: "ddp")
-    results["advised"] = [str(warning.message) for warning in said if "sync_dist" in str(warning.message)]
+    results["advised"] = [str(warning.message) for warning in caught if "sync_dist" in str(warning.message)]
     assert world() == (rank, ranks)
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.barrier()

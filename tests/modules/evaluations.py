@@ -1,4 +1,7 @@
-"""Validation, test and prediction of untrained networks, by one process or by several under a strategy."""
+"""Validate, test and predict with untrained networks.
+
+One process does it, or several under a strategy.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +21,7 @@ from tests.modules.small_task import make_optimizer
 
 
 class FewImages(CIFAR10Data):
-    """27 images, which are not read from files."""
+    """Have 27 images, which are not read from files."""
 
     def prepare_data(self) -> None:
         pass
@@ -29,29 +32,32 @@ class FewImages(CIFAR10Data):
 
 
 class SomeTokens(WikiText2Data):
-    """The text's first tokens alone.
+    """Have the first tokens of the text only.
 
     Args:
-        kept: how many tokens of each split there are.
+        limit: how many tokens of each split there are.
     """
 
-    def __init__(self, kept: int, **options: Any) -> None:
+    def __init__(self, limit: int, **options: Any) -> None:
         super().__init__(**options)
-        self.kept = kept
+        self.limit = limit
 
     def _rows(self, split: Any) -> Any:
-        return super()._rows(split._replace(tokens=split.tokens[: self.kept]))
+        return super()._rows(split._replace(tokens=split.tokens[: self.limit]))
 
 
 def cases(folder: Path) -> dict[str, tuple[Any, L.LightningDataModule]]:
-    """Modules and data whose batches two processes cannot share evenly, or have nothing of."""
+    """Return modules and data that two processes cannot share evenly.
+
+    Of some batches one process has nothing.
+    """
     torch.manual_seed(0)
     text: dict[str, Any] = {"root": str(folder / "text"), "cache": str(folder / "cache"), "vocabulary": 320}
     text |= {"context": 16, "batch_size": 2}
     sums = ModularAddition(p=11, width=16, heads=2, mlp_width=16, optimizer=make_optimizer("adamw"))
     return {
         "language": (language.model(), language.data(folder, val_batch_size=3)),
-        # The rows of packed text are all in whole batches.
+        # The rows of packed text fill their batches.
         "packed": (language.model(), language.data(folder, protocol="packed", val_batch_size=1)),
         # A row for the first process alone, then a shorter one; and one shorter row.
         "two rows": (language.model(), SomeTokens(25, **text)),

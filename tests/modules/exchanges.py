@@ -1,4 +1,4 @@
-"""What processes send each other in every step of a short fit, and how often they read the device."""
+"""Count the collectives of every step of a short fit, and device reads."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from modules.modular_addition import ModularAddition
 from tests.helpers.dispatched import Dispatched
 from tests.modules.small_task import make_optimizer
 
-# Labels and options of the fits. Of four batches the last is a window of its own where three accumulate.
+# Labels and options of the fits. Of four batches the last is a separate window where three accumulate.
 FITS: dict[str, tuple[str, dict[str, Any]]] = {
     "muon": ("muon", {}),
     "base": ("base", {}),
@@ -35,7 +35,10 @@ NAMES = {
 
 
 class Exchanges(L.Callback):
-    """Counts them from each batch's start to the next one's, in the second epoch, when all buffers are laid out."""
+    """Count from each batch's start to the next one's, in the second epoch.
+
+    All buffers are laid out by then.
+    """
 
     def __init__(self) -> None:
         self.operations: Dispatched | None = None
@@ -59,7 +62,7 @@ class Exchanges(L.Callback):
 
 
 class StopsTheLast(L.Callback):
-    """Sends the last process alone a signal in its third step."""
+    """Send a signal to the last process alone, in its third step."""
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
@@ -67,7 +70,7 @@ class StopsTheLast(L.Callback):
 
 
 def stop(folder: Path, ranks: int, strategy: Any) -> dict[str, Any]:
-    """Return after how many steps this process was stopped, and the signal that it left with."""
+    """Return after how many steps this process stopped, and the signal it had."""
     trainer = trainer_with(
         [StopsTheLast(), StopSignals(), LastCheckpoint(dirpath=str(folder / "stop"))], ranks, strategy
     )
@@ -99,11 +102,11 @@ def task(name: str, **options: Any) -> tuple[ModularAddition, ModularAdditionDat
 
 
 def count(folder: Path, ranks: int, strategy: Any) -> dict[str, list[dict[str, int]]]:
-    """Return for each of :data:`FITS` the collectives and readings of its second epoch's batches.
+    """Return the collectives and reads of the second epoch of each of FITS.
 
     Args:
-        folder: where checkpoints go to.
-        ranks: the processes.
+        folder: where checkpoints go.
+        ranks: the number of processes.
         strategy: returns a strategy for them.
     """
     found = {}

@@ -23,7 +23,7 @@ def model(optimizer: str = "adamw", **options: Any) -> LanguageModel:
 
 
 def data(folder: Path, **options: Any) -> WikiText2Data:
-    """Writes its text below ``folder``, once."""
+    """Return data whose text is written below ``folder``, once."""
     if not (folder / "text").exists():
         write_corpus(folder / "text")
     defaults = {"vocabulary": VOCABULARY, "context": 16, "protocol": "contiguous", "batch_size": 8}

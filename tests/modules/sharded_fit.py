@@ -1,4 +1,7 @@
-"""One of several processes that fit a network sharded by Lightning's ModelParallelStrategy, and one process alone."""
+"""Fit under Lightning's ModelParallelStrategy, or in one process.
+
+:func:`together` is one of several processes.
+"""
 
 import csv
 import math
@@ -24,19 +27,19 @@ from modules.two_pass import TwoPassModule
 from tests.ars2.sharded_training import full
 from tests.helpers.launching import become
 from tests.modules import evaluations, exchanges, language
-from tests.modules.ddp_fit import BATCH, OPTIONS, Looks
+from tests.modules.ddp_fit import BATCH, OPTIONS, SecondPasses
 from tests.modules.small_task import SmallTask, batches, make_optimizer
 
 STEPS, HALF = 16, 6  # the half is in the middle of an epoch of 4 batches
 # The time, and what only the first process' products are counted for.
 MEASURED = ("cost/training_seconds", "cost/flops")
-# A network with BatchNorm cannot be sharded; text in whole batches is no other case than sums are.
+# A network with BatchNorm cannot be sharded; text in full batches is the case of sums again.
 NOT_EVALUATED = ("images", "packed")
 Run = tuple[str, dict[str, Any]]
 
 
 class Damaged(ModularAddition):
-    """Has one loss, of the last process alone, that is not finite."""
+    """Have one loss, of the last process alone, that is not finite."""
 
     calls, damaged_call = 0, 0
 
@@ -48,7 +51,7 @@ class Damaged(ModularAddition):
 
 
 class SaveHalf(L.Callback):
-    """Saves a checkpoint of the first half of the steps."""
+    """Save a checkpoint of the first half of the steps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,7 +62,10 @@ class SaveHalf(L.Callback):
 
 
 def strategy(ranks: int, distributed: bool = True) -> Any:
-    """The sharding strategy, on any number of processes; ``"auto"`` for 0 of them, which is one process without it."""
+    """Return the sharding strategy for any number of processes.
+
+    It is ``"auto"`` for 0 of them, which is one process without the strategy.
+    """
     if ranks == 0:
         return "auto"
     return ModelParallelStrategy(
@@ -68,7 +74,10 @@ def strategy(ranks: int, distributed: bool = True) -> Any:
 
 
 def result(module: TwoPassModule) -> dict[str, Any]:
-    """Parameters and the optimizer's state as whole tensors, by name; and what this process held of the parameters."""
+    """Return parameters and optimizer state as full tensors, by name.
+
+    The numbers of local entries of the parameters come with them.
+    """
     optimizer = module.optimizers().optimizer  # type: ignore[union-attr]
     if isinstance(module, FSDPModule):
         module.reshard()  # validation leaves what is in no block gathered
@@ -76,7 +85,7 @@ def result(module: TwoPassModule) -> dict[str, Any]:
     tensors = {name: full(param.detach()) for name, param in named.items()}
     for name, param in named.items():
         tensors |= {f"{name}.{key}": full(value) for key, value in optimizer.state[param].items()}
-    return {"tensors": tensors, "held": {name: local(param).numel() for name, param in named.items()}}
+    return {"tensors": tensors, "local_numels": {name: local(param).numel() for name, param in named.items()}}
 
 
 def fit(
@@ -90,16 +99,17 @@ def fit(
     damaged: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train 16 steps; returns parameters, state, evaluations, logged metrics and, with a folder, the logged rows.
+    """Train 16 steps and return what was measured.
 
-    With ``saves`` it leaves a checkpoint of the first 6 steps there.
+    These are parameters, state, evaluations, logged metrics and, with a folder, the logged rows. With ``saves`` it
+    leaves a checkpoint of the first 6 steps there.
     """
     torch.manual_seed(0)
     small = {"p": 11, "width": 16, "heads": 2, "mlp_width": 16}
     module = Damaged(**small, optimizer=make_optimizer(name, **OPTIONS[name]), **options)
     module.damaged_call = damaged
-    looks = Looks()
-    callbacks: list[L.Callback] = [looks, CostCounters(), OptimizerInternals(every_n_steps=5), RandomStates()]
+    second_passes = SecondPasses()
+    callbacks: list[L.Callback] = [second_passes, CostCounters(), OptimizerInternals(every_n_steps=5), RandomStates()]
     if saves is not None:
         callbacks.append(SaveHalf(saves))
     trainer = L.Trainer(
@@ -125,12 +135,17 @@ def fit(
                 {key: float(value) for key, value in row.items() if value and key not in MEASURED}
                 for row in csv.DictReader(file)
             ]
-    found = {"evaluations": looks.evaluations, "metrics": metrics, "rows": rows, "skipped": module.skipped_steps}
+    found = {
+        "evaluations": second_passes.evaluations,
+        "metrics": metrics,
+        "rows": rows,
+        "skipped": module.skipped_steps,
+    }
     return {**result(module), **found}
 
 
 def read(ranks: int = 0, folder: Path | None = None) -> dict[str, Any]:
-    """Train a language model whose head is its embedding for 6 steps, and let it go on from a text."""
+    """Train a language model with tied weights for 6 steps, and continue a text."""
     assert folder is not None
     module = language.model("aga", projections="per_head", policy="hidden")
     module.make_optimizer = make_optimizer("aga", lr=1e-3, ns_dtype="float32")
@@ -144,7 +159,7 @@ def read(ranks: int = 0, folder: Path | None = None) -> dict[str, Any]:
 
 
 def refusals(ranks: int) -> dict[str, str]:
-    """What is said to several processes that fit what cannot be sharded."""
+    """Return the errors of fits that cannot be sharded."""
     options = {"optimizer": make_optimizer("sync"), "p": 11, "width": 16, "heads": 2, "mlp_width": 16}
     tensor_parallel = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=ranks)
     cases: dict[str, tuple[TwoPassModule, Any, list[L.Callback]]] = {
@@ -153,25 +168,28 @@ def refusals(ranks: int) -> dict[str, str]:
         "local first pass": (ModularAddition(**options, local_first_pass=True), strategy(ranks), []),
         "probe": (ModularAddition(**options), strategy(ranks), [FlatnessProbe()]),
     }
-    said = {}
+    messages = {}
     for label, (module, its, callbacks) in cases.items():
         data: Any = batches() if label == "batch norm" else ModularAdditionData(p=11, batch_size=BATCH)
         trainer = language.trainer(max_steps=1, devices=ranks, strategy=its, callbacks=callbacks)
         try:
             trainer.fit(module, data)
         except ValueError as error:
-            said[label] = str(error)
+            messages[label] = str(error)
     try:
         fit("sync", ranks, damaged=5)
     except FloatingPointError as error:
-        said["damage"] = str(error)
-    return said
+        messages["damage"] = str(error)
+    return messages
 
 
 def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, Run], text: Path | None) -> None:
-    """Be one of ``ranks`` processes, started as torchrun starts them; writes ``<rank>.pt``."""
+    """Train as one of ``ranks`` processes, started as torchrun starts them.
+
+    The results go to ``<rank>.pt``.
+    """
     become(rank, ranks, port)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         results = {label: fit(name, ranks, folder=folder / label, **options) for label, (name, options) in runs.items()}
         if text is not None:
@@ -180,7 +198,7 @@ def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, Run
             results["stopped"] = exchanges.stop(folder, ranks, strategy)
             results["evaluated"] = evaluations.evaluate(text, NOT_EVALUATED, ranks, strategy)
             results["refused"] = refusals(ranks)
-    results["advised"] = [str(warning.message) for warning in said if "sync_dist" in str(warning.message)]
+    results["advised"] = [str(warning.message) for warning in messages if "sync_dist" in str(warning.message)]
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

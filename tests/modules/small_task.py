@@ -1,4 +1,7 @@
-"""A small task with everything that two passes can get wrong: convolution, BatchNorm, dropout; and how to fit it."""
+"""Define a small task with everything that two passes can get wrong.
+
+It has a convolution, BatchNorm and dropout. The module also fits it.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -65,14 +68,14 @@ class SmallTask(TwoPassModule):
 
 
 def data() -> tuple[Tensor, Tensor]:
-    """Images (22, 2, 4, 4) and classes (22,)."""
+    """Return images (22, 2, 4, 4) and classes (22,)."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(EXAMPLES, 2, 4, 4, generator=generator)
     return images, torch.randint(0, 3, (EXAMPLES,), generator=generator)
 
 
 def batches() -> TensorBatches:
-    """Six batches an epoch, the last of two images."""
+    """Return six batches an epoch, the last of two images."""
     return TensorBatches(data(), BATCH, seed=5)
 
 
@@ -94,7 +97,7 @@ def fit(module: TwoPassModule, epochs: int = 2, folder: Path | None = None, **op
 
 
 def state_of(module: TwoPassModule) -> dict[str, Tensor]:
-    """Parameters, BatchNorm statistics and the optimizer's state tensors, by name."""
+    """Return parameters, BatchNorm statistics and optimizer state, by name."""
     tensors = {name: value.detach().clone() for name, value in module.network.state_dict().items()}
     optimizer = module.optimizers().optimizer  # type: ignore[union-attr]
     for name, param in module.network.named_parameters():
@@ -103,7 +106,7 @@ def state_of(module: TwoPassModule) -> dict[str, Tensor]:
     return tensors
 
 
-def assert_equal_states(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert mine.keys() == theirs.keys()
-    for name, value in mine.items():
-        assert torch.equal(value, theirs[name]), name
+def assert_equal_states(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name

@@ -1,4 +1,7 @@
-"""What a user's own module lacks is said in one sentence before it trains."""
+"""A user's module that lacks something is refused before training.
+
+The error is one sentence.
+"""
 
 from collections import UserDict
 from typing import Any
@@ -27,7 +30,7 @@ def test_a_class_that_replaces_the_step_or_the_optimizers_is_refused(kind: Any, 
         fit(kind(optimizer=ADAMW))
 
 
-def test_a_step_that_goes_on_to_the_suites_own_is_none_of_these() -> None:
+def test_a_step_that_calls_the_inherited_one_is_accepted() -> None:
     class Counts(SmallTask):
         batches = 0
 
@@ -48,7 +51,7 @@ def test_parameters_that_would_not_be_trained_are_named() -> None:
     assert fit(module).global_step == 12
 
 
-def test_training_that_never_steps_does_not_end_well() -> None:
+def test_training_that_never_steps_is_an_error() -> None:
     class Spoilt(SmallTask):
         def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
             return super().compute_loss(batch, metrics) * torch.nan
@@ -62,7 +65,7 @@ IMAGES, LABELS = torch.randn(8, 2), torch.arange(8) % 3
 
 
 class Linear(TwoPassModule):
-    """Takes batches of any structure that has its two tensors somewhere."""
+    """Accept batches of any structure that has the two tensors somewhere."""
 
     def __init__(self) -> None:
         super().__init__(optimizer=ADAMW)
@@ -128,9 +131,9 @@ class Nothing(SmallTask):
     ("kind", "returned"), [(AsDictionary, "a dict"), (OfEachExample, r"one of shape \(4,\)"), (Nothing, "a NoneType")]
 )
 def test_a_loss_that_is_no_scalar_is_refused(kind: type[SmallTask], returned: str) -> None:
-    said = rf"{kind.__name__}.compute_loss\(\) .*{returned}"
-    with pytest.raises(TypeError, match=said):
+    message = rf"{kind.__name__}.compute_loss\(\) .*{returned}"
+    with pytest.raises(TypeError, match=message):
         fit(kind(optimizer=ADAMW))
     module = kind(optimizer=ADAMW)
-    with pytest.raises(TypeError, match=said):
+    with pytest.raises(TypeError, match=message):
         module.validation_step(next(iter(batches())), 0)

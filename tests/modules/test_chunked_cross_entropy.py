@@ -1,4 +1,7 @@
-"""The chunked cross-entropy against torch's own in float64: loss, gradients, and the memory it is for."""
+"""Compare the chunked cross-entropy with torch's in float64.
+
+The loss, the gradients and the memory that it saves are checked.
+"""
 
 import subprocess
 import sys
@@ -33,16 +36,16 @@ def loss_and_gradients(function: object, hidden: Tensor, weight: Tensor, targets
 
 @pytest.mark.parametrize("tokens_at_once", [1, 7, 37, 1000])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-def test_is_the_plain_one_whatever_the_chunk(dtype: torch.dtype, tolerance: float, tokens_at_once: int) -> None:
+def test_equals_the_plain_one_whatever_the_chunk(dtype: torch.dtype, tolerance: float, tokens_at_once: int) -> None:
     expected = loss_and_gradients(plain, *example())
 
     def chunked(*arguments: Tensor) -> Tensor:
         return chunked_cross_entropy(*arguments, chunk_elements=50 * tokens_at_once)
 
     found = loss_and_gradients(chunked, *example(dtype))
-    for mine, theirs in zip(found, expected, strict=True):
-        assert mine.dtype == dtype
-        torch.testing.assert_close(mine.double(), theirs, rtol=tolerance, atol=tolerance)
+    for actual, plain_one in zip(found, expected, strict=True):
+        assert actual.dtype == dtype
+        torch.testing.assert_close(actual.double(), plain_one, rtol=tolerance, atol=tolerance)
 
 
 def test_a_tied_weight_gets_both_gradients() -> None:
@@ -70,9 +73,9 @@ def test_under_autocast_it_is_as_near_to_float64_as_the_plain_one() -> None:
     arguments = example(torch.float32, tokens=512, width=32, vocabulary=200)
     exact = loss_and_gradients(plain, *example(tokens=512, width=32, vocabulary=200))
     with torch.autocast("cpu", torch.bfloat16):
-        theirs = loss_and_gradients(plain, *arguments)
-        mine = loss_and_gradients(lambda *rest: chunked_cross_entropy(*rest, chunk_elements=20_000), *arguments)
-    for value, other, reference in zip(mine, theirs, exact, strict=True):
+        plain_one = loss_and_gradients(plain, *arguments)
+        actual = loss_and_gradients(lambda *rest: chunked_cross_entropy(*rest, chunk_elements=20_000), *arguments)
+    for value, other, reference in zip(actual, plain_one, exact, strict=True):
         assert value.dtype == torch.float32
         assert (value - reference).norm() <= 1.5 * (other - reference).norm() + 1e-3 * reference.norm()
 
@@ -136,7 +139,10 @@ def test_peak_memory_is_at_most_half_of_the_plain_ones() -> None:
 
 @pytest.mark.slow
 def test_peak_memory_is_at_most_half_of_the_plain_ones_at_the_published_size() -> None:
-    """Vocabulary 40,479, 8 x 255 tokens; each in a process of its own, over what it held before."""
+    """Measure a vocabulary of 40,479 and 8 x 255 tokens.
+
+    Each is measured in a separate process, relative to the memory in use before.
+    """
     peaks = {}
     for kind in ("plain", "chunked"):
         command = [sys.executable, "-m", "benchmarks.cross_entropy", "--peak", kind, "--width", "128"]
@@ -147,12 +153,12 @@ def test_peak_memory_is_at_most_half_of_the_plain_ones_at_the_published_size() -
 
 
 def test_can_be_differentiated_twice() -> None:
-    """As a probe of the Hessian does."""
+    """Differentiate twice, as a probe of the Hessian does."""
     products = []
     for loss in (plain, chunked_cross_entropy):
         hidden, weight, targets = example()
         first = torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight), create_graph=True)
         along = sum((gradient * gradient.detach().sin()).sum() for gradient in first)
         products.append(torch.autograd.grad(along, (hidden, weight)))
-    for mine, theirs in zip(products[1], products[0], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+    for actual, plain_one in zip(products[1], products[0], strict=True):
+        torch.testing.assert_close(actual, plain_one, rtol=1e-12, atol=1e-14)

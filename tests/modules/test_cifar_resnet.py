@@ -1,4 +1,7 @@
-"""The network is torchvision's ResNet-18 behind another stem, initialised as PyTorch initialises layers."""
+"""The network is torchvision's ResNet-18 with another stem.
+
+Its layers are initialised by PyTorch's defaults.
+"""
 
 import pytest
 import torch
@@ -40,7 +43,10 @@ def test_stages_are_multiples_of_the_width(width: int) -> None:
 
 
 def test_layers_are_initialised_as_pytorch_does_by_default() -> None:
-    """Uniform within 1/sqrt(inputs), where torchvision's ResNet draws normal numbers; BatchNorm starts at 1 and 0."""
+    """Weights are uniform within 1/sqrt(inputs); BatchNorm starts at 1 and 0.
+
+    torchvision's ResNet draws normal numbers.
+    """
     torch.manual_seed(0)
     network = CIFARResNet18(width=32)
     for name, module in network.named_modules():

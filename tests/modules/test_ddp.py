@@ -1,4 +1,7 @@
-"""Several processes under Lightning's DDP do what one process does with the same batches, and never part ways."""
+"""Processes under Lightning's DDP match one process and stay equal.
+
+They have the same global batches.
+"""
 
 import math
 import signal
@@ -42,8 +45,8 @@ def alone(text: Path) -> Results:
     return {**results, "evaluated": evaluations.evaluate(text)}
 
 
-def worst(mine: Results, other: Results, label: str) -> float:
-    pairs = zip(mine[label]["state"].items(), other[label]["state"].items(), strict=True)
+def worst(actual: Results, other: Results, label: str) -> float:
+    pairs = zip(actual[label]["state"].items(), other[label]["state"].items(), strict=True)
     return max((a - b).abs().max().item() for (name, a), (there, b) in pairs if name == there and "." in name)
 
 
@@ -66,13 +69,13 @@ def assert_one(ranks: list[Results], label: str) -> None:
 
 
 @pytest.mark.parametrize("label", [*MODES, "accumulated and clipped", "asked for sizes"])
-def test_two_processes_train_to_what_one_does(label: str, two: list[Results], alone: Results) -> None:
+def test_two_processes_train_like_one(label: str, two: list[Results], alone: Results) -> None:
     assert_one(two, label)
     assert_same_as_alone(two, alone, label)
 
 
 @pytest.mark.slow
-def test_four_processes_train_to_what_one_does(tmp_path: Path) -> None:
+def test_four_processes_train_like_one(tmp_path: Path) -> None:
     alone = {label: fit(name) for label, (name, _) in EVERY_MODE.items()}
     four = launch(ddp_fit.together, 4, tmp_path, EVERY_MODE, None)
     for label in EVERY_MODE:
@@ -80,8 +83,8 @@ def test_four_processes_train_to_what_one_does(tmp_path: Path) -> None:
         assert_same_as_alone(four, alone, label)
 
 
-def test_two_processes_evaluate_and_answer_what_one_does(two: list[Results], alone: Results) -> None:
-    """Every example is counted once, whether or not there are enough of them for all processes."""
+def test_two_processes_evaluate_and_predict_like_one(two: list[Results], alone: Results) -> None:
+    """Count every example once, whether or not all processes have enough."""
     for results in two:
         for label, expected in alone["evaluated"].items():
             found = results["evaluated"][label]
@@ -108,7 +111,10 @@ def test_a_step_exchanges_its_gradients_and_one_number_more(two: list[Results]) 
 
 
 def without_buffers(step: dict[str, int]) -> dict[str, int]:
-    """Leave out the two broadcasts by which DDP lays its buckets out anew, in one of a fit's first steps."""
+    """Leave out the two broadcasts by which DDP rebuilds its buckets.
+
+    It makes them in one of a fit's first steps.
+    """
     left = step | {"broadcast": step.get("broadcast", 0) - 2 * (step.get("broadcast", 0) >= 2)}
     return {name: count for name, count in left.items() if count}
 
@@ -127,12 +133,12 @@ def test_accumulated_gradients_are_exchanged_once_a_window_and_pass(two: list[Re
         assert steps == [{}, {}, TWO_PASSES | DIRECTIONS, TWO_PASSES | DIRECTIONS]
 
 
-def test_aga_looks_at_some_steps_and_not_at_others(alone: Results) -> None:
-    """Otherwise the processes' agreement on it would say nothing."""
+def test_aga_makes_a_second_pass_at_some_steps_only(alone: Results) -> None:
+    """Make the agreement between processes a real test."""
     assert len(alone["aga"]["evaluations"]) == STEPS < alone["aga"]["evaluations"][-1] < 2 * STEPS
 
 
-def test_a_local_first_pass_moves_every_process_to_a_point_of_its_own(two: list[Results], alone: Results) -> None:
+def test_a_local_first_pass_moves_every_process_to_a_different_point(two: list[Results], alone: Results) -> None:
     assert_one(two, "local")
     assert two[0]["local"]["evaluations"][-1] == 2 * STEPS
     assert worst(two[0], alone, "local") > 1e-5

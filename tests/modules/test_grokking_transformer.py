@@ -1,4 +1,7 @@
-"""The network against a plain transformer that computes every position under a causal mask."""
+"""Compare the network with a plain causal transformer.
+
+The plain one computes every position under a causal mask.
+"""
 
 import math
 
@@ -9,7 +12,10 @@ from modules.grokking_transformer import GrokkingTransformer
 
 
 def every_position(network: GrokkingTransformer, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of all positions (batch, context, vocabulary), each attending to itself and those before it."""
+    """Return the logits of all positions (batch, context, vocabulary).
+
+    Each position attends to itself and those before it.
+    """
     stream = network.token_embedding.weight[tokens] + network.position_embedding.weight
     query, key, value = (torch.einsum("btd,hed->bhte", stream, w) for w in (network.query, network.key, network.value))
     scores = torch.einsum("bhse,bhte->bhst", query, key) / math.sqrt(query.shape[-1])
@@ -22,7 +28,7 @@ def every_position(network: GrokkingTransformer, tokens: torch.Tensor) -> torch.
     return stream @ network.unembedding.weight.T
 
 
-def test_logits_and_gradients_equal_those_of_the_last_position_of_the_whole_transformer() -> None:
+def test_logits_and_gradients_equal_those_of_the_plain_transformer() -> None:
     torch.manual_seed(0)
     network = GrokkingTransformer(12, width=16, heads=4, mlp_width=24).double()
     torch.nn.init.normal_(network.mlp_in.bias)
@@ -33,8 +39,8 @@ def test_logits_and_gradients_equal_those_of_the_last_position_of_the_whole_tran
     gradients = [
         torch.autograd.grad(torch.nn.functional.cross_entropy(output, answers), params) for output in (logits, expected)
     ]
-    for mine, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13)
+    for actual, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-10, atol=1e-13)
 
 
 def test_parameters_are_those_of_the_published_model() -> None:

@@ -1,4 +1,7 @@
-"""A training step that reads the device makes it wait for Python: how often each step does, counted."""
+"""Count how often each training step reads the device.
+
+Each read makes the device wait for Python.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,9 @@ ONLY_ON_THE_CPU = 2
 
 
 class ReadsOfAStep(L.Callback):
-    """Counts the values that Python takes from tensors in the second training step.
+    """Count the values that Python reads from tensors in the second step.
 
-    In the first one the floating-point operations are counted. ``tolist()`` of the CPU is not seen.
+    In the first one the floating-point operations are counted. ``tolist()`` of the CPU is not counted.
     """
 
     def __init__(self) -> None:

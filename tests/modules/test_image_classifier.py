@@ -1,4 +1,7 @@
-"""The classifier under two passes: one augmentation a step, exact BatchNorm, exact resuming, every memory format."""
+"""The classifier trains correctly under two passes.
+
+A step has one augmentation, BatchNorm and resuming are exact, and every memory format works.
+"""
 
 import csv
 import functools
@@ -26,7 +29,7 @@ SMALL = ("--model.width", "2", "--data.batch_size", "128", "--trainer.max_epochs
 
 
 class Recorder(L.Callback):
-    """Stops after a number of steps with a checkpoint."""
+    """Stop after a number of steps with a checkpoint."""
 
     def __init__(self, save_at: int, path: Path) -> None:
         self.save_at, self.path = save_at, path
@@ -38,14 +41,17 @@ class Recorder(L.Callback):
 
 
 class Seen(ImageClassifier):
-    """Keeps the images that its network is given in training, and its running statistics before and after."""
+    """Record the training images of its network, and its running statistics.
+
+    The statistics are recorded before and after.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.seen: list[Tensor] = []
-        self.network.register_forward_pre_hook(self._look)
+        self.network.register_forward_pre_hook(self._record)
 
-    def _look(self, network: nn.Module, inputs: tuple[Tensor]) -> None:
+    def _record(self, network: nn.Module, inputs: tuple[Tensor]) -> None:
         if network.training:
             self.seen.append(inputs[0].clone())
 
@@ -99,7 +105,10 @@ def test_running_statistics_after_a_step_are_those_of_one_pass_to_the_bit(name: 
 
 
 def test_the_second_pass_normalises_with_batch_statistics() -> None:
-    """With no way to go (rho = 0) it gives the first pass's very loss, which running statistics would not."""
+    """With rho = 0 the second pass has the loss of the first.
+
+    With running statistics it would not.
+    """
 
     class Losses(Seen):
         losses: list[float] = []  # noqa: RUF012
@@ -143,13 +152,13 @@ def test_channels_last_changes_the_gradient_that_updates_by_rounding_alone() -> 
         assert classifier.network.layer4[0].conv2.weight.is_contiguous(memory_format=layout)
         gradients.append([param.grad for param in classifier.network.parameters()])
     largest = max(gradient.norm() for gradient in gradients[0])
-    for mine, theirs in zip(*gradients, strict=True):
-        assert (mine - theirs).norm() < 1e-9 * largest
+    for actual, contiguous in zip(*gradients, strict=True):
+        assert (actual - contiguous).norm() < 1e-9 * largest
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", "base"])
 def test_optimizers_read_channels_last_kernels_in_the_right_order(name: str) -> None:
-    """A kernel with the same gradient gets the same update, whatever its layout in memory."""
+    """The update of a kernel does not depend on its memory layout."""
     torch.manual_seed(0)
     kernel, gradient = torch.randn(2, 8, 4, 3, 3)
     updates = []
@@ -191,7 +200,7 @@ def test_compiled_it_keeps_the_names_of_its_parameters(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_compiled_training_is_training_up_to_rounding() -> None:
+def test_compiled_training_equals_eager_training_up_to_rounding() -> None:
     losses = []
     for compiled in (False, True):
         trainer = train(module("sync", compile=compiled), precision="64-true")
@@ -200,7 +209,7 @@ def test_compiled_training_is_training_up_to_rounding() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_label_smoothing_is_of_training_alone() -> None:
+def test_label_smoothing_applies_to_training_only() -> None:
     classifier = module("adamw", label_smoothing=0.1)
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     for training in (True, False):
@@ -214,7 +223,7 @@ def test_label_smoothing_is_of_training_alone() -> None:
 
 @pytest.fixture(scope="module")
 def trained(tiny_files: tuple[Path, dict[str, str]], tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """The folder of a run of one epoch by the command."""
+    """Return the folder of a run of one epoch by the command."""
     root, sums = tiny_files
     with pytest.MonkeyPatch.context() as patch:
         accept(sums, patch)

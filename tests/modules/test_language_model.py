@@ -1,4 +1,7 @@
-"""Qwen3 as a task: its loss, its tracks, whole texts, resuming, and what does not fit."""
+"""Check Qwen3 as a task.
+
+The tests cover its loss, its tracks, complete texts, resuming, and data that does not fit.
+"""
 
 import functools
 import math
@@ -77,21 +80,21 @@ def test_compiled_it_learns_and_draws_texts_without_compiling_anew(
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-def test_attention_is_torchs_own_and_nothing_is_dropped() -> None:
+def test_attention_is_that_of_torch_without_dropout() -> None:
     module = model()
     assert module.network.config._attn_implementation == "sdpa"
     assert module.network.config.attention_dropout == 0.0
     assert not [part for part in module.modules() if isinstance(part, torch.nn.Dropout)]
 
 
-def test_perplexity_is_torchmetrics_own_without_the_logits() -> None:
-    module, mine, theirs = model(), Perplexity(), PerplexityOfLogits()
+def test_perplexity_equals_that_of_torchmetrics_without_the_logits() -> None:
+    module, metric, reference = model(), Perplexity(), PerplexityOfLogits()
     for batch in (4, 3):
         tokens = rows(batch)
         logits = module.network(input_ids=tokens[:, :-1].long()).logits.detach()
-        theirs.update(logits, tokens[:, 1:].long())
-        mine.update(module.compute_loss((tokens,), None).detach(), tokens[:, 1:].numel())
-    torch.testing.assert_close(mine.compute(), theirs.compute())
+        reference.update(logits, tokens[:, 1:].long())
+        metric.update(module.compute_loss((tokens,), None).detach(), tokens[:, 1:].numel())
+    torch.testing.assert_close(metric.compute(), reference.compute())
 
 
 def test_a_tied_weight_is_on_one_track_once() -> None:
@@ -113,15 +116,18 @@ def test_an_untied_unembedding_is_an_output_head() -> None:
 
 
 def test_projections_per_head_compute_the_same_and_are_stacks() -> None:
-    whole, per_head = model(), model(projections="per_head")
-    torch.testing.assert_close(whole.compute_loss((rows(),), None), per_head.compute_loss((rows(),), None))
+    joint, per_head = model(), model(projections="per_head")
+    torch.testing.assert_close(joint.compute_loss((rows(),), None), per_head.compute_loss((rows(),), None))
     stacks = {item.name: tuple(item.param.shape) for item in assign(per_head.network) if item.role == "stack"}
     assert len(stacks) == 3 * SIZES["layers"] and set(stacks.values()) == {(2, 8, 16)}
-    assert not [item for item in assign(whole.network) if item.role == "stack"]
+    assert not [item for item in assign(joint.network) if item.role == "stack"]
 
 
 def test_each_head_is_orthogonalised_for_itself_only_per_head() -> None:
-    """One step without decay moves by energy times orthogonal factor: by head, rows at right angles in each head."""
+    """Only per head are the rows of the update orthogonal in each head.
+
+    One step without decay moves by the energy times the orthogonal factor.
+    """
     for projections, by_head in (("whole", False), ("per_head", True)):
         module = model(projections=projections, width=12)
         options: dict[str, Any] = {"lr": 1.0, "weight_decay": 0.0, "mode": "base", "ns_steps": 20}
@@ -157,7 +163,10 @@ def test_mixed_precision_trains_as_well(tmp_path: Path) -> None:
 
 
 def nats_by_hand(module: LanguageModel, stream: torch.Tensor) -> float:
-    """Sum the losses of all tokens of a text but the first, in rows of 16 that share a token."""
+    """Sum the losses of all tokens of a text but the first.
+
+    The text is read in rows of 16 that share a token.
+    """
     total = 0.0
     with torch.no_grad():
         for start in range(0, len(stream) - 1, 16):
@@ -167,7 +176,7 @@ def nats_by_hand(module: LanguageModel, stream: torch.Tensor) -> float:
     return total
 
 
-def test_perplexity_per_word_and_bits_per_byte_are_of_the_whole_text(tmp_path: Path) -> None:
+def test_perplexity_per_word_and_bits_per_byte_are_of_the_full_text(tmp_path: Path) -> None:
     module, corpus = model(), data(tmp_path, val_batch_size=5)
     corpus.setup("fit")
     metrics = trainer().validate(module, corpus, verbose=False)[0]
@@ -205,15 +214,15 @@ class StopInMidEpoch(L.Callback):
 
 def test_resuming_in_mid_epoch_changes_nothing(tmp_path: Path) -> None:
     name = "aga"
-    whole = model(name)
-    trainer(max_epochs=2).fit(whole, data(tmp_path))
+    uninterrupted = model(name)
+    trainer(max_epochs=2).fit(uninterrupted, data(tmp_path))
     stop = StopInMidEpoch(5, tmp_path / "stopped.ckpt")
     trainer(max_epochs=2, callbacks=[stop]).fit(model(name), data(tmp_path))
     resumed = model(name)
     torch.manual_seed(9)
     trainer(max_epochs=2).fit(resumed, data(tmp_path), ckpt_path=stop.path, weights_only=True)
-    assert_equal_states(state_of(resumed), state_of(whole))
-    assert resumed.gradient_evaluations == whole.gradient_evaluations
+    assert_equal_states(state_of(resumed), state_of(uninterrupted))
+    assert resumed.gradient_evaluations == uninterrupted.gradient_evaluations
 
 
 @pytest.mark.parametrize("name", ["vocabulary", "context"])

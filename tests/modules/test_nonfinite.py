@@ -1,4 +1,7 @@
-"""Steps whose loss or gradient is not finite: found before anything is updated, named, and left without a trace."""
+"""Steps with a loss or gradient that is not finite leave no trace.
+
+They are found before anything is updated, and named.
+"""
 
 import math
 from pathlib import Path
@@ -61,7 +64,7 @@ def test_by_option_such_steps_are_left_out_and_counted(name: str, in_pass: int) 
     if in_pass == 1:
         damaged = {0, 7}
     elif name in TWO_PASS:
-        # Step 0 looks twice in all of them; step 7 where the mode says so.
+        # All of them make a second pass in step 0, and in step 7 depending on the mode.
         damaged = {0, 7} if module.skipped_steps == 2 else {0}
     else:
         damaged = set()
@@ -112,8 +115,11 @@ def test_skipped_steps_are_remembered_by_a_resumed_run(tmp_path: Path) -> None:
     assert fit(again, ckpt_path=tmp_path / "run.ckpt").callback_metrics["train/skipped_steps"] == 1
 
 
-def test_an_epoch_without_any_good_step_is_logged_as_nan_and_the_run_goes_on() -> None:
-    """One batch an epoch, whose first and third have no finite loss; validation has none either then."""
+def test_an_epoch_without_any_good_step_is_logged_as_nan_and_training_continues() -> None:
+    """Train one batch an epoch, whose first and third have no finite loss.
+
+    Validation has none either then.
+    """
 
     class Watched(Accurate):
         def on_train_epoch_end(self) -> None:
@@ -128,7 +134,7 @@ def test_an_epoch_without_any_good_step_is_logged_as_nan_and_the_run_goes_on() -
         assert all(math.isnan(value) == (number in (0, 2)) for value in values.values()), number
 
 
-def test_a_validation_loss_that_is_nan_is_logged_as_such_and_the_run_goes_on() -> None:
+def test_a_validation_loss_that_is_nan_is_logged_and_training_continues() -> None:
     class Validates(Accurate):
         def compute_loss(self, batch: Any, metrics: Any) -> torch.Tensor:
             return super().compute_loss(batch, metrics) * (1.0 if self.training else torch.nan)
@@ -148,7 +154,7 @@ def test_a_run_that_learns_nothing_any_more_stops_at_an_epochs_end() -> None:
 
 
 class Accurate(Damaged):
-    """Logs the accuracy too."""
+    """Log the accuracy too."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -163,7 +169,7 @@ class Accurate(Damaged):
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("in_pass", [1, 2])
 def test_no_metric_has_the_batches_of_a_step_that_was_left_out(in_pass: int, window: int) -> None:
-    """Also of its window's batches before, and where only the second pass was not finite."""
+    """Leave out the batches of the window, also if only the second pass failed."""
 
     class Counts(Accurate):
         examples: ClassVar[dict[str, int]] = {}
@@ -184,13 +190,13 @@ def test_no_metric_has_the_batches_of_a_step_that_was_left_out(in_pass: int, win
     assert trainer.callback_metrics["train/loss"].isfinite()
 
 
-def test_one_bad_batch_spoils_its_whole_window_of_accumulation() -> None:
+def test_one_bad_batch_skips_its_complete_window_of_accumulation() -> None:
     module = Damaged((1,), 1, optimizer=make_optimizer("sync"), nonfinite="skip", accumulate_grad_batches=2)
     fit(module)
     assert_equal_states(state_of(module), Loop("sync", window=2, damaged={0}).train())
 
 
-def test_the_values_of_a_sparse_gradient_are_looked_at_too() -> None:
+def test_the_values_of_a_sparse_gradient_are_checked_too() -> None:
     class Sparse(SmallTask):
         def __init__(self, **options: Any) -> None:
             super().__init__(**options)
@@ -210,7 +216,7 @@ def test_the_values_of_a_sparse_gradient_are_looked_at_too() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_every_place_is_looked_at(dtype: torch.dtype) -> None:
+def test_every_entry_is_checked(dtype: torch.dtype) -> None:
     loss, gradients = torch.tensor(2.0), [torch.full((3, 5), 60000.0, dtype=dtype), torch.zeros(7, dtype=dtype)]
     assert all_finite([loss], gradients)
     for value in (torch.nan, torch.inf, -torch.inf):
@@ -224,7 +230,10 @@ def test_every_place_is_looked_at(dtype: torch.dtype) -> None:
 
 
 def test_the_device_is_read_once_a_step() -> None:
-    """Counted where a GPU would wait: every reading of a tensor's value goes through this operator."""
+    """Count where a GPU would wait.
+
+    Every read of a tensor's value goes through this operator.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Readings(TorchDispatchMode):

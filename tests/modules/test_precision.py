@@ -1,4 +1,7 @@
-"""The two-pass step in every precision, and what a gradient scaler makes of it, against loops written by hand."""
+"""Compare the two-pass step in every precision with hand-written loops.
+
+The effect of a gradient scaler on it is compared too.
+"""
 
 import functools
 from typing import Any
@@ -38,11 +41,11 @@ def test_bf16_true_trains_bf16_parameters(name: str) -> None:
 @pytest.mark.parametrize("name", CORE)
 def test_16_mixed_unscales_once_whatever_the_passes(name: str) -> None:
     module = SmallTask(optimizer=make_optimizer(name))
-    mine, theirs = scaler(init_scale=2.0**10), scaler(init_scale=2.0**10)
-    fit(module, plugins=[half(mine)])
-    assert_equal_states(state_of(module), Loop(name, autocast=torch.float16, scaler=theirs).train())
+    lightning_scaler, expected_scaler = scaler(init_scale=2.0**10), scaler(init_scale=2.0**10)
+    fit(module, plugins=[half(lightning_scaler)])
+    assert_equal_states(state_of(module), Loop(name, autocast=torch.float16, scaler=expected_scaler).train())
     # Twelve good steps, and the scale doubles after every third.
-    assert mine.get_scale() == theirs.get_scale() == 2.0**14
+    assert lightning_scaler.get_scale() == expected_scaler.get_scale() == 2.0**14
     assert module.skipped_steps == 0
 
 
@@ -63,18 +66,21 @@ def test_16_mixed_clips_unscaled_gradients(name: str, clip_first_pass: bool, alg
 def test_16_mixed_leaves_out_steps_until_the_scale_is_low_enough(name: str) -> None:
     """At this scale the backward pass in half precision overflows by itself."""
     module = SmallTask(optimizer=make_optimizer(name))
-    mine, theirs = scaler(init_scale=2.0**22), scaler(init_scale=2.0**22)
-    trainer = fit(module, plugins=[half(mine)])
-    loop = Loop(name, autocast=torch.float16, scaler=theirs)
+    lightning_scaler, expected_scaler = scaler(init_scale=2.0**22), scaler(init_scale=2.0**22)
+    trainer = fit(module, plugins=[half(lightning_scaler)])
+    loop = Loop(name, autocast=torch.float16, scaler=expected_scaler)
     assert_equal_states(state_of(module), loop.train())
     assert module.skipped_steps == loop.steps - loop.made > 1
     assert trainer.global_step == loop.made > 1
-    assert mine.get_scale() == theirs.get_scale() < 2.0**22
+    assert lightning_scaler.get_scale() == expected_scaler.get_scale() < 2.0**22
     assert trainer.callback_metrics["train/skipped_steps"] == module.skipped_steps
 
 
 class OtherStrides(SmallTask):
-    """Has no parameter of several dimensions that is contiguous: a kernel in channels_last, a transposed matrix."""
+    """Have no contiguous parameter of several dimensions.
+
+    It has a kernel in channels_last and a transposed matrix.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -86,17 +92,17 @@ class OtherStrides(SmallTask):
 @pytest.mark.parametrize("name", CORE)
 def test_16_mixed_leaves_out_steps_whatever_the_strides_of_the_parameters(name: str) -> None:
     module, plain = OtherStrides(optimizer=make_optimizer(name)), SmallTask(optimizer=make_optimizer(name))
-    mine, theirs = scaler(init_scale=2.0**22), scaler(init_scale=2.0**22)
-    fit(module, plugins=[half(mine)])
-    fit(plain, plugins=[half(theirs)])
+    lightning_scaler, expected_scaler = scaler(init_scale=2.0**22), scaler(init_scale=2.0**22)
+    fit(module, plugins=[half(lightning_scaler)])
+    fit(plain, plugins=[half(expected_scaler)])
     assert module.skipped_steps == plain.skipped_steps > 1
-    assert mine.get_scale() == theirs.get_scale() < 2.0**22
-    for mine_of, of_plain in zip(module.network.parameters(), plain.network.parameters(), strict=True):
-        assert torch.allclose(mine_of, of_plain, atol=0.02)  # half precision rounds other sums
+    assert lightning_scaler.get_scale() == expected_scaler.get_scale() < 2.0**22
+    for of_module, of_plain in zip(module.network.parameters(), plain.network.parameters(), strict=True):
+        assert torch.allclose(of_module, of_plain, atol=0.02)  # half precision rounds other sums
 
 
 class Damaged(SmallTask):
-    """Multiplies the loss of given steps, counted from 0, in one pass."""
+    """Multiply the loss of given steps, counted from 0, in one pass."""
 
     def __init__(self, steps: tuple[int, ...], in_pass: int, factor: float = torch.inf, **options: Any) -> None:
         super().__init__(**options)
@@ -116,20 +122,20 @@ class Damaged(SmallTask):
 def test_a_value_that_is_not_finite_in_either_pass_leaves_out_the_step_and_lowers_the_scale(
     name: str, factor: float, in_pass: int
 ) -> None:
-    # Step 0 looks twice in every mode.
+    # Every mode makes a second pass in step 0.
     module = Damaged((0,), in_pass, factor, optimizer=make_optimizer(name))
-    mine, theirs = scaler(init_scale=2.0**10), scaler(init_scale=2.0**10)
-    trainer = fit(module, plugins=[half(mine)])
-    loop = Loop(name, autocast=torch.float16, scaler=theirs, damaged={0})
+    lightning_scaler, expected_scaler = scaler(init_scale=2.0**10), scaler(init_scale=2.0**10)
+    trainer = fit(module, plugins=[half(lightning_scaler)])
+    loop = Loop(name, autocast=torch.float16, scaler=expected_scaler, damaged={0})
     assert_equal_states(state_of(module), loop.train())
     assert (module.skipped_steps, trainer.global_step) == (1, 11)
-    assert mine.get_scale() == theirs.get_scale() == 2.0**12
+    assert lightning_scaler.get_scale() == expected_scaler.get_scale() == 2.0**12
     # The batch that had no loss is not part of the mean.
     assert trainer.callback_metrics["train/loss"].isfinite()
 
 
 def test_a_first_pass_that_overflows_unseen_by_the_second_is_found_all_the_same() -> None:
-    """The second gradient is finite: only who looks at the first one knows."""
+    """Find an overflow in the first gradient where the second one is finite."""
 
     class Overflows(SmallTask):
         def _second_pass(self, optimizer: Any) -> None:
@@ -169,9 +175,9 @@ def test_a_first_pass_that_overflows_unseen_by_the_second_is_found_all_the_same(
 
 def test_a_scale_that_can_fall_no_further_ends_the_run() -> None:
     module = Damaged(tuple(range(100)), 1, optimizer=make_optimizer("sync"))
-    mine = scaler(init_scale=SMALLEST_SCALE * 4)
+    lightning_scaler = scaler(init_scale=SMALLEST_SCALE * 4)
     with pytest.raises(FloatingPointError, match=r"^step 1 in epoch 1, first pass: .* inf"):
-        fit(module, plugins=[half(mine)])
+        fit(module, plugins=[half(lightning_scaler)])
     assert module.skipped_steps == 3
 
 
@@ -179,9 +185,9 @@ def test_the_scale_is_resumed(tmp_path: Any) -> None:
     module = SmallTask(optimizer=make_optimizer("sync"))
     trainer = fit(module, epochs=2, plugins=[half(scaler(init_scale=2.0**10))])
     trainer.save_checkpoint(tmp_path / "run.ckpt")
-    again, mine = SmallTask(optimizer=make_optimizer("sync")), scaler()
-    fit(again, epochs=3, plugins=[half(mine)], ckpt_path=tmp_path / "run.ckpt")
-    whole, theirs = SmallTask(optimizer=make_optimizer("sync")), scaler(init_scale=2.0**10)
-    fit(whole, epochs=3, plugins=[half(theirs)])
-    assert_equal_states(state_of(again), state_of(whole))
-    assert mine.get_scale() == theirs.get_scale() == 2.0**16
+    again, resumed_scaler = SmallTask(optimizer=make_optimizer("sync")), scaler()
+    fit(again, epochs=3, plugins=[half(resumed_scaler)], ckpt_path=tmp_path / "run.ckpt")
+    uninterrupted, expected_scaler = SmallTask(optimizer=make_optimizer("sync")), scaler(init_scale=2.0**10)
+    fit(uninterrupted, epochs=3, plugins=[half(expected_scaler)])
+    assert_equal_states(state_of(again), state_of(uninterrupted))
+    assert resumed_scaler.get_scale() == expected_scaler.get_scale() == 2.0**16

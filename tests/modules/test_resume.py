@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that was never stopped, to the bit."""
+"""A stopped and resumed run equals an uninterrupted one to the bit."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tests.modules.small_task import CORE, assert_equal_states, make_optimizer, 
 
 
 class Recorder(L.Callback):
-    """Keeps every epoch's metrics, and saves a checkpoint after a given number of steps."""
+    """Record every epoch's metrics, and save a checkpoint after given steps."""
 
     def __init__(self, save_at: int | None = None, path: Path | None = None) -> None:
         self.save_at, self.path = save_at, path
@@ -60,18 +60,18 @@ def train(name: str, epochs: int, recorder: Recorder, ckpt_path: Path | None = N
 
 @pytest.mark.parametrize("name", CORE)
 def test_resuming_at_an_epochs_end_changes_nothing(name: str, tmp_path: Path) -> None:
-    whole, first, second = Recorder(), Recorder(path=tmp_path / "half.ckpt"), Recorder()
-    expected = train(name, 4, whole)
+    uninterrupted, first, second = Recorder(), Recorder(path=tmp_path / "half.ckpt"), Recorder()
+    expected = train(name, 4, uninterrupted)
     train(name, 2, first)
     torch.manual_seed(99)  # resuming depends on nothing that is left in the process
     resumed = train(name, 4, second, first.path)
     assert_equal_states(state_of(resumed), state_of(expected))
     assert resumed.gradient_evaluations == expected.gradient_evaluations
-    assert {**first.metrics, **second.metrics} == whole.metrics
+    assert {**first.metrics, **second.metrics} == uninterrupted.metrics
 
 
 @pytest.mark.parametrize(("name", "other"), [("base", "adamw"), ("adamw", "muon")])
-def test_going_on_under_another_optimizer_is_refused(name: str, other: str, tmp_path: Path) -> None:
+def test_resuming_under_another_optimizer_is_refused(name: str, other: str, tmp_path: Path) -> None:
     first = Recorder(path=tmp_path / "run.ckpt")
     train(name, 1, first)
     with pytest.raises(ValueError, match="cannot be resumed with"):
@@ -79,7 +79,7 @@ def test_going_on_under_another_optimizer_is_refused(name: str, other: str, tmp_
 
 
 @pytest.mark.parametrize("name", ["adamw", "aga"])
-def test_resuming_in_the_middle_of_an_epoch_goes_on_with_the_next_batch(name: str, tmp_path: Path) -> None:
+def test_resuming_in_the_middle_of_an_epoch_starts_with_the_next_batch(name: str, tmp_path: Path) -> None:
     expected = train(name, 3, Recorder())
     first = Recorder(save_at=7, path=tmp_path / "middle.ckpt")  # five batches an epoch
     train(name, 3, first)

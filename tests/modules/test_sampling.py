@@ -1,4 +1,7 @@
-"""Continuations: reproducible, from the likeliest tokens, and without a trace in training."""
+"""Continuations are reproducible and leave no trace in training.
+
+They are drawn from the likeliest tokens.
+"""
 
 import torch
 from torch import Tensor
@@ -37,7 +40,7 @@ def test_only_the_likeliest_are_drawn() -> None:
     assert drawn == set(logits.topk(top_k).indices.tolist())
 
 
-def test_more_likely_tokens_are_drawn_more_often_as_the_softmax_says() -> None:
+def test_tokens_are_drawn_with_the_probabilities_of_the_softmax() -> None:
     class Fixed(torch.nn.Module):
         def forward(self, input_ids: Tensor, **_: object) -> object:
             logits = torch.tensor([2.0, 0.0, -1.0]).expand(1, 1, 3)

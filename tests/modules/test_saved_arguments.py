@@ -1,4 +1,7 @@
-"""A checkpoint makes its module again, without a Trainer, an optimizer or data, and without running code."""
+"""A checkpoint rebuilds its module without running code.
+
+It needs no Trainer, no optimizer and no data.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -30,19 +33,19 @@ def save(trainer: L.Trainer, path: Path) -> Path:
     return path
 
 
-def assert_same_weights(mine: TwoPassModule, theirs: TwoPassModule) -> None:
-    assert mine.network.state_dict().keys() == theirs.network.state_dict().keys()
-    for name, value in theirs.network.state_dict().items():
-        assert torch.equal(mine.network.state_dict()[name], value), name
+def assert_same_weights(actual: TwoPassModule, expected: TwoPassModule) -> None:
+    assert actual.network.state_dict().keys() == expected.network.state_dict().keys()
+    for name, value in expected.network.state_dict().items():
+        assert torch.equal(actual.network.state_dict()[name], value), name
 
 
 @pytest.fixture(scope="module")
 def best(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The best checkpoint of a run by the command."""
+    """Return the best checkpoint of a run by the command."""
     return fit_by_command(tmp_path_factory.mktemp("runs"), *AGA, *TINY) / "checkpoints/best.ckpt"
 
 
-def test_the_best_checkpoint_of_a_command_answers_questions(best: Path) -> None:
+def test_the_best_checkpoint_of_a_command_predicts(best: Path) -> None:
     module = ModularAddition.load_from_checkpoint(best).eval()
     weights = torch.load(best, weights_only=True)["state_dict"]
     assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
@@ -53,7 +56,7 @@ def test_the_best_checkpoint_of_a_command_answers_questions(best: Path) -> None:
     assert module.gradient_evaluations == 0
 
 
-def test_what_is_loaded_can_be_trained_on_once_it_has_an_optimizer(best: Path) -> None:
+def test_a_loaded_module_can_be_trained_once_it_has_an_optimizer(best: Path) -> None:
     with pytest.raises(ValueError, match=r"optimizer.*load_from_checkpoint"):
         fits.fit(ModularAddition.load_from_checkpoint(best), fits.data(), [], None, 1)
     module = ModularAddition.load_from_checkpoint(best, optimizer=ADAMW)
@@ -74,7 +77,7 @@ def test_an_image_classifier_names_classes_without_the_data(tmp_path: Path) -> N
     assert all(any(f": {name} (" in line for name in CLASSES) for line in lines)
 
 
-def test_a_language_model_goes_on_from_texts_without_the_data(tmp_path: Path) -> None:
+def test_a_language_model_continues_texts_without_the_data(tmp_path: Path) -> None:
     trained, data = language.model(projections="per_head"), language.data(tmp_path)
     trainer = language.trainer(max_steps=2)
     trainer.fit(trained, data)
@@ -103,8 +106,8 @@ def test_an_older_checkpoint_takes_its_arguments_from_the_call(best: Path, tmp_p
     assert all(torch.equal(value, older["state_dict"][name]) for name, value in module.state_dict().items())
 
 
-class Own(SmallTask):
-    """Takes an argument that is not plain, and fixes one of its base class."""
+class Custom(SmallTask):
+    """Have an argument that is not plain, and fix one of the base class."""
 
     def __init__(self, layer: nn.Module, sizes: tuple[int, ...] = (1,), **options: Any) -> None:
         super().__init__(dropout=0.5, **options)
@@ -112,14 +115,14 @@ class Own(SmallTask):
 
 
 class Fixed(SmallTask):
-    """Takes no optimizer."""
+    """Have no argument for the optimizer."""
 
     def __init__(self, lr: float) -> None:
         super().__init__(optimizer=make_optimizer("adamw", lr=lr))
 
 
 class Tutorial(SmallTask):
-    """Saves its arguments by itself, as Lightning's tutorials do."""
+    """Save its arguments by itself, as Lightning's tutorials do."""
 
     def __init__(self, width: int = 3, **options: Any) -> None:
         super().__init__(**options)
@@ -133,11 +136,11 @@ class Around(nn.Module):
 
 
 def test_arguments_are_those_of_the_outermost_class_and_plain(tmp_path: Path) -> None:
-    own = Own(nn.Linear(1, 1), (2, 3), optimizer=ADAMW, clip_first_pass=True)
-    path = save(fit(own), tmp_path / "own.ckpt")
+    custom = Custom(nn.Linear(1, 1), (2, 3), optimizer=ADAMW, clip_first_pass=True)
+    path = save(fit(custom), tmp_path / "custom.ckpt")
     saved = torch.load(path, weights_only=True)["hyper_parameters"]
     assert saved == {"sizes": (2, 3), "clip_first_pass": True, "optimizer": None}
-    loaded = Own.load_from_checkpoint(path, layer=nn.Linear(1, 1))
+    loaded = Custom.load_from_checkpoint(path, layer=nn.Linear(1, 1))
     assert (loaded.sizes, loaded.clip_first_pass, loaded.network.dropout.p) == ((2, 3), True, 0.5)
     fixed = Fixed.load_from_checkpoint(save(fit(Fixed(0.125)), tmp_path / "fixed.ckpt"))
     assert fixed.make_optimizer([torch.zeros(1, requires_grad=True)]).defaults["lr"] == 0.125
@@ -147,7 +150,7 @@ def test_arguments_are_those_of_the_outermost_class_and_plain(tmp_path: Path) ->
     assert around.inner._arguments == {"dropout": 0.75, "optimizer": None}
 
 
-def test_arguments_change_nothing_that_a_run_goes_on_from(tmp_path: Path) -> None:
+def test_saved_arguments_do_not_affect_resuming(tmp_path: Path) -> None:
     trainer = fit(SmallTask(optimizer=ADAMW), epochs=1)
     again = SmallTask(optimizer=ADAMW, dropout=0.5)
     trainer.save_checkpoint(path := tmp_path / "run.ckpt")
@@ -157,7 +160,7 @@ def test_arguments_change_nothing_that_a_run_goes_on_from(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("value", [None, True, 1.5, "a", [1, ("b", None)], {"a": [0.5]}])
-def test_plain_values_are_made_of_pythons_own(value: Any) -> None:
+def test_plain_values_consist_of_builtin_types(value: Any) -> None:
     assert is_plain(value)
 
 

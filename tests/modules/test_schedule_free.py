@@ -1,4 +1,7 @@
-"""An optimizer that trains at other parameters than it is evaluated at is moved to the right ones by the module."""
+"""The module switches a schedule-free optimizer to evaluation parameters.
+
+Such an optimizer trains at other parameters than it is evaluated at.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,10 @@ def make(params: Any) -> torch.optim.Optimizer:
 
 
 def by_hand(epochs: int) -> tuple[nn.Module, list[float]]:
-    """Train as the optimizer's authors say; returns the network to evaluate, and its losses after each epoch."""
+    """Train as the optimizer's authors describe.
+
+    Return the network to evaluate, and its losses after each epoch.
+    """
     torch.manual_seed(0)
     network = SmallNetwork()
     optimizer: Any = make(param_groups(network))
@@ -48,7 +54,7 @@ def by_hand(epochs: int) -> tuple[nn.Module, list[float]]:
 
 
 class Validates(L.Callback):
-    """Keeps the losses of an evaluation at the end of each epoch, as a callback that probes would make it."""
+    """Record evaluation losses at the end of each epoch, as probing callbacks do."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -60,7 +66,7 @@ class Validates(L.Callback):
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_schedule_free_optimizer_is_evaluated_where_it_says(resumed: bool, tmp_path: Path) -> None:
+def test_a_schedule_free_optimizer_is_evaluated_at_its_averaged_parameters(resumed: bool, tmp_path: Path) -> None:
     network, losses = by_hand(4)
     seen = Validates()
     module = SmallTask(optimizer=make)
@@ -70,8 +76,8 @@ def test_a_schedule_free_optimizer_is_evaluated_where_it_says(resumed: bool, tmp
         module = SmallTask(optimizer=make)
         fit(module, 4, ckpt_path=str(tmp_path / "end.ckpt"), callbacks=[seen])  # type: ignore[arg-type]
     assert seen.losses == pytest.approx(losses, rel=1e-6)
-    for mine, theirs in zip(module.network.parameters(), network.parameters(), strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-6, atol=1e-7)
+    for actual, expected in zip(module.network.parameters(), network.parameters(), strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-7)
     if not resumed:
         saved: dict[str, Tensor] = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
         assert torch.equal(saved["network.head.weight"], module.network.head.weight)
@@ -86,14 +92,14 @@ class SavesWithinAnEpoch(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def test_a_checkpoint_within_an_epoch_is_of_what_is_evaluated_and_goes_on_to_the_bit(tmp_path: Path) -> None:
+def test_a_checkpoint_within_an_epoch_has_evaluation_parameters_and_resumes_exactly(tmp_path: Path) -> None:
     path = tmp_path / "within.ckpt"
-    whole, saving, again = (SmallTask(optimizer=make) for _ in range(3))
-    fit(whole, 3)
+    uninterrupted, saving, again = (SmallTask(optimizer=make) for _ in range(3))
+    fit(uninterrupted, 3)
     fit(saving, 3, callbacks=[SavesWithinAnEpoch(path)])  # type: ignore[arg-type]
     fit(again, 3, ckpt_path=str(path))  # type: ignore[arg-type]
-    for mine in (saving, again):
-        assert_equal_states(state_of(mine), state_of(whole))
+    for module in (saving, again):
+        assert_equal_states(state_of(module), state_of(uninterrupted))
     evaluated: Any = make(param_groups(network := SmallNetwork()))
     checkpoint = torch.load(path, weights_only=True)
     network.load_state_dict(
@@ -107,6 +113,6 @@ def test_a_checkpoint_within_an_epoch_is_of_what_is_evaluated_and_goes_on_to_the
         assert not torch.equal(checkpoint["training_parameters"][f"network.{name}"], param)
 
 
-def test_other_optimizers_have_nothing_beside_their_weights(tmp_path: Path) -> None:
+def test_checkpoints_of_other_optimizers_have_no_extra_weights(tmp_path: Path) -> None:
     fit(SmallTask(optimizer=make_optimizer("sync")), callbacks=[SavesWithinAnEpoch(tmp_path / "run.ckpt")])  # type: ignore[arg-type]
     assert "training_parameters" not in torch.load(tmp_path / "run.ckpt", weights_only=True)

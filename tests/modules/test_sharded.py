@@ -1,4 +1,7 @@
-"""Several processes under Lightning's ModelParallelStrategy (FSDP2), on CPUs with gloo, do what one process does."""
+"""Processes under ModelParallelStrategy (FSDP2) match one process.
+
+They run on CPUs with gloo.
+"""
 
 import signal
 from pathlib import Path
@@ -60,14 +63,14 @@ def two(folder: Path, alone: Results) -> list[Results]:
     return launch(sharded_fit.together, 2, folder / "two", runs, folder)
 
 
-def assert_same(mine: dict[str, Any], other: dict[str, Any]) -> None:
-    assert mine["evaluations"] == other["evaluations"][-len(mine["evaluations"]) :]
+def assert_same(actual: dict[str, Any], other: dict[str, Any]) -> None:
+    assert actual["evaluations"] == other["evaluations"][-len(actual["evaluations"]) :]
     for name, expected in other["tensors"].items():
         # A shear force is what is left of two nearly equal gradients.
         tolerance = 1e-4 if name.endswith("shear") else 2e-6
-        assert (mine["tensors"][name] - expected).norm() <= tolerance * expected.norm(), name
+        assert (actual["tensors"][name] - expected).norm() <= tolerance * expected.norm(), name
     for key, value in other["metrics"].items():
-        assert mine["metrics"][key] == pytest.approx(value, rel=1e-4), key
+        assert actual["metrics"][key] == pytest.approx(value, rel=1e-4), key
 
 
 def assert_one(ranks: list[Results], label: str) -> None:
@@ -78,17 +81,17 @@ def assert_one(ranks: list[Results], label: str) -> None:
 
 
 @pytest.mark.parametrize("label", [*MODES, *VARIANTS])
-def test_two_processes_train_to_what_one_does(label: str, two: list[Results], alone: Results) -> None:
+def test_two_processes_train_like_one(label: str, two: list[Results], alone: Results) -> None:
     assert_one(two, label)
     assert_same(two[0][label], alone[label])
 
 
 @pytest.mark.parametrize("label", [*MODES, "accumulated and clipped by value", "clipped"])
 def test_the_logged_rows_are_those_of_one_process(label: str, two: list[Results], alone: Results) -> None:
-    """Norms, update sizes and cosines of optimizer_internals.py among them, and the costs."""
-    mine, expected = two[0][label]["rows"], alone[label]["rows"]
-    assert len(mine) == len(expected) and any("optimizer/update_rms_matrix" in row for row in mine)
-    for row, other in zip(mine, expected, strict=True):
+    """Compare norms, update sizes, cosines and costs among the logged values."""
+    actual, expected = two[0][label]["rows"], alone[label]["rows"]
+    assert len(actual) == len(expected) and any("optimizer/update_rms_matrix" in row for row in actual)
+    for row, other in zip(actual, expected, strict=True):
         assert row == pytest.approx(other, rel=1e-3, abs=1e-6)
 
 
@@ -107,7 +110,7 @@ def test_a_loss_of_one_process_that_is_not_finite_leaves_the_step_out_in_all(two
     assert first.startswith("step 3 in epoch 1, first pass: the gradient of query is not finite")
 
 
-def test_what_cannot_be_sharded_is_refused_in_every_process(two: list[Results]) -> None:
+def test_unsupported_fits_are_refused_in_every_process(two: list[Results]) -> None:
     for refused in (results["refused"] for results in two):
         assert "BatchNorm" in refused["batch norm"]
         assert "tensor parallelism" in refused["tensor parallel"]
@@ -120,11 +123,11 @@ def test_lightning_refuses_16_mixed_under_the_strategy() -> None:
         L.Trainer(accelerator="cpu", devices=2, strategy=strategy(2), precision="16-mixed")
 
 
-def test_every_process_holds_a_half(two: list[Results]) -> None:
-    held = [results["aga"]["held"] for results in two]
+def test_every_process_has_half_of_the_parameters(two: list[Results]) -> None:
+    local_numels = [results["aga"]["local_numels"] for results in two]
     # Of 12 and of 3 rows.
-    assert [h["token_embedding.weight"] for h in held] == [6 * 16, 6 * 16]
-    assert [h["position_embedding.weight"] for h in held] == [2 * 16, 1 * 16]
+    assert [h["token_embedding.weight"] for h in local_numels] == [6 * 16, 6 * 16]
+    assert [h["position_embedding.weight"] for h in local_numels] == [2 * 16, 1 * 16]
 
 
 def test_a_language_model_is_sharded_block_by_block(two: list[Results], alone: Results) -> None:
@@ -132,11 +135,11 @@ def test_a_language_model_is_sharded_block_by_block(two: list[Results], alone: R
     assert two[0]["text"]["blocks"] == ["FSDPQwen3DecoderLayer"] * 2
     assert two[0]["text"]["text"] == two[1]["text"]["text"] == alone["text"]["text"]
     for name, expected in alone["text"]["tensors"].items():
-        if name in alone["text"]["held"]:
+        if name in alone["text"]["local_numels"]:
             assert (two[0]["text"]["tensors"][name] - expected).norm() <= 1e-5 * expected.norm(), name
 
 
-def test_two_processes_evaluate_and_answer_what_one_does(two: list[Results], alone: Results) -> None:
+def test_two_processes_evaluate_and_predict_like_one(two: list[Results], alone: Results) -> None:
     for results in two:
         for label, expected in alone["evaluated"].items():
             found = results["evaluated"][label]
@@ -150,15 +153,15 @@ FLAGS, NORMS = 1, 1
 BASE = {"all_gather of parameters": 1, "reduce_scatter": 1, "all_to_all": 2, "all_reduce": FLAGS + NORMS}
 
 
-def test_a_step_votes_on_nothing_but_one_number(two: list[Results]) -> None:
+def test_a_step_reduces_one_number_besides_the_gradients(two: list[Results]) -> None:
     for results in two:
         exchanged = results["exchanged"]
         assert exchanged["muon"] == [BASE | {"all_reduce": FLAGS}] * 4
         assert exchanged["base"] == [BASE] * 4
-        # phi, and the lengths that a shear force is scaled by; another two where a step looks twice.
+        # phi, and the lengths that a shear force is scaled by; another two where a step makes a second pass.
         for step in exchanged["aga"]:
-            looks = step["reduce_scatter"] == 2
-            assert step["all_reduce"] in ((FLAGS + NORMS + 3,) if looks else (FLAGS + NORMS + 2,)), step
+            second_pass = step["reduce_scatter"] == 2
+            assert step["all_reduce"] in ((FLAGS + NORMS + 3,) if second_pass else (FLAGS + NORMS + 2,)), step
 
 
 def test_nothing_is_logged_that_lightning_advises_to_reduce(two: list[Results]) -> None:
@@ -179,7 +182,7 @@ def test_accumulated_gradients_are_exchanged_once_a_window_and_pass(two: list[Re
 
 @pytest.fixture(scope="module")
 def one(folder: Path, two: list[Results]) -> Results:
-    """One process under the strategy, which goes on from both kinds of checkpoint of two processes."""
+    """Resume both kinds of checkpoint of two processes in one process."""
     runs: dict[str, Run] = {}
     for name in RESUMED:
         runs[f"{name} in parts"] = name, {"resumes": saved(folder, name, "parts")}
@@ -189,7 +192,7 @@ def one(folder: Path, two: list[Results]) -> Results:
 
 @pytest.mark.parametrize("kind", ["parts", "one"])
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_checkpoint_of_two_processes_goes_on_in_one(
+def test_one_process_resumes_a_checkpoint_of_two(
     name: str, kind: str, folder: Path, two: list[Results], one: Results, alone: Results
 ) -> None:
     path = saved(folder, name, kind)
@@ -199,16 +202,14 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_checkpoint_in_one_file_goes_on_without_the_strategy(
+def test_a_checkpoint_in_one_file_resumes_without_the_strategy(
     name: str, folder: Path, two: list[Results], alone: Results
 ) -> None:
     assert_same(fit(name, resumes=saved(folder, name, "one")), alone[name])
 
 
 @pytest.mark.slow
-def test_four_processes_train_and_go_on_with_a_checkpoint_of_two(
-    folder: Path, two: list[Results], alone: Results
-) -> None:
+def test_four_processes_train_and_resume_a_checkpoint_of_two(folder: Path, two: list[Results], alone: Results) -> None:
     going_on: dict[str, Run] = {
         f"{name} in {kind}": (name, {"resumes": saved(folder, name, kind), "distributed": kind != "one"})
         for name in RESUMED

@@ -1,4 +1,4 @@
-"""Lightning's options around the two-pass step: each trains to what a loop written by hand does."""
+"""Compare Lightning's options around two passes with hand-written loops."""
 
 from datetime import timedelta
 from typing import Any
@@ -64,7 +64,7 @@ def test_a_scheduler_counts_updates_where_batches_accumulate(name: str) -> None:
 
 
 class Logs(SmallTask):
-    """Logs a value that gets worse after the second epoch."""
+    """Log a value that gets worse after the second epoch."""
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()
@@ -103,7 +103,7 @@ def test_max_time_stops_between_two_steps() -> None:
 
     module = SmallTask(optimizer=make_optimizer("aga"))
     trainer = fit(module, epochs=9, max_time=timedelta(minutes=30), callbacks=[Waits()])
-    # Lightning's timer looks before this callback does, so one more step is made.
+    # Lightning's timer runs before this callback, so one more step is made.
     assert trainer.global_step in (4, 5)
     assert_equal_states(state_of(module), Loop("aga", limit=trainer.global_step, epochs=1).train())
 

@@ -1,4 +1,4 @@
-"""The two-pass step under Lightning against loops written by hand."""
+"""Compare the two-pass step under Lightning with hand-written loops."""
 
 import weakref
 from functools import partial
@@ -34,7 +34,7 @@ def test_training_equals_a_hand_written_loop_to_the_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "aga"])
-def test_accumulation_holds_for_both_passes_and_steps_on_the_last_short_window(name: str) -> None:
+def test_both_passes_accumulate_and_the_short_last_window_makes_a_step(name: str) -> None:
     module = SmallTask(optimizer=make_optimizer(name), accumulate_grad_batches=4)
     trainer = fit(module, epochs=3)
     assert_equal_states(state_of(module), Loop(name, epochs=3, window=4).train())
@@ -51,7 +51,7 @@ def test_batches_of_a_window_are_kept_for_a_second_pass_alone(name: str) -> None
     references: list[weakref.ref[torch.Tensor]] = []
     there: list[int] = []
     fit(Weak(optimizer=make_optimizer(name), accumulate_grad_batches=3), epochs=1)
-    # Six batches in two windows of three: before the last of a window its other two are there, or none.
+    # Six batches in two windows of three: before the last of a window its other two are alive, or none.
     assert max(there) == (2 if name in TWO_PASS else 0)
 
 
@@ -64,13 +64,16 @@ def test_clipping_by_value_limits_every_entry_of_the_gradient() -> None:
 
 @pytest.mark.parametrize("name", ["sync", "aga"])
 def test_the_second_pass_sees_the_same_batch_and_random_numbers(name: str) -> None:
-    """With no way to go (rho = 0) the second gradient is the first: dropout and all, training is Base's to the bit."""
+    """With rho = 0 the second gradient equals the first, dropout included.
+
+    Training then equals that of Base to the bit.
+    """
     module = SmallTask(dropout=0.5, optimizer=make_optimizer(name, rho=0.0, alpha=0.0))
     base = SmallTask(dropout=0.5, optimizer=make_optimizer("base"))
     fit(module)
     fit(base)
-    mine = {key: value for key, value in state_of(module).items() if not key.endswith("shear")}
-    assert_equal_states(mine, state_of(base))
+    without_shear = {key: value for key, value in state_of(module).items() if not key.endswith("shear")}
+    assert_equal_states(without_shear, state_of(base))
     assert module.gradient_evaluations > base.gradient_evaluations == 12
 
 
@@ -86,7 +89,7 @@ def test_batchnorm_statistics_after_a_step_are_those_of_one_pass(name: str) -> N
         assert torch.equal(buffer, module.network.get_buffer(name_)), name_
 
 
-def test_running_statistics_of_any_kind_are_those_of_the_first_passes() -> None:
+def test_running_statistics_of_any_kind_are_those_of_the_first_pass() -> None:
     def task(mode: str) -> SmallTask:
         module = SmallTask(optimizer=make_optimizer(mode, rho=0.0))
         module.network.norm = nn.InstanceNorm2d(4, track_running_stats=True)  # type: ignore[assignment]
@@ -98,7 +101,7 @@ def test_running_statistics_of_any_kind_are_those_of_the_first_passes() -> None:
     assert_equal_states(sync.network.state_dict(), base.network.state_dict())
 
 
-def test_the_reported_loss_is_the_first_passes() -> None:
+def test_the_reported_loss_is_that_of_the_first_pass() -> None:
     module = SmallTask(optimizer=make_optimizer("sync", rho=1.0))
     trainer = fit(module, epochs=1)
     first, second = module.losses[0::2], module.losses[1::2]
@@ -109,7 +112,7 @@ def test_the_reported_loss_is_the_first_passes() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "aga"])
-def test_what_a_loss_logs_by_itself_is_the_first_passes(name: str) -> None:
+def test_values_logged_by_a_loss_are_those_of_the_first_pass(name: str) -> None:
     firsts: list[float] = []
 
     class Logs(SmallTask):
@@ -132,7 +135,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
-def test_an_exception_in_the_second_pass_leaves_the_parameters_where_they_were(error: type[BaseException]) -> None:
+def test_an_exception_in_the_second_pass_restores_the_parameters(error: type[BaseException]) -> None:
     class Failing(SmallTask):
         def compute_loss(self, batch: Any, metrics: Any) -> torch.Tensor:
             if metrics is None:
@@ -162,12 +165,12 @@ def test_gradient_evaluations_are_counted_and_saved(name: str, tmp_path: Any) ->
     module = SmallTask(optimizer=make_optimizer(name))
     trainer = fit(module)
     optimizer: Any = trainer.optimizers[0]
-    looks = optimizer.diagnostics()["sync_steps"] if isinstance(optimizer, ARS2Neo) else 0
-    assert module.gradient_evaluations == 12 + looks
+    second_passes = optimizer.diagnostics()["sync_steps"] if isinstance(optimizer, ARS2Neo) else 0
+    assert module.gradient_evaluations == 12 + second_passes
     trainer.save_checkpoint(tmp_path / "run.ckpt")
     again = SmallTask(optimizer=make_optimizer(name))
     fit(again, ckpt_path=tmp_path / "run.ckpt")
-    assert again.gradient_evaluations == 12 + looks
+    assert again.gradient_evaluations == 12 + second_passes
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Modules as users write them: a whole one, and one that knows Lightning but not this suite."""
+"""Define modules as users write them.
+
+One is complete, one knows Lightning but not this suite.
+"""
 
 from typing import Any
 
@@ -10,7 +13,7 @@ from modules.two_pass import TwoPassModule
 
 
 class Sums(TwoPassModule):
-    """A whole one: a linear classifier of the sums of modular addition."""
+    """Classify the sums of modular addition by a linear layer; it is complete."""
 
     def __init__(self, p: int = 7, **options: Any) -> None:
         super().__init__(**options)
@@ -22,7 +25,7 @@ class Sums(TwoPassModule):
 
 
 class Tutorial(Sums):
-    """Makes its own step, which the suite would never see."""
+    """Make a step of its own kind, which the suite would never call."""
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         loss = self.compute_loss(batch, None)
