@@ -7,11 +7,11 @@ from tests.analysis.runs import unpack
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of real runs; tests copy a run before they damage it."""
+    """Return the folder of real runs; tests copy a run before they damage it."""
     return unpack("runs", tmp_path_factory.mktemp("unpacked"))
 
 
 @pytest.fixture(scope="session")
 def corners(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a search's winners, all eight corners with two seeds each, probed."""
+    """Return a search's winners of all eight corners, two seeds each, probed."""
     return unpack("corners", tmp_path_factory.mktemp("unpacked"))

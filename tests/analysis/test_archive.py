@@ -52,7 +52,7 @@ def test_a_run_beside_its_archive_is_read_once(runs: Path, tmp_path: Path) -> No
     assert (on_disk.count(True), on_disk.count(False)) == (len(list(tmp_path.glob("*/*/config.yaml"))), 3)
 
 
-def test_the_report_of_an_archive_says_how_to_unpack_it(runs: Path, tmp_path: Path) -> None:
+def test_the_report_of_an_archive_explains_how_to_unpack_it(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "grok_aga", tmp_path / "grok_aga")
     pack(tmp_path, tmp_path / ARCHIVE)
     shutil.rmtree(tmp_path / "grok_aga")
@@ -137,7 +137,7 @@ def test_the_command_packs_a_search_with_its_configs_and_never_drops_a_run(
     assert (tmp_path / ARCHIVE).read_bytes() == former
 
 
-def test_unfinished_runs_are_rows_of_their_own_that_say_how_far_they_got(runs: Path, tmp_path: Path) -> None:
+def test_unfinished_runs_have_separate_rows_with_their_progress(runs: Path, tmp_path: Path) -> None:
     complete = min((runs / "grok_aga").iterdir())
     half = copy(complete, tmp_path, "half-seed9")
     rows = (half / "metrics.csv").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""compare.py as it is typed."""
+"""Run compare.py as it is typed."""
 
 import contextlib
 import io
@@ -137,7 +137,7 @@ def test_a_wrong_study_is_an_error_in_one_sentence(content: str, message: str, r
 
 
 @pytest.mark.parametrize("study", sorted(path.parent.name for path in (ROOT / "results").glob("*/study.yaml")))
-def test_every_study_can_be_compared_with_its_own_options(study: str) -> None:
+def test_every_study_can_be_compared_with_its_options(study: str) -> None:
     folder = ROOT / "results" / study
     options = Study.of([folder])
     runs, problems = run_folders.read([folder])

@@ -42,7 +42,7 @@ def sections(specification: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def test_every_task_has_one_section_with_its_own_runs(specification: dict[str, Any]) -> None:
+def test_every_task_has_one_section_with_its_runs(specification: dict[str, Any]) -> None:
     found = sections(specification)
     assert list(found) == [task.replace("_", " ") for task in TASKS]
     for task, grid in zip(TASKS, found.values(), strict=True):
@@ -88,7 +88,7 @@ def test_a_missing_key_is_reported_in_one_sentence(
     assert capsys.readouterr().err == f"error: the dashboard could not be saved in me/proj: {reason}\n"
 
 
-def test_a_place_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_destination_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["dashboard", "ars2"])
     with pytest.raises(SystemExit) as refused:
         main()

@@ -45,7 +45,7 @@ def groups(runs: Path) -> list[Group]:
 
 @pytest.fixture(scope="module")
 def saved() -> list[Figure]:
-    """The figures that were saved for the page, in their order."""
+    """Return the figures that were saved for the page, in order."""
     return []
 
 
@@ -65,7 +65,7 @@ def page(groups: list[Group], saved: list[Figure], tmp_path_factory: pytest.Temp
 
 
 def in_results(entry: Group, label: str) -> list[str]:
-    """The cells of a row of that label in the results."""
+    """Return the cells of a row of that label in the results."""
     (cells,) = [list(line) for line in results(entry).rows if line[0].startswith(label)]
     return cells
 
@@ -81,7 +81,7 @@ def test_protocols_never_share_a_table_and_seeds_of_a_setting_share_a_row(groups
     assert sorted(by_label["aga of search"].runs) == ["5"]
 
 
-def test_settings_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_settings_of_one_name_are_distinguished(tmp_path: Path) -> None:
     runs = read([unpack("settings", tmp_path)])[0]
     for labels, label in (({}, "grok_aga"), ({"grok_aga": "AGA"}, "AGA")):
         found = {entry.label for entry in group(runs, labels=labels)[0].rows}
@@ -177,12 +177,12 @@ def test_rows_without_common_seeds_are_not_compared(groups: list[Group]) -> None
 
 def test_borrowed_targets_that_nobody_reached_are_not_aimed_at(groups: list[Group]) -> None:
     targets = [Target("one", "train/loss", 100.0, lower=True), Target("never", "train/loss", 0.0, lower=True)]
-    own = Group(**{**vars(groups[0]), "targets": targets, "borrowed": False})
-    borrowed = Group(**{**vars(own), "borrowed": True})
+    unborrowed = Group(**{**vars(groups[0]), "targets": targets, "borrowed": False})
+    borrowed = Group(**{**vars(unborrowed), "borrowed": True})
     none = Group(**{**vars(borrowed), "targets": targets[1:]})
     assert groups[0].borrowed  # p = 7 is no published protocol
-    assert [entry.aims for entry in (own, borrowed, none)] == [targets, targets[:1], []]
-    assert [entry.goal for entry in (own, borrowed, none)] == [targets[1], targets[0], None]
+    assert [entry.aims for entry in (unborrowed, borrowed, none)] == [targets, targets[:1], []]
+    assert [entry.goal for entry in (unborrowed, borrowed, none)] == [targets[1], targets[0], None]
     assert milestones(none) is None and to_target(none) is None
 
 
@@ -287,7 +287,7 @@ def _published() -> dict[str, object]:
     return entry
 
 
-def test_percent_is_for_shares_alone() -> None:
+def test_percent_is_used_for_shares_only() -> None:
     assert is_share("val/accuracy") and not is_share("val/perplexity")
     assert metric_text("val/accuracy", mean_interval([0.5])) == "50.00 %"
     assert metric_text("val/perplexity", mean_interval([90.69])) == "90.69"
@@ -333,14 +333,14 @@ def test_a_metric_that_runs_were_stopped_on_is_not_tested(groups: list[Group]) -
     assert "Paired seeds against grok_adamw: best val/loss" in [table.title for table in pairs(by_loss, adamw)]
 
 
-def test_no_two_rows_look_the_same() -> None:
+def test_no_two_rows_have_the_same_style() -> None:
     rows = range(len(plots.COLOURS) * len(plots.STYLES))
     assert len(rows) >= 14
     for choose in (plots.style, plots.mark):
         assert len({tuple(choose(index).values()) for index in rows}) == len(rows)
 
 
-def test_trials_are_told_apart_by_colour_and_marker(groups: list[Group]) -> None:
+def test_trials_differ_in_colour_and_marker(groups: list[Group]) -> None:
     figures = plots.sensitivity(groups[0], "search")
     for figure in figures:
         lines = [line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")]
@@ -383,7 +383,7 @@ def test_second_passes_are_drawn_for_rows_that_make_some(groups: list[Group]) ->
 
 
 class Page(HTMLParser):
-    """Collects ids, links and everything that a browser would load."""
+    """Collect ids, links and everything that a browser would load."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -443,7 +443,7 @@ def test_the_page_has_every_axis_every_table_and_every_problem(page: Path, group
     assert 'class="warning"' in text
 
 
-def test_the_other_files_say_the_same(page: Path, groups: list[Group]) -> None:
+def test_the_other_files_have_the_same_content(page: Path, groups: list[Group]) -> None:
     markdown, latex = (page / "report.md").read_text(), (page / "report.tex").read_text()
     assert "# A & B" in markdown
     for name in re.findall(r"!\[.*?\]\((.*?)\)", markdown):
@@ -458,7 +458,9 @@ def test_the_other_files_say_the_same(page: Path, groups: list[Group]) -> None:
         assert line.best == Run(Path(line.folder)).best("val/accuracy", False)
 
 
-def test_a_report_replaces_its_own_pictures_and_keeps_a_users(groups: list[Group], page: Path, tmp_path: Path) -> None:
+def test_a_report_replaces_its_pictures_and_keeps_those_of_a_user(
+    groups: list[Group], page: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "report"
     shutil.copytree(page, folder)
     (folder / "pictures" / "user.svg").write_text("kept")

@@ -19,7 +19,7 @@ from tests.analysis.runs import EPOCHS, TRAINED_IN, copy, cut, unpack
 
 
 def one(runs: Path, experiment: str) -> Path:
-    """The first run folder of an experiment."""
+    """Return the first run folder of an experiment."""
     return min((runs / experiment).iterdir())
 
 
@@ -75,7 +75,7 @@ def test_numbers_are_those_of_the_log(runs: Path) -> None:
     assert run.curve("val/perplexity")[0].size == 0
 
 
-def test_config_and_log_alone_say_the_same(runs: Path, tmp_path: Path) -> None:
+def test_config_and_log_alone_give_the_same_run(runs: Path, tmp_path: Path) -> None:
     folder = copy(one(runs, "grok_aga"), tmp_path, "bare")
     for path in list(folder.iterdir()):
         if path.name not in ("config.yaml", "metrics.csv"):
@@ -145,7 +145,10 @@ def test_a_resumed_run_has_the_rows_of_its_beginning(tmp_path: Path) -> None:
 
 
 def damaged(change: Callable[[Path], object], runs: Path, tmp_path: Path) -> str:
-    """The reason given for a run with this damage; a good one beside it is still read."""
+    """Return the reason given for a run with this damage.
+
+    A good run beside it is still read.
+    """
     change(copy(one(runs, "grok_aga"), tmp_path, "damaged"))
     found, problems = read([one(runs, "grok_adamw"), tmp_path])
     assert [run.identity.optimizer for run in found] == ["adamw"]
@@ -236,7 +239,7 @@ def test_a_real_run_that_diverges_at_once_is_read_too(tmp_path: Path) -> None:
     assert problems == []
     assert (run.diverged, run.epochs) == (True, 0)
     compared = group([run])[0]
-    assert compared.goal is None  # the targets of another protocol are not held against it
+    assert compared.goal is None  # the targets of another protocol do not apply to it
     median = compared.rows[0].median(compared.targets[-1], "cost/gradient_evaluations")
     assert median is not None
     assert (median.n, median.reached, median.median) == (1, 0, None)
@@ -262,7 +265,7 @@ def test_an_evaluation_is_no_training_run(tmp_path: Path) -> None:
     assert [problem.reason for problem in problems] == ["it is an evaluation, no training run"]
 
 
-def test_what_w_and_b_keeps_in_a_run_folder_is_no_run(runs: Path, tmp_path: Path) -> None:
+def test_wandb_files_in_a_run_folder_are_no_run(runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     (folder / "wandb" / "offline" / "files").mkdir(parents=True)
     (folder / "wandb" / "offline" / "files" / "config.yaml").write_text("a: 1")

@@ -1,4 +1,4 @@
-"""Against closed forms, tables of textbooks, scipy's own tests and simulation."""
+"""Compare with closed forms, tables of textbooks, SciPy and simulation."""
 
 import math
 from itertools import pairwise
@@ -102,7 +102,7 @@ def test_censored_times_count_as_longer_than_they_were_watched() -> None:
 
 
 def test_the_median_is_where_survival_is_exactly_one_half() -> None:
-    # The one that was watched for no time tells nothing: 24 are left, and after the 12th one half of them.
+    # The one that was watched for no time contributes nothing: 24 are left, and after the 12th one half of them.
     assert median_time([*reached(*range(1, 25)), *missed(0.5)]).median == 12
     # One that outlasts all others counts: after 12 of 25, 13 are left.
     assert median_time([*reached(*range(1, 25)), *missed(30)]).median == 13
@@ -128,7 +128,7 @@ def test_a_diverged_run_never_reaches_anything() -> None:
     assert median_time([*reached(1, 2, 3), *missed(math.inf)]).median == 2
 
 
-def test_the_interval_of_a_median_holds_it_and_narrows_with_seeds() -> None:
+def test_the_interval_of_a_median_covers_it_and_narrows_with_seeds() -> None:
     times = np.random.default_rng(1).exponential(100, size=400)
     widths = []
     for n in (10, 40, 400):

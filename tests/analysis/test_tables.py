@@ -68,7 +68,7 @@ def test_numbers(value: float | None, text: str) -> None:
     assert number(value) == text
 
 
-def test_means_and_medians_say_what_is_known() -> None:
+def test_means_and_medians_show_what_is_known() -> None:
     assert mean_text(Mean(3, 2.0, 1.5, 2.5)) == "2 [1.5, 2.5]"
     assert mean_text(Mean(1, 2.0, None, None)) == "2"
     assert median_text(Median(5, 5, 240.0, 232.0, 280.0, 280.0)) == "240 [232, 280]"

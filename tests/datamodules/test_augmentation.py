@@ -1,4 +1,7 @@
-"""Every transform against torchvision.transforms.v2, image by image and in distribution; batches whoever makes them."""
+"""Compare every transform with torchvision.transforms.v2.
+
+They are compared image by image and in distribution. Batches do not depend on the process that makes them.
+"""
 
 from collections.abc import Iterator
 
@@ -26,22 +29,28 @@ def images(count: int) -> torch.Tensor:
 
 
 def places(count: int) -> torch.Tensor:
-    """Images whose first two channels tell each pixel's row and column, from 1."""
+    """Return images whose first two channels number each pixel's row and column.
+
+    They count from 1.
+    """
     rows, columns = torch.meshgrid(torch.arange(1, 33), torch.arange(1, 33), indexing="ij")
     return torch.stack([rows, columns, rows]).to(torch.uint8).expand(count, -1, -1, -1)
 
 
-def assert_same_distribution(mine: torch.Tensor, expected: torch.Tensor, cells: int) -> None:
-    """Compare two samples of cell numbers by a chi-squared test; ``expected`` may be as large as it likes."""
-    counts, others = (sample.bincount(minlength=cells).double() for sample in (mine, expected))
-    ratio = len(mine) / len(expected)
+def assert_same_distribution(actual: torch.Tensor, expected: torch.Tensor, cells: int) -> None:
+    """Compare two samples of cell numbers by a chi-squared test.
+
+    ``expected`` may have any size.
+    """
+    counts, others = (sample.bincount(minlength=cells).double() for sample in (actual, expected))
+    ratio = len(actual) / len(expected)
     seen = counts + others > 0
     statistic = ((counts - others * ratio)[seen] ** 2 / ((counts + others * ratio**2)[seen])).sum()
     freedom = int(seen.sum()) - 1
     assert statistic < freedom + DEVIATIONS * (2 * freedom) ** 0.5
 
 
-def test_a_batch_is_what_the_v2_transforms_make_of_each_image() -> None:
+def test_a_batch_equals_the_v2_transforms_of_each_image() -> None:
     batch, (corners, flips, centres) = images(64), draw(64)
     augmented = AUGMENTATION.apply(batch, Draws(corners, flips, centres))
     for i, image in enumerate(batch):
@@ -115,12 +124,15 @@ def test_with_everything_off_an_image_is_only_normalised() -> None:
 
 
 def loader(seed: int = 1) -> ImageBatches:
-    """22 images: two batches of 8 and one of 6."""
+    """Load 22 images as two batches of 8 and one of 6."""
     return ImageBatches(images(22), torch.arange(22), 8, seed, AUGMENTATION)
 
 
 def flat(batch: TrainingImages) -> torch.Tensor:
-    """A batch as it trains: (batch, 3 * 32 * 32 + 1), pixels and label."""
+    """Return a batch as it trains.
+
+    Its shape is (batch, 3 * 32 * 32 + 1), pixels and label.
+    """
     return torch.cat([AUGMENTATION.apply(batch.images, batch.draws).flatten(1), batch.labels.unsqueeze(1)], dim=1)
 
 
@@ -128,9 +140,9 @@ def epoch(batches: ImageBatches) -> list[torch.Tensor]:
     return [flat(batch) for batch in batches]  # type: ignore[arg-type]
 
 
-def assert_equal(mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
-    assert len(mine) == len(theirs)
-    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+def assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(actual) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_images_follow_from_seed_epoch_and_batch_alone() -> None:
@@ -153,9 +165,9 @@ def test_the_draws_of_every_epoch_batch_and_seed_differ() -> None:
 
 
 @pytest.mark.parametrize("done", [1, 2, 3, 4])
-def test_resuming_in_the_middle_of_an_epoch_goes_on_with_the_same_images(done: int) -> None:
-    whole = loader()
-    expected = [*epoch(whole), *epoch(whole)]
+def test_resuming_in_the_middle_of_an_epoch_gives_the_same_images(done: int) -> None:
+    uninterrupted = loader()
+    expected = [*epoch(uninterrupted), *epoch(uninterrupted)]
     stopped, seen = loader(), []
     while len(seen) < done:
         for batch in stopped:
@@ -170,7 +182,7 @@ def test_resuming_in_the_middle_of_an_epoch_goes_on_with_the_same_images(done: i
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_processes_share_out_the_very_batches_of_one(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_the_batches_of_one_process(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     alone, shares = epoch(loader()), []
     for rank in range(world_size):
         monkeypatch.setattr("datamodules.batches.world", lambda rank=rank: (rank, world_size))
@@ -189,7 +201,7 @@ def test_a_worker_process_makes_the_same_batches(workers: int) -> None:
 
 
 def test_a_batch_makes_no_tensor_from_python_numbers() -> None:
-    """Each would wait for a GPU."""
+    """Such a tensor would wait for a GPU."""
     first, second, *_ = loader()
     AUGMENTATION.apply(first.images, first.draws)  # type: ignore[attr-defined]
     with Dispatched() as operations:

@@ -1,4 +1,4 @@
-"""Order, coverage and resuming of batches."""
+"""Batches have a fixed order, cover the data, and can be resumed."""
 
 import itertools
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ def loader(seed: int | None = 3, examples: int = 10, batch_size: int = 4) -> Ten
     return TensorBatches((numbers, 2 * numbers), batch_size, seed)
 
 
-def test_every_epoch_holds_every_example_once_and_the_last_short_batch() -> None:
+def test_every_epoch_has_every_example_once_and_the_last_short_batch() -> None:
     batches = loader()
     for _ in range(3):
         seen = epoch(batches)
@@ -48,8 +48,8 @@ def test_without_a_seed_the_order_is_the_given_one_in_every_epoch() -> None:
 
 @pytest.mark.parametrize("done", range(7))
 def test_resuming_after_any_batch_gives_the_rest_of_the_uninterrupted_order(done: int) -> None:
-    whole = loader()
-    expected = [batch for _ in range(3) for batch in epoch(whole)]
+    uninterrupted = loader()
+    expected = [batch for _ in range(3) for batch in epoch(uninterrupted)]
     stopped = loader()
     seen = []
     while len(seen) < done:
@@ -66,15 +66,15 @@ def test_resuming_after_any_batch_gives_the_rest_of_the_uninterrupted_order(done
 
 
 def test_an_epoch_that_was_cut_short_is_followed_by_the_next_one() -> None:
-    whole, cut = loader(), loader()
-    second = (epoch(whole), epoch(whole))[1]
+    uninterrupted, cut = loader(), loader()
+    second = (epoch(uninterrupted), epoch(uninterrupted))[1]
     next(iter(cut))
     assert epoch(cut) == second
 
 
-def test_an_announced_epoch_is_the_one_that_begins_and_only_the_resumed_one_goes_on() -> None:
-    whole, resumed = loader(), loader()
-    epochs = [epoch(whole) for _ in range(4)]
+def test_an_announced_epoch_begins_and_only_a_resumed_one_starts_in_the_middle() -> None:
+    uninterrupted, resumed = loader(), loader()
+    epochs = [epoch(uninterrupted) for _ in range(4)]
     resumed.batch_sampler.sampler.set_epoch(2)
     assert epoch(resumed) == epochs[2]
     for announced, rest in ((1, epochs[1][2:]), (3, epochs[3])):
@@ -84,13 +84,13 @@ def test_an_announced_epoch_is_the_one_that_begins_and_only_the_resumed_one_goes
 
 
 def test_an_iterator_that_was_made_and_never_used_costs_no_epoch() -> None:
-    whole, peeked = loader(), loader()
+    uninterrupted, peeked = loader(), loader()
     iter(peeked)
-    assert epoch(peeked) == epoch(whole)
+    assert epoch(peeked) == epoch(uninterrupted)
 
 
 @pytest.mark.parametrize(("examples", "batch_size", "named"), [(10, 0, "batch_size"), (0, 4, "no examples")])
-def test_what_cannot_be_batched_is_refused(examples: int, batch_size: int, named: str) -> None:
+def test_sizes_that_cannot_be_batched_are_refused(examples: int, batch_size: int, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         loader(examples=examples, batch_size=batch_size)
 
@@ -128,8 +128,8 @@ def test_processes_share_every_batch_and_leave_no_example_out(
         lengths = [len(part) for part in parts]
         assert min(lengths) >= 1 and max(lengths) - min(lengths) <= 1
     for part, weight in zip(itertools.chain(*shares), itertools.chain(*weights), strict=True):
-        (whole,) = (batch for batch in together if set(part) <= set(batch))
-        assert weight == pytest.approx(len(part) * ranks / len(whole))
+        (full_batch,) = (batch for batch in together if set(part) <= set(batch))
+        assert weight == pytest.approx(len(part) * ranks / len(full_batch))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("examples", "batch_size"), [(10, 3), (9, 4), (2, 5)])
-def test_in_the_given_order_a_part_may_be_empty_and_every_example_comes_once(
+def test_in_the_given_order_a_share_may_be_empty_and_every_example_comes_once(
     examples: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = (torch.arange(examples),)
@@ -159,13 +159,16 @@ def test_a_loader_that_is_not_shared_gives_every_process_everything(monkeypatch:
 
 
 def test_tensors_of_a_device_are_indexed_there_in_the_order_of_the_host() -> None:
-    """On the meta device an index from the host would be an error, as with tensors of a GPU under torch.compile."""
+    """On the meta device an index from the host would be an error.
+
+    The same holds for tensors of a GPU under torch.compile.
+    """
     there = TensorBatches((torch.arange(10, device="meta"),), 4, seed=0)
     assert [batch.device.type for (batch,) in there] == ["meta"] * 3
 
 
 @pytest.mark.parametrize(("on_device", "expected"), [(True, "meta"), (False, "cpu")])
-def test_data_is_kept_on_the_device_that_trains_only_if_that_is_asked_for(on_device: bool, expected: str) -> None:
+def test_data_is_on_the_training_device_only_if_requested(on_device: bool, expected: str) -> None:
     data = L.LightningDataModule()
     assert device_of(data, on_device).type == "cpu"  # without a trainer
     strategy = SimpleNamespace(root_device=torch.device("meta"))

@@ -1,4 +1,7 @@
-"""The data set: found, fetched, verified and split; what is missing or damaged is said in one sentence."""
+"""CIFAR-10 is found, fetched, verified and split.
+
+Missing or damaged data is an error of one sentence.
+"""
 
 import functools
 import hashlib
@@ -35,14 +38,17 @@ def data(stage: str = "fit", **options: Any) -> CIFAR10Data:
 
 
 def contents(loader: ImageBatches) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images and labels of a loader that augments nothing."""
+    """Return all images and labels of a loader that augments nothing."""
     images, labels = zip(*loader, strict=True)
     return torch.cat(images), torch.cat(labels)
 
 
 @pytest.fixture
 def copy(tiny_cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
-    """A copy of the data set that may be spoilt; the environment variable names it."""
+    """Copy the data set, so that it may be damaged.
+
+    The environment variable names the copy.
+    """
     root = tmp_path / "spoilt"
     shutil.copytree(tiny_cifar10, root)
     monkeypatch.setenv(ROOT_VARIABLE, str(root))
@@ -66,7 +72,7 @@ def test_images_and_labels_are_those_that_torchvision_reads(tiny_cifar10: Path) 
         assert tuple(reference.classes) == CLASSES
 
 
-def test_the_environment_variable_names_the_root_and_the_option_goes_first(
+def test_the_environment_variable_names_the_root_and_the_option_overrides_it(
     tiny_cifar10: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -88,7 +94,7 @@ def test_published_validation_is_the_test_set_and_training_uses_every_image() ->
 
 
 @pytest.mark.usefixtures("tiny_cifar10")
-def test_a_hold_out_is_stratified_seeded_and_never_trained_on() -> None:
+def test_a_validation_split_is_stratified_seeded_and_never_trained_on() -> None:
     module = data(validation="holdout", holdout_examples=50)
     val, labels = contents(module.val_dataloader())
     assert labels.bincount().tolist() == [5] * 10
@@ -105,7 +111,7 @@ def test_a_hold_out_is_stratified_seeded_and_never_trained_on() -> None:
 
 
 @pytest.mark.usefixtures("tiny_cifar10")
-def test_fewer_training_images_are_of_every_class_alike_and_leave_the_hold_out_as_it_is() -> None:
+def test_fewer_training_images_are_balanced_and_leave_the_validation_split() -> None:
     module = data(validation="holdout", holdout_examples=50, train_examples=100)
     assert module.train_set[1].bincount().tolist() == [10] * 10
     assert torch.equal(module.val_set[0], data(validation="holdout", holdout_examples=50).val_set[0])
@@ -113,7 +119,7 @@ def test_fewer_training_images_are_of_every_class_alike_and_leave_the_hold_out_a
 
 
 @pytest.mark.parametrize("count", range(1, 12))
-def test_every_beginning_of_a_stratified_order_holds_the_classes_alike(count: int) -> None:
+def test_every_beginning_of_a_stratified_order_is_balanced(count: int) -> None:
     labels = torch.tensor([0, 1, 2] * 5)
     order = stratified_order(labels, seed=count)
     assert sorted(order.tolist()) == list(range(15))
@@ -122,7 +128,7 @@ def test_every_beginning_of_a_stratified_order_holds_the_classes_alike(count: in
 
 
 @pytest.mark.usefixtures("tiny_cifar10")
-def test_training_batches_are_augmented_on_their_way_and_others_only_normalised() -> None:
+def test_training_batches_are_augmented_and_others_only_normalised() -> None:
     module = data(batch_size=16)
     batch = next(iter(module.train_dataloader()))
     images, labels = module.on_after_batch_transfer(batch, 0)
@@ -154,7 +160,7 @@ def test_a_data_set_that_is_not_there_is_fetched_and_verified(
 
 
 @pytest.mark.usefixtures("no_network", "tiny_cifar10")
-def test_without_data_and_network_one_sentence_names_both_ways_out_and_nothing_is_left(tmp_path: Path) -> None:
+def test_without_data_and_network_one_sentence_names_both_remedies(tmp_path: Path) -> None:
     root, runs = tmp_path / "new" / "cifar10", tmp_path / "runs"
     error = call(*FIT, "--data.root", root, "--runs", runs).error
     assert f"CIFAR-10 is not complete in {root} ({FOLDER}/data_batch_1 is missing)" in error

@@ -1,4 +1,4 @@
-"""The sums: all of them, each once, split as published."""
+"""The data has every sum once, split as published."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_published_split_has_3830_and_8939_pairs_and_eight_steps_an_epoch() -> N
 
 
 @pytest.mark.parametrize("p", [3, 4, 7, 23])
-def test_the_two_splits_hold_every_pair_once_with_its_answer(p: int) -> None:
+def test_the_two_splits_have_every_pair_once_with_its_answer(p: int) -> None:
     data = ModularAdditionData(p=p, batch_size=5, val_batch_size=6)
     parts = [examples(loader) for loader in (data.train_dataloader(), data.val_dataloader())]
     tokens, answers = (torch.cat(part) for part in zip(*parts, strict=True))

@@ -1,4 +1,7 @@
-"""Where the lines come from: files, saved copies, the hub; and what is said where there are none."""
+"""Lines come from files, saved copies or the hub.
+
+If there are none, an error says so.
+"""
 
 from pathlib import Path
 
@@ -17,7 +20,7 @@ def test_text_files_are_read_line_by_line_as_they_stand(tmp_path: Path) -> None:
 
 
 def test_only_ends_of_lines_end_a_line(tmp_path: Path) -> None:
-    """Python's splitlines knows many more."""
+    """Python's splitlines also splits at other characters."""
     write_corpus(tmp_path)
     text = ["form\x0cfeed", "next\x85line and\u2028separator", "", " last, without an end "]
     (tmp_path / FILES["test"]).write_text("\n".join(text), encoding="utf-8")
@@ -74,8 +77,8 @@ def test_a_saved_copy_without_a_split_is_refused(tmp_path: Path) -> None:
         open_corpus(tmp_path / "saved")
 
 
-def test_without_network_and_copy_one_line_says_what_to_do(tmp_path: Path) -> None:
-    """The real loader, told not to ask the network, as a machine without one would find out."""
+def test_without_network_and_copy_one_line_names_the_remedy(tmp_path: Path) -> None:
+    """The real loader is offline, as on a machine without a network."""
     result = train_py(
         *("fit", "--config", "configs/wikitext2_nano_base.yaml", "--runs", tmp_path / "runs", "--wandb", "false"),
         home=tmp_path,

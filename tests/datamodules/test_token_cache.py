@@ -1,4 +1,7 @@
-"""The cache: made once, whole or not at all, mapped into memory, never trusted when damaged."""
+"""The cache is made once and completely, and mapped into memory.
+
+A damaged one is never trusted.
+"""
 
 import json
 from collections.abc import Callable
@@ -27,7 +30,7 @@ def load(
 
 
 def unreadable(corpus: Corpus) -> Corpus:
-    """The same corpus, of which nobody may read the lines again."""
+    """Return the same corpus with lines that cannot be read again."""
 
     def read() -> dict[str, list[str]]:
         raise AssertionError("the text was read although there is a cache")
@@ -59,7 +62,7 @@ def test_tokens_are_mapped_into_memory_and_never_written_back(corpus: Corpus, tm
 @pytest.mark.parametrize(
     "other", [{"vocabulary": 301}, {"protocol": "contiguous"}, {"context": 16}], ids=lambda other: next(iter(other))
 )
-def test_other_options_have_a_cache_of_their_own(other: dict[str, int], corpus: Corpus, tmp_path: Path) -> None:
+def test_other_options_have_a_separate_cache(other: dict[str, int], corpus: Corpus, tmp_path: Path) -> None:
     load(corpus, tmp_path / "cache")
     load(corpus, tmp_path / "cache", **other)  # type: ignore[arg-type]
     assert len(folders(tmp_path / "cache")) == 2
@@ -115,7 +118,7 @@ def test_a_damaged_cache_is_made_again(damage: Callable[[Path], None], corpus: C
     load(unreadable(corpus), cache)
 
 
-def test_what_fails_half_way_leaves_nothing(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_half_way_leaves_no_files(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError("the disk is full")
 
@@ -168,6 +171,6 @@ def test_an_empty_split_is_refused_by_name(split: str, content: str, tmp_path: P
         load(open_corpus(tmp_path / "text"), tmp_path / "cache")
 
 
-def test_a_context_below_every_piece_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_context_below_every_sentence_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no sentence of 2 to 2 tokens"):
         load(corpus, tmp_path / "cache", context=1)

@@ -1,4 +1,4 @@
-"""Both protocols against plain versions written from their definition."""
+"""Compare both protocols with plain versions written from the definition."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,18 +16,18 @@ from tests.helpers.text import ROOT, lines, needs_wikitext2, write_corpus
 
 
 def letters(texts: Sequence[str]) -> list[list[int]]:
-    """A tokenizer for tests: a token a character."""
+    """Return a tokenizer with a token for each character."""
     return [[ord(letter) for letter in text] for text in texts]
 
 
 def packed_by_hand(text: list[str], encode: Callable[[str], list[int]], length: int) -> list[list[int]]:
-    kept = []
+    long_enough = []
     for line in text:
         for piece in map(str.strip, line.split(".")):
             if piece and len(tokens := [*encode(piece + "."), 0]) <= length:
-                kept.append(tokens)
+                long_enough.append(tokens)
     rows: list[list[int]] = [[]]
-    for tokens in sorted(kept, key=lambda tokens: -len(tokens)):
+    for tokens in sorted(long_enough, key=lambda tokens: -len(tokens)):
         if len(rows[-1]) + len(tokens) > length:
             rows.append([])
         rows[-1] = rows[-1] + tokens
@@ -60,7 +60,7 @@ def rows_of(data: WikiText2Data) -> list[list[int]]:
         (["3.5 is", " One . Two . ", "ends here. "], ["3.", "5 is.", "One.", "Two.", "ends here."]),
     ],
 )
-def test_every_piece_between_full_stops_gets_one_of_its_own(text: list[str], expected: list[str]) -> None:
+def test_every_part_between_full_stops_ends_with_one(text: list[str], expected: list[str]) -> None:
     assert list(pieces(text)) == expected
 
 
@@ -75,12 +75,12 @@ def test_the_published_packing_gives_its_number_of_rows(tmp_path: Path) -> None:
     assert (len(splits["train"].tokens), len(splits["validation"].tokens)) == (21_730, 2_377)
 
 
-def test_pieces_of_two_tokens_to_a_whole_row_are_kept() -> None:
+def test_sentences_of_two_tokens_up_to_a_full_row_are_kept() -> None:
     rows = packed(["a.", "abcdef", "abcdefg."], letters, context=7)
     assert [row[row > 1].tolist() for row in rows] == letters(["abcdef.", "a."])
 
 
-def test_longest_first_equal_ones_in_their_order_into_the_current_row_or_a_new_one() -> None:
+def test_sentences_are_packed_longest_first_and_stably() -> None:
     rows = packed(["ab.", "cd.", "abcd.", "x."], letters, context=8)
     a, b, c, d, x, stop = map(ord, "abcdx.")
     assert rows.tolist() == [
@@ -137,6 +137,9 @@ def test_the_real_validation_text_gives_the_rows_of_the_definition(protocol: Pro
 @pytest.mark.real_data
 @needs_wikitext2
 def test_the_real_validation_text_has_its_known_number_of_words() -> None:
-    """217,646 in every paper that counts ends of lines; the raw and the tokens version have the same words."""
+    """Papers that count ends of lines report 217,646 words.
+
+    The raw version and the one of tokens have the same words.
+    """
     text = open_corpus(Path(os.environ[ROOT])).read()["validation"]
     assert split_tokens(text, letters, "contiguous", 255).words == 217_646

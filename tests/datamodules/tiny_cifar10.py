@@ -1,4 +1,7 @@
-"""A data set in CIFAR-10's official layout, small enough to be made by a test, whose files torchvision accepts."""
+"""Make a small data set in CIFAR-10's official layout.
+
+A test can make it, and torchvision accepts its files.
+"""
 
 import hashlib
 import pickle
@@ -14,7 +17,10 @@ TRAIN, TEST = 200, 40
 
 
 def images(count: int, seed: int) -> tuple[torch.Tensor, list[int]]:
-    """Noise (count, 3072) uint8 around a grey level that tells the class, and the labels, each class alike."""
+    """Return noise (count, 3072) uint8 around a grey level, and the labels.
+
+    The level depends on the class, and all classes have as many images.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randperm(count, generator=generator) % len(CLASSES)
     noise = torch.randint(-20, 20, (count, 3072), generator=generator)
@@ -22,7 +28,7 @@ def images(count: int, seed: int) -> tuple[torch.Tensor, list[int]]:
 
 
 def write(root: Path) -> dict[str, str]:
-    """Write the data set below ``root``; returns the MD5 sum of every file by its name."""
+    """Write the data set below ``root``; return the MD5 sums of its files by name."""
     folder = root / CIFAR10.base_folder
     folder.mkdir(parents=True)
     contents: dict[str, object] = {CIFAR10.meta["filename"]: {"label_names": list(CLASSES)}}
@@ -35,7 +41,7 @@ def write(root: Path) -> dict[str, str]:
 
 
 def accept(sums: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make these the MD5 sums that torchvision knows."""
+    """Set these as the MD5 sums that torchvision checks."""
     for table in ("train_list", "test_list"):
         monkeypatch.setattr(CIFAR10, table, [[name, sums[name]] for name, _ in getattr(CIFAR10, table)])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums[CIFAR10.meta["filename"]]})
@@ -43,14 +49,20 @@ def accept(sums: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """The root of the data set and the sums of its files; for reading alone."""
+    """Return the root of the data set and its MD5 sums.
+
+    The files are only read.
+    """
     root = tmp_path_factory.mktemp("cifar10")
     return root, write(root)
 
 
 @pytest.fixture
 def tiny_cifar10(tiny_files: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The root of the data set, which torchvision accepts, and which the environment variable names."""
+    """Return the root of the data set.
+
+    torchvision accepts it, and the environment variable names it.
+    """
     root, sums = tiny_files
     accept(sums, monkeypatch)
     monkeypatch.setenv(ROOT_VARIABLE, str(root))
