@@ -1,4 +1,7 @@
-"""benchmarks/gpu.py keeps its limits, survives its parts, and rehearses on a CPU."""
+"""The GPU benchmark keeps its limits and rehearses on a CPU.
+
+A part that fails stops no other part.
+"""
 
 import json
 import math
@@ -47,7 +50,7 @@ def test_a_part_that_hangs_is_stopped_at_its_limit_and_the_others_run(tmp_path: 
     assert any(line.startswith("seconds") for line in lines)
 
 
-def test_what_a_stopped_part_has_started_is_stopped_with_it(tmp_path: Path) -> None:
+def test_processes_of_a_stopped_part_are_stopped_with_it(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(mark)!r}).touch()"
     code = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
@@ -64,21 +67,21 @@ def test_what_a_stopped_part_has_started_is_stopped_with_it(tmp_path: Path) -> N
         ("raise ValueError('no such thing')", "  failed (exit code 1): ValueError: no such thing"),
     ],
 )
-def test_a_part_that_crashes_says_how_and_the_others_run(crash: str, expected: str, tmp_path: Path) -> None:
+def test_a_crash_of_a_part_is_reported_and_the_others_run(crash: str, expected: str, tmp_path: Path) -> None:
     code, lines = run([python("crashes", crash), python("works", WORKS)], 20, tmp_path / "out")
     assert code == 1
     assert expected in lines
     assert any(line.startswith("seconds") for line in lines)
 
 
-def test_limits_sum_to_the_time_there_is() -> None:
+def test_limits_sum_to_the_available_time() -> None:
     found = limits(list(gpu.SHARES.values()), gpu.SECONDS - gpu.MARGIN)
     assert sum(found) <= gpu.SECONDS
     assert min(found) > 4
     assert limits([1, 3], 8) == [2, 6]
 
 
-def test_numbers_go_to_their_own_file(tmp_path: Path) -> None:
+def test_numbers_go_to_a_separate_file(tmp_path: Path) -> None:
     with (tmp_path / "text").open("w") as text, (tmp_path / "json").open("w") as numbers:
         output = Output(text, numbers)
         output.line("a line")
@@ -99,7 +102,7 @@ def test_without_a_gpu_the_benchmark_ends_with_a_sentence(
     assert error == "error: there is no GPU; --device cpu --rehearse makes every part at a tiny size\n"
 
 
-def test_the_floor_is_what_one_computes_by_hand() -> None:
+def test_the_lower_bound_equals_one_by_hand() -> None:
     # 5 (4 * 2^2 * 3 + 2 * 2^3) = 320 operations, whichever side is the longer one.
     assert step.newton_schulz_operations([torch.Size((1, 2, 3))]) == 320
     assert step.newton_schulz_operations([torch.Size((1, 3, 2)), torch.Size((4, 2, 3))]) == 5 * 320
@@ -134,13 +137,13 @@ def test_host_syncs_are_counted_by_the_warnings_of_torch(monkeypatch: pytest.Mon
     assert modes == ["warn", 0]
 
 
-def test_steps_in_a_row_are_a_whole_number_of_periods() -> None:
+def test_steps_in_a_row_are_a_multiple_of_the_period() -> None:
     calls: list[int] = []
     assert milliseconds_in_a_row(lambda: calls.append(1), "cpu", 0.0, at_least=3, multiple=5) >= 0
     assert len(calls) == 1 + 5
 
 
-def test_a_measurement_that_fails_costs_the_next_one_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_measurement_that_fails_does_not_affect_the_next_one(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report("part", "cpu", True, 10)
     assert report.attempt("first", lambda: [][1]) is None
     assert report.attempt("second", lambda: 2) == 2

@@ -1,4 +1,4 @@
-"""What processes send each other is what the formulas say, mode by mode."""
+"""Processes send what the formulas give, mode by mode."""
 
 import pytest
 
@@ -20,12 +20,12 @@ def test_the_measured_bytes_are_those_of_the_modes() -> None:
     assert rows["aga"] == pytest.approx(1 + directions + 1 / scaling.PERIOD)
 
 
-def test_on_paper_one_gpu_sends_nothing_and_two_what_a_ring_sends() -> None:
+def test_in_the_model_one_gpu_sends_nothing_and_two_send_as_in_a_ring() -> None:
     for mode in MODES.values():
         assert sent(NET, mode, 1) == 0
         assert sent(NET, mode, 2) == mode.averaged * 4000 + mode.orthogonalizes * 800
 
 
-def test_on_paper_the_iteration_is_shared_until_there_are_no_more_matrices() -> None:
+def test_in_the_model_the_iteration_is_shared_by_at_most_one_rank_a_matrix() -> None:
     alone, two, four = (seconds(NET, MODES["Base"], n) - sent(NET, MODES["Base"], n) / 450e9 for n in (1, 2, 4))
     assert alone > two == four

@@ -1,4 +1,4 @@
-"""Short real fits of modular addition, and what they logged."""
+"""Fit modular addition for a short time, and read what was logged."""
 
 import csv
 import functools
@@ -24,7 +24,7 @@ def ars2(mode: Mode, **options: Any) -> Callable[..., ARS2Neo]:
 
 
 class MemorisedSums(ModularAdditionData):
-    """Validates on the training pairs, so that tiny networks pass every threshold."""
+    """Validate on the training pairs, so that tiny networks pass every threshold."""
 
     def val_dataloader(self) -> TensorBatches:
         return TensorBatches(self._examples(self.train_pairs), self.val_batch_size, None)
@@ -36,7 +36,10 @@ def module(optimizer: Any = adamw, kind: type[ModularAddition] = ModularAddition
 
 
 def data(kind: type[ModularAdditionData] = ModularAdditionData, batch_size: int = 8) -> ModularAdditionData:
-    """49 sums, 29 of them to train on: at 8 a batch, three whole batches and one of 5."""
+    """Return 49 sums, 29 of them to train on.
+
+    At 8 a batch these are three full batches and one of 5.
+    """
     return kind(p=7, train_fraction=0.6, batch_size=batch_size)
 
 
@@ -62,7 +65,7 @@ def fit(
 
 
 def rows(folder: Path, having: str = "step") -> list[dict[str, float]]:
-    """Return the logged rows that have a value for ``having``, without their empty columns."""
+    """Return the logged rows with a value for ``having``, without empty columns."""
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         filled = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     return [row for row in filled if having in row]

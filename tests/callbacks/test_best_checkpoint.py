@@ -19,7 +19,7 @@ EVERY = {"save_top_k": -1, "filename": "{step}", "auto_insert_metric_name": Fals
 
 
 def steps(folder: Path) -> list[int]:
-    """The optimizer steps after which the checkpoints in ``folder`` were written, which is what they are named."""
+    """Return the optimizer steps of the checkpoints in ``folder``, from their names."""
     found = {int(path.stem): torch.load(path, weights_only=True)["global_step"] for path in folder.glob("*.ckpt")}
     assert all(name == step for name, step in found.items())
     return sorted(found)
@@ -31,27 +31,27 @@ def saved(folder: Path, model: Any = None, epochs: int = 2, **options: Any) -> l
     return steps(folder / "saved")
 
 
-def test_every_n_steps_saves_and_says_nothing(tmp_path: Path) -> None:
-    with warnings.catch_warnings(record=True) as said:
+def test_every_n_steps_saves_without_a_warning(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert saved(tmp_path, every_n_train_steps=3) == [3, 6]
-    assert not [warning for warning in said if "ModelCheckpoint" in str(warning.message)]
+    assert not [warning for warning in caught if "ModelCheckpoint" in str(warning.message)]
 
 
-@pytest.mark.parametrize(("options", "kept"), [({"check_val_every_n_epoch": 2}, 8), ({"max_steps": 2}, None)])
+@pytest.mark.parametrize(("options", "best_step"), [({"check_val_every_n_epoch": 2}, 8), ({"max_steps": 2}, None)])
 def test_an_epoch_without_validation_has_no_best_and_no_warning(
-    options: dict[str, Any], kept: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: dict[str, Any], best_step: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    warning_cache.clear()  # of what another test was told
+    warning_cache.clear()  # of the warnings of other tests
     named = {"filename": "{step}", "auto_insert_metric_name": False, "save_on_train_epoch_end": True}
     checkpoint = BestCheckpoint(str(tmp_path), monitor="val/accuracy", **named)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(module(), data(), [checkpoint], None, 3, enable_checkpointing=True, **options)
-    assert not [warning for warning in said if "val/accuracy" in str(warning.message)]
-    assert steps(tmp_path) == ([] if kept is None else [kept])
-    said_at_the_end = "no best checkpoint: val/accuracy was not logged" in capsys.readouterr().out
-    assert said_at_the_end == (kept is None)
+    assert not [warning for warning in caught if "val/accuracy" in str(warning.message)]
+    assert steps(tmp_path) == ([] if best_step is None else [best_step])
+    reported_at_the_end = "no best checkpoint: val/accuracy was not logged" in capsys.readouterr().out
+    assert reported_at_the_end == (best_step is None)
 
 
 def test_a_metric_that_no_validation_logs_is_an_error(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_an_exception_is_saved_beside_the_best(tmp_path: Path) -> None:
     assert at == {"best.ckpt": 4, "exception.ckpt": 5}
 
 
-def test_goes_on_from_a_checkpoint_of_lightnings_own(tmp_path: Path) -> None:
+def test_resumes_from_a_checkpoint_of_the_callback_of_lightning(tmp_path: Path) -> None:
     options: dict[str, Any] = {"filename": "best", "monitor": "val/loss"}
     old = ModelCheckpoint(str(tmp_path), **options)
     assert BestCheckpoint(str(tmp_path), **options).state_key == old.state_key

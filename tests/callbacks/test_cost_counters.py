@@ -55,7 +55,7 @@ def test_flops_are_those_of_every_pass_and_of_the_optimizer(
 
 
 class CompiledDescent(torch.optim.SGD):
-    """A person's own optimizer, whose update is compiled in one graph."""
+    """Stand for a user's optimizer whose update is compiled in one graph."""
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         closure()
@@ -120,7 +120,7 @@ def test_large_counts_are_logged_to_the_unit(tmp_path: Path) -> None:
 
 
 class SlowOutsideTraining(ModularAddition):
-    """Takes its time to validate and to save."""
+    """Take time to validate and to save."""
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         time.sleep(0.2)
@@ -132,7 +132,7 @@ class SlowOutsideTraining(ModularAddition):
 
 
 class SlowToCome(ModularAdditionData):
-    """Training batches come after a while."""
+    """Deliver training batches after a delay."""
 
     def train_dataloader(self) -> TensorBatches:
         class Batches(TensorBatches):
@@ -141,8 +141,8 @@ class SlowToCome(ModularAdditionData):
                     time.sleep(0.02)
                     yield batch
 
-        whole = super().train_dataloader()
-        return Batches(whole.tensors, whole.batch_size, whole.seed)
+        dataloader = super().train_dataloader()
+        return Batches(dataloader.tensors, dataloader.batch_size, dataloader.seed)
 
 
 # Lightning's advice on saving within an epoch is for another kind of training step.
@@ -172,7 +172,7 @@ def test_the_clock_stops_at_an_epochs_end_without_validation(tmp_path: Path) -> 
     assert logged == counters.costs(trainer, model)["cost/training_seconds"] > 0
 
 
-def test_resumed_costs_go_on(tmp_path: Path) -> None:
+def test_resumed_costs_continue(tmp_path: Path) -> None:
     saving = LastCheckpoint(every_n_epochs=1, dirpath=str(tmp_path / "saved"))
     fit(module(ars2("sync")), data(), [CostCounters(), saving], tmp_path / "a", 2, enable_checkpointing=True)
     path = str(tmp_path / "saved" / "last.ckpt")

@@ -14,7 +14,7 @@ SIZE = 25
 
 
 def symmetric(seed: int, eigenvalues: Tensor | None = None) -> Tensor:
-    """A random symmetric float64 matrix (25, 25), or one with the given eigenvalues."""
+    """Return a symmetric float64 matrix (25, 25), random or with these eigenvalues."""
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(SIZE, SIZE, dtype=torch.float64, generator=generator)
     if eigenvalues is None:
@@ -37,7 +37,7 @@ def vectors(seed: int = 0, dtype: torch.dtype = torch.float64) -> Iterator[Vecto
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_top_eigenvalue_is_that_of_the_whole_matrix(seed: int) -> None:
+def test_the_top_eigenvalue_is_that_of_the_full_matrix(seed: int) -> None:
     matrix = symmetric(seed)
     found = top_eigenvalue(as_product(matrix), next(vectors()), 100, 1e-8)
     assert found.value == pytest.approx(torch.linalg.eigvalsh(matrix)[-1].item(), rel=1e-8)

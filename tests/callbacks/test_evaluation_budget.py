@@ -22,7 +22,7 @@ def test_a_run_stops_after_the_epoch_in_which_the_budget_is_spent(row: str, per_
 
 
 @pytest.mark.parametrize(("row", "steps"), [slow("adamw", 7), ("sync", 4)])
-def test_or_with_the_step_in_which_it_is_spent_and_validates_there(row: str, steps: int, tmp_path: Path) -> None:
+def test_a_run_may_stop_with_the_step_in_which_the_budget_is_spent(row: str, steps: int, tmp_path: Path) -> None:
     init_args = {"gradient_evaluations": 7, "finish_epoch": False}
     callback = {"class_path": "callbacks.evaluation_budget.EvaluationBudget", "init_args": init_args}
     # 4 steps an epoch: one of the runs ends in the middle of one.

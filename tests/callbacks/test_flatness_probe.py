@@ -25,13 +25,16 @@ PROBED = "flatness/hessian_top"
 
 
 def tiny(optimizer: Any = adamw) -> ModularAddition:
-    """1,115 parameters in double precision."""
+    """Return a network of 1,115 parameters in double precision."""
     torch.manual_seed(0)
     return ModularAddition(p=7, width=8, heads=2, mlp_width=16, optimizer=optimizer).double()
 
 
 class Exact(L.Callback):
-    """The loss around the parameters at the end of training, from whole matrices and plain formulas."""
+    """Measure around the parameters at the end of training.
+
+    It uses full matrices and plain formulas.
+    """
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_index: int) -> None:
         if trainer.global_step == 0:
@@ -56,7 +59,7 @@ class Exact(L.Callback):
         return torch.cat([param.flatten() for param in self.params.values()])
 
     def rise(self, directions: list[Tensor], rho: float) -> float:
-        """Each tensor moved by ``rho`` along its direction."""
+        """Return the rise after moving each tensor by ``rho`` along its direction."""
         moves = [rho * n.flatten() / (n.norm() + 1e-12) for n in directions]
         with torch.no_grad():
             return (self.loss(self.flat + torch.cat(moves)) - self.loss(self.flat)).item()
@@ -68,7 +71,7 @@ class Exact(L.Callback):
 
 
 def probed(optimizer: Any, folder: Path, **options: Any) -> tuple[dict[str, float], Exact]:
-    """Fit three epochs; returns the row of the end, and the truth."""
+    """Fit three epochs; return the row of the end, and the truth."""
     exact = Exact()
     settings = {"epochs": 100, "max_products": 300, "trace_samples": 100, "rho": 0.3, "random_directions": 20}
     fit(tiny(optimizer), data(), [exact, FlatnessProbe(**{**settings, **options})], folder, epochs=3)
@@ -97,7 +100,7 @@ def test_the_hessian_is_the_exact_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["base", "sync", "aga"])
-def test_the_adversarial_rise_of_ars2_is_along_its_own_direction(mode: Any, tmp_path: Path) -> None:
+def test_the_adversarial_rise_of_ars2_is_along_its_perturbation(mode: Any, tmp_path: Path) -> None:
     row, exact = probed(ars2(mode, rho=0.05), tmp_path)
     gradients = exact.gradients()
     directions = []
@@ -129,7 +132,7 @@ def test_random_rises_are_those_of_directions_of_the_same_lengths(tmp_path: Path
 
 
 class WithHostRandomness(SmallTask):
-    """Uses every source of random numbers in its loss, as a task may."""
+    """Use every source of random numbers in the loss, as a task may."""
 
     def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
         return super().compute_loss(batch, metrics) * (1 + 0.1 * random.random() + 0.1 * np.random.rand())
@@ -153,7 +156,10 @@ def fit_small(optimizer: Any, callbacks: list[L.Callback], folder: Path) -> tupl
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_is_the_same_to_the_bit_as_without_it(name: str, tmp_path: Path) -> None:
-    """Parameters, BatchNorm statistics, the optimizer's state, and every random state; the network has dropout."""
+    """Compare parameters, BatchNorm, optimizer state and every random state.
+
+    The network has dropout.
+    """
     probe = FlatnessProbe(epochs=1, batches=2, rho=0.5, max_products=3, trace_samples=2, random_directions=2)
     states = []
     for callbacks in ([], [probe]):
@@ -167,7 +173,10 @@ def test_training_is_the_same_to_the_bit_as_without_it(name: str, tmp_path: Path
 
 
 def test_dropout_has_one_mask_a_probe(tmp_path: Path) -> None:
-    """Otherwise every loss would be of another function, and a rise along no direction would not be zero."""
+    """With other masks a rise along no direction would not be zero.
+
+    Every loss would be one of another function.
+    """
     probe = FlatnessProbe(epochs=[2], rho=1e-9, max_products=1, trace_samples=1, random_directions=1)
     fit_small(make_optimizer("adamw"), [probe], tmp_path)
     for row in rows(tmp_path / "lightning_logs/version_0", having=PROBED):
@@ -176,14 +185,14 @@ def test_dropout_has_one_mask_a_probe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "looked_at"), [(2, [1, 3, 4]), (5, [4]), ([1, 4], [0, 3, 4]), ([9], [4]), ([], [4])]
+    ("epochs", "probed_epochs"), [(2, [1, 3, 4]), (5, [4]), ([1, 4], [0, 3, 4]), ([9], [4]), ([], [4])]
 )
-def test_it_looks_at_the_chosen_epochs_and_the_end(epochs: Any, looked_at: list[int], tmp_path: Path) -> None:
+def test_it_probes_the_chosen_epochs_and_the_end(epochs: Any, probed_epochs: list[int], tmp_path: Path) -> None:
     probe = FlatnessProbe(epochs=epochs, max_products=1, trace_samples=1, random_directions=1)
     fit(module(), data(), [probe], tmp_path, epochs=5)
     found = rows(tmp_path, having=PROBED)
-    assert [row["epoch"] for row in found] == looked_at
-    assert [row["step"] for row in found] == [4 * epoch + 3 for epoch in looked_at]
+    assert [row["epoch"] for row in found] == probed_epochs
+    assert [row["step"] for row in found] == [4 * epoch + 3 for epoch in probed_epochs]
 
 
 def test_it_is_no_part_of_the_runs_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,36 +219,36 @@ def test_it_is_no_part_of_the_runs_costs(tmp_path: Path, monkeypatch: pytest.Mon
             assert row["flatness/probe_seconds"] > 0
 
 
-def test_a_resumed_run_goes_on_with_its_batch(tmp_path: Path) -> None:
+def test_a_resumed_run_probes_the_same_batch(tmp_path: Path) -> None:
     def probe() -> FlatnessProbe:
         return FlatnessProbe(epochs=1, batches=2)
 
-    fit(module(), data(), [probe()], tmp_path / "whole", epochs=3)
+    fit(module(), data(), [probe()], tmp_path / "uninterrupted", epochs=3)
     saving = LastCheckpoint(dirpath=str(tmp_path))
     fit(module(), data(), [probe(), saving], tmp_path / "start", epochs=1, enable_checkpointing=True)
     fit(module(), data(), [probe()], tmp_path / "rest", epochs=3, ckpt_path=str(tmp_path / "last.ckpt"))
-    kept = [rows(tmp_path / name, having=PROBED) for name in ("whole", "start", "rest")]
-    for row in (row for found in kept for row in found):
+    logged = [rows(tmp_path / name, having=PROBED) for name in ("uninterrupted", "start", "rest")]
+    for row in (row for found in logged for row in found):
         del row["flatness/probe_seconds"]
-    assert kept[0] == kept[1] + kept[2]
-    assert len(kept[2]) == 2
+    assert logged[0] == logged[1] + logged[2]
+    assert len(logged[2]) == 2
 
 
 def test_a_longer_batch_is_the_mean_of_its_parts(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"epochs": 1, "trace_samples": 2, "random_directions": 2, "max_products": 200}
     still = functools.partial(torch.optim.SGD, lr=0.0)
-    # Four batches, the last of five sums, make the whole of the training set.
+    # Four batches, the last of five sums, are the complete training set.
     for batches, size in ((4, 8), (1, 29)):
         probe = FlatnessProbe(batches=batches, **settings)
         fit(tiny(still), data(batch_size=size), [probe], tmp_path / str(batches), epochs=1)
-    (whole,), (parts,) = (rows(tmp_path / name, having=PROBED) for name in ("1", "4"))
+    (one_batch,), (parts,) = (rows(tmp_path / name, having=PROBED) for name in ("1", "4"))
     for key in ("probe_loss", "hessian_top", "rise_gradient", "hessian_trace"):
-        assert parts[f"flatness/{key}"] == pytest.approx(whole[f"flatness/{key}"], rel=1e-6), key
-    assert parts["flatness/probe_gradient_evaluations"] > 3 * whole["flatness/probe_gradient_evaluations"]
+        assert parts[f"flatness/{key}"] == pytest.approx(one_batch[f"flatness/{key}"], rel=1e-6), key
+    assert parts["flatness/probe_gradient_evaluations"] > 3 * one_batch["flatness/probe_gradient_evaluations"]
 
 
 class Once(torch.autograd.Function):
-    """A square that can be differentiated once."""
+    """Square in a way that can be differentiated once."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -266,7 +275,7 @@ def test_a_loss_that_cannot_be_differentiated_twice_is_refused_before_training(t
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_other_errors_of_the_first_look_are_themselves(tmp_path: Path) -> None:
+def test_other_errors_of_the_first_probe_are_raised_unchanged(tmp_path: Path) -> None:
     class Broken(ModularAddition):
         def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
             raise RuntimeError("out of memory")
@@ -275,7 +284,7 @@ def test_other_errors_of_the_first_look_are_themselves(tmp_path: Path) -> None:
         fit(module(kind=Broken), data(), [FlatnessProbe(epochs=50)], tmp_path, epochs=2)
 
 
-def test_a_run_without_a_logger_is_not_looked_at() -> None:
+def test_a_run_without_a_logger_is_not_probed() -> None:
     class Never(FlatnessProbe):
         def probe(self, *arguments: Any) -> dict[str, float]:
             raise AssertionError
@@ -296,6 +305,6 @@ def test_a_run_without_a_logger_is_not_looked_at() -> None:
         ({"rho": math.inf}, "rho must be above 0, got inf"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         FlatnessProbe(**options)

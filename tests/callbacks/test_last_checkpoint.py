@@ -38,7 +38,7 @@ def test_it_is_of_the_end_of_training_when_stopped_early(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("begins_at", [0, 5])
-def test_training_that_max_steps_ended_within_an_epoch_goes_on_as_if_it_had_not(begins_at: int, tmp_path: Path) -> None:
+def test_training_ended_by_max_steps_within_an_epoch_resumes_exactly(begins_at: int, tmp_path: Path) -> None:
     # Four steps an epoch: the sixth is the second of the second one, and fits of three epochs make twelve. Where the
     # fit that ends there begins at the fifth, its first step is its last.
     def trained(folder: str, max_steps: int, path: str | None) -> dict[str, Any]:
@@ -53,10 +53,10 @@ def test_training_that_max_steps_ended_within_an_epoch_goes_on_as_if_it_had_not(
             saved = trained(f"{limit}", limit, path)
             path = str(tmp_path / f"{limit}" / "last.ckpt")
             assert saved["global_step"] == limit
-    whole, resumed = trained("whole", -1, None), trained("resumed", -1, path)
+    uninterrupted, resumed = trained("uninterrupted", -1, None), trained("resumed", -1, path)
     assert resumed["global_step"] == 12
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch"):
-        assert list(differences(resumed[key], whole[key])) == [], key
+        assert list(differences(resumed[key], uninterrupted[key])) == [], key
 
 
 def test_a_second_fit_with_the_same_callback_is_saved_too(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_steps_in_between_are_saved_where_their_windows_end(tmp_path: Path) -> N
         LastCheckpoint(every_n_steps=0)
 
 
-def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+def test_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / "best.ckpt.partial").write_bytes(b"half of it")
     fit(module(), data(), [LastCheckpoint(1, str(tmp_path))], None, epochs=1, enable_checkpointing=True)
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]

@@ -63,7 +63,7 @@ def test_random_planes_follow_from_their_seed() -> None:
     assert not torch.equal(flat(planes[0].directions[0]), flat(planes[0].directions[1]))
 
 
-def test_the_plane_goes_through_all_three() -> None:
+def test_the_plane_contains_all_three_checkpoints() -> None:
     models = [another(seed) for seed in range(3)]
     others: list[Any] = [(name, model.state_dict()) for name, model in zip("bc", models[1:], strict=True)]
     plane = plane_through(params(models[0]), models[0], "a", others)

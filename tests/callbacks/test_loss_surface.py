@@ -23,7 +23,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def trained(folder: Path, seeds: tuple[int, ...] = (0,)) -> list[str]:
-    """Checkpoints of short runs from different starts."""
+    """Return checkpoints of short runs from different starts."""
     paths = []
     for seed in seeds:
         model = module()
@@ -84,7 +84,10 @@ def test_around_a_checkpoint_the_losses_are_those_at_the_points(tmp_path: Path) 
 
 
 def module_of(tensors: list[Tensor]) -> Any:
-    """The module whose parameters are ``tensors`` themselves, for its assignment of tracks."""
+    """Return the module whose parameters are ``tensors`` themselves.
+
+    It is used for its assignment of tracks.
+    """
     model = module()
     owners = {id(param): owner for owner in model.network.modules() for param in owner.parameters(recurse=False)}
     for i, (name, param) in enumerate(list(model.network.named_parameters())):
@@ -126,7 +129,10 @@ def test_the_picture_is_one(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
-    """Parameters, BatchNorm statistics, modes, random states and what is tested are as without it."""
+    """Compare parameters, BatchNorm, modes, random states and test metrics.
+
+    They are the same as without the callback.
+    """
     seen: list[Any] = []
     model = SmallTask(0.3, optimizer=make_optimizer("adamw"))
     small_task.fit(model)
@@ -166,7 +172,7 @@ def test_batchnorm_uses_the_batch_and_dropout_is_off(tmp_path: Path) -> None:
         ({"batches": 0}, "batches must be at least 1, got 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LossSurface(**options)
 
@@ -188,7 +194,7 @@ def test_as_a_person_uses_it(tmp_path: Path) -> None:
     (folder,) = folders(tmp_path / "tests")
     assert f"loss surface: {folder / 'loss_surface.png'}" in result.out
     assert {"loss_surface.csv", "loss_surface.png"} <= {path.name for path in folder.iterdir()}
-    # Said before anything is tested, and no folder is left.
+    # Reported before anything is tested, and no folder is left.
     others = f"[{last[1]}, {last[1]}x]"
     result = call("test", *use, "--ckpt_path", last[0], "--trainer.callbacks.checkpoints", others)
     assert result.error == f"error: there is no checkpoint {last[1]}x"
@@ -197,7 +203,7 @@ def test_as_a_person_uses_it(tmp_path: Path) -> None:
     assert folders(tmp_path / "tests") == [folder]
 
 
-def test_the_picture_goes_to_wandb(tmp_path: Path) -> None:
+def test_the_picture_is_logged_to_wandb(tmp_path: Path) -> None:
     folder = fit_by_command(tmp_path, *AGA, *TINY)
     use = (*AGA, *TINY[: TINY.index("--wandb")], "--wandb", "true", "--runs", tmp_path / "tests")
     use = (*use, "--trainer.callbacks+=callbacks.loss_surface.LossSurface", "--trainer.callbacks.points", 3)

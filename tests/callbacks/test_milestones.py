@@ -18,7 +18,10 @@ LIMITS = {
 
 
 def first_epochs(folder: Path) -> dict[str, int]:
-    """Find in the log, by its own epoch column, when each threshold was first passed; 1 is the first epoch."""
+    """Find in the log when each threshold was first passed.
+
+    It reads the epoch column of the log; 1 is the first epoch.
+    """
     found = {}
     for name, (key, limit) in LIMITS.items():
         for row in rows(folder, having=key):
@@ -44,19 +47,19 @@ def test_the_epochs_are_those_of_the_log_and_training_stops_at_full(tmp_path: Pa
         assert [(row["epoch"] + 1, row[f"milestone/{name}"]) for row in logged] == [(epoch, epoch)]
 
 
-def test_resumed_between_two_milestones_nothing_is_lost_or_found_twice(tmp_path: Path) -> None:
+def test_resumed_between_two_milestones_none_is_lost_or_repeated(tmp_path: Path) -> None:
     # One batch an epoch, so that the order of the examples does not matter.
     model, sums = module(), data(MemorisedSums, batch_size=29)
-    whole = GrokkingMilestones()
-    fit(model, sums, [whole], tmp_path / "whole", epochs=200)
-    half_way = whole.reached["val_80"]["epoch"]
-    assert whole.reached["val_10"]["epoch"] < half_way < whole.reached["full"]["epoch"]
+    uninterrupted = GrokkingMilestones()
+    fit(model, sums, [uninterrupted], tmp_path / "uninterrupted", epochs=200)
+    half_way = uninterrupted.reached["val_80"]["epoch"]
+    assert uninterrupted.reached["val_10"]["epoch"] < half_way < uninterrupted.reached["full"]["epoch"]
 
     saved = LastCheckpoint(every_n_epochs=1000, dirpath=str(tmp_path))
     fit(module(), sums, [GrokkingMilestones(), saved], tmp_path / "a", epochs=half_way, enable_checkpointing=True)
     resumed = GrokkingMilestones()
     fit(module(), sums, [resumed], tmp_path / "b", epochs=200, ckpt_path=str(tmp_path / "last.ckpt"))
-    assert resumed.reached == whole.reached
+    assert resumed.reached == uninterrupted.reached
     assert rows(tmp_path / "b", having="train/loss")[0]["epoch"] == half_way
     assert not any("milestone/val_10" in row for row in rows(tmp_path / "b"))
 
@@ -79,7 +82,7 @@ def test_a_run_that_has_stopped_trains_no_further_when_resumed(tmp_path: Path) -
     assert 0 < first.global_step == again.global_step < 400
 
 
-def test_a_validation_counts_in_its_own_epoch_only() -> None:
+def test_a_validation_counts_in_its_epoch_only() -> None:
     model = module()
     fit(model, data(MemorisedSums), [GrokkingMilestones()], None, epochs=200)
     earlier = model.gradient_evaluations

@@ -19,7 +19,10 @@ MEASURED = "optimizer/gradient_norm"
 
 
 class Witness(L.Callback):
-    """Measures every batch by itself, in double precision, from before and after the whole training step."""
+    """Measure every batch separately, in double precision.
+
+    It compares the values before and after the complete training step.
+    """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -69,10 +72,10 @@ def test_the_values_are_those_of_an_independent_measurement(name: str, tmp_path:
     assert len(logged) == len(witness.rows) == 12
     for index, (row, truth) in enumerate(zip(logged, witness.rows, strict=True)):
         assert (row["step"], row["epoch"]) == (index, index // 4)
-        looked = truth.get("diagnostics/gradient_evaluations", 0) - (
+        gradients_evaluated = truth.get("diagnostics/gradient_evaluations", 0) - (
             witness.rows[index - 1].get("diagnostics/gradient_evaluations", 0) if index else 0
         )
-        assert ("flatness/gradient_cosine" in row) == (looked == 2)
+        assert ("flatness/gradient_cosine" in row) == (gradients_evaluated == 2)
         for key in set(truth) & set(row):
             # Biases begin at zero: the ratio to nothing is infinite.
             assert row[key] == pytest.approx(truth[key], rel=1e-4, nan_ok=True), key
@@ -82,9 +85,9 @@ def test_the_values_are_those_of_an_independent_measurement(name: str, tmp_path:
             assert row.get(f"flatness/{key}", math.inf) == value
             # Loggers see no infinity.
             assert row.get(f"flatness/{key}") != math.inf
-    looks = {"sgd": 0, "adamw": 0, "muon": 0, "base": 0, "sync": 12}
+    second_passes = {"sgd": 0, "adamw": 0, "muon": 0, "base": 0, "sync": 12}
     count = sum("flatness/gradient_cosine" in row for row in logged)
-    assert count == looks[name] if name in looks else 0 < count < 12
+    assert count == second_passes[name] if name in second_passes else 0 < count < 12
 
 
 def test_an_sgd_update_is_the_learning_rate_times_the_gradient(tmp_path: Path) -> None:

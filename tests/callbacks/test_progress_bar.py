@@ -21,7 +21,7 @@ def test_clock(seconds: float, shown: str) -> None:
 
 
 def lines(*arguments: object) -> list[str]:
-    """The progress lines of a run of six epochs without a terminal."""
+    """Return the progress lines of a run of six epochs without a terminal."""
     result = call("fit", *AGA, *TINY, "--trainer.max_epochs", 6, *arguments)
     assert result.code == 0
     return [line for line in result.out.splitlines() if line.startswith("epoch ")]
@@ -54,7 +54,10 @@ def test_the_bar_counts_epochs_from_1(
 
 
 def test_time_left_counts_from_where_the_run_was_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that goes one second from one look to the next: after the resumed epoch, one second a look."""
+    """Use a clock that advances one second at each reading.
+
+    It starts after the resumed epoch.
+    """
     folder = fit(tmp_path, *AGA, *TINY, "--trainer.max_epochs", 4)
     monkeypatch.setattr(progress_bar, "_SECONDS_BETWEEN_LINES", 0.0)
     now = iter(range(10**9))

@@ -132,7 +132,7 @@ def test_without_a_logger_nothing_is_written(tmp_path: Path, capsys: pytest.Capt
 
 
 class ValidatesToNothing(ModularAddition):
-    """Its validation loss is NaN in every epoch but the second."""
+    """Have a validation loss that is NaN in every epoch but the second."""
 
     def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
         loss = super().compute_loss(batch, metrics)

@@ -1,4 +1,4 @@
-"""What a run records of its data, and what a run that goes on from a checkpoint may differ in."""
+"""A run records its data, and resuming checks the protocol."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def test_an_option_counts_whatever_its_name_ends_in() -> None:
     assert protocol_digest(None, column_file="first") != protocol_digest(None, column_file="second")
 
 
-def test_what_a_data_module_says_of_itself_counts_and_its_places_do_not(tmp_path: Path) -> None:
+def test_the_description_of_a_data_module_counts_and_its_paths_do_not(tmp_path: Path) -> None:
     here = protocol_digest(Described("a"), root=str(tmp_path), rows=3)
     assert here == protocol_digest(Described("a"), root="nowhere", rows=3)
     assert here != protocol_digest(Described("b"), root=str(tmp_path), rows=3)
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_another_corpus_is_refused(subcommand: str, tmp_path: Pa
     assert "the checkpoint was trained with another corpus" in result.err
 
 
-def test_going_on_with_other_options_of_the_protocol_is_refused(tmp_path: Path) -> None:
+def test_resuming_with_other_options_of_the_protocol_is_refused(tmp_path: Path) -> None:
     folder = fit(tmp_path, *ADAMW, *TINY)
     checkpoint = folder / "checkpoints" / "last.ckpt"
     longer = ("--trainer.max_epochs", 4, "--ckpt_path", checkpoint, "--runs", tmp_path)

@@ -1,4 +1,4 @@
-"""A sample at each validation, which leaves training as it is."""
+"""Each validation writes a sample, and training is unchanged."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tests.modules.small_task import assert_equal_states, state_of
 
 
 class TextLogger(CSVLogger):
-    """As the logger of Weights & Biases, it takes text."""
+    """Accept text, as the logger of Weights & Biases does."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), name="", version="run")

@@ -15,7 +15,7 @@ def draws() -> list[float]:
     return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(()).item()]
 
 
-def test_every_generator_goes_back_exactly_also_through_a_checkpoint(tmp_path: Path) -> None:
+def test_every_generator_is_restored_exactly_also_from_a_checkpoint(tmp_path: Path) -> None:
     random.gauss(0, 1), np.random.randn()  # both keep a second value for the next call
     torch.save(random_states(), tmp_path / "states")
     expected = draws()
@@ -25,7 +25,7 @@ def test_every_generator_goes_back_exactly_also_through_a_checkpoint(tmp_path: P
 
 
 class Generators:
-    """Stands for torch.mps or torch.xpu, with two devices."""
+    """Stand for torch.mps or torch.xpu, with two devices."""
 
     def __init__(self) -> None:
         self.of = [torch.Generator().manual_seed(i) for i in range(2)]
@@ -37,7 +37,7 @@ class Generators:
         self.of[device.index].set_state(state)
 
 
-def test_the_generators_of_any_accelerator_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_generators_of_any_accelerator_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     there = Generators()
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
@@ -51,7 +51,7 @@ def test_the_generators_of_any_accelerator_go_back(monkeypatch: pytest.MonkeyPat
 
 
 class Draws(RandomStates):
-    """Draws in every batch."""
+    """Draw random numbers in every batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,15 +61,15 @@ class Draws(RandomStates):
         self.drawn.append(draws())
 
 
-def test_a_resumed_run_draws_what_the_whole_one_would(tmp_path: Path) -> None:
+def test_a_resumed_run_draws_like_an_uninterrupted_one(tmp_path: Path) -> None:
     def run(epochs: int, callback: Draws, folder: str, ckpt_path: str | None = None) -> list[list[float]]:
         saving = LastCheckpoint(1, str(tmp_path / folder))
         fit(module(), data(), [callback, saving], None, epochs, ckpt_path=ckpt_path, enable_checkpointing=True)
         return callback.drawn
 
     start = random_states()
-    whole = run(4, Draws(), "whole")
+    uninterrupted = run(4, Draws(), "uninterrupted")
     set_random_states(start)
     first = run(2, Draws(), "half")
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
-    assert first + run(4, Draws(), "rest", str(tmp_path / "half/last.ckpt")) == whole
+    assert first + run(4, Draws(), "rest", str(tmp_path / "half/last.ckpt")) == uninterrupted

@@ -1,4 +1,4 @@
-"""What an offline run of Weights & Biases holds, read back from its file."""
+"""Read the contents of an offline run of Weights & Biases from its file."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.callbacks.fits import ars2, data, fit, module
 from tests.helpers.commands import AGA, TINY, folders, python, train_py
 from tests.helpers.commands import fit as run
 
-# Prints every record that is looked at as one line of JSON.
+# Prints every record that the tests need as one line of JSON.
 READ = """
 import json, pathlib, sys
 from google.protobuf.json_format import MessageToDict
@@ -28,7 +28,10 @@ for content in records(pathlib.Path(sys.argv[1])):
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's offline file; read in another process, so that this one imports no wandb."""
+    """Return the records of a run's offline file.
+
+    Another process reads them, so that this one imports no wandb.
+    """
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     process = python("-c", READ, file, home=folder)
     assert process.code == 0, process.err
@@ -37,7 +40,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder and the records of a tiny run."""
+    """Return the folder and the records of a tiny run."""
     home = tmp_path_factory.mktemp("home")
     tiny = (*TINY[: TINY.index("--wandb")], "--wandb", "true", "--seed_everything", "0", "--data.seed", "0")
     result = train_py("fit", *AGA, *tiny, "--internals.every_n_steps", "1", "--runs", home / "runs", home=home)
@@ -78,7 +81,7 @@ def test_its_metrics_have_best_values_and_axes(recorded: tuple[Path, list[dict[s
     assert {"epoch", "cost/gradient_evaluations", "cost/training_seconds", "cost/flops"} <= metrics.keys()
 
 
-def test_its_pictures_and_files_are_there(recorded: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_its_pictures_and_files_are_recorded(recorded: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, records = recorded
     logged = {item["nested_key"][0] for row in of("history", records) for item in row["item"] if "nested_key" in item}
     assert {"pictures/curves", "pictures/second_passes"} <= logged

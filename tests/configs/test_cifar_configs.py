@@ -1,4 +1,7 @@
-"""The CIFAR-10 rows are as published, the mini rows are these made small, and overlays change what they say."""
+"""The CIFAR-10 configs are as published.
+
+The mini configs are small versions of them, and overlays change only what their names state.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -54,18 +54,27 @@ def read(config: Path) -> dict[str, Any]:
 
 
 def part(of: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
-    """What ``of`` says of the keys of ``like``; a key that it does not have is missing."""
+    """Return the values of ``of`` at the keys of ``like``.
+
+    Keys that ``of`` lacks are left out.
+    """
     return {key: of[key] for key in like if key in of}
 
 
 def saved_groups(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """The parameter groups of a run's optimizer, by track; all groups of a track have the same options here."""
+    """Return the options of a run's parameter groups, by track.
+
+    All groups of a track have the same options here.
+    """
     (state,) = torch.load(checkpoint, weights_only=True)["optimizer_states"]
     return {group["track"]: group for group in state["param_groups"]}
 
 
 def small(config: Path, folder: Path) -> tuple[object, ...]:
-    """Options that make a config's task tiny; what data they need is written to ``folder``."""
+    """Return options that make a config's task tiny.
+
+    The data that they need is written to ``folder``.
+    """
     if config.stem.startswith("wikitext2_"):
         root = text.write_corpus(folder / "text")
         return *text.SMALL_TEXT, "--data.root", root, "--data.cache", folder, "--trainer.limit_train_batches", 1
@@ -92,8 +101,8 @@ def test_every_config_of_the_task_is_there() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_states_its_optimizer_whole(name: str) -> None:
-    """Nothing that the experiment depends on is left to a default, which could change."""
+def test_states_every_option_of_its_optimizer(name: str) -> None:
+    """No option of the experiment is left to a default, which could change."""
     kind, published, *_ = PUBLISHED[name]
     model = read(ROOT / f"configs/{name}.yaml")["model"]["init_args"]
     assert model["optimizer"]["class_path"] == kind
@@ -118,7 +127,7 @@ def test_is_as_published(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name if name in ("grok_muon", "grok_aga") else slow(name) for name in PUBLISHED])
 def test_reaches_the_optimizer_as_stated(name: str, tmp_path: Path) -> None:
-    """What the optimizer of a run really has, read from its checkpoint."""
+    """Read the options of the optimizer of a run from its checkpoint."""
     _, options, _, vector, _ = PUBLISHED[name]
     config = ROOT / f"configs/{name}.yaml"
     folder = fit(tmp_path, "--config", config, *SMALL, "--trainer.max_epochs", 1, "--wandb", "false")

@@ -1,4 +1,7 @@
-"""The WikiText-2 task as a person drives it: configs as published, training, asking, and what goes wrong."""
+"""The WikiText-2 task works as a person uses it.
+
+Configs are as published; training, prompts and errors are checked.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -61,7 +64,10 @@ def test_settings_are_as_published(row: str, size: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of two epochs on the small text, which lies beside it."""
+    """Return the run folder of two epochs on the small text.
+
+    The text is beside it.
+    """
     folder = tmp_path_factory.mktemp("wikitext2")
     return fit(folder / "runs", *NANO, *where(write_corpus(folder / "text")))
 
@@ -78,11 +84,11 @@ def ask(trained: Path, *options: object) -> Result:
     return call("predict", *NANO, *where(text_of(trained)), "--ckpt_path", trained / LAST, *options)
 
 
-def test_a_run_leaves_samples_and_says_corpus_and_protocol(trained: Path) -> None:
+def test_a_run_leaves_samples_and_records_corpus_and_protocol(trained: Path) -> None:
     assert (trained / "samples.txt").read_text().count("--- epoch") == 2
     for name in ("summary.json", "hparams.yaml"):
-        said = (trained / name).read_text()
-        assert "tokens version" in said and "contiguous" in said
+        recorded = (trained / name).read_text()
+        assert "tokens version" in recorded and "contiguous" in recorded
     assert yaml.safe_load((trained / "config.yaml").read_text())["data"]["init_args"]["protocol"] == "contiguous"
 
 

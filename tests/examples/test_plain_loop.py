@@ -1,4 +1,4 @@
-"""The loop of the example learns, in one pass a step and in two."""
+"""The loop of the example learns with one pass a step and with two."""
 
 import pytest
 

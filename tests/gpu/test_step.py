@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.fixture(autouse=True)
-def whole_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def full_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Keep float32 products from being rounded to TF32, in convolutions too."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     before = torch.get_float32_matmul_precision()
@@ -41,14 +41,14 @@ def setup(mode: str, device: str = "cuda", **options: object) -> tuple[SmallProb
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_training_on_the_gpu_is_that_on_the_cpu(mode: str) -> None:
+def test_training_on_the_gpu_equals_that_on_the_cpu(mode: str) -> None:
     (on_gpu, gpu), (on_cpu, cpu) = setup(mode), setup(mode, "cpu")
     for step in range(8):
         assert step_by_parts(on_gpu, gpu, step) == step_by_parts(on_cpu, cpu, step)
     assert worst_difference([p.cpu() for p in on_gpu.parameters()], on_cpu.parameters()) < 1e-4
 
 
-def test_muon_on_the_gpu_is_that_on_the_cpu() -> None:
+def test_muon_on_the_gpu_equals_that_on_the_cpu() -> None:
     results = []
     for device in ("cuda", "cpu"):
         model = SmallProblem().to(device)
@@ -90,7 +90,7 @@ def test_a_step_of_aga_makes_one_host_sync_to_decide() -> None:
     assert [syncs_of_step(step, model, optimizer) for step in range(8)] == [0] + [1] * 7
 
 
-def test_an_exception_in_the_second_pass_leaves_the_parameters_as_they_were() -> None:
+def test_an_exception_in_the_second_pass_restores_the_parameters() -> None:
     model, optimizer = setup("sync")
     train(model, optimizer, range(2))
     before, passes = copies(model.parameters()), []
@@ -110,7 +110,7 @@ def test_an_exception_in_the_second_pass_leaves_the_parameters_as_they_were() ->
     assert same(model.parameters(), before)
 
 
-def test_a_captured_step_is_the_step_whatever_the_learning_rate() -> None:
+def test_a_captured_step_equals_the_eager_one_whatever_the_learning_rate() -> None:
     results = []
     for as_graph in (False, True):
         model, optimizer = setup("base", capturable=True)
@@ -131,7 +131,7 @@ def test_a_captured_step_is_the_step_whatever_the_learning_rate() -> None:
 
 
 @pytest.mark.parametrize("mode", ["sync", "aga"])
-def test_a_state_survives_the_way_to_the_cpu_and_back(mode: str) -> None:
+def test_a_state_survives_a_move_to_the_cpu_and_back(mode: str) -> None:
     model, optimizer = setup(mode)
     train(model, optimizer, range(3))
     saved = optimizer.state_dict()
@@ -150,7 +150,7 @@ def test_a_state_survives_the_way_to_the_cpu_and_back(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["sync", "aga"])
-def test_parameters_in_channels_last_move_as_others_do(mode: str) -> None:
+def test_parameters_in_channels_last_are_updated_like_others(mode: str) -> None:
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         model = nn.Conv2d(8, 16, 3).cuda().to(memory_format=memory_format)

@@ -13,7 +13,7 @@ from tests.ars2.training import copies, train, worst_difference
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
-def test_a_compiled_step_is_the_step_within_rounding() -> None:
+def test_a_compiled_step_equals_the_eager_one_up_to_rounding() -> None:
     results = []
     for compiled in (False, True):
         model = SmallProblem().cuda()

@@ -1,4 +1,7 @@
-"""A whole training step of the suite on a GPU waits for it once, and under AGA twice, from batch to batch."""
+"""A training step on a GPU makes one host sync, and two under AGA.
+
+They are counted from batch to batch.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,10 @@ SYNCS = {"muon": 1, "base": 1, "sync": 1, "aga": 2}
 
 
 class OneStep(L.Callback):
-    """Reports each host sync from the end of the second step to the end of the third as a warning."""
+    """Turn each host sync of the third step into a warning.
+
+    The step is counted from the end of the second to the end of the third one.
+    """
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         torch.cuda.set_sync_debug_mode("warn" if trainer.global_step == 2 else "default")

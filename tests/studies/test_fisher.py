@@ -37,8 +37,8 @@ def test_the_fisher_matrix_is_the_sum_of_outer_products_of_scores() -> None:
     torch.testing.assert_close(fisher(logits, parameters, inputs), expected, rtol=1e-10, atol=1e-14)
 
 
-def test_the_fisher_matrix_is_the_mean_square_of_gradients_on_the_models_own_answers() -> None:
-    """Its definition, by sampling."""
+def test_the_fisher_matrix_is_the_mean_square_of_gradients_on_sampled_labels() -> None:
+    """Sample labels from the model, as in the definition."""
     parameters, inputs, _ = problem()
     generator = torch.Generator().manual_seed(1)
     probabilities = logits(parameters, inputs).softmax(1)
@@ -58,7 +58,7 @@ def test_gauss_newton_equals_fisher_for_softmax_cross_entropy() -> None:
     torch.testing.assert_close(*matrices, rtol=1e-10, atol=1e-14)
 
 
-def test_the_hessian_is_autograds_and_gauss_newton_where_logits_are_linear() -> None:
+def test_the_hessian_equals_autograd_and_gauss_newton_for_linear_logits() -> None:
     parameters, inputs, answers = problem()
     expected = torch.autograd.functional.hessian(lambda p: mean_loss(logits, p, inputs, answers), parameters)
     matrix = hessian(logits, parameters, inputs, answers)

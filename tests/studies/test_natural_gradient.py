@@ -11,7 +11,10 @@ from studies.natural_gradient import OPTIMIZERS, Layout, Network, compare, flat,
 
 
 def plain_training(name: str, seed: int, steps: int) -> list[Tensor]:
-    """The parameters before each step of a loop with one optimizer and nobody looking on."""
+    """Return the parameters before each step of a plain loop.
+
+    It has one optimizer and measures nothing.
+    """
     torch.manual_seed(seed)
     for _ in OPTIMIZERS:
         Network()  # as many random numbers as the study draws before it
@@ -35,13 +38,16 @@ def plain_training(name: str, seed: int, steps: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("driver", OPTIMIZERS)
-def test_the_trajectory_is_the_drivers_as_if_alone(driver: str) -> None:
+def test_the_trajectory_is_that_of_the_driver_alone(driver: str) -> None:
     for (_, at, _, _), expected in zip(trajectory(driver, 1, 8), plain_training(driver, 1, 8), strict=True):
         torch.testing.assert_close(at, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_everybody_sees_the_same_gradients_with_moments_of_their_own() -> None:
-    """SGD's update is the gradient of the batch, and AdamW's follows from all of them by its formula."""
+def test_all_optimizers_get_the_same_gradients_with_separate_moments() -> None:
+    """Follow the update of AdamW from the gradients of SGD.
+
+    SGD's update is the gradient of the batch, and AdamW's follows from all gradients by its formula.
+    """
     layout, m, v = Layout(), torch.zeros(827, dtype=torch.float64), torch.zeros(827, dtype=torch.float64)
     for step, _, updates, second_moment in trajectory("Muon", 0, 6):
         gradient = updates["SGD"]
@@ -72,7 +78,7 @@ def test_logits_are_the_networks() -> None:
     torch.testing.assert_close(layout.logits(flat(network.parameters()), inputs), network(inputs))
 
 
-def test_scopes_are_the_parts_they_say() -> None:
+def test_scopes_are_the_parts_of_their_names() -> None:
     layout = Layout()
     target = torch.ones(827, dtype=torch.float64)
     candidate = target.clone()
@@ -97,17 +103,17 @@ def test_the_training_sets_are_sums_and_differ_by_seed() -> None:
 
 
 @pytest.fixture(scope="module")
-def looked() -> list[dict[str, Any]]:
+def compared() -> list[dict[str, Any]]:
     *_, (_, at, updates, second_moment) = trajectory("AdamW", 0, 20)
     return look(at, updates, second_moment, training_set(0))
 
 
-def test_a_look_compares_everything_with_everything(looked: list[dict[str, Any]]) -> None:
-    names = {(row["kind"], row["candidate"]) for row in looked}
+def test_every_candidate_is_compared_with_every_target(compared: list[dict[str, Any]]) -> None:
+    names = {(row["kind"], row["candidate"]) for row in compared}
     assert {name for kind, name in names if kind == "step"} == set(OPTIMIZERS)
-    assert len(looked) == len(names) * 2 * len(study.DAMPINGS)
-    cosines = {(row["candidate"], row["damping"]): row["cosine_all"] for row in looked if row["target"] == "natural"}
-    for row in looked:
+    assert len(compared) == len(names) * 2 * len(study.DAMPINGS)
+    cosines = {(row["candidate"], row["damping"]): row["cosine_all"] for row in compared if row["target"] == "natural"}
+    for row in compared:
         assert all(-1 - 1e-9 <= row[f"cosine_{scope}"] <= 1 + 1e-9 for scope in study.SCOPES)
     # Inverting the blocks of the Fisher alone gets nearer than any diagonal, and damping brings the gradient nearer.
     for factor in study.DAMPINGS:
@@ -116,7 +122,7 @@ def test_a_look_compares_everything_with_everything(looked: list[dict[str, Any]]
     assert gradients == sorted(gradients)
 
 
-def test_shapes_are_made_of_the_whole_gradient() -> None:
+def test_shapes_are_made_of_the_full_gradient() -> None:
     layout = Layout()
     generator = torch.Generator().manual_seed(0)
     gradient, v, d = (torch.rand(827, dtype=torch.float64, generator=generator) + 0.1 for _ in range(3))
@@ -128,10 +134,10 @@ def test_shapes_are_made_of_the_whole_gradient() -> None:
         torch.testing.assert_close(found[f"orthogonal {name}"], layout.orthogonal(found[name]))
 
 
-def test_layer_blocks_are_all_that_is_kept() -> None:
+def test_only_the_blocks_of_layers_are_kept() -> None:
     layout = Layout()
-    kept = layout.by_layer(torch.ones(827, 827)).bool()
+    mask = layout.by_layer(torch.ones(827, 827)).bool()
     first = 24 * 22 + 24
-    assert kept[:first, :first].all()
-    assert kept[first:, first:].all()
-    assert not kept[:first, first:].any()
+    assert mask[:first, :first].all()
+    assert mask[first:, first:].all()
+    assert not mask[:first, first:].any()

@@ -10,7 +10,7 @@ from studies.natural_gradient_report import Rows, by_seed, cell, interval, pictu
 
 
 def rows(seeds: int = 3) -> Rows:
-    """Cosines that are known: 0.1 a seed, 0.01 a step."""
+    """Return known cosines, 0.1 a seed and 0.01 a step."""
     names = [("step", name) for name in ("AdamW", "ARS2 Base", "ARS2 Sync", "Muon")]
     for name in ("gradient", "Adam", "1/sqrt(diagonal Fisher)", "1/diagonal Fisher"):
         names += [("shape", name), ("shape", f"orthogonal {name}")]
@@ -70,18 +70,20 @@ def test_the_published_table_is_that_of_the_published_numbers(measured: Rows) ->
     assert len({row["seed"] for row in measured}) >= 5
 
 
-def test_what_the_text_says_of_the_numbers_is_so(measured: Rows) -> None:
-    """The sentences of results/natural_gradient/README.md, one by one."""
+def test_the_text_agrees_with_the_numbers(measured: Rows) -> None:
+    """Check the sentences of results/natural_gradient/README.md, one by one."""
     chosen: dict[tuple[Any, ...], Rows] = defaultdict(list)
     for row in measured:
         chosen[row["kind"], row["damping"], row["target"], row["candidate"]].append(row)
 
-    def difference(kind: str, mine: str, theirs: str, damping: float, target: str = "natural") -> tuple[float, float]:
-        sides = [by_seed(chosen[kind, damping, target, name], "cosine_weights") for name in (mine, theirs)]
+    def difference(
+        kind: str, candidate: str, other: str, damping: float, target: str = "natural"
+    ) -> tuple[float, float]:
+        sides = [by_seed(chosen[kind, damping, target, name], "cosine_weights") for name in (candidate, other)]
         return interval([a - b for a, b in zip(*sides, strict=True)])
 
     def clear(sign: int, *pair: Any) -> None:
-        """The whole interval of the difference is on the side of ``sign``."""
+        """Return whether the full interval is on the side of ``sign``."""
         mean, half = difference(*pair)
         assert sign * mean > half, pair
 

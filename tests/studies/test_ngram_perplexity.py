@@ -1,4 +1,4 @@
-"""The n-gram references against counting by hand."""
+"""Compare the n-gram references with counting by hand."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The published tables: what is run, in which order, and a rehearsal of it as it is typed."""
+"""The published tables are run in order, and can be rehearsed as typed."""
 
 import argparse
 import errno
@@ -100,7 +100,10 @@ def test_every_gpu_that_may_be_used_gets_as_many_processes(monkeypatch: pytest.M
 
 
 def command(folder: Path, *more: str) -> Result:
-    """Run the command in this process; its runs are forked from the server of the tests."""
+    """Run the command in this process.
+
+    Its runs are forked from the server of the tests.
+    """
     server()
     corpus = str(write_corpus(folder / "text"))
     line = ["published_tables", "--output", str(folder / "tables"), *more]
@@ -108,7 +111,7 @@ def command(folder: Path, *more: str) -> Result:
         return captured(published_tables.main)
 
 
-def test_without_a_gpu_it_says_how_to_rehearse(
+def test_without_a_gpu_a_message_explains_how_to_rehearse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -120,8 +123,8 @@ def test_without_a_gpu_it_says_how_to_rehearse(
 
 
 @pytest.mark.slow
-def test_what_the_runs_import_together_leaves_the_gpu_alone(tmp_path: Path) -> None:
-    """A process forked from one that has asked CUDA anything cannot use a GPU."""
+def test_the_common_imports_of_the_runs_do_not_touch_the_gpu(tmp_path: Path) -> None:
+    """A process forked from one that has called CUDA cannot use a GPU."""
     script = """
 import sys, torch
 asked = []
@@ -177,7 +180,7 @@ def test_an_archive_that_cannot_be_written_is_an_error_before_anything_is_run(tm
 def test_a_disk_that_fills_up_stops_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The runs are asked to save all the same, and the exit code tells of the archive."""
+    """The runs are asked to save, and the exit code reports the archive."""
 
     class EndsOnce:
         def __init__(self, *given: Any, ended: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""The README's picture is drawn of any rows, and the committed one is of the README's."""
+"""The README's picture can be drawn, and the committed one is up to date."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Drawn(Run):
-    """A run of which only a curve is known."""
+    """Stand for a run of which only a curve is known."""
 
     def __init__(self, evaluations: list[float], accuracies: list[float]) -> None:
         self.places, self.values, self.diverged = np.asarray(evaluations), np.asarray(accuracies), False
