@@ -164,7 +164,7 @@ class Running:
         self._process.join(timeout)
         return self.returncode
 
-    def communicate(self, timeout: float) -> tuple[str, str]:
+    def communicate(self, timeout: float = 60.0) -> tuple[str, str]:
         """Wait for its end; returns its output and errors."""
         if self.wait(timeout) is None:
             raise subprocess.TimeoutExpired("python", timeout, self.out)
