@@ -1,4 +1,7 @@
-"""The pages in docs/ say what is so: rooms and their imports, features and their tests, commands and configs."""
+"""The pages in docs/ agree with the code.
+
+Rooms and their imports, features and their tests, commands and configs are checked.
+"""
 
 import ast
 import importlib.util
@@ -20,19 +23,22 @@ ROOMS = dict(re.findall(r"^\| `(\w+)/` \| .* \| (.*?) ?\|$", PAGES["house"].spli
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The fenced blocks of a page in one language."""
+    """Return the fenced blocks of a page in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.M | re.S)
 
 
 def commands(program: str) -> list[list[str]]:
-    """The arguments of every command of a program on any page, placeholders such as <run> left in."""
+    """Return the arguments of every command of a program on any page.
+
+    Placeholders such as <run> are left in.
+    """
     lines = [line for page in PAGES for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()]
     words = [shlex.split(re.sub(r"\|\|.*", "", line), comments=True) for line in lines if program in line]
     return [line[line.index(program) + 1 :] for line in words if program in line]
 
 
 def imports(room: str) -> set[str]:
-    """The modules that the files of a room import from other rooms."""
+    """Return the modules that the files of a room import from other rooms."""
     found = set()
     for path in (ROOT / room).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -65,7 +71,7 @@ def test_every_feature_in_a_table_names_the_file_that_tests_it(page: str) -> Non
         assert "](../tests/" in row, row
 
 
-def test_commands_of_train_have_options_and_configs_that_there_are(tmp_path: Path) -> None:
+def test_commands_of_train_have_valid_options_and_configs(tmp_path: Path) -> None:
     found = [line for line in commands("train.py") if "spirals.yaml" not in line]
     assert len(found) > 15
     for subcommand, *options in found:
@@ -74,7 +80,7 @@ def test_commands_of_train_have_options_and_configs_that_there_are(tmp_path: Pat
         assert result.code == 0, (options, result.err)
 
 
-def test_commands_of_compare_have_options_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_compare_have_valid_options(monkeypatch: pytest.MonkeyPatch) -> None:
     found = commands("compare.py")
     assert len(found) > 5
     for options in found:
@@ -96,7 +102,7 @@ def test_environment_variables_named_are_read_somewhere() -> None:
         assert name in sources, name
 
 
-def test_the_task_of_your_own_trains_with_each_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_task_trains_with_each_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "spirals.py").write_text(blocks("your_own_task", "python")[0])
     names = ("spirals.yaml", "adamw.yaml")
@@ -112,7 +118,7 @@ def test_the_task_of_your_own_trains_with_each_config(tmp_path: Path, monkeypatc
     assert len([*tmp_path.glob("runs/spirals/*/summary.json")]) == len(lines) == 4
 
 
-def test_the_module_of_your_own_is_complete() -> None:
+def test_the_example_module_is_complete() -> None:
     import torch
 
     names: dict[str, Any] = {}
@@ -131,14 +137,14 @@ def test_the_sweep_shown_is_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def winner(study: str, row: str) -> dict[str, Any]:
-    """The arguments of the module in a winner's run."""
+    """Return the arguments of the module in a winner's run."""
     with zipfile.ZipFile(ROOT / f"results/{study}/runs.zip") as archive:
         name = next(n for n in archive.namelist() if n.startswith(f"{row}-final/") and n.endswith("config.yaml"))
         arguments: dict[str, Any] = yaml.safe_load(archive.read(name))["model"]["init_args"]
     return arguments
 
 
-# What the tables of docs/choosing_settings.md show, line by line: a study, and its row in each column.
+# The rows of the tables of docs/choosing_settings.md: a study, and its row in each column.
 LEARNING_RATES = [
     ("grok_tuned", ("base_all", "adamw_all", "muon_all")),
     ("grok_tuned", ("base_hidden", "adamw_hidden", "muon_hidden")),
@@ -159,7 +165,7 @@ RADII = [
 
 
 def cells(heading: str) -> list[list[list[float]]]:
-    """The numbers in the cells of the table below a heading, without the first column."""
+    """Return the numbers in the table below a heading, without the first column."""
     section = PAGES["choosing_settings"].split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")][2:]
     rows = [line.strip("|").split("|")[1:] for line in lines]
@@ -167,7 +173,10 @@ def cells(heading: str) -> list[list[list[float]]]:
 
 
 def same(shown: list[float], *values: float | None) -> bool:
-    """Whether the numbers shown are the values to two digits; those of vectors may be left out."""
+    """Return whether the numbers shown are the values to two digits.
+
+    Those of vectors may be left out.
+    """
     given = [float(f"{value:.2g}") for value in values if value is not None]
     return shown == given[: len(shown)] and bool(shown)
 
@@ -188,7 +197,7 @@ def test_the_settings_shown_are_those_of_the_winners() -> None:
 
 
 class Config:
-    """What the hook reads of mkdocs' config."""
+    """Stand for the part of mkdocs' config that the hook reads."""
 
     def __init__(self, repo_url: str) -> None:
         self.repo_url = repo_url

@@ -1,4 +1,7 @@
-"""Start-up is part of every run: what it imports is pinned, each look in a process of its own."""
+"""Start-up imports only the listed packages.
+
+Each test measures it in a separate process.
+"""
 
 import json
 from pathlib import Path
@@ -6,7 +9,7 @@ from pathlib import Path
 from tests.helpers.commands import AGA, TINY, fresh_python
 
 # Prints the installed packages whose modules were loaded, by top-level name.
-LOOK = """
+PRINT_PACKAGES = """
 import json, sys, sysconfig
 places = tuple({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
 files = {name: getattr(module, "__file__", None) or "" for name, module in list(sys.modules.items())}
@@ -43,13 +46,16 @@ NEVER = {
 
 
 def packages_after(code: str, home: Path, *arguments: str) -> set[str]:
-    result = fresh_python("-c", code + LOOK, *arguments, home=home, timeout=120)
+    result = fresh_python("-c", code + PRINT_PACKAGES, *arguments, home=home, timeout=120)
     assert result.code == 0, result.err
     return set(json.loads(result.out.splitlines()[-1]))
 
 
 def test_a_run_imports_no_heavy_package_and_nothing_that_is_not_named(tmp_path: Path) -> None:
-    """The run is a trial of one step, from start to summary; a trial is not drawn at its end."""
+    """Run a trial of one step, from start to summary.
+
+    A trial is not drawn at its end.
+    """
     # Without --wandb: where no key is configured, the default must not import it either.
     tiny = [*TINY[: TINY.index("--wandb")], "--trainer.max_steps", "1"]
     tiny += ["--sweep.name", "search", "--sweep.optimizer", "aga", "--sweep.trial", "0"]
@@ -60,7 +66,7 @@ def test_a_run_imports_no_heavy_package_and_nothing_that_is_not_named(tmp_path: 
 
 
 def test_the_optimizer_needs_torch_alone(tmp_path: Path) -> None:
-    code = f"import torch\n{LOOK}\nsys.path.insert(0, ''); import ars2\n{LOOK}"
+    code = f"import torch\n{PRINT_PACKAGES}\nsys.path.insert(0, ''); import ars2\n{PRINT_PACKAGES}"
     result = fresh_python("-c", code, home=tmp_path)
     assert result.code == 0, result.err
     torch_alone, with_optimizer = (set(json.loads(line)) for line in result.out.splitlines()[-2:])

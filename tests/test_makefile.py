@@ -1,4 +1,4 @@
-"""make sets up an environment of its own, and uses one that was made otherwise without changing it."""
+"""make sets up an environment, or uses an existing one unchanged."""
 
 import os
 import shutil
@@ -43,7 +43,10 @@ def calls(checkout: Path) -> str:
 
 
 def found(checkout: Path, packages: bool) -> Path:
-    """An environment as uv makes it, without pip, and with a file by which it is known again."""
+    """Make an environment as uv does, without pip.
+
+    It has a file by which it is recognised.
+    """
     venv.create(checkout / ".venv", symlinks=True)
     if packages:
         interpreter = checkout / ".venv/bin/python"
@@ -75,9 +78,9 @@ def test_an_install_that_was_cut_short_is_made_anew(checkout: Path) -> None:
 
 def test_an_environment_that_was_found_is_used_as_it_is(checkout: Path) -> None:
     environment = found(checkout, packages=True)
-    for said in ("using .venv as it was found\ntrained\n", "trained\n"):
+    for output in ("using .venv as it was found\ntrained\n", "trained\n"):
         result = make(checkout, "demo")
-        assert (result.returncode, result.stdout) == (0, said), result.stderr
+        assert (result.returncode, result.stdout) == (0, output), result.stderr
     assert (environment / "mine").exists() and calls(checkout) == ""
     assert ".venv stays" in make(checkout, "clean").stdout
     assert (environment / "mine").exists()

@@ -1,4 +1,7 @@
-"""The README's code and commands run as they are written; links of all pages lead to files."""
+"""The README's code and commands run as written, and all links resolve.
+
+Links of all pages lead to files.
+"""
 
 import re
 import shlex
@@ -28,12 +31,15 @@ PAGES = [
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The fenced blocks of a page in one language."""
+    """Return the fenced blocks of a page in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
 
 
 def commands() -> dict[str, list[list[str]]]:
-    """The words of every shell command of the README, by its program; ``uv run`` is left out."""
+    """Return the words of every shell command of the README, by its program.
+
+    ``uv run`` is left out.
+    """
     found: dict[str, list[list[str]]] = {}
     for line in "".join(blocks(README, "bash")).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
@@ -140,7 +146,7 @@ def test_the_loops_of_the_documentation_run_one_after_the_other_and_learn(capsys
 
 
 class Recording(torch.nn.Dropout):
-    """Keep what was dropped by each pass."""
+    """Record what was dropped by each pass."""
 
     masks: ClassVar[list[torch.Tensor]] = []
 
@@ -168,7 +174,10 @@ def test_both_passes_of_the_loops_drop_the_same_and_only_the_first_moves_running
 
 
 def anchors(page: Path) -> set[str]:
-    """What links may name after "#": the headings, as the code host and mkdocs spell them."""
+    """Return what links may name after "#".
+
+    These are the headings, as the code host and mkdocs spell them.
+    """
     headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -194,7 +203,7 @@ def test_named_files_and_make_targets_exist(page: str) -> None:
     assert all(re.search(rf"^{first or second}:", makefile, re.M) for first, second in targets)
 
 
-def test_the_tree_names_every_folder_of_code_and_none_that_is_not_there() -> None:
+def test_the_tree_names_exactly_the_folders_of_code() -> None:
     (tree,) = blocks(README, "text")
     named = set(re.findall(r"^(\w+)/ ", tree, re.M))
     assert all((ROOT / folder).is_dir() for folder in named)

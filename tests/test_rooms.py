@@ -24,7 +24,7 @@ ALLOWED = {
 
 
 def imports(folder: str) -> Iterator[tuple[str, str]]:
-    """Every import of another of the folders, with the file that makes it."""
+    """Return every import of another of the folders, with its file."""
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -1,4 +1,7 @@
-"""Checkpoints on a disk that is full, cannot be written to, or has lost something: nothing earlier is harmed."""
+"""A disk error while saving harms no earlier checkpoint.
+
+The disk is full, cannot be written to, or has lost something.
+"""
 
 import os
 import subprocess
@@ -22,7 +25,7 @@ LAST, PREVIOUS = "checkpoints/last.ckpt", "checkpoints/last-previous.ckpt"
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, with room for a few tiny checkpoints."""
+    """Make a separate file system with room for a few tiny checkpoints."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(
@@ -34,46 +37,46 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", place], check=True)
 
 
-def whole_files(folder: Path) -> dict[str, bytes]:
+def complete_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "checkpoints").iterdir()}
 
 
 def error_in(output: Path) -> str:
-    """The one error line of a command that failed."""
+    """Return the one error line of a command that failed."""
     text = output.read_text()
     assert "Traceback" not in text
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
     return line
 
 
-def test_a_checkpoint_that_cannot_be_written_whole_leaves_the_one_before(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_written_completely_leaves_the_one_before(tmp_path: Path) -> None:
     runs, output = tmp_path / "runs", tmp_path / "output"
     stopped = fit(runs, *OPTIONS, "--ckpt_path", "last", stop="SIGTERM:8")
     assert stopped.code == 143
     folder = only_folder(runs)
-    before = whole_files(folder)
+    before = complete_files(folder)
     size = len(before["last.ckpt"])
     command = ["fit", *OPTIONS, "--runs", str(runs), "--ckpt_path", "last"]
     command += ["--trainer.callbacks+=tests.helpers.resuming.Interrupt"]
     assert life(command, output, largest_file=size // 2) == 1
     line = error_in(output)
     assert "the checkpoint could not be written (File too large); earlier ones are unchanged" in line
-    after = whole_files(folder)
+    after = complete_files(folder)
     # The best is smaller, and may have been written again.
     assert after.keys() == before.keys()
     assert after["last.ckpt"] == before["last.ckpt"]
     check_checkpoint(folder / LAST, resume=True)
-    # With room again it goes on as if nothing had been.
+    # With room again the run resumes exactly.
     assert fit(runs, *OPTIONS, "--ckpt_path", "last").code == 0
-    assert fit(tmp_path / "whole", *OPTIONS).code == 0
-    assert_same_run(folder, only_folder(tmp_path / "whole"))
+    assert fit(tmp_path / "uninterrupted", *OPTIONS).code == 0
+    assert_same_run(folder, only_folder(tmp_path / "uninterrupted"))
 
 
 def test_a_full_disk_is_one_sentence(small_disk: Path, tmp_path: Path) -> None:
     runs = small_disk / "runs"
     assert fit(runs, *OPTIONS, "--ckpt_path", "last", stop="SIGTERM:8").code == 143
     folder = only_folder(runs)
-    before = whole_files(folder)
+    before = complete_files(folder)
     with open(small_disk / "filler", "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         while True:
             file.write(b"0" * 4096)
@@ -81,7 +84,7 @@ def test_a_full_disk_is_one_sentence(small_disk: Path, tmp_path: Path) -> None:
     assert failed.code == 1
     lines = [line for line in failed.err.splitlines() if "Stopping" not in line]
     assert len(lines) == 1 and "No space left on device" in lines[0] and str(folder) in lines[0]
-    assert whole_files(folder) == before
+    assert complete_files(folder) == before
     (small_disk / "filler").unlink()
     assert fit(runs, *OPTIONS, "--ckpt_path", "last").code == 0
 
@@ -89,13 +92,13 @@ def test_a_full_disk_is_one_sentence(small_disk: Path, tmp_path: Path) -> None:
 def test_a_folder_that_became_read_only_is_one_sentence(small_disk: Path) -> None:
     runs = small_disk / "runs"
     assert fit(runs, *OPTIONS, "--ckpt_path", "last", stop="SIGTERM:8").code == 143
-    before = whole_files(only_folder(runs))
+    before = complete_files(only_folder(runs))
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     failed = fit(runs, *OPTIONS, "--ckpt_path", "last")
     assert failed.code == 1
     assert failed.error.endswith("Read-only file system")
     assert "Read-only file system" in call("fit", *OPTIONS, "--runs", small_disk / "others").error
-    assert whole_files(only_folder(runs)) == before
+    assert complete_files(only_folder(runs)) == before
 
 
 def test_a_folder_without_permission_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +135,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
 
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an unfinished run with a last checkpoint and the one before it."""
+    """Return an unfinished run's folder with its last two checkpoints."""
     runs = tmp_path_factory.mktemp("runs")
     assert fit(runs, *OPTIONS, "--last_checkpoint.every_n_epochs", 1, stop="SIGTERM:10").code == 143
     return only_folder(runs)
@@ -150,7 +153,7 @@ def test_if_the_last_one_is_damaged_the_one_before_is_offered(two_checkpoints: P
     (two_checkpoints / LAST).unlink()
     assert RunFolder(two_checkpoints).last_checkpoint() == two_checkpoints / PREVIOUS
     assert f"give {two_checkpoints / PREVIOUS}" in fit(runs, *options, "--ckpt_path", two_checkpoints / LAST).error
-    # As the message says: without the last one, the same command takes the one before.
+    # As in the message: without the last one, the same command takes the one before.
     assert checkpoint_step(two_checkpoints / PREVIOUS) == 8
     assert fit(runs, *options, "--ckpt_path", "last").code == 0
     assert fit(tmp_path, *options).code == 0
@@ -162,7 +165,7 @@ def checkpoint_step(path: Path) -> int:
     return int(torch.load(path, weights_only=True)["global_step"])
 
 
-def test_nothing_is_offered_that_is_damaged_itself(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_offered(tmp_path: Path) -> None:
     for name in ("last.ckpt", "last-previous.ckpt"):
         (tmp_path / name).write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="cannot be read as a checkpoint") as error:
@@ -185,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it(tmp_path: Path) ->
         assert tensor.isfinite().all(), name
 
 
-def test_by_option_a_run_goes_on_over_a_step_that_is_not_finite(tmp_path: Path) -> None:
+def test_by_option_training_continues_after_a_step_that_is_not_finite(tmp_path: Path) -> None:
     options = (
         *OPTIONS,
         "--model",
@@ -198,6 +201,6 @@ def test_by_option_a_run_goes_on_over_a_step_that_is_not_finite(tmp_path: Path) 
     result = call("fit", *options, "--model.nonfinite", "skip", "--runs", tmp_path / "skip")
     assert result.code == 0, result.err
     assert checkpoint(only_folder(tmp_path / "skip"))["skipped_steps"] == 1
-    # The stopped run's checkpoint leaves the batch out, too, when it goes on.
+    # The checkpoint of the stopped run leaves the batch out, too, when it is resumed.
     again = call("fit", *options, "--runs", tmp_path / "stop", "--ckpt_path", "last")
     assert again.code == 0, again.err

@@ -42,7 +42,7 @@ def test_a_new_run_begins_an_empty_file_and_a_resumed_one_keeps_its_rows(tmp_pat
     assert [row["a"] for row in rows(folder)] == ["4"]
 
 
-def test_going_back_forgets_rows_and_the_columns_that_came_with_them(tmp_path: Path) -> None:
+def test_resuming_from_an_earlier_step_drops_later_rows_and_columns(tmp_path: Path) -> None:
     folder = tmp_path / "runs/mine/one"
     logger = log(folder, {"a": 1}, {"a": 2}, {"a": 3, "late": 4})
     logger.truncate(2)

@@ -1,4 +1,7 @@
-"""Which run goes on: one of the same options, the newest that is not finished, and that nobody else is at."""
+"""Find the run to resume.
+
+It has the same options, is the newest that is not finished, and is locked by no other process.
+"""
 
 import json
 import time
@@ -30,7 +33,7 @@ def released() -> None:
     unlock_all()
 
 
-def test_the_newest_unfinished_run_goes_on(tmp_path: Path) -> None:
+def test_the_newest_unfinished_run_is_resumed(tmp_path: Path) -> None:
     run(tmp_path, "2026-01-01_00-00-00-seed1")
     run(tmp_path, "2026-01-02_00-00-00-seed1", "interrupted")
     newest = run(tmp_path, "2026-01-02_00-00-00-seed1-1", "interrupted")
@@ -51,7 +54,7 @@ def test_the_newest_unfinished_run_goes_on(tmp_path: Path) -> None:
         "- 1",
     ],
 )
-def test_a_run_of_other_options_does_not(config: str, tmp_path: Path) -> None:
+def test_a_run_of_other_options_is_not_resumed(config: str, tmp_path: Path) -> None:
     run(tmp_path, "2026-01-01_00-00-00-seed1", config=config)
     (tmp_path / "2026-01-02_00-00-00-seed1").mkdir()
     (tmp_path / "2026-01-03_00-00-00-seed1").write_text("a file")
@@ -59,9 +62,9 @@ def test_a_run_of_other_options_does_not(config: str, tmp_path: Path) -> None:
     assert find_unfinished(tmp_path / "nowhere", CONFIG) is None
 
 
-def test_how_it_is_continued_makes_it_no_other_run(tmp_path: Path) -> None:
-    said = "seed_everything: 1\nmodel: {lr: 0.1}\nckpt_path: x.ckpt\nweights_only: true"
-    folder = run(tmp_path, "2026-01-01_00-00-00-seed1", config=said)
+def test_options_of_resuming_make_no_other_run(tmp_path: Path) -> None:
+    written = "seed_everything: 1\nmodel: {lr: 0.1}\nckpt_path: x.ckpt\nweights_only: true"
+    folder = run(tmp_path, "2026-01-01_00-00-00-seed1", config=written)
     assert find_unfinished(tmp_path, {**CONFIG, "ckpt_path": "last"}) == RunFolder(folder)
 
 
@@ -70,16 +73,16 @@ def test_many_runs_of_one_second_are_in_the_order_of_their_numbers(tmp_path: Pat
     assert find_runs(tmp_path, CONFIG) == made[::-1]
 
 
-def held_elsewhere(folder: str, answers: object) -> None:
+def locked_elsewhere(folder: str, answers: object) -> None:
     answers.put(lock(Path(folder)))  # type: ignore[attr-defined]
     answers.get()  # type: ignore[attr-defined]
 
 
-def test_a_run_that_another_process_is_at_is_left_alone(tmp_path: Path) -> None:
+def test_a_run_locked_by_another_process_is_not_resumed(tmp_path: Path) -> None:
     older, newer = (run(tmp_path, f"2026-01-0{day}_00-00-00-seed1") for day in (1, 2))
     context = server()
     answers = context.Queue()
-    process = context.Process(target=held_elsewhere, args=(str(newer), answers))
+    process = context.Process(target=locked_elsewhere, args=(str(newer), answers))
     process.start()
     assert answers.get() is True
     assert not lock(newer)
@@ -87,11 +90,11 @@ def test_a_run_that_another_process_is_at_is_left_alone(tmp_path: Path) -> None:
     unlock_all()
     process.kill()
     process.join()
-    # A killed process holds nothing.
+    # The lock of a killed process is released.
     assert find_unfinished(tmp_path, CONFIG) == RunFolder(newer)
 
 
-def test_two_of_one_command_at_once_are_two_runs(tmp_path: Path) -> None:
+def test_the_same_command_twice_at_once_makes_two_runs(tmp_path: Path) -> None:
     options = (*AGA, *TINY, "--trainer.max_epochs", "2000", "--trainer.callbacks", "null")
     command = ["fit", *options, "--runs", str(tmp_path / "runs"), "--ckpt_path", "last"]
     processes = []

@@ -1,4 +1,7 @@
-"""What a run is, told by its config: digests change with what matters and with nothing else."""
+"""The config determines the identity of a run.
+
+Digests change with options that matter and with nothing else.
+"""
 
 import importlib
 from pathlib import Path
@@ -17,7 +20,7 @@ from tests.helpers.marks import slow
 
 
 def resolved(*arguments: object) -> dict[str, Any]:
-    """The config of a run as it would be saved."""
+    """Return the config of a run as it would be saved."""
     result = call("fit", *arguments, "--print_config")
     assert result.code == 0, result.err
     config: dict[str, Any] = yaml.safe_load(result.out)
@@ -34,7 +37,7 @@ def test_names(aga: RunIdentity) -> None:
     assert aga.name == "modular_addition-ars2_aga-s42"
     assert aga.group == f"modular_addition-ars2_aga-{aga.setting_digest}"
     adamw = RunIdentity(resolved(*ADAMW, "--seed_everything", "3"))
-    # The data has a seed of its own.
+    # The data has a separate seed.
     assert adamw.name == "modular_addition-adamw-s3.42"
 
 
@@ -56,14 +59,14 @@ def test_a_switch_is_named_where_it_is_off_and_runs_from_before_there_was_one_ar
         model = {"class_path": "modules.image_classification.Net", "init_args": {"optimizer": optimizer}}
         return {"model": model, "data": {"class_path": "datamodules.cifar10.Data", "init_args": {"seed": 0}}}
 
-    before, whole = RunIdentity(config()), RunIdentity(config(energy=True, geometry=True))
-    assert before.setting_digest == whole.setting_digest and before.optimizer == whole.optimizer == "ars2_sync"
+    before, complete = RunIdentity(config()), RunIdentity(config(energy=True, geometry=True))
+    assert before.setting_digest == complete.setting_digest and before.optimizer == complete.optimizer == "ars2_sync"
     sam, neither = RunIdentity(config(geometry=False)), RunIdentity(config(energy=False, geometry=False))
     assert (sam.optimizer, neither.optimizer) == ("ars2_sync_no_geometry", "ars2_sync_no_energy_no_geometry")
-    assert len({identity.setting_digest for identity in (whole, sam, neither)}) == 3
+    assert len({identity.setting_digest for identity in (complete, sam, neither)}) == 3
 
 
-def test_options_that_came_later_do_not_part_runs_from_those_before() -> None:
+def test_options_that_came_later_do_not_separate_older_runs() -> None:
     budget = {"class_path": "callbacks.evaluation_budget.EvaluationBudget", "init_args": {"gradient_evaluations": 9}}
 
     def digest_of(model: dict[str, Any], callback: dict[str, Any]) -> tuple[str, str]:
@@ -119,7 +122,7 @@ def digests(config: dict[str, Any]) -> tuple[str, str]:
         ("ars2/ars2_neo.py", "capturable: bool = False,", "optimizer"),
     ],
 )
-def test_an_option_that_is_added_at_its_default_leaves_old_runs_where_they_are(
+def test_an_option_added_at_its_default_leaves_old_digests_unchanged(
     file: str, last: str, section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = digests(config_of())
@@ -175,7 +178,7 @@ def test_a_callback_that_changes_training_makes_another_setting(callback: dict[s
     assert digests(config_of(callbacks=callback)) == (protocol, setting)
 
 
-def test_a_users_callback_may_say_that_it_only_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_users_callback_may_declare_that_it_only_watches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_watch.py").write_text(
         "import torch\n\nclass Watch:\n    changes_training: bool = False\n\nclass Stop:\n    pass\n"
     )
@@ -184,7 +187,7 @@ def test_a_users_callback_may_say_that_it_only_watches(tmp_path: Path, monkeypat
     assert digests(config_of(callbacks=[{"class_path": "my_watch.Stop"}])) != digests(config_of())
 
 
-def test_every_callback_here_says_whether_it_changes_training() -> None:
+def test_every_callback_here_declares_whether_it_changes_training() -> None:
     names = [f"callbacks.{path.stem}" for path in (identity_module.ROOT / "callbacks").glob("*.py")]
     classes = [
         kind for name in names for kind in vars(importlib.import_module(name)).values() if isinstance(kind, type)
@@ -213,7 +216,7 @@ def test_the_tasks_here_keep_the_names_that_their_files_gave_them(path: str) -> 
     assert getattr(importlib.import_module(module), name).task == RunIdentity(config).task
 
 
-def test_flatten_puts_a_class_at_its_own_key() -> None:
+def test_flatten_puts_a_class_at_a_separate_key() -> None:
     config = {"a": {"class_path": "x.Y", "init_args": {"b": {"class_path": "z", "init_args": {"c": 1}}}}, "d": None}
     assert dict(flatten(config)) == {"a": "x.Y", "a.b": "z", "a.b.c": 1, "d": None}
     assert nested(config) == {"a": {"class": "x.Y", "b": {"class": "z", "c": 1}}, "d": None}
@@ -284,7 +287,7 @@ def test_optimizers_on_one_task_share_a_protocol(aga: RunIdentity) -> None:
     assert RunIdentity(resolved(*ADAMW)).protocol_digest == aga.protocol_digest
 
 
-def test_a_digest_knows_no_order_and_no_nulls() -> None:
+def test_a_digest_ignores_order_and_nulls() -> None:
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "c": None, "a": 1}) != digest({"a": 1, "b": [3]})
 
 
@@ -310,14 +313,14 @@ def test_a_run_keeps_the_digest_that_follows_from_its_config(tmp_path: Path) -> 
     )
 
 
-def test_weights_and_biases_is_told_the_same() -> None:
+def test_weights_and_biases_gets_the_same_identity() -> None:
     sweep = ("--sweep.name", "search", "--sweep.optimizer", "aga", "--sweep.trial", "3")
     config = resolved(*AGA, *sweep)
-    identity, told = RunIdentity(config), init_arguments(config)
-    assert (told["name"], told["group"]) == (identity.name, identity.group)
+    identity, arguments = RunIdentity(config), init_arguments(config)
+    assert (arguments["name"], arguments["group"]) == (identity.name, identity.group)
     tags = ["modular_addition", "ars2_aga", f"protocol {identity.protocol_digest}", "sweep search"]
-    assert told["tags"] == tags
-    assert told["config"]["model"]["optimizer"]["lr"] == 1e-3
-    assert told["config"]["model"]["optimizer"]["class"] == "ars2.ARS2Neo"
-    assert told["config"]["data"]["p"] == 113
-    assert (told["config"]["task"], told["config"]["optimizer"]) == ("modular_addition", "ars2_aga")
+    assert arguments["tags"] == tags
+    assert arguments["config"]["model"]["optimizer"]["lr"] == 1e-3
+    assert arguments["config"]["model"]["optimizer"]["class"] == "ars2.ARS2Neo"
+    assert arguments["config"]["data"]["p"] == 113
+    assert (arguments["config"]["task"], arguments["config"]["optimizer"]) == ("modular_addition", "ars2_aga")

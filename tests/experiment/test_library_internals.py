@@ -1,4 +1,7 @@
-"""The private names of other libraries that are used: no others, and the installed versions have them."""
+"""No other private names of libraries are used than the listed ones.
+
+The installed versions have all of them.
+"""
 
 import ast
 import tomllib
@@ -22,7 +25,7 @@ from torchmetrics import MeanMetric
 from tests.helpers.commands import ROOT
 
 SUITE = ("modules", "datamodules", "callbacks", "experiment", "launch", "analysis", "studies")
-# Public, whatever they look like: of named tuples, of os, and torch's functions on lists of tensors.
+# Public in spite of the underscore: of named tuples, of os, and torch's functions on lists of tensors.
 PUBLIC = ("_replace", "_exit", "_foreach_")
 
 
@@ -32,7 +35,7 @@ def trainer() -> L.Trainer:
 
 
 def of_the_suite(trainer: L.Trainer) -> dict[str, list[Any]]:
-    """Every private name with what must have it."""
+    """Return every private name with the objects that must have it."""
     epoch_loop = trainer.fit_loop.epoch_loop
     return {
         # In experiment/library_internals.py.
@@ -87,7 +90,7 @@ def has(owner: Any, name: str) -> bool:
     return name in owner if isinstance(owner, tuple) else hasattr(owner, name)
 
 
-def test_the_installed_libraries_have_them(trainer: L.Trainer) -> None:
+def test_the_installed_libraries_have_the_private_names(trainer: L.Trainer) -> None:
     for names in (of_the_suite(trainer), OF_THE_OPTIMIZER):
         for name, owners in names.items():
             for owner in owners:
@@ -103,7 +106,10 @@ def sources(folders: tuple[str, ...]) -> list[Path]:
 
 
 def used(paths: list[Path]) -> Iterator[tuple[str, Path]]:
-    """Every private name that the sources take from anything else than a class or module of theirs."""
+    """Return every private name that the sources take from another library.
+
+    Names of the sources' classes and modules are left out.
+    """
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
     nodes = [(node, path) for path, tree in trees.items() for node in ast.walk(tree)]
     ours = {node.name for node, _ in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
@@ -122,7 +128,7 @@ def used(paths: list[Path]) -> Iterator[tuple[str, Path]]:
                     yield name, path
 
 
-def test_no_others_are_used(trainer: L.Trainer) -> None:
+def test_no_other_private_names_are_used(trainer: L.Trainer) -> None:
     known = of_the_suite(trainer)
     for name, path in used([*sources(SUITE), *ROOT.glob("*.py")]):
         assert name in known, f"{path} uses the private name {name}: take a public one, or add it to this list"

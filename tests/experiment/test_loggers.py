@@ -1,4 +1,7 @@
-"""CSV always; Weights & Biases when asked or configured, and never in the way. No test has a network."""
+"""A CSV log is always written; Weights & Biases never stops a run.
+
+It logs when asked or configured. No test has a network.
+"""
 
 import json
 import os
@@ -31,8 +34,11 @@ def nothing_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def records(file: Path) -> Iterator[bytes]:
-    """The records of an offline file: blocks of 32 KiB with chunks of a record, each after a header of 7 bytes."""
-    content, position = file.read_bytes(), 7  # the file's own header
+    """Return the records of an offline file.
+
+    It has blocks of 32 KiB with chunks of a record, each after a header of 7 bytes.
+    """
+    content, position = file.read_bytes(), 7  # the header of the file
     record = b""
     while position < len(content):
         if 32768 - position % 32768 < 7:  # too little for a header: padding
@@ -40,7 +46,7 @@ def records(file: Path) -> Iterator[bytes]:
         _, length, kind = struct.unpack_from("<IHB", content, position)
         record += content[position + 7 : position + 7 + length]
         position += 7 + length
-        if kind in (1, 4):  # whole, or the last chunk
+        if kind in (1, 4):  # complete, or the last chunk
             yield record
             record = b""
 
@@ -58,7 +64,10 @@ for content in records(pathlib.Path(sys.argv[1])):
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    """The rows of numbers in the offline file of a run; read in another process, so that this one imports no wandb."""
+    """Return the rows of numbers in a run's offline file.
+
+    Another process reads them, so that this one imports no wandb.
+    """
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     read = python("-c", READ, file, home=folder)
     assert read.code == 0, read.err
@@ -67,7 +76,10 @@ def history(folder: Path) -> list[dict[str, float]]:
 
 
 def processes_in(folder: Path) -> list[str]:
-    """The command lines of processes that have a file of ``folder`` open or were started from it."""
+    """Return the command lines of processes that use ``folder``.
+
+    They have a file of it open or were started from it.
+    """
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -81,7 +93,10 @@ def processes_in(folder: Path) -> list[str]:
 
 
 def run(home: Path, *arguments: str, **environment: str) -> tuple[Result, Path]:
-    """A tiny run with a home of its own, to a good end; no process of it stays."""
+    """Run a tiny run with a separate home to a good end.
+
+    No process of it stays.
+    """
     result = train_py("fit", *AGA, *WITHOUT_CHOICE, "--runs", home / "runs", *arguments, home=home, **environment)
     assert result.code == 0, result.err
     assert "Run finished" in result.out
@@ -99,29 +114,31 @@ def test_without_a_key_there_is_only_the_csv_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("choice", [False, None])
-def test_not_asked_is_not_done(choice: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_that_is_turned_off_is_not_used(
+    choice: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if choice is False:
         monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert len(make_loggers(tmp_path / "runs/mine/one", {}, wandb=choice)) == 1
 
 
-def test_asked_without_a_key_records_offline_and_says_how_to_upload(tmp_path: Path) -> None:
+def test_asked_without_a_key_records_offline_and_explains_how_to_upload(tmp_path: Path) -> None:
     result, folder = run(tmp_path, "--wandb", "true")
     assert result.err == ""
     (line,) = [line for line in result.out.splitlines() if "W&B" in line]
-    said = re.fullmatch(r"W&B records offline; upload the run with: wandb sync (.+)", line)
-    assert said is not None
+    message = re.fullmatch(r"W&B records offline; upload the run with: wandb sync (.+)", line)
+    assert message is not None
     (recorded,) = folder.glob("wandb/offline-run-*")
-    assert said[1] == str(recorded)
+    assert message[1] == str(recorded)
     # Every number of the CSV file is in it.
     rows = history(folder)
     logged = [{key: float(value) for key, value in row.items() if key != "step"} for row in metrics(folder)]
     assert len(logged) == len(rows) == 4
-    for mine, theirs in zip(logged, rows, strict=True):
-        assert {key: pytest.approx(value) for key, value in mine.items()}.items() <= theirs.items()
+    for logged_row, row in zip(logged, rows, strict=True):
+        assert {key: pytest.approx(value) for key, value in logged_row.items()}.items() <= row.items()
 
 
-def test_a_key_in_a_netrc_file_is_used_and_a_silent_server_holds_nothing_up(tmp_path: Path) -> None:
+def test_a_key_in_a_netrc_file_is_used_and_a_silent_server_delays_nothing(tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text(f"machine 127.0.0.1:9\n  login user\n  password {KEY}\n")
     (tmp_path / ".netrc").chmod(0o600)
     start = time.monotonic()
@@ -138,7 +155,7 @@ def test_a_key_in_a_netrc_file_is_used_and_a_silent_server_holds_nothing_up(tmp_
 
 
 @pytest.mark.parametrize("behaviour", [401, slow(500), slow("hangs")], ids=["wrong key", "server error", "hangs"])
-def test_a_server_that_does_not_take_a_run_holds_nothing_up(behaviour: str | int, tmp_path: Path) -> None:
+def test_a_server_that_refuses_a_run_delays_nothing(behaviour: str | int, tmp_path: Path) -> None:
     begin = time.monotonic()
     with WandbServer(behaviour) as server:
         environment = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address, "WANDB_INIT_TIMEOUT": "1"}

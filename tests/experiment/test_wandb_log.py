@@ -1,4 +1,4 @@
-"""What becomes of a run when Weights & Biases fails after it has begun, and when the run goes on after a stop."""
+"""A run survives failures of Weights & Biases, and resumes its record."""
 
 import re
 import shlex
@@ -20,9 +20,9 @@ ONLINE = {"WANDB_API_KEY": KEY, "WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOU
 
 
 def upload(output: str, home: Path) -> list[dict[str, Any]]:
-    """Do what the last such line of a run's output says, with a server that works; returns the rows that it has then.
+    """Run the last upload command of a run's output with a server that works.
 
-    There is one run on it.
+    Return the rows that the server has then. There is one run on it.
     """
     command = re.findall(r"upload the run with: wandb (sync .+)", output)[-1]
     with WandbServer() as server:
@@ -34,7 +34,7 @@ def upload(output: str, home: Path) -> list[dict[str, Any]]:
 
 
 def numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the log, without pictures, texts, and what W&B adds."""
+    """Return the rows of the log, without pictures, texts, and entries of W&B."""
     wanted = [row for row in rows if "epoch" in row]
     return [{key: value for key, value in row.items() if not key.startswith(("_", "cost/training"))} for row in wanted]
 
@@ -43,8 +43,8 @@ def assert_all_rows(rows: list[dict[str, Any]], folder: Path) -> None:
     """Check that the rows are those of the run's log, in their order."""
     logged = [{key: float(value) for key, value in row.items() if key != "step"} for row in metrics(folder)]
     assert len(logged) == len(rows) > 0
-    for mine, theirs in zip(logged, numbers(rows), strict=True):
-        assert {key: pytest.approx(value) for key, value in mine.items()}.items() <= theirs.items()
+    for logged_row, row in zip(logged, numbers(rows), strict=True):
+        assert {key: pytest.approx(value) for key, value in logged_row.items()}.items() <= row.items()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_server_that_fails_in_the_middle_of_a_run_costs_a_line(failure: str | 
     assert_all_rows([row for row in upload(result.out, tmp_path) if "epoch" in row], folder)
 
 
-def test_a_server_that_works_has_every_row_and_nothing_more_is_said(tmp_path: Path) -> None:
+def test_a_server_that_works_has_every_row_and_no_more_is_printed(tmp_path: Path) -> None:
     with WandbServer() as server:
         result, folder = run(tmp_path, **ONLINE, WANDB_BASE_URL=server.address)
         (rows,) = [server.rows(name) for name in server.history]
@@ -73,7 +73,7 @@ def test_a_server_that_works_has_every_row_and_nothing_more_is_said(tmp_path: Pa
     assert "upload the run" not in result.out
 
 
-def test_if_its_own_process_dies_the_run_is_recorded_anew(tmp_path: Path) -> None:
+def test_if_the_process_of_wandb_dies_the_run_is_recorded_anew(tmp_path: Path) -> None:
     killing = ("--trainer.callbacks+=tests.helpers.wandb_server.KillService", "--internals.every_n_steps", "1")
     with WandbServer() as server:
         result, folder = run(tmp_path, *killing, **ONLINE, WANDB_BASE_URL=server.address)
@@ -86,7 +86,7 @@ def test_if_its_own_process_dies_the_run_is_recorded_anew(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("online", [False, slow(True)], ids=["offline", "online"])
-def test_a_run_that_goes_on_keeps_its_id(online: bool, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_id(online: bool, tmp_path: Path) -> None:
     options = (*AGA, *TINY[: TINY.index("--wandb")], "--wandb", "true", "--ckpt_path", "last")
     interrupting = ("--trainer.callbacks+=tests.helpers.resuming.Interrupt", "--data.train_fraction", "0.6")
     command = ("fit", *options, *interrupting, "--runs", tmp_path / "runs")
@@ -104,7 +104,7 @@ def test_a_run_that_goes_on_keeps_its_id(online: bool, tmp_path: Path) -> None:
 
 
 class FailsAfter:
-    """In place of a run of W&B: takes in so many rows, and fails from then on."""
+    """Stand for a run of W&B that accepts so many rows and then fails."""
 
     id = "same"
 
@@ -127,9 +127,9 @@ def test_rows_for_another_record_are_kept_out_of_memory(tmp_path: Path, monkeypa
     tracemalloc.start()
     for epoch in range(1, 1000):
         logger.log_metrics({"epoch": float(epoch), **{f"train/{i}": i / 7 for i in range(20)}}, epoch)
-    kept = tracemalloc.get_traced_memory()[0]
+    memory = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert kept < 200_000  # bytes, and the rows are 20,000 numbers
+    assert memory < 200_000  # bytes, and the rows are 20,000 numbers
     logger.log_metrics({"epoch": 1000.0}, 1000)
     assert second.rows == list(range(1001))
     assert list(tmp_path.iterdir()) == []
@@ -152,7 +152,7 @@ logger.finalize("success")
 
 
 @pytest.mark.slow
-def test_a_full_queue_holds_no_row_up(tmp_path: Path) -> None:
+def test_a_full_queue_delays_no_row(tmp_path: Path) -> None:
     with WandbServer(afterwards="hangs") as server:
         done = python("-c", FLOOD, tmp_path, home=tmp_path, **ONLINE, WANDB_BASE_URL=server.address)
     assert done.code == 0, done.err

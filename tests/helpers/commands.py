@@ -1,4 +1,7 @@
-"""The command line as tests call it: in this process, or in one of its own where that is the point."""
+"""Call the command line in this process, or in a separate one.
+
+A separate one is used where that is the subject of the test.
+"""
 
 import contextlib
 import csv
@@ -24,7 +27,10 @@ TINY = (*SMALL, "--data.batch_size", "8", "--trainer.max_epochs", "2", "--wandb"
 
 @dataclass
 class Result:
-    """What a user sees of a command: its exit code and what it printed."""
+    """Describe what a user sees of a command.
+
+    It has the exit code and what was printed.
+    """
 
     code: int | str | None
     out: str
@@ -32,7 +38,10 @@ class Result:
 
     @property
     def error(self) -> str:
-        """The one line of an error; fails if there is anything else on standard error."""
+        """Return the one line of an error.
+
+        It fails if there is anything else on standard error.
+        """
         assert self.code not in (0, None), f"it went well: {self.out}"
         lines = self.err.splitlines()
         assert len(lines) == 1, self.err
@@ -52,7 +61,10 @@ def call(*arguments: object, pictures: bool = False) -> Result:
 
 
 def captured(command: Callable[[], int]) -> Result:
-    """Run a command's main function in this process from the root of the checkout, and put the environment back."""
+    """Run a command's main function in this process, from the checkout's root.
+
+    The environment is restored.
+    """
     out, err, environment, folder = io.StringIO(), io.StringIO(), dict(os.environ), Path.cwd()
     code: int | str | None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -69,20 +81,31 @@ def captured(command: Callable[[], int]) -> Result:
 
 
 def changed_by(overlays: Sequence[object], *arguments: object) -> set[str]:
-    """The lines of the config of ``fit`` with ``arguments`` that are others once ``overlays`` are laid over it."""
+    """Return the lines of a config that ``overlays`` change.
+
+    The config is that of ``fit`` with ``arguments``.
+    """
     plain, laid_over = (call("fit", *arguments, *more, "--print_config") for more in ((), overlays))
     assert (plain.code, laid_over.code) == (0, 0), plain.err + laid_over.err
     return {line.strip() for line in set(laid_over.out.splitlines()) - set(plain.out.splitlines())}
 
 
 def clean_environment(home: Path, **more: str) -> dict[str, str]:
-    """The environment of a user who has set up nothing; one thread, because tests share the machine."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "PL_", "ARS2", "NETRC"))}
-    return {**kept, "HOME": str(home), "OMP_NUM_THREADS": "1", **more}
+    """Return the environment of a user who has set up nothing.
+
+    It has one thread, because tests share the machine.
+    """
+    inherited = {
+        key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "PL_", "ARS2", "NETRC"))
+    }
+    return {**inherited, "HOME": str(home), "OMP_NUM_THREADS": "1", **more}
 
 
 def start(*arguments: object, home: Path, **environment: str) -> Running:
-    """Start ``python train.py <arguments>`` from the root of the checkout, in a forked process."""
+    """Start ``python train.py <arguments>`` in a forked process.
+
+    It runs from the root of the checkout.
+    """
     return Running(["train.py", *map(str, arguments)], clean_environment(home, **environment))
 
 
@@ -92,14 +115,20 @@ def train_py(*arguments: object, home: Path, **environment: str) -> Result:
 
 
 def python(*arguments: object, home: Path, timeout: float = 300.0, **environment: str) -> Result:
-    """Run ``python <arguments>`` to its end from the root of the checkout, in a forked process."""
+    """Run ``python <arguments>`` to its end, in a forked process.
+
+    It runs from the root of the checkout.
+    """
     with Running([str(argument) for argument in arguments], clean_environment(home, **environment)) as running:
         out, err = running.communicate(timeout)
     return Result(running.returncode, out, err)
 
 
 def fresh_python(*arguments: object, home: Path, timeout: float = 200.0, **environment: str) -> Result:
-    """Run ``python <arguments>`` to its end from the root of the checkout, in a new interpreter: for its imports."""
+    """Run ``python <arguments>`` to its end, in a new interpreter.
+
+    It runs from the root of the checkout, for tests of its imports.
+    """
     process = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
@@ -113,12 +142,12 @@ def fresh_python(*arguments: object, home: Path, timeout: float = 200.0, **envir
 
 
 def folders(runs: Path) -> list[Path]:
-    """The run folders below ``--runs``, the oldest first."""
+    """Return the run folders below ``--runs``, the oldest first."""
     return sorted(runs.glob("*/*"), key=lambda folder: folder.stat().st_ctime_ns)
 
 
 def fit(runs: Path, *arguments: object, pictures: bool = False) -> Path:
-    """Run ``fit`` to a good end in this process; returns its run folder."""
+    """Run ``fit`` to a good end in this process; return its run folder."""
     before = folders(runs)
     result = call("fit", *arguments, "--runs", runs, pictures=pictures)
     assert result.code == 0, result.err
@@ -127,7 +156,10 @@ def fit(runs: Path, *arguments: object, pictures: bool = False) -> Path:
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
-    """The logged rows as they are written, digit for digit, without empty fields and the one column that is a time."""
+    """Return the logged rows as they are written, digit for digit.
+
+    Empty fields and the one column that is a time are left out.
+    """
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
     for row in rows:

@@ -1,4 +1,7 @@
-"""The operations that torch dispatches inside a block, for tests of what a step does besides its arithmetic."""
+"""Record the operations that torch dispatches inside a block.
+
+Tests count with it what a step does besides its arithmetic.
+"""
 
 from collections.abc import Iterable
 from typing import Any

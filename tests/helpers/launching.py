@@ -1,4 +1,4 @@
-"""Several processes of a test, started as torchrun starts them."""
+"""Start several processes of a test, as torchrun starts them."""
 
 import os
 import socket
@@ -14,9 +14,10 @@ from tests.helpers.processes import server
 
 
 def launch(target: Callable[..., None], ranks: int, folder: Path, *arguments: Any) -> list[Any]:
-    """Run ``target(rank, ranks, port, folder, *arguments)`` in ``ranks`` processes; returns what each wrote.
+    """Run a function in ``ranks`` processes; return what each wrote.
 
-    Each begins with :func:`become` and leaves ``<rank>.pt`` in ``folder``.
+    The call is ``target(rank, ranks, port, folder, *arguments)``. Each begins with :func:`become` and leaves
+    ``<rank>.pt`` in ``folder``.
     """
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
@@ -33,7 +34,7 @@ def launch(target: Callable[..., None], ranks: int, folder: Path, *arguments: An
 
 
 def become(rank: int, ranks: int, port: int) -> None:
-    """Be one of ``ranks`` processes, of one thread."""
+    """Become one of ``ranks`` processes, of one thread."""
     torch.set_num_threads(1)
     os.environ |= {
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"},
@@ -43,7 +44,10 @@ def become(rank: int, ranks: int, port: int) -> None:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Make this process a group of one: what distributed code needs to run, in the test's own process."""
+    """Make this process a group of one.
+
+    Distributed code then runs in the test's process.
+    """
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield

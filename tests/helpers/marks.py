@@ -1,4 +1,4 @@
-"""Marks of parametrized tests."""
+"""Mark cases of parametrized tests."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Imported by the server that the tests' processes are forked from."""
+"""Import modules in the server that the tests' processes are forked from."""
 
 import importlib
 

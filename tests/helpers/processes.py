@@ -1,4 +1,4 @@
-"""Processes of their own for tests, forked from one server that has the imports done.
+"""Fork processes for tests from one server that has the imports done.
 
 A new interpreter spends five seconds on imports; a forked one begins at once. Tests of the imports themselves use
 :func:`tests.helpers.commands.fresh_python`.
@@ -38,7 +38,7 @@ class Program:
     """Describe what a process runs, and in which surroundings.
 
     Args:
-        arguments: of ``python``: a script, ``-m`` with a module, or ``-c`` with code, each with its own arguments.
+        arguments: of ``python``: a script, ``-m`` with a module, or ``-c`` with code, each with its arguments.
         environment: all of its environment variables.
         streams: the files for standard input, output and error.
         kill_at_call: number of the call, of those that rename files or bring them to the disk, before which the process
@@ -105,7 +105,9 @@ def deadly(real: Callable[..., Any], calls: "itertools.count[int]", kill_at_call
 
 
 class Running:
-    """Run a program in a forked process, as far as the tests need with the methods of ``subprocess.Popen``.
+    """Run a program in a forked process.
+
+    It has the methods of ``subprocess.Popen`` that the tests need.
 
     Args:
         arguments: of ``python``, see :class:`Program`.
@@ -141,7 +143,7 @@ class Running:
 
     @property
     def returncode(self) -> int | None:
-        """The exit code, ``None`` while it runs, ``-9`` if it was killed."""
+        """Return the exit code, ``None`` while it runs, ``-9`` if it was killed."""
         code: int | None = self._process.exitcode
         return code
 
@@ -156,23 +158,23 @@ class Running:
 
     @property
     def out(self) -> str:
-        """What it has written to standard output so far."""
+        """Return what it has written to standard output so far."""
         return self._output[0].read_text()
 
     def wait(self, timeout: float) -> int | None:
-        """Wait for its end; returns its exit code, ``None`` if it still runs."""
+        """Wait for its end; return its exit code, ``None`` if it still runs."""
         self._process.join(timeout)
         return self.returncode
 
     def communicate(self, timeout: float = 60.0) -> tuple[str, str]:
-        """Wait for its end; returns its output and errors."""
+        """Wait for its end; return its output and errors."""
         if self.wait(timeout) is None:
             raise subprocess.TimeoutExpired("python", timeout, self.out)
         return self.out, self._output[1].read_text()
 
 
 def wait_until(condition: Callable[[], object], running: Running, seconds: float = 60.0) -> None:
-    """Wait until something is so, while a process runs."""
+    """Wait until a condition holds, while a process runs."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert running.poll() is None, running.communicate(0)
@@ -181,12 +183,15 @@ def wait_until(condition: Callable[[], object], running: Running, seconds: float
 
 
 def begin(arguments: list[str], output: Path, **options: Any) -> Running:
-    """Start ``train.py`` with ``arguments``, all output to a file; the options are those of :class:`Program`."""
+    """Start ``train.py`` with ``arguments``, all output to a file.
+
+    The options are those of :class:`Program`.
+    """
     return Running(["train.py", *arguments], os.environ, ("/dev/null", str(output), str(output)), **options)
 
 
 def life(arguments: list[str], output: Path, kill_after: float | None = None, **options: Any) -> int | None:
-    """Run ``train.py`` in a process of its own; returns its exit code, -9 if it was killed.
+    """Run ``train.py`` in a forked process; return its exit code, -9 if killed.
 
     Args:
         arguments: of the command line.

@@ -1,4 +1,7 @@
-"""What it means that a resumed run is the run that was never stopped; for any task that the command line can train."""
+"""Compare a resumed run with an uninterrupted one.
+
+It works for any task that the command line can train.
+"""
 
 import os
 import random
@@ -25,9 +28,9 @@ DIFFERS = {
 
 
 class Interrupt(L.Callback):
-    """Sends this process the signal and at the step that an environment variable names, as ``SIGTERM:6``.
+    """Send this process a signal at a step, both from the environment.
 
-    ``FAILURE:6`` is an error there, which nothing is saved before.
+    The variable is ``SIGTERM:6``, for example. ``FAILURE:6`` is an error there, which nothing is saved before.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
@@ -39,7 +42,10 @@ class Interrupt(L.Callback):
 
 
 class Noise(L.Callback):
-    """Draws from every generator in each pass, so that a resumed run must have all their states."""
+    """Draw from every generator in each pass.
+
+    A resumed run must have all their states.
+    """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module: Any = pl_module
@@ -55,7 +61,10 @@ class Noise(L.Callback):
 
 
 def fit(runs: Path, *arguments: object, stop: str = "") -> Result:
-    """Run ``fit`` with the interrupting callback; every run of a test has the same arguments but ``stop``."""
+    """Run ``fit`` with the interrupting callback.
+
+    Every run of a test has the same arguments but ``stop``.
+    """
     options = ("--trainer.callbacks+=tests.helpers.resuming.Interrupt", "--runs", runs)
     os.environ[STOP_AT] = stop
     try:
@@ -69,36 +78,42 @@ def checkpoint(folder: Path, name: str = "last") -> dict[str, Any]:
     return loaded
 
 
-def differences(mine: Any, theirs: Any, where: str = "") -> Iterator[str]:
-    """Yield the places where two checkpoints differ in a bit, what depends on time and place left out."""
-    if isinstance(mine, dict) and isinstance(theirs, dict):
+def differences(actual: Any, expected: Any, where: str = "") -> Iterator[str]:
+    """Yield the places where two checkpoints differ in a bit.
+
+    Entries that depend on time and place are left out.
+    """
+    if isinstance(actual, dict) and isinstance(expected, dict):
         # The key of a checkpoint callback is its options, its folder among them.
-        for key in mine.keys() | theirs.keys():
+        for key in actual.keys() | expected.keys():
             if key in DIFFERS:
                 continue
-            if key not in mine or key not in theirs:
+            if key not in actual or key not in expected:
                 yield f"{where}.{key}"
             else:
-                yield from differences(mine[key], theirs[key], f"{where}.{key}")
-    elif isinstance(mine, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(mine) == len(theirs):
-        for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+                yield from differences(actual[key], expected[key], f"{where}.{key}")
+    elif isinstance(actual, (list, tuple)) and isinstance(expected, (list, tuple)) and len(actual) == len(expected):
+        for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
             yield from differences(a, b, f"{where}[{index}]")
-    elif isinstance(mine, Tensor) and isinstance(theirs, Tensor):
-        if mine.dtype != theirs.dtype or not torch.equal(mine, theirs):
+    elif isinstance(actual, Tensor) and isinstance(expected, Tensor):
+        if actual.dtype != expected.dtype or not torch.equal(actual, expected):
             yield where
-    elif mine != theirs and not (mine != mine and theirs != theirs):
-        yield f"{where}: {mine!r} and {theirs!r}"
+    elif actual != expected and not (actual != actual and expected != expected):
+        yield f"{where}: {actual!r} and {expected!r}"
 
 
-def assert_same_run(mine: Path, theirs: Path) -> None:
-    """Check that two run folders hold the same training: all that checkpoints have, every row of the log, all texts."""
+def assert_same_run(actual: Path, expected: Path) -> None:
+    """Check that two run folders have the same training.
+
+    All that checkpoints have, every row of the log and all texts are compared.
+    """
     for name in ("last", "best"):
-        assert list(differences(checkpoint(mine, name), checkpoint(theirs, name))) == [], name
-    assert metrics(mine) == metrics(theirs)
-    header = [(folder / "metrics.csv").read_text().splitlines()[0] for folder in (mine, theirs)]
+        assert list(differences(checkpoint(actual, name), checkpoint(expected, name))) == [], name
+    assert metrics(actual) == metrics(expected)
+    header = [(folder / "metrics.csv").read_text().splitlines()[0] for folder in (actual, expected)]
     assert header[0] == header[1]
     for name in ("samples.txt", "hparams.yaml", "parameters.txt"):
-        texts = [path.read_text() if path.exists() else None for path in (mine / name, theirs / name)]
+        texts = [path.read_text() if path.exists() else None for path in (actual / name, expected / name)]
         assert texts[0] == texts[1], name
 
 
@@ -108,7 +123,7 @@ def only_folder(runs: Path) -> Path:
 
 
 class BrokenStep(ModularAddition):
-    """The loss of the third batch of training is not a number."""
+    """Have a loss that is not a number in the third batch of training."""
 
     def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Metrics | None) -> Tensor:
         loss = super().compute_loss(batch, metrics)

@@ -1,4 +1,4 @@
-"""A small corpus that tests write themselves, in the format of WikiText-2; and where the real one is."""
+"""Write a small corpus in the format of WikiText-2, and find the real one."""
 
 import os
 import random
@@ -26,7 +26,10 @@ needs_wikitext2 = pytest.mark.skipif(
 
 
 def lines(articles: int, seed: int) -> list[str]:
-    """Headings, paragraphs of one to five sentences, and lines of a single blank, as in the real files."""
+    """Return headings, paragraphs and lines of a single blank, as in the real files.
+
+    Paragraphs have one to five sentences.
+    """
     dice = random.Random(seed)
     text = []
     for number in range(articles):
@@ -41,7 +44,7 @@ def lines(articles: int, seed: int) -> list[str]:
 
 
 def write_corpus(folder: Path, articles: int = 20) -> Path:
-    """Write the three files; returns the folder."""
+    """Write the three files; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (split, name) in enumerate(FILES.items()):
         text = lines(articles if split == "train" else 5, seed)

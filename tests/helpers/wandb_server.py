@@ -1,4 +1,7 @@
-"""A server that speaks as much of Weights & Biases' protocol as a run needs, and that can fail in several ways."""
+"""Serve the part of Weights & Biases' protocol that a run needs.
+
+The server can fail in several ways.
+"""
 
 import json
 import os
@@ -16,14 +19,14 @@ KEY = "0123456789" * 4
 
 
 class WandbServer:
-    """Listens on this machine while its block lasts.
+    """Listen on this machine while the block lasts.
 
     Attributes:
         address: of the server.
         behaviour: ``"answers"``, ``"hangs"`` (takes a request and never answers), ``"dies"`` (stops listening), or a
             status that refuses everything.
         afterwards: the behaviour once the first run has begun; ``None`` changes nothing.
-        history: rows of numbers by run id, as they lie on the server: each at its line, whoever wrote it last.
+        history: rows of numbers by run id, as they are on the server: each at its line, in the last version.
         asked: how many requests there were.
     """
 
@@ -77,13 +80,13 @@ class WandbServer:
         self.die()
 
     def die(self) -> None:
-        """Stop listening; whoever still waits for an answer gets none."""
+        """Stop listening; clients that wait for an answer get none."""
         self._over.set()
         self._server.shutdown()
         self._server.server_close()
 
     def rows(self, run: str) -> list[dict[str, Any]]:
-        """The rows of a run in their order on the server."""
+        """Return the rows of a run in their order on the server."""
         return [row for _, row in sorted(self.history[run].items())]
 
     def answer(self, path: str, content: bytes) -> dict[str, Any]:
@@ -115,7 +118,7 @@ class WandbServer:
 
 
 class KillService(L.Callback):
-    """Kills W&B's own process in the second epoch."""
+    """Kill the process of W&B in the second epoch."""
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.current_epoch == 1:

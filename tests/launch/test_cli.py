@@ -1,4 +1,4 @@
-"""What the command line leaves behind and hands out: run folders, checkpoints, the same run again, answers."""
+"""The command line makes run folders and checkpoints, resumes and predicts."""
 
 import ast
 import json
@@ -37,7 +37,7 @@ def test_fit_writes_everything_into_one_folder(tmp_path: Path) -> None:
     assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["width"] == 8
 
 
-def test_a_users_own_module_is_trained_counted_and_recorded(tmp_path: Path) -> None:
+def test_a_users_module_is_trained_counted_and_recorded(tmp_path: Path) -> None:
     model = ("--model", "tests.modules.users.Sums", "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 0.1)
     data = ("--data", "datamodules.modular_addition.ModularAdditionData", "--data.p", 7, "--data.batch_size", 8)
     folder = fit(tmp_path, *model, *data, "--trainer.max_epochs", 2, "--wandb", "false")
@@ -59,14 +59,14 @@ def test_the_progress_bar_and_checkpoints_can_be_turned_off(tmp_path: Path) -> N
     assert len(metrics(folder)) == 4
 
 
-def test_the_trainers_options_of_an_update_are_the_models(tmp_path: Path) -> None:
+def test_the_trainers_options_of_an_update_go_to_the_model(tmp_path: Path) -> None:
     options = {"gradient_clip_val": 1, "gradient_clip_algorithm": "value", "accumulate_grad_batches": 2}
-    told, asked = (
+    by_trainer, by_model = (
         fit(tmp_path, *AGA, *TINY, *(part for key, value in options.items() for part in (f"--{whose}.{key}", value)))
         for whose in ("model", "trainer")
     )
-    assert metrics(told) == metrics(asked)
-    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (told, asked)]
+    assert metrics(by_trainer) == metrics(by_model)
+    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in (by_trainer, by_model)]
     assert configs[0]["model"] == configs[1]["model"] and configs[0]["trainer"] == configs[1]["trainer"]
     assert options.items() <= configs[1]["model"]["init_args"].items()
     assert RunIdentity(configs[0]).setting_digest == RunIdentity(configs[1]).setting_digest
@@ -89,7 +89,7 @@ def test_two_runs_of_one_second_have_a_folder_each(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("config", [slow("grok_adamw"), "grok_aga", slow("grok_muon")])
-def test_the_saved_config_is_the_whole_run(config: str, tmp_path: Path) -> None:
+def test_the_saved_config_repeats_the_run(config: str, tmp_path: Path) -> None:
     first = fit(tmp_path / "first", "--config", f"configs/{config}.yaml", *TINY, "--seed_everything", 3)
     again = fit(tmp_path / "again", "--config", first / "config.yaml")
     assert metrics(again) == metrics(first)
@@ -103,16 +103,16 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("config", [slow("grok_adamw"), "grok_aga", slow("grok_muon")])
-def test_resuming_is_as_if_nothing_had_happened(config: str, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(config: str, tmp_path: Path) -> None:
     chosen = ("--config", f"configs/{config}.yaml", *TINY)
-    whole = fit(tmp_path / "whole", *chosen, "--trainer.max_epochs", 5)
+    uninterrupted = fit(tmp_path / "uninterrupted", *chosen, "--trainer.max_epochs", 5)
     start = fit(tmp_path / "parts", *chosen, "--trainer.max_epochs", 3)
     rest = fit(tmp_path / "parts", *chosen, "--trainer.max_epochs", 5, "--ckpt_path", start / LAST)
-    assert metrics(start) == metrics(whole)[: len(metrics(start))]
+    assert metrics(start) == metrics(uninterrupted)[: len(metrics(start))]
     assert len(metrics(rest)) == 4  # validation and training
-    assert metrics(rest) == metrics(whole)[len(metrics(start)) :]
+    assert metrics(rest) == metrics(uninterrupted)[len(metrics(start)) :]
     assert {row["epoch"] for row in metrics(rest)} == {"3", "4"}
-    for name, tensor in weights(whole).items():
+    for name, tensor in weights(uninterrupted).items():
         assert torch.equal(tensor, weights(rest)[name]), name
 
 
@@ -141,7 +141,7 @@ def test_later_configs_go_over_earlier_ones(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a network that knows half of the sums below 7."""
+    """Return the run folder of a network that knows half of the sums below 7."""
     options = (*ADAMW, *TINY, *LEARN, "--data.train_fraction", 0.5)
     return fit(tmp_path_factory.mktemp("runs"), *options)
 
@@ -202,7 +202,7 @@ def test_predict_answers_as_the_network_does(learned: Path) -> None:
     assert 24 <= sum(line.endswith("right") for line in expected) < 49
 
 
-def test_predict_asks_by_itself_and_leaves_nothing(learned: Path, tmp_path: Path) -> None:
+def test_predict_without_questions_uses_the_data_and_leaves_no_files(learned: Path, tmp_path: Path) -> None:
     before = sorted(path.name for path in ROOT.iterdir())
     result = call("predict", *ADAMW, *TINY, "--ckpt_path", learned / LAST, "--runs", tmp_path / "runs")
     assert len(result.out.splitlines()) == 10
@@ -211,7 +211,10 @@ def test_predict_asks_by_itself_and_leaves_nothing(learned: Path, tmp_path: Path
 
 
 def messages() -> Iterator[str]:
-    """Every text in the sources of the libraries whose messages are left out, ``{}`` for what is filled in."""
+    """Return every text in the sources of libraries with suppressed messages.
+
+    ``{}`` stands for the parts that are filled in.
+    """
     sources = [
         *Path(str(lightning.__file__)).parent.rglob("*.py"),
         Path(torchmetrics.__file__).parent / "aggregation.py",
@@ -227,7 +230,7 @@ def messages() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_every_message_that_is_left_out_is_one_that_the_installed_libraries_have() -> None:
+def test_every_suppressed_message_exists_in_the_installed_libraries() -> None:
     texts = list(messages())
     for pattern in console.WARNINGS:
         assert any(re.match(pattern, text, re.IGNORECASE) for text in texts), pattern

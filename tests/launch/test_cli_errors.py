@@ -1,4 +1,4 @@
-"""Whatever goes wrong is one line that names it, a non-zero exit code, and nothing left behind."""
+"""Every error is one line, has a non-zero exit code, and leaves no files."""
 
 import os
 import pickle
@@ -16,12 +16,15 @@ from tests.helpers.marks import slow
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good checkpoint; the tests damage copies."""
+    """Return a good checkpoint; the tests damage copies."""
     return fit(tmp_path_factory.mktemp("runs"), *AGA, *TINY) / "checkpoints/last.ckpt"
 
 
 def refused(runs: Path, subcommand: str, *arguments: object, config: tuple[str, ...] = AGA) -> str:
-    """The error line of a command that must stop before it trains: it leaves no run folder."""
+    """Return the error line of a command that must stop before it trains.
+
+    It leaves no run folder.
+    """
     result = call(subcommand, *config, *TINY, "--runs", runs, *arguments)
     assert folders(runs) == []
     return result.error
@@ -100,7 +103,7 @@ def test_a_wrong_key_in_a_config_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ("{experiment: }", "experiment must be a text, got null"),
         slow("{runs: }", "runs must be a text, got null"),
@@ -115,13 +118,13 @@ def test_a_wrong_key_in_a_config_is_named(tmp_path: Path) -> None:
         ("{data: {init_args: {batch_size: }}}", "data.batch_size needs a value, and is left empty (null)"),
     ],
 )
-def test_an_empty_or_wrong_entry_of_a_config_is_named(config: str, said: str, tmp_path: Path) -> None:
+def test_an_empty_or_wrong_entry_of_a_config_is_named(config: str, message: str, tmp_path: Path) -> None:
     result = call("fit", *AGA, *TINY[:2], "--runs", tmp_path, "--wandb", "false", "--config", config)
-    assert said in result.error
+    assert message in result.error
     assert "TypeError" not in result.error
 
 
-def test_a_subcommand_is_asked_for() -> None:
+def test_a_missing_subcommand_is_an_error() -> None:
     assert "{fit,validate,test,predict}" in call().error
     assert "fit.model" in call("fit").error
 
@@ -153,12 +156,12 @@ def test_a_missing_checkpoint_is_named(subcommand: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("subcommand", "kept"),
+    ("subcommand", "size"),
     [("fit", 0), ("fit", -1), ("predict", 3000), *(slow(*case) for case in (("fit", 3000), ("predict", 0)))],
 )
-def test_a_truncated_checkpoint_is_refused(subcommand: str, kept: int, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_refused(subcommand: str, size: int, checkpoint: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.ckpt"
-    damaged.write_bytes(checkpoint.read_bytes()[:kept])
+    damaged.write_bytes(checkpoint.read_bytes()[:size])
     line = refused(tmp_path / "runs", subcommand, "--ckpt_path", damaged)
     assert f"{damaged} cannot be read as a checkpoint" in line
 
@@ -175,7 +178,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """Make a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -252,8 +255,8 @@ def test_runs_that_cannot_be_written_are_named(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_other_runs_alone(tmp_path: Path) -> None:
-    kept = fit(tmp_path, *AGA, *TINY)
-    before = sorted(path.name for path in kept.rglob("*"))
+    existing = fit(tmp_path, *AGA, *TINY)
+    before = sorted(path.name for path in existing.rglob("*"))
     assert call("fit", *AGA, *TINY, "--runs", tmp_path, "--model.optimizer.lr", "-1").error
-    assert folders(tmp_path) == [kept]
-    assert sorted(path.name for path in kept.rglob("*")) == before
+    assert folders(tmp_path) == [existing]
+    assert sorted(path.name for path in existing.rglob("*")) == before

@@ -13,13 +13,13 @@ from tests.helpers.commands import ADAMW, AGA, ROOT, TINY, call, fit, folders, m
 from tests.helpers.marks import slow
 
 SGD = "torch.optim.SGD"
-WHOLE = {"lr": 0.1, "weight_decay": 0.0}
+COMPLETE = {"lr": 0.1, "weight_decay": 0.0}
 Overlay = Callable[[object], str]
 
 
 @pytest.fixture
 def overlay(tmp_path: Path) -> Overlay:
-    """Writes a config, given as what it holds of the model's options."""
+    """Return a function that writes a config from the model's options."""
 
     def write(model: object) -> str:
         path = tmp_path / "overlay.yaml"
@@ -34,7 +34,10 @@ def optimizer(class_path: str, **options: object) -> dict[str, object]:
 
 
 def refused(*arguments: str) -> list[str]:
-    """The names that would be inherited; the message also names the source and both classes."""
+    """Return the names that would be inherited.
+
+    The message also names the source and both classes.
+    """
     with pytest.raises(ValueError, match="switches the optimizer from") as error:
         check_overlays(["fit", *arguments])
     found = re.search(r"would inherit (.*?): state every one", str(error.value))
@@ -47,25 +50,25 @@ def test_switching_alone_names_both_classes_and_every_option(overlay: Overlay) -
     result = call("fit", *AGA, "--config", path, *TINY)
     assert path in result.error
     assert f"from ars2.ARS2Neo to {SGD}" in result.error
-    # momentum and the like are SGD's own; betas and rho it does not have.
+    # SGD has momentum and the like; it does not have betas and rho.
     assert "would inherit lr, vector, weight_decay:" in result.error
 
 
-def test_what_is_restated_is_not_inherited(overlay: Overlay) -> None:
+def test_restated_options_are_not_inherited(overlay: Overlay) -> None:
     assert refused(*AGA, "--config", overlay(optimizer(SGD, lr=0.1))) == ["vector", "weight_decay"]
-    assert refused(*AGA, "--config", overlay({**optimizer(SGD, **WHOLE)})) == ["vector"]
+    assert refused(*AGA, "--config", overlay({**optimizer(SGD, **COMPLETE)})) == ["vector"]
 
 
 @pytest.mark.parametrize("vector", [slow(None), {"weight_decay": 0.5}])
 def test_an_overlay_that_states_all_is_fine(overlay: Overlay, vector: object, tmp_path: Path) -> None:
-    folder = fit(tmp_path, *AGA, "--config", overlay({**optimizer(SGD, **WHOLE), "vector": vector}), *TINY)
+    folder = fit(tmp_path, *AGA, "--config", overlay({**optimizer(SGD, **COMPLETE), "vector": vector}), *TINY)
     saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]
     assert saved["optimizer"]["class_path"] == SGD
-    assert {key: saved["optimizer"]["init_args"][key] for key in WHOLE} == WHOLE
+    assert {key: saved["optimizer"]["init_args"][key] for key in COMPLETE} == COMPLETE
     assert saved["vector"] == vector
 
 
-def test_a_whole_config_over_another_is_refused_only_for_what_it_leaves_out() -> None:
+def test_a_complete_config_over_another_is_refused_only_for_missing_options() -> None:
     assert refused(*AGA, *ADAMW) == ["vector"]
     check_overlays(["fit", *AGA, *ADAMW, "--model.vector", "null"])
     # The same class again is no switch, and neither is what stands before it.
@@ -81,9 +84,9 @@ def test_one_key_of_a_track_leaves_the_others_inherited() -> None:
     assert refused(*AGA, *ADAMW, "--model.vector.lr", "0.1") == ["vector"]
 
 
-def test_two_switches_inherit_only_what_the_class_between_has(overlay: Overlay) -> None:
+def test_two_switches_inherit_only_options_of_the_class_between(overlay: Overlay) -> None:
     # SGD has dropped betas, so there are none to inherit when AdamW comes.
-    switches = ("--config", overlay({**optimizer(SGD, **WHOLE), "vector": None}), "--model.optimizer", "AdamW")
+    switches = ("--config", overlay({**optimizer(SGD, **COMPLETE), "vector": None}), "--model.optimizer", "AdamW")
     assert refused(*AGA, *switches) == ["lr", "weight_decay"]
 
 
@@ -109,12 +112,12 @@ def test_every_way_to_switch_is_seen(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("key", ["model", "model.optimizer"])
 def test_a_file_given_for_a_part_is_read(key: str, tmp_path: Path) -> None:
     part = tmp_path / "part.yaml"
-    whole = optimizer(SGD, lr=1.0)
-    part.write_text(yaml.safe_dump({"init_args": whole} if key == "model" else whole["optimizer"]))
+    complete = optimizer(SGD, lr=1.0)
+    part.write_text(yaml.safe_dump({"init_args": complete} if key == "model" else complete["optimizer"]))
     assert refused(*AGA, f"--{key}", str(part)) == ["vector", "weight_decay"]
 
 
-def test_the_command_line_may_switch_whole_and_set_single_options(tmp_path: Path) -> None:
+def test_the_command_line_may_switch_completely_and_set_single_options(tmp_path: Path) -> None:
     switch = ("--model.optimizer", SGD, "--model.optimizer.lr", "3", "--model.optimizer.weight_decay", "0")
     folder = fit(tmp_path, *AGA, *switch, "--model.vector", "null", *TINY)
     assert (
@@ -181,7 +184,7 @@ SHORT = ("--trainer.max_epochs", "1", "--wandb", "false")
 
 @pytest.fixture
 def commands(tmp_path: Path, tiny_cifar10: Path) -> dict[str, tuple[object, ...]]:  # noqa: F811
-    """For each overlay, a config and options that make its task tiny."""
+    """Return for each overlay a config and options that make its task tiny."""
     words = text.write_corpus(tmp_path / "text")
     cpu = ("--trainer.accelerator", "cpu")
     short_text = ("--data.root", words, "--data.cache", tmp_path, "--trainer.limit_train_batches", 2)

@@ -1,4 +1,7 @@
-"""Real errors of the parser, of torch and of Lightning, each on one line with the place and what to do."""
+"""Errors of the parser, torch and Lightning become one line.
+
+It names the place and the remedy.
+"""
 
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from tests.helpers.marks import slow
 
 
 def refused(*arguments: str) -> str:
-    """The whole line for a command that the parser refuses."""
+    """Return the complete line for a command that the parser refuses."""
     result = call("fit", *AGA, *TINY, *arguments)
     assert result.code == 2
     return result.error
@@ -92,7 +95,7 @@ def difference(of: nn.Module, to: nn.Module) -> str:
     return one_line(error.value)
 
 
-def test_another_network_is_told_by_its_first_tensor() -> None:
+def test_another_network_is_identified_by_its_first_tensor() -> None:
     line = difference(of=Network(8, bias=False), to=Network(16, bias=False))
     assert line == (
         "the checkpoint is of another network than the configs: first.weight is [4, 8] there and [4, 16] here "
@@ -107,7 +110,7 @@ def test_a_metric_that_nobody_logs_gets_the_nearest(tmp_path: Path) -> None:
     assert "checkpoint.monitor is val/accuraci, which is not logged; did you mean val/accuracy?" in result.error
 
 
-def test_other_errors_say_what_they_are() -> None:
+def test_other_errors_are_named_by_their_type() -> None:
     assert one_line(ValueError("too\n  small")) == "too small"
     assert one_line(KeyError("width")) == "KeyError: 'width'"
     assert one_line(KeyError("there is no such thing")) == "there is no such thing"
@@ -123,11 +126,11 @@ def test_option_names_include_the_base_classes() -> None:
     assert option_names("torch.optim.NoSuchThing") == option_names("nothing.of.the.kind") == option_names("x") == set()
 
 
-def test_a_good_command_says_nothing_on_standard_error(tmp_path: Path) -> None:
+def test_a_good_command_prints_nothing_on_standard_error(tmp_path: Path) -> None:
     assert call("fit", *AGA, *TINY, "--runs", tmp_path).err == ""
 
 
-def test_a_full_disk_is_told_with_the_file_that_failed_first() -> None:
+def test_a_full_disk_is_reported_with_the_file_that_failed_first() -> None:
     full = OSError(28, "No space left on device")
     assert one_line(full, folder="runs/mine") == "runs/mine: No space left on device"
     try:

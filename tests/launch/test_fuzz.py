@@ -1,4 +1,7 @@
-"""Whatever options or configs say, the answer is a run or one readable line and a non-zero exit; never a traceback."""
+"""Whatever the options or configs, there is a run or one readable line.
+
+An error has a non-zero exit code, and there is never a traceback.
+"""
 
 import tempfile
 from collections.abc import Callable
@@ -75,7 +78,10 @@ def any_name_of_an_option(name: str, value: str) -> None:
 
 
 def damaged(text: str, draw: Any) -> str:
-    """Damage a config as editors and people do: lines lost, doubled, moved, indented; characters changed."""
+    """Damage a config as editors and people do.
+
+    Lines are lost, doubled, moved or indented, and characters are changed.
+    """
     lines = text.splitlines()
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(lines) - 1))

@@ -1,4 +1,4 @@
-"""Whenever the trainer is killed, the same command goes on, and in the end nobody can tell."""
+"""Whenever the trainer is killed, the same command resumes exactly."""
 
 import random
 import signal
@@ -18,13 +18,16 @@ KILLED = -signal.SIGKILL
 
 
 def the_finished(runs: Path) -> Path:
-    """The one folder with a finished run; any other was left before it had even its config."""
+    """Return the one folder with a finished run.
+
+    Any other was left before it had even its config.
+    """
     (finished,) = [folder for folder in folders(runs) if RunFolder(folder).is_finished()]
     assert not [folder for folder in folders(runs) if folder != finished and (folder / "checkpoints").exists()]
     return finished
 
 
-def whole_run(runs: Path, *options: object) -> Path:
+def uninterrupted_run(runs: Path, *options: object) -> Path:
     result = call("fit", *options, "--runs", runs)
     assert result.code == 0, result.err
     return the_finished(runs)
@@ -48,7 +51,7 @@ def test_a_run_may_die_at_every_point_of_every_write(numbers: Iterable[int], tmp
         assert code == KILLED, (tmp_path / "output").read_text()
     # The last lives had less and less left to write; the first ones died in everything that a save does.
     assert number > 10 and code == 0
-    assert_same_run(the_finished(tmp_path / "killed"), whole_run(tmp_path / "whole", *options))
+    assert_same_run(the_finished(tmp_path / "killed"), uninterrupted_run(tmp_path / "uninterrupted", *options))
     assert "Traceback" not in (tmp_path / "output").read_text()
 
 
@@ -58,7 +61,7 @@ def test_a_run_may_be_killed_at_any_moment(tmp_path: Path) -> None:
     moments = random.Random(0)
     assert life(command, tmp_path / "output", kill_after=0.4 + moments.random()) in (KILLED, 0)
     assert life(command, tmp_path / "output") == 0, (tmp_path / "output").read_text()
-    assert_same_run(the_finished(tmp_path / "killed"), whole_run(tmp_path / "whole", *options))
+    assert_same_run(the_finished(tmp_path / "killed"), uninterrupted_run(tmp_path / "uninterrupted", *options))
 
 
 @pytest.mark.slow
@@ -85,7 +88,7 @@ def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
         out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "resuming" in out
-    assert_same_run(the_finished(runs), whole_run(tmp_path / "whole", *options))
+    assert_same_run(the_finished(runs), uninterrupted_run(tmp_path / "uninterrupted", *options))
 
 
 def with_rows(runs: Path) -> list[Path]:

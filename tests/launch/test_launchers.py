@@ -1,4 +1,7 @@
-"""The command over two processes, started by Lightning, by torchrun on each of two machines, and by a SLURM job."""
+"""Run the command over two processes of Lightning, torchrun or SLURM.
+
+torchrun and SLURM start one process on each of two machines.
+"""
 
 import contextlib
 import os
@@ -20,7 +23,7 @@ TASK = ("--config", "configs/grok_aga.yaml", *TINY, "--data.train_fraction", "0.
 OVERLAY = ("--config", "configs/overlays/ddp.yaml", "--trainer.accelerator", "cpu")
 INTERRUPTED = "--trainer.callbacks+=tests.helpers.resuming.Interrupt"
 SRUN = """#!{python}
-# Starts what it is given as two tasks on two machines; its exit code is the greatest of theirs.
+# Starts what it is given as two tasks on two machines; its exit code is the greater of the two.
 import os, subprocess, sys
 common = {{"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_LOCALID": "0", "SLURM_NODELIST": "127.0.0.1"}}
 tasks = [
@@ -39,9 +42,9 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run over two processes that Lightning started."""
-    home = tmp_path_factory.mktemp("whole")
+def by_lightning(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a run over two processes that Lightning started."""
+    home = tmp_path_factory.mktemp("by_lightning")
     result = train_py("fit", *TASK, *OVERLAY, "--trainer.devices", 2, "--runs", home / "runs", home=home)
     assert result.code == 0, result.err
     assert result.out.count("Run finished after 2 epochs") == 1
@@ -49,22 +52,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_lightning_starts_them_and_one_folder_has_it_all(whole: Path) -> None:
-    assert len(metrics(whole)) == 4
+def test_lightning_starts_them_and_one_folder_has_it_all(by_lightning: Path) -> None:
+    assert len(metrics(by_lightning)) == 4
     for name in ("config.yaml", "protocol.yaml", "summary.json", "parameters.txt", "checkpoints/last.ckpt"):
-        assert (whole / name).is_file(), name
+        assert (by_lightning / name).is_file(), name
 
 
 @pytest.mark.slow
-def test_questions_are_answered_once_in_the_order_asked(whole: Path, tmp_path: Path) -> None:
+def test_questions_are_answered_once_in_the_order_asked(by_lightning: Path, tmp_path: Path) -> None:
     options = (*OVERLAY, "--trainer.devices", 2, "--data.questions", "[1+1, 2+3, 0+4]")
-    result = train_py("predict", *TASK, *options, "--ckpt_path", whole / "checkpoints/last.ckpt", home=tmp_path)
+    result = train_py("predict", *TASK, *options, "--ckpt_path", by_lightning / "checkpoints/last.ckpt", home=tmp_path)
     assert result.code == 0, result.err
     assert re.findall(r"^(\d \+ \d) =", result.out, re.M) == ["1 + 1", "2 + 3", "0 + 4"]
 
 
 def torchrun(home: Path, *options: object, stop: str = "") -> list[tuple[int, str]]:
-    """Run the documented line on two machines, of one process each, that are this one; returns what each printed."""
+    """Run the documented line on two machines, of one process each.
+
+    Both are this one. Return the output of each.
+    """
     (line,) = re.findall(r"^torchrun (?:.*\\\n)*.*$", PAGE, re.M)
     line = re.sub(r"<.*?>:\d+", f"127.0.0.1:{free_port()}", line.replace("\\\n", "")).replace("8 --rdzv", "1 --rdzv")
     line = line.replace("configs/cifar_sync.yaml", "configs/grok_aga.yaml")
@@ -78,15 +84,15 @@ def torchrun(home: Path, *options: object, stop: str = "") -> list[tuple[int, st
         for _ in range(2)
     ]
     try:
-        said = [process.communicate(timeout=150)[0] for process in processes]
+        outputs = [process.communicate(timeout=150)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+    return [(process.returncode, text) for process, text in zip(processes, outputs, strict=True)]
 
 
-def test_two_processes_of_a_launcher_share_a_run_and_go_on_together(whole: Path, tmp_path: Path) -> None:
-    """The environment is the one that torchrun makes on each of two machines."""
+def test_two_processes_of_a_launcher_share_a_run_and_resume_together(by_lightning: Path, tmp_path: Path) -> None:
+    """The environment is the one of torchrun on each of two machines."""
 
     def run(stop: str = "") -> list[Result]:
         port = str(free_port())
@@ -118,11 +124,11 @@ def test_two_processes_of_a_launcher_share_a_run_and_go_on_together(whole: Path,
     assert [result.code for result in finished] == [0, 0], finished
     assert sum(result.out.count("resuming") for result in finished) == 1
     (folder,) = folders(tmp_path / "runs")
-    assert metrics(folder) == metrics(whole)
+    assert metrics(folder) == metrics(by_lightning)
 
 
 @pytest.mark.slow
-def test_torchrun_starts_them_on_two_machines_and_they_go_on_together(whole: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_them_on_two_machines_and_they_resume_together(by_lightning: Path, tmp_path: Path) -> None:
     stopped = torchrun(tmp_path, INTERRUPTED, stop="SIGTERM:2")
     assert [code != 0 for code, _ in stopped] == [True, True]
     assert sum(text.count("no unfinished run of these options") for _, text in stopped) == 1
@@ -130,11 +136,11 @@ def test_torchrun_starts_them_on_two_machines_and_they_go_on_together(whole: Pat
     assert [code for code, _ in finished] == [0, 0], finished
     assert sum(text.count("resuming ") for _, text in finished) == 1
     (folder,) = folders(tmp_path / "runs")
-    assert metrics(folder) == metrics(whole)
+    assert metrics(folder) == metrics(by_lightning)
 
 
 def job(folder: Path) -> Path:
-    """The SLURM job of the documentation, beside stand-ins for SLURM's own programs."""
+    """Return the documented SLURM job, beside stand-ins for SLURM's programs."""
     (script,) = re.findall(r"^#!/bin/bash\n#SBATCH.*?(?=```)", PAGE, re.M | re.S)
     for name, text in {
         "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
@@ -159,7 +165,7 @@ def sbatch(script: Path, stop: str = "") -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_is_stopped_goes_on_when_it_is_back(whole: Path, tmp_path: Path) -> None:
+def test_a_slurm_job_that_is_stopped_resumes_when_it_is_requeued(by_lightning: Path, tmp_path: Path) -> None:
     script = job(tmp_path)
     stopped = sbatch(script, stop="SIGTERM:2")
     assert stopped.returncode == 143, stopped.stderr
@@ -170,23 +176,23 @@ def test_a_slurm_job_that_is_stopped_goes_on_when_it_is_back(whole: Path, tmp_pa
     assert not (tmp_path / "asked").exists()
     assert finished.stdout.count("resuming ") == 1
     (folder,) = folders(tmp_path / "runs")
-    assert metrics(folder) == metrics(whole)
+    assert metrics(folder) == metrics(by_lightning)
 
 
 def test_the_slurm_job_is_sound_bash(tmp_path: Path) -> None:
     script = job(tmp_path)
     checked = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
-    # What the job asks of SLURM is what the command says to Lightning.
+    # The job requests from SLURM what the command states to Lightning.
     text = script.read_text()
     assert re.findall(r"--(?:ntasks|gpus)-per-node=(\d+)", text) == ["8", "8"]
 
 
 @pytest.mark.slow
-def test_an_error_before_training_is_told_and_nobody_waits(tmp_path: Path) -> None:
+def test_an_error_before_training_is_reported_and_no_process_waits(tmp_path: Path) -> None:
     begin = time.monotonic()
-    said = torchrun(tmp_path, "--trainer.max_epochs", "-7")
-    assert all(code != 0 for code, _ in said)
+    outputs = torchrun(tmp_path, "--trainer.max_epochs", "-7")
+    assert all(code != 0 for code, _ in outputs)
     assert time.monotonic() - begin < 120
-    assert any("error: " in text for _, text in said)
-    assert signal.SIGKILL not in {-code for code, _ in said}
+    assert any("error: " in text for _, text in outputs)
+    assert signal.SIGKILL not in {-code for code, _ in outputs}

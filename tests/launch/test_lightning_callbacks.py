@@ -1,4 +1,7 @@
-"""Lightning's own callbacks on the command line: a run with one is whole, or one sentence says why it cannot be."""
+"""Lightning's callbacks work from the command line or are refused.
+
+The error is one sentence with the reason.
+"""
 
 import json
 from pathlib import Path
@@ -12,8 +15,8 @@ from tests.helpers.marks import slow
 from tests.modules.small_task import SmallTask, make_optimizer
 from tests.modules.small_task import fit as fit_module
 
-OWN = "lightning.pytorch.callbacks."
-WHOLE = ("--checkpoint.save_weights_only", "false")
+MODULE = "lightning.pytorch.callbacks."
+FULL_CHECKPOINTS = ("--checkpoint.save_weights_only", "false")
 
 
 @pytest.mark.parametrize(
@@ -23,7 +26,7 @@ WHOLE = ("--checkpoint.save_weights_only", "false")
         slow("ModelSummary", (), "finished"),
         slow("TQDMProgressBar", (), "finished"),
         ("StochasticWeightAveraging", ("--trainer.callbacks.swa_lrs", 0.01), "finished"),
-        slow("WeightAveraging", WHOLE, "finished"),
+        slow("WeightAveraging", FULL_CHECKPOINTS, "finished"),
         ("Timer", ("--trainer.callbacks.duration", "{minutes: 10}"), "finished"),
         (
             "EarlyStopping",
@@ -32,24 +35,24 @@ WHOLE = ("--checkpoint.save_weights_only", "false")
         ),
     ],
 )
-def test_a_run_with_one_is_whole(name: str, options: tuple[object, ...], status: str, tmp_path: Path) -> None:
-    folder = fit(tmp_path, *AGA, *TINY, f"--trainer.callbacks+={OWN}{name}", *options)
+def test_a_run_with_one_is_complete(name: str, options: tuple[object, ...], status: str, tmp_path: Path) -> None:
+    folder = fit(tmp_path, *AGA, *TINY, f"--trainer.callbacks+={MODULE}{name}", *options)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == status
     assert (folder / "checkpoints/best.ckpt").exists()
-    assert f"{OWN}{name}" in (folder / "config.yaml").read_text()
+    assert f"{MODULE}{name}" in (folder / "config.yaml").read_text()
 
 
-def test_the_best_checkpoint_holds_the_average_that_was_validated(tmp_path: Path) -> None:
+def test_the_best_checkpoint_has_the_average_that_was_validated(tmp_path: Path) -> None:
     one_epoch = (*AGA, *TINY, "--trainer.max_epochs", 1)
-    average = (f"--trainer.callbacks+={OWN}EMAWeightAveraging", "--trainer.callbacks.decay", 0.5)
-    folder = fit(tmp_path, *one_epoch, *average, *WHOLE)
+    average = (f"--trainer.callbacks+={MODULE}EMAWeightAveraging", "--trainer.callbacks.decay", 0.5)
+    folder = fit(tmp_path, *one_epoch, *average, *FULL_CHECKPOINTS)
     saved = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
     name = "network.query"
     assert not torch.equal(saved["state_dict"][name], saved["current_model_state"][name])
-    said = call("fit", *one_epoch, *average, "--runs", tmp_path / "others").error
-    assert "EMAWeightAveraging saves its average only in full checkpoints" in said
-    assert "--checkpoint.save_weights_only false" in said
+    error = call("fit", *one_epoch, *average, "--runs", tmp_path / "others").error
+    assert "EMAWeightAveraging saves its average only in full checkpoints" in error
+    assert "--checkpoint.save_weights_only false" in error
 
 
 def test_an_average_that_would_be_trained_on_is_refused() -> None:
@@ -59,5 +62,5 @@ def test_an_average_that_would_be_trained_on_is_refused() -> None:
 
 
 def test_a_batch_size_that_would_replace_the_method_is_refused(tmp_path: Path) -> None:
-    said = call("fit", *AGA, *TINY, f"--trainer.callbacks+={OWN}BatchSizeFinder", "--runs", tmp_path).error
-    assert "replace the method batch_size() of ModularAddition" in said
+    error = call("fit", *AGA, *TINY, f"--trainer.callbacks+={MODULE}BatchSizeFinder", "--runs", tmp_path).error
+    assert "replace the method batch_size() of ModularAddition" in error

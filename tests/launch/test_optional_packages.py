@@ -1,4 +1,7 @@
-"""Training needs neither wandb nor datasets nor optuna; what does need one says so in a sentence."""
+"""Training needs neither wandb nor datasets nor optuna.
+
+Commands that need one of them name it in a sentence.
+"""
 
 import sys
 from pathlib import Path
@@ -32,7 +35,7 @@ def test_an_image_classifier_trains(tmp_path: Path, tiny_cifar10: Path) -> None:
     assert (folder / "summary.json").is_file()
 
 
-def test_a_configured_key_is_named_and_training_goes_on(
+def test_a_configured_key_is_named_and_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -41,13 +44,13 @@ def test_a_configured_key_is_named_and_training_goes_on(
     assert "the package wandb is not installed" in result.out
 
 
-def test_wandb_that_is_asked_for_is_an_error_that_says_how_to_get_it(tmp_path: Path) -> None:
+def test_asking_for_wandb_is_an_error_with_the_command_that_installs_it(tmp_path: Path) -> None:
     result = call("fit", *ADAMW, *TINY, "--wandb", "true", "--runs", tmp_path / "runs")
     assert "needs the package wandb: install it (pip install wandb)" in result.error
     assert not list((tmp_path / "runs").rglob("config.yaml"))
 
 
-def test_parquet_files_are_an_error_that_says_how_to_read_them(tmp_path: Path) -> None:
+def test_parquet_files_are_an_error_that_explains_how_to_read_them(tmp_path: Path) -> None:
     for split in SPLITS:
         (tmp_path / f"{split}.parquet").write_bytes(b"")
     options = (*text.SMALL_TEXT, "--data.root", tmp_path, "--data.cache", tmp_path / "cache")

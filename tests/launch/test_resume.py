@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on with the same command is the run that was never stopped, to the bit."""
+"""A run resumed by the same command equals an uninterrupted one to the bit."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -50,7 +50,10 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[str, ...]]]:
-    """Where each task's data is, as options; the files of the larger ones are small ones of the same format."""
+    """Return each task's data as options.
+
+    The files of the larger tasks are small ones of the same format.
+    """
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         accept(write(folder / "cifar10"), patch)
@@ -63,22 +66,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[s
 
 
 @pytest.fixture(scope="module", params=CASES)
-def whole(
+def uninterrupted(
     request: pytest.FixtureRequest, data: dict[str, tuple[str, ...]], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[tuple[str, ...], Path]:
-    """The options of a run, and the folder of one that was never stopped."""
+    """Return the options of a run, and the folder of an uninterrupted one."""
     task, mode = request.param
-    options, runs = (*TASKS[task], *MODES[mode], *data[task]), tmp_path_factory.mktemp("whole")
+    options, runs = (*TASKS[task], *MODES[mode], *data[task]), tmp_path_factory.mktemp("uninterrupted")
     result = fit(runs, *options)
     assert result.code == 0, result.err
     return options, only_folder(runs)
 
 
 @pytest.mark.parametrize("stop", ["middle", slow("end")])
-def test_a_stopped_run_goes_on_exactly(whole: tuple[tuple[str, ...], Path], stop: str, tmp_path: Path) -> None:
-    options, folder = whole
+def test_a_stopped_run_resumes_exactly(uninterrupted: tuple[tuple[str, ...], Path], stop: str, tmp_path: Path) -> None:
+    options, folder = uninterrupted
     again = (*options, "--ckpt_path", "last")
-    # There is no run to go on with yet: the very same command begins one.
+    # There is no run to resume yet: the same command begins one.
     stopped = fit(tmp_path, *again, stop=STOPS[stop])
     assert stopped.code == {"middle": 143, "end": 130}[stop], stopped.err
     assert stopped.out.splitlines()[-1].startswith(f"resume with: python train.py fit --config {options[1]}")
@@ -102,23 +105,23 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [(1, 5), slow(range(1, 10))], ids=["some", "all"])
 def test_stopping_in_every_step_changes_nothing(steps: Iterable[int], tmp_path: Path) -> None:
     options = (*GROKKING, *MODES["aga"], "--trainer.max_epochs", 5, "--model.accumulate_grad_batches", 3)
-    assert fit(tmp_path / "whole", *options).code == 0
+    assert fit(tmp_path / "uninterrupted", *options).code == 0
     for step in steps:
         assert fit(tmp_path / "parts", *options, "--ckpt_path", "last", stop=f"SIGTERM:{step}").code == 143
     assert fit(tmp_path / "parts", *options, "--ckpt_path", "last").code == 0
-    assert_same_run(only_folder(tmp_path / "parts"), only_folder(tmp_path / "whole"))
+    assert_same_run(only_folder(tmp_path / "parts"), only_folder(tmp_path / "uninterrupted"))
 
 
-def test_what_came_after_the_last_checkpoint_is_dropped(data: dict[str, tuple[str, ...]], tmp_path: Path) -> None:
+def test_rows_after_the_last_checkpoint_are_dropped(data: dict[str, tuple[str, ...]], tmp_path: Path) -> None:
     options = (*WIKITEXT2, *data["wikitext2"], "--last_checkpoint.every_n_epochs", 2)
     options = (*options, "--trainer.max_epochs", 4)
-    assert fit(tmp_path / "whole", *options).code == 0
+    assert fit(tmp_path / "uninterrupted", *options).code == 0
     # After an epoch without a checkpoint: there is none yet, and the last is of the epoch before.
     for step in (6, 14):
         assert fit(tmp_path / "parts", *options, "--ckpt_path", "last", stop=f"FAILURE:{step}").code == 1
         assert (only_folder(tmp_path / "parts") / "samples.txt").read_text().count("---") == step // 4
     assert fit(tmp_path / "parts", *options, "--ckpt_path", "last").code == 0
-    assert_same_run(only_folder(tmp_path / "parts"), only_folder(tmp_path / "whole"))
+    assert_same_run(only_folder(tmp_path / "parts"), only_folder(tmp_path / "uninterrupted"))
 
 
 BASELINES = [
@@ -134,12 +137,12 @@ BASELINES = [
 
 
 @pytest.mark.parametrize(("task", "config"), BASELINES)
-def test_the_baselines_go_on_exactly_too(
+def test_the_baselines_resume_exactly_too(
     task: str, config: str, data: dict[str, tuple[str, ...]], tmp_path: Path
 ) -> None:
     options = ("--config", config, *TASKS[task][2:], *data[task])
-    assert fit(tmp_path / "whole", *options).code == 0
+    assert fit(tmp_path / "uninterrupted", *options).code == 0
     for step in (6,):
         assert fit(tmp_path / "parts", *options, "--ckpt_path", "last", stop=f"SIGTERM:{step}").code == 143
     assert fit(tmp_path / "parts", *options, "--ckpt_path", "last").code == 0
-    assert_same_run(only_folder(tmp_path / "parts"), only_folder(tmp_path / "whole"))
+    assert_same_run(only_folder(tmp_path / "parts"), only_folder(tmp_path / "uninterrupted"))

@@ -1,4 +1,4 @@
-"""The command as a person uses it, on networks that train in a moment."""
+"""Run the search command as a person does, on networks that train at once."""
 
 import json
 import os
@@ -60,14 +60,17 @@ def command(folder: Path, sweep: dict[str, Any], *arguments: str) -> list[str]:
 
 
 def run(folder: Path, sweep: dict[str, Any], *arguments: str) -> Result:
-    """Run the command in this process; its trials are forked from the server of the tests."""
+    """Run the command in this process.
+
+    Its trials are forked from the server of the tests.
+    """
     server()
     with patch("sys.argv", command(folder, sweep, *arguments)):
         return captured(sweep_command.main)
 
 
 class FakeRunner:
-    """Run nothing: a trial ends at once with the summary that follows from its options.
+    """End each trial at once with the summary that follows from its options.
 
     Args:
         summarize: returns the summary of a run by its options; ``None`` for one that diverged.
@@ -94,7 +97,7 @@ class FakeRunner:
 
 
 def run_fake(folder: Path, sweep: dict[str, Any], runner: Any) -> dict[str, list[optuna.trial.FrozenTrial]]:
-    """Run a sweep of fake runs, one after the other; returns its trials."""
+    """Run a sweep of fake runs, one after the other; return its trials."""
     sweep_progress.run(read(sweep_file(folder, sweep)), folder / "runs", 1, runner)
     return trials(folder)
 
@@ -104,12 +107,12 @@ def lr(options: dict[str, str]) -> float:
 
 
 def accuracy(options: dict[str, str]) -> dict[str, Any]:
-    """The summary of a run that is better with a greater learning rate."""
+    """Return the summary of a run that improves with the learning rate."""
     return {"metrics": {"val/accuracy": {"best": lr(options), "last": lr(options)}}}
 
 
 def trials(folder: Path) -> dict[str, list[optuna.trial.FrozenTrial]]:
-    """The trials that ended, by study, in the order of their points."""
+    """Return the trials that ended, by study, in the order of their points."""
     storage = JournalStorage(JournalFileBackend(str(folder / "runs/trials.journal")))
     ended = (TrialState.COMPLETE, TrialState.PRUNED)
     found = {}
@@ -159,7 +162,7 @@ def test_every_optimizer_gets_its_trials_and_the_winner_fresh_seeds(done: tuple[
     assert "sweep folder:" in result.out and "best val/accuracy" in result.out
 
 
-def test_optunas_own_tools_see_every_trials_options(tmp_path: Path) -> None:
+def test_the_tools_of_optuna_see_every_trials_options(tmp_path: Path) -> None:
     folder, found = tmp_path, run_fake(tmp_path, SWEEP, FakeRunner(accuracy))
     points = read(folder / "sweep.yaml").points("sync")
     assert [trial.params for trial in found["sync"]] == points
@@ -172,7 +175,7 @@ def test_optunas_own_tools_see_every_trials_options(tmp_path: Path) -> None:
     assert set(optuna.importance.get_param_importances(study, evaluator=evaluator)) == set(points[0])
 
 
-def test_a_trial_that_was_enqueued_before_parameters_were_kept_runs_with_its_options(tmp_path: Path) -> None:
+def test_a_trial_enqueued_by_an_older_version_runs_with_its_options(tmp_path: Path) -> None:
     sweep = read(sweep_file(tmp_path, {**SWEEP, "final_seeds": []}))
     folder = tmp_path / "runs"
     folder.mkdir()
@@ -234,7 +237,7 @@ def test_another_search_space_in_the_same_folder_is_refused(done: tuple[Path, Re
     assert "holds a sweep with other points for adamw: name another folder" in result.error
 
 
-def test_a_sweep_whose_runs_are_packed_says_how_to_unpack_them(tmp_path: Path) -> None:
+def test_a_sweep_whose_runs_are_packed_explains_how_to_unpack_them(tmp_path: Path) -> None:
     (tmp_path / "runs.zip").touch()
     with pytest.raises(ValueError, match=r"are packed: unpack them with python -m zipfile -e .*runs.zip"):
         Search(read(sweep_file(tmp_path, SWEEP)), tmp_path, None, print)
@@ -242,7 +245,7 @@ def test_a_sweep_whose_runs_are_packed_says_how_to_unpack_them(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_and_leaves_no_process_behind(tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes_and_leaves_no_process_behind(tmp_path: Path) -> None:
     sweep = {**SWEEP, "common": {**COMMON, "trainer": {"max_epochs": 30}}, "final_seeds": []}
     with Running(command(tmp_path, sweep), clean_environment(tmp_path)) as running:
         wait_until(lambda: list((tmp_path / "runs").glob("*/*/summary.json")), running)
@@ -279,7 +282,7 @@ def test_a_sweep_that_ended_within_a_run_repeats_that_run_alone(tmp_path: Path) 
 ADAMW_ALONE = {**SWEEP, "optimizers": {"adamw": SWEEP["optimizers"]["adamw"]}}  # type: ignore[index]
 
 
-def test_a_trial_gives_up_at_a_multiple_of_what_the_best_so_far_needed(tmp_path: Path) -> None:
+def test_a_trial_stops_at_a_multiple_of_the_cost_of_the_best_so_far(tmp_path: Path) -> None:
     def milestone(options: dict[str, str]) -> dict[str, Any]:
         cost = round(100 * lr(options) ** -0.5)
         budget = int(options.get("trainer.callbacks.gradient_evaluations", cost))
@@ -299,8 +302,11 @@ def test_a_trial_gives_up_at_a_multiple_of_what_the_best_so_far_needed(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_run_that_gives_up_spends_no_more(tmp_path: Path) -> None:
-    """With two epochs of one step, a milestone reached in the first one makes the second superfluous."""
+def test_a_run_that_stops_early_makes_no_more_steps(tmp_path: Path) -> None:
+    """A milestone reached in the first epoch makes the second superfluous.
+
+    There are two epochs of one step.
+    """
     sweep = {
         **{**ADAMW_ALONE, "final_seeds": [], "give_up_at": 1.0},
         "objective": {"milestone": "val_10", "cost": "gradient_evaluations"},
@@ -360,7 +366,7 @@ def test_workers_share_the_machine_as_asked(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["sweep.yaml"]
 
 
-def test_an_optimizer_that_never_reached_the_milestone_runs_its_best_trial_by_the_fallback_metric(
+def test_an_optimizer_without_the_milestone_uses_the_fallback_metric(
     tmp_path: Path,
 ) -> None:
     def missed(options: dict[str, str]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The overlay of sharded runs, and the command over two processes with it, on CPUs instead of GPUs."""
+"""Run the command with the overlay of sharded runs over two processes.
+
+They are CPUs instead of GPUs.
+"""
 
 import shutil
 from pathlib import Path
@@ -11,7 +14,7 @@ from experiment.checkpoints import check_checkpoint
 from tests.helpers.commands import AGA, TINY, Result, call, changed_by, folders, metrics, train_py
 
 OVERLAY = ("--config", "configs/overlays/fsdp.yaml")
-# What a machine without GPUs says otherwise than the overlay.
+# The options of a machine without GPUs that differ from the overlay.
 CPUS_ARE = "--trainer.accelerator cpu --trainer.devices 2 --trainer.strategy.data_parallel_size 2"
 CPUS = (*OVERLAY, *CPUS_ARE.split(" "))
 IN_PARTS = ("--trainer.strategy.save_distributed_checkpoint", "true")
@@ -33,7 +36,7 @@ def test_the_overlay_changes_accelerator_devices_and_strategy_alone() -> None:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
-    """A folder as the strategy leaves it, but for the tensors."""
+    """Return a folder as the strategy leaves it, but for the tensors."""
     folder = tmp_path / "last.ckpt"
     folder.mkdir()
     (folder / ".metadata").write_bytes(b"")
@@ -41,7 +44,7 @@ def parts(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_of_parts_goes_on_under_its_strategy_alone(parts: Path) -> None:
+def test_a_folder_of_shards_resumes_under_its_strategy_only(parts: Path) -> None:
     check_checkpoint(parts, resume=True, sharded=True)
     with pytest.raises(ValueError, match=r"is a sharded checkpoint: add --config configs/overlays/fsdp\.yaml"):
         check_checkpoint(parts, resume=True)
@@ -56,7 +59,7 @@ def test_a_folder_that_was_cut_short_is_damaged(missing: str, parts: Path) -> No
         check_checkpoint(parts, resume=True, sharded=True)
 
 
-def test_weights_alone_are_no_state_in_parts_either(parts: Path) -> None:
+def test_sharded_weights_without_state_cannot_be_resumed(parts: Path) -> None:
     torch.save({"pytorch-lightning_version": "2.6.6"}, parts / "meta.pt")
     check_checkpoint(parts, resume=False, sharded=True)
     with pytest.raises(ValueError, match="holds only weights"):
@@ -69,13 +72,13 @@ def went_well(result: Result) -> None:
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
-    """The rows that the epochs wrote, without what each process counts for itself."""
+    """Return the rows of epochs, without the columns of each process."""
     rows = [{k: float(v) for k, v in row.items() if k != "cost/flops"} for row in metrics(folder)]
     return [row for row in rows if "val/loss" in row or "train/loss" in row]
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run_that_one_process_can_go_on_with(tmp_path: Path) -> None:
+def test_one_process_can_resume_a_run_of_two(tmp_path: Path) -> None:
     task = (*AGA, *TINY, "--model.optimizer.ns_dtype", "float32", "--trainer.callbacks", "null")
     longer = ("--trainer.max_epochs", "4")
     went_well(train_py("fit", *task, *longer, "--runs", tmp_path / "alone", home=tmp_path))

@@ -1,4 +1,7 @@
-"""``python train.py`` as a process of its own: what it prints, how it is stopped, what it leaves."""
+"""``python train.py`` prints, stops and leaves files as documented.
+
+Each test runs it in a separate process.
+"""
 
 import json
 import os
@@ -58,7 +61,7 @@ def test_help_names_the_subcommands_and_our_options(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), slow(signal.SIGTERM, 143)])
-def test_stopping_a_run_keeps_what_it_has(stop: signal.Signals, code: int, tmp_path: Path) -> None:
+def test_a_stopped_run_is_saved(stop: signal.Signals, code: int, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     with start("fit", *LONG, "1", "--runs", runs, home=tmp_path) as process:
         wait_until(lambda: list(runs.glob("*/*/checkpoints/last.ckpt")), process)
@@ -72,13 +75,13 @@ def test_stopping_a_run_keeps_what_it_has(stop: signal.Signals, code: int, tmp_p
     assert 0 < epochs < 100000
     trained = [row for row in metrics(folder) if "train/loss" in row]
     assert len(trained) in (epochs, epochs + 1)
-    # The last line is the command that goes on with it.
-    said = re.search(r"^resume with: python train.py (.*)$", out, re.M)
-    assert said is not None and out.rstrip().endswith(said[0])
-    with start(*shlex.split(said[1]), home=tmp_path) as process:
+    # The last line is the command that resumes it.
+    command = re.search(r"^resume with: python train.py (.*)$", out, re.M)
+    assert command is not None and out.rstrip().endswith(command[0])
+    with start(*shlex.split(command[1]), home=tmp_path) as process:
         wait_until(lambda: process.out.startswith(f"resuming {folder}\n"), process)
         process.kill()
-    # It goes on from there.
+    # It resumes from there.
     more = ("--trainer.max_epochs", epochs + 3, "--ckpt_path", folder / "checkpoints/last.ckpt")
     again = metrics(fit(runs, *AGA, *TINY, "--trainer.callbacks", "null", *more))
     assert int(again[-1]["epoch"]) == epochs + 2
@@ -100,8 +103,8 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     assert "Traceback" not in out + err
 
 
-def test_giving_up_while_it_starts_is_no_crash(tmp_path: Path) -> None:
-    """The imports take seconds; here the signal comes at the first one."""
+def test_a_signal_during_the_start_is_no_crash(tmp_path: Path) -> None:
+    """The signal comes at the first of the imports, which take seconds."""
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch/__init__.py").touch()
     (tmp_path / "launch/cli.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")

@@ -104,7 +104,7 @@ def test_every_shipped_sweep_can_be_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"name": None}, "name must be a text, got null"),
         ({"name": ""}, "must be valid for a folder"),
@@ -151,24 +151,24 @@ def test_every_shipped_sweep_can_be_read() -> None:
         ({"optimizers": {"a": {"configs": [], "space": {"x": {"choices": [1], "low": 1}}}}}, "either low and high, or"),
     ],
 )
-def test_a_wrong_sweep_is_refused_in_one_sentence(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_a_wrong_sweep_is_refused_in_one_sentence(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sweep") as caught:
         read(write(tmp_path, **changes))
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 VALUES: list[Any] = [None, "", "text", 2, -1, 1.5, float("nan"), True, [], [1], [None], {}, {"a": 1}, {1: 2}, [[]]]
 
 
 def places(content: Any) -> Iterator[list[Any]]:
-    """The path of every value in nested mappings and lists."""
+    """Return the path of every value in nested mappings and lists."""
     for key, value in content.items() if isinstance(content, dict) else enumerate(content):
         yield [key]
         if isinstance(value, (dict, list)):
             yield from ([key, *path] for path in places(value))
 
 
-def test_whatever_a_sweep_says_it_is_read_or_refused_in_one_sentence(tmp_path: Path) -> None:
+def test_any_sweep_is_read_or_refused_in_one_sentence(tmp_path: Path) -> None:
     full = {**SMALL, "sequence_seed": 0, "trial_seed": 9, "seeded": ["seed_everything"], "common": {}, "final": {}}
     for path in places(full):
         for value in VALUES:

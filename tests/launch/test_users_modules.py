@@ -1,4 +1,4 @@
-"""A user's own module: what it lacks is said at once, and a bug in it with its place."""
+"""A user's module is checked at once, and a bug in it is located."""
 
 import itertools
 import textwrap
@@ -29,7 +29,10 @@ from modules.two_pass import TwoPassModule
 def fit_module(
     body: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str, package: str = "", data: str = ""
 ) -> tuple[Result, Path]:
-    """Run fit with the class ``Net`` of a file that holds ``body``; returns the result and the file."""
+    """Run fit with the class ``Net`` of a file with this ``body``.
+
+    Return the result and the file.
+    """
     name = f"users_net_{next(NUMBERS)}"
     file = folder / f"{name}.py"
     file.write_text(HEAD + textwrap.dedent(body))
@@ -47,8 +50,8 @@ def test_an_ordinary_module_is_refused_with_all_that_is_to_do(tmp_path: Path, mo
     """
     result, _ = fit_module(body, tmp_path, monkeypatch)
     assert result.code == 1
-    for said in ("modules.two_pass.TwoPassModule", "self.network", "set_metrics", "compute_loss(batch, metrics)"):
-        assert said in result.err
+    for message in ("modules.two_pass.TwoPassModule", "self.network", "set_metrics", "compute_loss(batch, metrics)"):
+        assert message in result.err
     assert not (tmp_path / "runs").exists()
 
 
@@ -61,12 +64,12 @@ def test_everything_that_a_task_module_lacks_is_one_sentence(tmp_path: Path, mon
     result, _ = fit_module(body, tmp_path, monkeypatch, *OPTIMIZER)
     assert result.code == 1
     (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    for said in ("leave training_step()", "implement compute_loss", "set self.network", "call self.set_metrics"):
-        assert said in line
+    for message in ("leave training_step()", "implement compute_loss", "set self.network", "call self.set_metrics"):
+        assert message in line
 
 
 @pytest.mark.parametrize(("where", "line"), [slow("__init__", 10), ("compute_loss", 15)])
-def test_a_bug_is_told_with_its_file_and_line(
+def test_a_bug_is_reported_with_its_file_and_line(
     where: str, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = f"""
@@ -102,7 +105,7 @@ BROKEN = """
 
 
 @pytest.mark.parametrize(
-    ("made", "run", "said"),
+    ("made", "run", "message"),
     [
         ("[][1]", "pass", "error: IndexError: list index out of range ({file}, line 12) (details in "),
         (
@@ -119,18 +122,16 @@ BROKEN = """
     ],
     ids=["made", "run", "in torch", "a sentence"],
 )
-def test_a_bug_is_found_among_the_suites_own_tasks_too(
-    made: str, run: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_bug_is_located_in_the_tasks_of_the_suite_too(
+    made: str, run: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(modules, "__path__", [*modules.__path__, str(tmp_path)])
     result, file = fit_module(BROKEN % (made, run), tmp_path, monkeypatch, *OPTIMIZER, package="modules.")
     assert result.code == 1
-    assert result.err.startswith(said.format(file=file)), result.err
+    assert result.err.startswith(message.format(file=file)), result.err
 
 
-def test_a_bug_in_a_process_of_a_data_loader_is_told_with_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bug_in_a_process_of_a_data_loader_is_located(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = """
     class Failing(torch.utils.data.Dataset):
         def __len__(self):
@@ -156,7 +157,7 @@ def test_a_bug_in_a_process_of_a_data_loader_is_told_with_its_place(
     assert result.err.startswith(f"error: KeyError: 'label' ({file}, line 12) (details in "), result.err
 
 
-def test_an_error_of_the_suites_own_names_no_file(tmp_path: Path) -> None:
+def test_an_error_raised_by_the_suite_names_no_file(tmp_path: Path) -> None:
     result = call("fit", "--config", "configs/grok_base.yaml", *TINY, "--data.p", "0", "--runs", tmp_path)
     assert result.code != 0 and ", line " not in result.err
 

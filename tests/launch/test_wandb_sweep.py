@@ -1,4 +1,4 @@
-"""The files for W&B's agents."""
+"""The files for W&B's agents are written completely and replace no others."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from launch.sweep_specification import read
 from tests.launch.test_sweep_specification import write
 
 
-def test_files_are_written_again_and_over_nobody_elses(tmp_path: Path) -> None:
+def test_files_are_rewritten_but_those_of_a_user_are_kept(tmp_path: Path) -> None:
     sweep, folder = read(write(tmp_path)), tmp_path / "files"
     wandb_sweep.write(sweep, folder)
     names = {path.name for path in folder.iterdir()}

@@ -1,4 +1,7 @@
-"""Runs within a time: in order, stopped and gone on with, saved when it is up, and not at the cost of each other."""
+"""Runs within a time limit are scheduled, stopped, saved and resumed.
+
+A run that fails costs no other run.
+"""
 
 import csv
 import json
@@ -30,7 +33,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def part(runs: Path, epochs: int, total: int = EPOCHS, seed: int = 42, row: str = "grok_adamw", **more: Any) -> Part:
-    """A part of a tiny run; ``more`` are options of it."""
+    """Make a part of a tiny run; ``more`` are its options."""
     options = [str(option) for option in (*ADAMW, *TINY)]
     options += ["--runs", str(runs), "--experiment", row, f"--seed_everything={seed}", f"--trainer.max_epochs={total}"]
     options += ["--ckpt_path=last", *(f"--{key}={value}" for key, value in more.items())]
@@ -56,7 +59,7 @@ def epochs_logged(folder: Path) -> list[int]:
         return [int(row["epoch"]) for row in csv.DictReader(file) if row["val/loss"]]
 
 
-def test_a_part_is_stopped_for_the_next_and_gone_on_with_in_its_folder(tmp_path: Path, context: Any) -> None:
+def test_a_part_is_stopped_for_the_next_and_resumed_in_its_folder(tmp_path: Path, context: Any) -> None:
     runs = tmp_path / "runs"
     parts = [part(runs, 5), part(runs, 3, total=3, seed=7), part(runs, EPOCHS)]
     plan = schedule(tmp_path, parts, context)
@@ -72,7 +75,10 @@ def test_a_part_is_stopped_for_the_next_and_gone_on_with_in_its_folder(tmp_path:
 
 
 class FakeTrial:
-    """A run of which an epoch has ended whenever somebody asks for it, and which goes on in its folder."""
+    """Stand for a run that ends an epoch at each poll.
+
+    It resumes in its folder.
+    """
 
     def __init__(self, context: Any, arguments: Any, log: Path, environment: Any) -> None:
         options = dict(zip(arguments, [*arguments[1:], ""], strict=True))
@@ -98,7 +104,7 @@ class FakeTrial:
         return Outcome(128 + 15, None, {})
 
 
-def test_when_the_time_is_up_runs_are_asked_to_stop_once_and_the_same_goes_on(
+def test_when_the_time_is_up_runs_are_stopped_once_and_can_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(within_time, "REST", 0.3)
@@ -115,7 +121,7 @@ def test_when_the_time_is_up_runs_are_asked_to_stop_once_and_the_same_goes_on(
 
 
 @pytest.mark.slow
-def test_when_the_time_is_up_everything_is_saved_and_the_same_goes_on(
+def test_when_the_time_is_up_everything_is_saved_and_can_be_resumed(
     tmp_path: Path, context: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(within_time, "SAVING", 3.0)
@@ -136,7 +142,7 @@ def test_when_the_time_is_up_everything_is_saved_and_the_same_goes_on(
     assert 0 < counts[0] < counts[1]
 
 
-def test_a_row_that_fails_is_told_and_costs_no_other(
+def test_a_row_that_fails_is_reported_and_costs_no_other(
     tmp_path: Path, context: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = tmp_path / "runs"
@@ -161,7 +167,7 @@ def test_a_run_that_ends_early_by_itself_is_not_begun_again(
     assert "grok_adamw seed 42: ended by itself after epoch" in capsys.readouterr().out
 
 
-def test_an_error_while_a_run_saves_is_told(tmp_path: Path) -> None:
+def test_an_error_while_a_run_saves_is_reported(tmp_path: Path) -> None:
     class FullDisk(Deaf):
         def stop(self) -> None:
             self.running = False
@@ -181,7 +187,7 @@ def test_an_error_while_a_run_saves_is_told(tmp_path: Path) -> None:
 
 
 class Deaf:
-    """A process that does nothing when it is asked to stop."""
+    """Stand for a process that ignores requests to stop."""
 
     def __init__(self, context: Any, arguments: Any, log: Path, environment: Any) -> None:
         self.running, self.log = True, log
@@ -196,7 +202,7 @@ class Deaf:
         return Outcome(-1, None, {})
 
 
-def test_what_does_not_save_in_time_is_killed_within_it(
+def test_a_run_that_does_not_save_in_time_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(within_time, "REST", 0.3)
@@ -224,16 +230,16 @@ def test_the_time_left_is_that_of_all_parts_at_the_pace_of_their_task(tmp_path: 
 
 
 def test_epochs_are_read_from_the_newest_run_and_while_it_is_written(tmp_path: Path) -> None:
-    mine = part(tmp_path, 5)
-    assert validated(tmp_path, mine) == []
+    planned = part(tmp_path, 5)
+    assert validated(tmp_path, planned) == []
 
     def write(name: str, lines: Iterator[str] | list[str]) -> None:
-        folder = tmp_path / mine.row / name
+        folder = tmp_path / planned.row / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.csv").write_text("\n".join(["epoch,train/loss,val/loss", *lines]))
 
     write("2026-01-01_00-00-00-seed42", ["0,1,", "0,,3.5", "1,,2.5"])
-    assert validated(tmp_path, mine) == [3.5, 2.5]
+    assert validated(tmp_path, planned) == [3.5, 2.5]
     write("2026-01-02_00-00-00-seed42", ["0,1,", "0,,4.5", "1,"])
-    assert validated(tmp_path, mine) == [4.5]
+    assert validated(tmp_path, planned) == [4.5]
     assert validated(tmp_path, part(tmp_path, 5, seed=4)) == []
