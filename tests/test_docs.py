@@ -55,7 +55,7 @@ def test_a_room_imports_what_the_map_allows(room: str) -> None:
     if ROOMS[room] != "every room":
         allowed = [name.strip("`") for name in re.findall(r"`[\w.]+`", ROOMS[room])]
         assert not {name for name in imports(room) if not any(f"{name}.".startswith(f"{one}.") for one in allowed)}
-        # The map names no arrow that is not there.
+        # The map names no import that does not exist.
         assert all(any(f"{name}.".startswith(f"{one}.") for name in imports(room)) for one in allowed)
 
 

@@ -65,7 +65,7 @@ def test_a_run_imports_no_heavy_package_and_nothing_that_is_not_named(tmp_path: 
     assert found - WITH_TORCH - WITH_A_RUN == set()
 
 
-def test_the_optimizer_needs_torch_alone(tmp_path: Path) -> None:
+def test_the_optimizer_imports_only_torch(tmp_path: Path) -> None:
     code = f"import torch\n{PRINT_PACKAGES}\nsys.path.insert(0, ''); import ars2\n{PRINT_PACKAGES}"
     result = fresh_python("-c", code, home=tmp_path)
     assert result.code == 0, result.err

@@ -157,7 +157,7 @@ class Recording(torch.nn.Dropout):
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
-def test_both_passes_of_the_loops_drop_the_same_and_only_the_first_moves_running_statistics(page: str) -> None:
+def test_both_passes_drop_the_same_and_the_first_updates_running_statistics(page: str) -> None:
     names: dict[str, Any] = {"Recording": Recording}
     steps = 0
     for code in blocks((ROOT / page).read_text(), "python"):

@@ -175,7 +175,7 @@ def test_rows_without_common_seeds_are_not_compared(groups: list[Group]) -> None
     assert list(pairs(entry, entry.rows[0])) == []
 
 
-def test_borrowed_targets_that_nobody_reached_are_not_aimed_at(groups: list[Group]) -> None:
+def test_borrowed_targets_that_no_run_reached_are_not_goals(groups: list[Group]) -> None:
     targets = [Target("one", "train/loss", 100.0, lower=True), Target("never", "train/loss", 0.0, lower=True)]
     unborrowed = Group(**{**vars(groups[0]), "targets": targets, "borrowed": False})
     borrowed = Group(**{**vars(unborrowed), "borrowed": True})
@@ -318,7 +318,7 @@ def test_a_metric_that_runs_were_stopped_on_is_not_tested(groups: list[Group]) -
     by_label = {row.label: row for row in groups[0].rows}
     adamw, aga = by_label["grok_adamw"], by_label["grok_aga"]
     assert not groups[0].stopped_on(adamw, "val/accuracy")
-    # "full" is 99 % of val/accuracy: whoever gets there has it as the best value.
+    # "full" is 99 % of val/accuracy: a run that reaches it has it as the best value.
     stopped = [Run(run.folder) for run in aga.runs.values()]
     for run in stopped:
         assert run.stopped_at is None
@@ -405,7 +405,7 @@ def test_the_page_loads_nothing_from_elsewhere(page: Path) -> None:
     text = (page / "report.html").read_text()
     parsed = Page(text)
     assert all(link.startswith("#") for link in parsed.links)
-    # Addresses are names of XML dialects alone, which nobody loads.
+    # The only addresses are names of XML dialects, which no browser loads.
     assert set(re.findall(r"https?://[^\s\"'<>)]+", text)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",

@@ -190,7 +190,7 @@ def test_an_edited_config_is_noticed(runs: Path, tmp_path: Path) -> None:
     assert "it was edited" in damaged(edit, runs, tmp_path)
 
 
-def test_callbacks_that_only_watch_leave_a_run_in_its_row_and_its_numbers_alone(runs: Path, tmp_path: Path) -> None:
+def test_callbacks_that_only_watch_change_neither_row_nor_numbers(runs: Path, tmp_path: Path) -> None:
     (folder,) = unpack("watched", tmp_path).glob("*/*")
     watched, plain = (
         Run(folder),
@@ -220,7 +220,7 @@ def test_half_a_line_at_the_end_is_no_number(runs: Path, tmp_path: Path) -> None
     assert len(Run(folder).log["epoch"]) == rows - 1
 
 
-def test_a_diverged_run_counts_as_one_that_never_gets_there(runs: Path, tmp_path: Path) -> None:
+def test_a_diverged_run_counts_as_one_that_never_reaches_its_target(runs: Path, tmp_path: Path) -> None:
     folder = copy(one(runs, "grok_aga"), tmp_path, "diverged")
     cut(folder, 8)
     (folder / "error.txt").write_text("Traceback\nFloatingPointError: the training loss is nan in epoch 3: lower it\n")

@@ -154,7 +154,7 @@ def test_many_groups_and_many_optimizers_do_not_reach_the_limit_of_compilations(
         assert all((a != b).any() for a, b in zip(params, before, strict=True))
 
 
-def test_a_saved_state_says_nothing_of_compiling() -> None:
+def test_a_saved_state_does_not_record_compiling() -> None:
     _, optimizer = make("base", compile=True)
     assert not any("compile" in group for group in optimizer.state_dict()["param_groups"])
 

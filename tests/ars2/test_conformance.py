@@ -188,7 +188,7 @@ def test_an_error_in_the_closure_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_learning_rate_zero_stands_still(name: str) -> None:
+def test_learning_rate_zero_changes_no_parameter(name: str) -> None:
     model, optimizer = new(name)
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -57,12 +57,12 @@ def train_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
     trained = {}
     for mode in TRIED:
         options = MODES[mode]
-        torch.manual_seed(rank)  # nothing may hang on a rank's own generator
+        torch.manual_seed(rank)  # nothing may depend on the generator of a rank
         model = SmallProblem()
         optimizer = ARS2Neo(problem_groups(model), ns_dtype="float32", **options)
         for step in range(STEPS):
             optimizer.zero_grad()
-            model.loss(RANKS * step + rank).backward()  # each rank has its own batch
+            model.loss(RANKS * step + rank).backward()  # each rank has a different batch
             average_gradients(model)
             again = optimizer.wants_second_pass()
             assert len({part.item() for part in gathered([torch.tensor([float(again)])])}) == 1, mode
@@ -100,7 +100,7 @@ def test_ranks_that_share_work_use_the_same_phi_despite_rounding(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_but_aga_decides_by_its_options_and_the_step_alone(mode: str) -> None:
+def test_every_mode_but_aga_decides_by_options_and_step_only(mode: str) -> None:
     assert ARS2Neo(problem_groups(SmallProblem()), **MODES[mode]).decides_alike == (MODES[mode]["mode"] != "aga")
 
 

@@ -188,7 +188,7 @@ def test_random_is_the_same_for_the_same_seed_and_another_for_another() -> None:
     assert draws(1) != draws(2)
 
 
-def test_random_of_the_optimizer_is_a_matter_of_seed_and_step_alone() -> None:
+def test_random_decisions_depend_on_seed_and_step_only() -> None:
     def syncs(seed: int) -> list[bool]:
         model, optimizer = setup("random", seed=seed)
         torch.rand(seed)  # the global generator does not matter
@@ -198,7 +198,7 @@ def test_random_of_the_optimizer_is_a_matter_of_seed_and_step_alone() -> None:
     assert syncs(4) == draws(4, 0.3, 30) != syncs(3)
 
 
-def test_the_global_generator_is_left_alone() -> None:
+def test_the_global_generator_is_not_used() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)

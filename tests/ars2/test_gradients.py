@@ -35,7 +35,7 @@ GRADIENTS_BOUND = 8e-15  # absolute, in float64, over 30 steps; measured: 1.7e-1
 class Forgetful(SmallProblem):
     """Give some parameters no gradient on some evaluations.
 
-    So it is with experts that no token was sent to.
+    This happens to experts that no token was sent to.
     """
 
     evaluation = 0
@@ -78,7 +78,7 @@ def test_gradients_that_come_and_go_between_the_passes_follow_the_reference(mode
 
 
 @pytest.mark.parametrize("mode", CORE_MODES)
-def test_a_parameter_without_a_gradient_is_left_alone_altogether(mode: str) -> None:
+def test_a_parameter_without_a_gradient_is_not_changed(mode: str) -> None:
     used, unused = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
     optimizer = ARS2Neo([used, unused], **MODES[mode])
     for _ in range(4):

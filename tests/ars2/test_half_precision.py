@@ -49,7 +49,7 @@ def test_small_updates_add_up_as_in_float32(
     optimizer_class: type[Any], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     def run(dtype: torch.dtype) -> list[Tensor]:
-        # A float32 parameter in the same group is moved in its own dtype.
+        # A float32 parameter in the same group is updated in float32.
         matrices = [nn.Parameter(values(HALF[0], 6, 5).to(torch.float16).to(dtype)), values(torch.float32, 4, 3)]
         vector = nn.Parameter(torch.ones(7, dtype=dtype))
         groups = [{"params": matrices, "track": "matrix"}, {"params": [vector], "track": "vector"}]

@@ -80,5 +80,5 @@ def test_thousands_of_groups_are_made_in_seconds() -> None:
         return time.process_time() - start
 
     seconds(10)
-    # torch's own part is quadratic too, and small; checking every pair of groups took 39 seconds.
+    # The part of torch is quadratic too, and small; checking every pair of groups took 39 seconds.
     assert seconds(2000) < 5.0

@@ -177,7 +177,7 @@ def test_inputs_are_overwritten_only_where_allowed(algorithm: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(inputs, stacks(), strict=True))
     written = orthogonalize_all(given, 5, "jordan", torch.bfloat16, algorithm=algorithm, overwrite=True)
     assert all(torch.equal(a, b) for a, b in zip(results, written, strict=True))
-    assert not torch.equal(given[0], inputs[0])  # where it is a batch of its own, its memory is the iteration's
+    assert not torch.equal(given[0], inputs[0])  # a matrix alone in its batch gives its memory to the iteration
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_a_fresh_import_brings_no_more_than_torch() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_files_import_torch_the_standard_library_and_the_package_alone(path: Path) -> None:
+def test_files_import_only_torch_the_standard_library_and_the_package(path: Path) -> None:
     imported: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -76,6 +76,6 @@ def test_the_wheel_has_the_version_of_the_checkout(wheel: zipfile.ZipFile) -> No
     assert metadata(wheel)["Version"] == ars2.__version__
 
 
-def test_the_wheel_requires_torch_alone(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_requires_only_torch(wheel: zipfile.ZipFile) -> None:
     required = [line for line in metadata(wheel).get_all("Requires-Dist", []) if "extra ==" not in line]
     assert [line.split(">=")[0] for line in required] == ["torch"]

@@ -210,7 +210,7 @@ def test_one_autocast_block_around_both_passes_does_not_reuse_stale_weights(mode
                 step_by_parts(outer_model, outer_optimizer, step)
             else:
                 outer_optimizer.step(closure_of(outer_model, outer_optimizer, step))
-        train(model, optimizer, [step])  # autocast within each pass: a cache of its own
+        train(model, optimizer, [step])  # autocast within each pass, with a separate cache
     assert_identical(snapshot(optimizer), snapshot(outer_optimizer))
 
 

@@ -249,7 +249,7 @@ def test_absent_first_gradient_is_not_moved_but_updated() -> None:
     torch.testing.assert_close(p, torch.full((2,), 0.9, dtype=torch.float64), rtol=0, atol=1e-7)
 
 
-def test_absent_updating_gradient_leaves_everything_alone() -> None:
+def test_absent_updating_gradient_changes_nothing() -> None:
     p = torch.ones(2, dtype=torch.float64)
     reference = ReferenceARS2([group(p, weight_decay=0.5)], mode="periodic", k=2)
     reference.step(script([1.0, 0.0], [1.0, 1.0]))

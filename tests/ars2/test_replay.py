@@ -131,7 +131,7 @@ def test_tables_that_do_not_change_are_copied_once() -> None:
     assert copies.numbers == 5 * 2 * (4 + 4 + 1)
 
 
-def test_buffers_that_cannot_be_written_are_left_alone() -> None:
+def test_buffers_that_cannot_be_written_are_skipped() -> None:
     network = nn.Module()
     network.register_buffer("shared", torch.ones(1, 3).expand(4, 3))
     network.register_buffer("sparse", torch.eye(3).to_sparse())
@@ -203,7 +203,7 @@ def test_no_warning_where_nothing_is_drawn(recwarn: pytest.WarningsRecorder) -> 
     assert not recwarn
 
 
-# --- whole passes ---
+# --- complete passes ---
 
 
 def test_a_repeatable_closure_repeats_its_first_call() -> None:

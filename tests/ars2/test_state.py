@@ -137,7 +137,7 @@ def test_resume_is_no_interruption(mode: str, steps: int) -> None:
     train(model, optimizer, range(steps))
     saved = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     other, other_optimizer = setup(mode)
-    train(other, other_optimizer, range(20, 23))  # its own past must not show
+    train(other, other_optimizer, range(20, 23))  # its earlier state must not matter
     other.load_state_dict(saved["model"])
     other_optimizer.load_state_dict(saved["optimizer"])
     train(model, optimizer, range(steps, steps + 15))

@@ -237,7 +237,7 @@ def test_a_resumed_run_probes_the_same_batch(tmp_path: Path) -> None:
 def test_a_longer_batch_is_the_mean_of_its_parts(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"epochs": 1, "trace_samples": 2, "random_directions": 2, "max_products": 200}
     still = functools.partial(torch.optim.SGD, lr=0.0)
-    # Four batches, the last of five sums, are the complete training set.
+    # Four batches, the last one of five sums, are the complete training set.
     for batches, size in ((4, 8), (1, 29)):
         probe = FlatnessProbe(batches=batches, **settings)
         fit(tiny(still), data(batch_size=size), [probe], tmp_path / str(batches), epochs=1)

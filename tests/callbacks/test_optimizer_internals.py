@@ -133,7 +133,7 @@ def test_the_trigger_rate_is_over_the_steps_since_the_last_row_also_when_resumed
     assert [row["step"] for row in rows(tmp_path / "b", having=MEASURED)] == [5, 7, 9, 11]
 
 
-def test_measuring_leaves_the_weights_alone(tmp_path: Path) -> None:
+def test_measuring_does_not_change_the_weights(tmp_path: Path) -> None:
     results = []
     for callbacks in ([], [OptimizerInternals(1)]):
         model = module(ars2("sync"))

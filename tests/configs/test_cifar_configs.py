@@ -1,6 +1,6 @@
 """The CIFAR-10 configs are as published.
 
-The mini configs are small versions of them, and overlays change only what their names state.
+The mini configs are small versions of them, and overlays change only the keys that they state.
 """
 
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_reaches_the_optimizer_as_stated_and_names_no_folder(row: str, tmp_path:
     assert read(folder / "config.yaml")["data"]["init_args"]["root"] is None
 
 
-def test_overlays_change_layout_precision_and_devices_alone() -> None:
+def test_overlays_change_layout_precision_and_devices_only() -> None:
     config, gpu, ddp = (f"configs/{name}.yaml" for name in ("cifar_aga", "overlays/cifar_gpu", "overlays/ddp"))
     assert changed_by(("--config", gpu, "--config", ddp), "--config", config) == {
         "channels_last: true",

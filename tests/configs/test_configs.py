@@ -96,7 +96,7 @@ def test_config_takes_a_step(config: Path, tmp_path: Path, tiny_cifar10: Path) -
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
 
 
-def test_every_config_of_the_task_is_there() -> None:
+def test_every_config_of_the_task_exists() -> None:
     assert set(PUBLISHED) <= {config.stem for config in CONFIGS}
 
 
@@ -139,7 +139,7 @@ def test_reaches_the_optimizer_as_stated(name: str, tmp_path: Path) -> None:
         assert part(found, wanted) == wanted, track
 
 
-def test_the_two_muons_differ_in_weight_decay_alone() -> None:
+def test_the_two_muons_differ_in_weight_decay_only() -> None:
     muon, with_decay = (read(ROOT / f"configs/{name}.yaml") for name in ("grok_muon", "grok_muon_wd"))
     assert with_decay.pop("experiment") != muon.pop("experiment")
     assert with_decay["model"]["init_args"]["optimizer"]["init_args"].pop("weight_decay") == 1.0

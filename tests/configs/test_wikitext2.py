@@ -166,7 +166,7 @@ def test_an_empty_split_is_one_sentence(tmp_path: Path) -> None:
     assert "the validation split" in call("fit", *NANO, *where(text), "--runs", tmp_path / "runs").error
 
 
-def test_the_gpu_overlay_changes_precision_and_devices_alone() -> None:
+def test_the_gpu_overlay_changes_precision_and_devices_only() -> None:
     overlay = ("--config", "configs/overlays/wikitext2_gpu.yaml")
     assert changed_by(overlay, "--config", "configs/wikitext2_aga.yaml") == {
         "on_device: true",

@@ -145,7 +145,7 @@ def assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> No
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-def test_images_follow_from_seed_epoch_and_batch_alone() -> None:
+def test_images_depend_on_seed_epoch_and_batch_only() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
     first = loader()

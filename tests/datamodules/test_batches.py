@@ -31,7 +31,7 @@ def test_tensors_stay_together() -> None:
     assert all(torch.equal(2 * first, second) for first, second in loader())
 
 
-def test_order_follows_from_seed_and_epoch_and_leaves_the_global_random_state_alone() -> None:
+def test_order_depends_on_seed_and_epoch_and_not_on_the_global_generator() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()
     first, again, other = loader(), loader(), loader(seed=4)

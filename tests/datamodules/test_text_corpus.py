@@ -42,7 +42,7 @@ def test_parquet_files_and_a_saved_copy_give_the_same_lines(tmp_path: Path) -> N
         assert corpus.read() == texts and corpus.source != open_corpus(tmp_path / "text").source
 
 
-def test_the_digest_follows_from_the_text_alone(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_text_only(tmp_path: Path) -> None:
     digests = [open_corpus(write_corpus(tmp_path / name)).digest for name in ("a", "b")]
     assert digests[0] == digests[1]
     with (tmp_path / "b" / FILES["validation"]).open("a") as file:

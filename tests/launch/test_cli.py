@@ -130,7 +130,7 @@ def test_print_config_resolves_and_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_later_configs_go_over_earlier_ones(tmp_path: Path) -> None:
+def test_later_configs_override_earlier_ones(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("experiment: one\nmodel: {init_args: {optimizer: {init_args: {rho: 0.5, k: 3}}}}\n")
     second.write_text("model: {init_args: {optimizer: {init_args: {k: 4}}}}\n")

@@ -86,7 +86,7 @@ def test_a_precision_that_would_be_another_one_is_refused(accelerator: str, prec
 
 
 @pytest.mark.parametrize("precision", ["bf16", slow("bf16-true"), slow("16-true"), "64", slow("32")])
-def test_a_precision_that_is_there_is_the_one_recorded(precision: str, tmp_path: Path) -> None:
+def test_a_supported_precision_is_recorded_as_given(precision: str, tmp_path: Path) -> None:
     options = ("--trainer.accelerator", "cpu", "--trainer.precision", precision, "--trainer.max_epochs", "1")
     folder = fit(tmp_path, "--config", "configs/grok_base.yaml", *TINY, *options)
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["precision"] == yaml.safe_load(precision)
@@ -236,7 +236,7 @@ def test_details_of_early_errors_are_in_one_place(tmp_path: Path, monkeypatch: p
     assert not list((tmp_path / "TMPDIR").iterdir())
 
 
-def test_weights_alone_are_nothing_to_resume_from(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_weights_only_cannot_be_resumed(checkpoint: Path, tmp_path: Path) -> None:
     best = checkpoint.with_name("best.ckpt")
     assert f"{best} holds only weights" in refused(tmp_path / "runs", "fit", "--ckpt_path", best)
 
@@ -254,7 +254,7 @@ def test_runs_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     assert "Not a directory" in line
 
 
-def test_an_error_leaves_other_runs_alone(tmp_path: Path) -> None:
+def test_an_error_does_not_touch_other_runs(tmp_path: Path) -> None:
     existing = fit(tmp_path, *AGA, *TINY)
     before = sorted(path.name for path in existing.rglob("*"))
     assert call("fit", *AGA, *TINY, "--runs", tmp_path, "--model.optimizer.lr", "-1").error

@@ -105,7 +105,7 @@ def test_another_network_is_identified_by_its_first_tensor() -> None:
     assert "it also has first.bias" in difference(of=Network(8, bias=True), to=Network(8, bias=False))
 
 
-def test_a_metric_that_nobody_logs_gets_the_nearest(tmp_path: Path) -> None:
+def test_a_metric_that_is_not_logged_is_answered_with_the_nearest(tmp_path: Path) -> None:
     result = call("fit", *AGA, *TINY, "--runs", tmp_path, "--checkpoint.monitor", "val/accuraci")
     assert "checkpoint.monitor is val/accuraci, which is not logged; did you mean val/accuracy?" in result.error
 

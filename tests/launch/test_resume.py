@@ -96,7 +96,7 @@ def test_a_stopped_run_resumes_exactly(uninterrupted: tuple[tuple[str, ...], Pat
         assert summaries[0].get(key) == summaries[1].get(key)
 
 
-def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
     again = (*GROKKING, "--ckpt_path", "last")
     assert fit(tmp_path, *again).code == 0
     assert "a new one begins" in fit(tmp_path, *again, stop="SIGTERM:1").out

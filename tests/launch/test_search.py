@@ -261,7 +261,7 @@ def test_a_killed_sweep_resumes_and_leaves_no_process_behind(tmp_path: Path) -> 
         assert [trial.user_attrs["index"] for trial in of_study] == [0, 1, 2, 3]
 
 
-def test_a_sweep_that_ended_within_a_run_repeats_that_run_alone(tmp_path: Path) -> None:
+def test_a_sweep_that_ended_within_a_run_repeats_only_that_run(tmp_path: Path) -> None:
     sweep = {**SWEEP, "final_seeds": []}
 
     class Ends(FakeRunner):

@@ -1,6 +1,6 @@
 """Run the command with the overlay of sharded runs over two processes.
 
-They are CPUs instead of GPUs.
+They run on CPUs instead of GPUs.
 """
 
 import shutil
@@ -20,7 +20,7 @@ CPUS = (*OVERLAY, *CPUS_ARE.split(" "))
 IN_PARTS = ("--trainer.strategy.save_distributed_checkpoint", "true")
 
 
-def test_the_overlay_changes_accelerator_devices_and_strategy_alone() -> None:
+def test_the_overlay_changes_accelerator_devices_and_strategy_only() -> None:
     assert changed_by(OVERLAY, *AGA) == {
         "accelerator: gpu",
         "devices: 8",

@@ -59,7 +59,7 @@ def test_a_tied_weight_gets_both_gradients() -> None:
 
 
 @pytest.mark.parametrize("needed", ["hidden", "weight"])
-def test_only_what_needs_a_gradient_gets_one(needed: str) -> None:
+def test_only_inputs_that_need_a_gradient_get_one(needed: str) -> None:
     hidden, weight, targets = example()
     (weight if needed == "hidden" else hidden).requires_grad_(False)
     expected = torch.autograd.grad(plain(hidden, weight, targets), hidden if needed == "hidden" else weight)

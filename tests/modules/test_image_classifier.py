@@ -130,7 +130,7 @@ def test_the_second_pass_normalises_with_batch_statistics() -> None:
     assert not torch.isclose(F.cross_entropy(classifier.network(images), labels), with_batch)
 
 
-def test_resuming_in_the_middle_of_an_epoch_is_the_run_that_was_never_stopped(tmp_path: Path) -> None:
+def test_resuming_in_the_middle_of_an_epoch_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     name = "aga"
     expected = module(name)
     train(expected, epochs=2)
@@ -141,7 +141,7 @@ def test_resuming_in_the_middle_of_an_epoch_is_the_run_that_was_never_stopped(tm
     assert_equal_states(state_of(resumed), state_of(expected))
 
 
-def test_channels_last_changes_the_gradient_that_updates_by_rounding_alone() -> None:
+def test_channels_last_changes_the_updating_gradient_by_rounding_only() -> None:
     name = "sync"
     gradients = []
     for channels_last in (False, True):
@@ -290,7 +290,7 @@ def test_the_summary_and_the_output_name_the_validation_set(trained: Path, tmp_p
         ({"classes": 7}, "the model has 7 classes, the data 10"),
     ],
 )
-def test_options_that_make_no_sense_are_errors_that_name_them(options: dict[str, Any], named: str) -> None:
+def test_invalid_options_are_errors_that_name_them(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         train(module("adamw", **options))
 

@@ -58,7 +58,7 @@ def test_a_gradient_alone_is_named_by_its_parameter() -> None:
 @pytest.mark.parametrize(
     ("name", "in_pass"), [("adamw", 1), ("muon", 2), ("sync", 1), ("sync", 2), ("aga", 2), ("random", 1)]
 )
-def test_by_option_such_steps_are_left_out_and_counted(name: str, in_pass: int) -> None:
+def test_by_option_such_steps_are_skipped_and_counted(name: str, in_pass: int) -> None:
     module = Damaged((0, 7), in_pass, torch.nan, optimizer=make_optimizer(name), nonfinite="skip")
     trainer = fit(module)
     if in_pass == 1:
@@ -95,7 +95,7 @@ def test_a_batch_that_is_not_finite_leaves_no_trace_in_running_statistics() -> N
     assert all(buffer.isfinite().all() for buffer in module.network.buffers())
 
 
-def test_schedulers_do_not_count_a_step_that_was_left_out() -> None:
+def test_schedulers_do_not_count_a_skipped_step() -> None:
     module = Damaged(
         (2,),
         1,
@@ -146,7 +146,7 @@ def test_a_validation_loss_that_is_nan_is_logged_and_training_continues() -> Non
     assert trainer.callback_metrics["train/loss"].isfinite()
 
 
-def test_a_run_that_learns_nothing_any_more_stops_at_an_epochs_end() -> None:
+def test_a_run_without_finite_steps_stops_at_the_end_of_an_epoch() -> None:
     module = Damaged(tuple(range(5, 999)), 1, optimizer=make_optimizer("sync"), nonfinite="skip")
     with pytest.raises(FloatingPointError, match=r" 103 steps .*epoch 18"):
         fit(module, epochs=99)
@@ -168,7 +168,7 @@ class Accurate(Damaged):
 
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("in_pass", [1, 2])
-def test_no_metric_has_the_batches_of_a_step_that_was_left_out(in_pass: int, window: int) -> None:
+def test_no_metric_has_the_batches_of_a_skipped_step(in_pass: int, window: int) -> None:
     """Leave out the batches of the window, also if only the second pass failed."""
 
     class Counts(Accurate):

@@ -63,7 +63,7 @@ def test_16_mixed_clips_unscaled_gradients(name: str, clip_first_pass: bool, alg
 
 
 @pytest.mark.parametrize("name", CORE)
-def test_16_mixed_leaves_out_steps_until_the_scale_is_low_enough(name: str) -> None:
+def test_16_mixed_skips_steps_until_the_scale_is_low_enough(name: str) -> None:
     """At this scale the backward pass in half precision overflows by itself."""
     module = SmallTask(optimizer=make_optimizer(name))
     lightning_scaler, expected_scaler = scaler(init_scale=2.0**22), scaler(init_scale=2.0**22)
@@ -90,7 +90,7 @@ class OtherStrides(SmallTask):
 
 
 @pytest.mark.parametrize("name", CORE)
-def test_16_mixed_leaves_out_steps_whatever_the_strides_of_the_parameters(name: str) -> None:
+def test_16_mixed_skips_steps_whatever_the_strides_of_the_parameters(name: str) -> None:
     module, plain = OtherStrides(optimizer=make_optimizer(name)), SmallTask(optimizer=make_optimizer(name))
     lightning_scaler, expected_scaler = scaler(init_scale=2.0**22), scaler(init_scale=2.0**22)
     fit(module, plugins=[half(lightning_scaler)])
@@ -119,7 +119,7 @@ class Damaged(SmallTask):
     ("name", "factor", "in_pass"),
     [("sync", torch.inf, 1), ("sync", torch.nan, 2), ("aga", torch.nan, 1), ("aga", torch.inf, 2)],
 )
-def test_a_value_that_is_not_finite_in_either_pass_leaves_out_the_step_and_lowers_the_scale(
+def test_a_non_finite_value_in_either_pass_skips_the_step_and_lowers_the_scale(
     name: str, factor: float, in_pass: int
 ) -> None:
     # Every mode makes a second pass in step 0.
@@ -134,7 +134,7 @@ def test_a_value_that_is_not_finite_in_either_pass_leaves_out_the_step_and_lower
     assert trainer.callback_metrics["train/loss"].isfinite()
 
 
-def test_a_first_pass_that_overflows_unseen_by_the_second_is_found_all_the_same() -> None:
+def test_an_overflow_of_the_first_pass_only_is_found() -> None:
     """Find an overflow in the first gradient where the second one is finite."""
 
     class Overflows(SmallTask):
@@ -142,13 +142,13 @@ def test_a_first_pass_that_overflows_unseen_by_the_second_is_found_all_the_same(
             if self.gradient_evaluations == 0:
                 self.network.head.weight.grad[0, 0] = torch.inf  # type: ignore[index, union-attr]
                 before = [param.detach().clone() for param in self.network.parameters()]
-                super()._second_pass(_Deaf(optimizer))
+                super()._second_pass(_WithoutPerturbation(optimizer))
                 assert all(torch.equal(a, b) for a, b in zip(before, self.network.parameters(), strict=True))
             else:
                 super()._second_pass(optimizer)
 
-    class _Deaf:
-        """Has the parameters where they were in the second pass."""
+    class _WithoutPerturbation:
+        """Leave the parameters unperturbed in the second pass."""
 
         def __init__(self, optimizer: Any) -> None:
             self.optimizer = optimizer
@@ -173,7 +173,7 @@ def test_a_first_pass_that_overflows_unseen_by_the_second_is_found_all_the_same(
     assert module.skipped_steps == 1
 
 
-def test_a_scale_that_can_fall_no_further_ends_the_run() -> None:
+def test_a_scale_at_its_minimum_ends_the_run() -> None:
     module = Damaged(tuple(range(100)), 1, optimizer=make_optimizer("sync"))
     lightning_scaler = scaler(init_scale=SMALLEST_SCALE * 4)
     with pytest.raises(FloatingPointError, match=r"^step 1 in epoch 1, first pass: .* inf"):

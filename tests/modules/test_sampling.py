@@ -16,7 +16,7 @@ def draw(temperature: float = 1.0, top_k: int | None = None, seed: int = 0, leng
     return continuation(model().network, PROMPT, length, 16, temperature, top_k, seed).tolist()
 
 
-def test_the_same_seed_draws_the_same_and_another_one_something_else() -> None:
+def test_draws_depend_on_the_seed() -> None:
     assert draw(seed=1) == draw(seed=1) != draw(seed=2)
 
 
@@ -51,7 +51,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax() -> None:
     torch.testing.assert_close(drawn.bincount() / 4000, expected, rtol=0, atol=0.03)
 
 
-def test_training_mode_and_random_numbers_are_left_alone() -> None:
+def test_training_mode_and_random_state_are_unchanged() -> None:
     network = model().network.train()
     state = torch.get_rng_state()
     continuation(network, PROMPT, 3, 16, 1.0, 5, seed=0)

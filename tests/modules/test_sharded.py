@@ -102,7 +102,7 @@ def test_in_half_precision_it_learns_the_same(precision: str, two: list[Results]
         assert two[0][precision]["metrics"][key] == pytest.approx(alone[precision]["metrics"][key], rel=0.02)
 
 
-def test_a_loss_of_one_process_that_is_not_finite_leaves_the_step_out_in_all(two: list[Results]) -> None:
+def test_a_non_finite_loss_of_one_process_skips_the_step_in_all(two: list[Results]) -> None:
     assert [results["damaged"]["skipped"] for results in two] == [1, 1]
     first, last = (results["refused"]["damage"] for results in two)
     assert last.startswith("step 3 in epoch 1, first pass: the loss is nan and the gradient of query is not finite")

@@ -42,7 +42,7 @@ def test_both_passes_accumulate_and_the_short_last_window_makes_a_step(name: str
 
 
 @pytest.mark.parametrize("name", ["muon", "aga"])
-def test_batches_of_a_window_are_kept_for_a_second_pass_alone(name: str) -> None:
+def test_batches_of_a_window_are_kept_only_for_a_second_pass(name: str) -> None:
     class Weak(SmallTask):
         def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
             there.append(sum(reference() is not None for reference in references))
@@ -186,7 +186,7 @@ def test_gradient_evaluations_are_counted_and_saved(name: str, tmp_path: Any) ->
         ({"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, "ReduceLROnPlateau needs a metric"),
     ],
 )
-def test_options_that_make_no_sense_are_errors_that_name_them(options: dict[str, Any], named: str) -> None:
+def test_invalid_options_are_errors_that_name_them(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         fit(SmallTask(optimizer=make_optimizer("base"), **options))
 

@@ -13,7 +13,10 @@ from modules.two_pass import TwoPassModule
 
 
 class Sums(TwoPassModule):
-    """Classify the sums of modular addition by a linear layer; it is complete."""
+    """Classify the sums of modular addition by a linear layer.
+
+    The module is complete.
+    """
 
     def __init__(self, p: int = 7, **options: Any) -> None:
         super().__init__(**options)
@@ -25,7 +28,7 @@ class Sums(TwoPassModule):
 
 
 class Tutorial(Sums):
-    """Make a step of its own kind, which the suite would never call."""
+    """Define training_step() itself, which the suite would never call."""
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         loss = self.compute_loss(batch, None)

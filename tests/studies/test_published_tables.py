@@ -78,7 +78,7 @@ def test_all_parts_of_a_run_have_the_same_command_line() -> None:
 
 
 @pytest.mark.parametrize("row", [row if row.endswith(("base", "muon")) else slow(row) for row in ROWS])
-def test_every_row_stands_below_its_published_numbers(row: str) -> None:
+def test_every_row_has_the_options_of_its_published_entry(row: str) -> None:
     result = call(*arguments(row, 43, options(accelerator="cpu")), "--print_config")
     assert result.code == 0, result.err
     identity = RunIdentity(yaml.safe_load(result.out))
