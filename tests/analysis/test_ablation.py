@@ -21,7 +21,7 @@ def entry(corners: Path) -> Group:
 
 
 def last(corners: Path, column: str) -> dict[tuple[bool, bool, bool], np.ndarray]:
-    """The last values of a column by corner, in the order of the seeds.
+    """Return the last values of a column by corner, in the order of the seeds.
 
     A corner is flatness, geometry and energy, on or off.
     """

@@ -32,7 +32,7 @@ def specification(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def sections(specification: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each heading with the grid of panels that follows it."""
+    """Return each heading with the grid of panels that follows it."""
     found: dict[str, dict[str, Any]] = {}
     for block in specification["blocks"]:
         if block["type"] == "heading":

@@ -17,7 +17,7 @@ TOKENS = 4
 
 
 class SmallProblem(nn.Module):
-    """A smooth classifier of (image, tokens) pairs with fixed data.
+    """Classify (image, tokens) pairs of fixed data smoothly.
 
     Matrices: a convolution (4, 3, 3, 3), a stack of heads (2, 5, 8), an embedding (11, 8), a tall (40, 26) and a wide
     (7, 40) linear layer. Vectors: three biases; the last one starts at zero, where the adversarial move vanishes.

@@ -57,7 +57,7 @@ VALUES = st.one_of(
 
 
 def check(result: Result) -> None:
-    """A good run, or one line that a person can read."""
+    """Check for a good run, or one line that a person can read."""
     assert "Traceback" not in result.out + result.err
     if result.code != 0:
         line = result.error
