@@ -27,7 +27,7 @@ except SystemExit as leaving:
     assert leaving.code == 0, leaving.code
 """
 
-# What `import torch` brings along on one machine or another; none of it is ours to choose.
+# Packages that `import torch` loads, which differs between machines and is not under our control.
 WITH_TORCH = {
     *("torch", "torchgen", "functorch", "typing_extensions", "numpy", "sympy", "mpmath", "networkx", "jinja2"),
     *("markupsafe", "fsspec", "filelock", "triton", "nvidia", "cuda", "optree", "tqdm", "dill", "psutil", "PIL"),

@@ -13,7 +13,7 @@ from analysis.archive import pack
 from tests.analysis.runs import ARCHIVE, EPOCHS, SEEDS, TRAINED_IN
 from tests.helpers.commands import ADAMW, AGA, ROOT, TINY, call, fit
 
-# After so few epochs nothing of a tiny network is settled, but every column is there.
+# So few epochs do not train a tiny network to the end, but they log every column.
 LENGTH = (*TINY, "--trainer.max_epochs", EPOCHS)
 
 

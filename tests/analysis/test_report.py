@@ -124,7 +124,7 @@ def test_milestones_are_medians_over_seeds(groups: list[Group], runs: Path) -> N
     losses = [
         loss for loss, path in zip(losses, (runs / "grok_adamw").iterdir(), strict=True) if "seed42" not in path.name
     ]
-    # Two of three seeds get below the second lowest of their last losses, and just so.
+    # Two of three seeds reach the second lowest of their last losses, one of them barely.
     level = sorted(loss.iloc[-1] for loss in losses)[1] * (1 + 1e-6)
     epochs = [next((epoch for epoch, value in enumerate(loss, 1) if value < level), None) for loss in losses]
     reached = sorted(epoch for epoch in epochs if epoch is not None)
@@ -218,7 +218,7 @@ def test_the_tuning_budget_counts_every_trial_and_flags_unequal_budgets(
     winner = 1  # is in the same folder, and no trial
     assert len(costs) == 5 + winner
     assert in_results(groups[0], "aga of search")[2] == "2"
-    # A third trial of AGA that left nothing to read makes the budgets equal; one that was cut short is counted too.
+    # A third trial of AGA without readable files makes the budgets equal; an unfinished one counts too.
     trial = next(run.shown for run in groups[0].sweeps["search", "aga"])
     folder = copy(trial, tmp_path, "lost")
     config = folder / "config.yaml"
@@ -349,7 +349,7 @@ def test_trials_differ_in_colour_and_marker(groups: list[Group]) -> None:
 
 def test_each_figure_is_drawn_once(page: Path, saved: list[Figure]) -> None:
     with_legend = len(list((page / "pictures").glob("*-epoch.svg"))) * 2
-    # Only the two that stand alone with a legend are saved again.
+    # Only the two separate figures with a legend are saved again.
     assert len(saved) == (page / "report.html").read_text().count("<svg") + with_legend
     assert all(figure.get_layout_engine() is None for figure in saved)  # that would draw each of them twice
 

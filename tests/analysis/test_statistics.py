@@ -110,7 +110,7 @@ def test_the_median_is_where_survival_is_exactly_one_half() -> None:
         for censored in range(4):
             times = [*reached(*range(1, 2 * half + 1)), *missed(*[0.5] * censored)]
             assert median_time(times).median == half, (half, censored)
-    # As many that never got there as did: one half is left after the last that did.
+    # As many runs miss the target as reach it: one half is left after the last that reaches it.
     for half in range(1, 40):
         assert median_time([*reached(*range(1, half + 1)), *missed(*[100] * half)]).median == half
 

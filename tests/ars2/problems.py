@@ -41,7 +41,7 @@ class SmallProblem(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in self.parameters():
-                # Not too small, or the loss is nearly linear around the start and the second pass teaches nothing.
+                # Not too small, or the loss is nearly linear around the start and the two gradients are nearly equal.
                 p.copy_(torch.randn(p.shape, generator=generator) * (0.4 if p.ndim > 1 else 0.1))
             self.wide.bias.zero_()
         self.register_buffer("images", torch.randn(EXAMPLES, 3, 6, 6, generator=generator))

@@ -16,7 +16,7 @@ from ars2 import ARS2Neo, Muon
 from tests.ars2.problems import problem_groups
 from tests.ars2.training import MODES, setup, step_by_parts
 
-# Operations that hand values of a tensor to Python, and so make a host wait for its device.
+# Operations that return values of a tensor to Python, so that the host waits for the device.
 READS = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select")
 
 

@@ -160,7 +160,7 @@ def test_views_into_a_bucket_of_gradients_do_not_lose_the_first_gradient() -> No
     assert same(model.parameters(), plain.parameters())
 
 
-# --- what is not supported ---
+# --- unsupported parameters and gradients ---
 
 
 @pytest.mark.parametrize("cls", [ARS2Neo, Muon])

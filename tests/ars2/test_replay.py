@@ -93,7 +93,7 @@ def test_buffers_are_restored_in_every_frozen_pass(name: str) -> None:
             network(images())
         buffers.restore()
         assert all(torch.equal(a, b) for a, b in zip(network.buffers(), before, strict=True))
-        network(images())  # another step, whose statistics are kept
+        network(images())  # the next step updates the statistics
 
 
 def test_a_frozen_pass_normalises_with_batch_statistics() -> None:
@@ -216,7 +216,7 @@ def test_a_repeatable_closure_repeats_its_first_call() -> None:
     closure = repeatable(lambda: network(images()), network)
     first, second, third, after = closure(), closure(), closure(), torch.rand(3)
     assert all(torch.equal(output, expected[0]) for output in (first, second, third))
-    assert torch.equal(after, expected[1])  # as if there had been one call
+    assert torch.equal(after, expected[1])  # as after a single call
     assert all(torch.equal(buffer, once[name]) for name, buffer in network.named_buffers())
 
 

@@ -121,7 +121,7 @@ def test_an_error_in_the_second_pass_leaves_everything_as_after_the_first(
     model, optimizer = failing(mode)
     undisturbed, undisturbed_optimizer = failing(mode)
     first_gradients: list[Tensor] = []
-    # The first evaluation, for what the gradients should be.
+    # The first evaluation gives the expected gradients.
     undisturbed.loss(0).backward()
     first_gradients = [p.grad.clone() for p in parameters_of(undisturbed_optimizer) if p.grad is not None]
     undisturbed_optimizer.zero_grad()
@@ -160,7 +160,7 @@ def test_a_gradient_that_only_the_failed_second_pass_computed_is_removed() -> No
 
 @pytest.mark.parametrize("where", ["perturb", "restore"])
 def test_an_interrupt_within_the_moves_themselves_restores(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Ctrl-C may arrive at any line. Both moves end with this call, so it stands for a late one.
+    # Ctrl-C may arrive at any line. Both moves end with this call, so it represents a late interrupt.
     model, optimizer = setup("sync")
     train(model, optimizer, range(2))
     before = copies(model.parameters())

@@ -43,7 +43,7 @@ def alone() -> Results:
 def assert_same(actual: Result, other: Result) -> None:
     assert actual["numbers"] == pytest.approx(other["numbers"], rel=1e-4)
     for name, expected in other["tensors"].items():
-        # A shear force is what is left of two nearly equal gradients; a square differs by twice as much as its root.
+        # A shear force is the difference of two nearly equal gradients; a square differs by twice as much as its root.
         tolerance = {"shear": 2e-5, "exp_avg_sq": 2e-6}.get(name.rpartition(".")[2], 1e-6)
         assert (actual["tensors"][name] - expected).norm() <= tolerance * expected.norm(), name
 
@@ -129,7 +129,7 @@ def test_four_processes_train_like_one(replicas: int, alone: Results, tmp_path: 
         assert_same(four[0][name], alone[name])
 
 
-# --- what is refused and what is loaded, with a group of one process ---
+# --- errors and loading, with a group of one process ---
 
 
 @pytest.fixture

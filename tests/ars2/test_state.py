@@ -33,7 +33,7 @@ from tests.ars2.training import (
     train,
 )
 
-# --- what is kept ---
+# --- the state ---
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -38,7 +38,7 @@ def test_parts_that_succeed_give_exit_code_0(tmp_path: Path) -> None:
     assert code == 0
     assert [line for line in lines if line in ("one", "two")] == ["one", "two"]
     first, second = (float(line.removeprefix("seconds: ")) for line in lines if line.startswith("seconds"))
-    assert 9 < first <= 10 < second <= 20  # the second one has what the first one left
+    assert 9 < first <= 10 < second <= 20  # the second part has the time that the first one did not use
 
 
 def test_a_part_that_hangs_is_stopped_at_its_limit_and_the_others_run(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ class SlowToCome(ModularAdditionData):
         return Batches(dataloader.tensors, dataloader.batch_size, dataloader.seed)
 
 
-# Lightning's advice on saving within an epoch is for another kind of training step.
+# Lightning's advice on saving within an epoch does not apply to this training step.
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
 def test_seconds_include_waiting_for_data_but_not_evaluation_and_saving(tmp_path: Path) -> None:
     counters, folder = CostCounters(), str(tmp_path / "saved")

@@ -86,7 +86,7 @@ def test_a_validation_counts_in_its_epoch_only() -> None:
     model = module()
     fit(model, data(MemorisedSums), [GrokkingMilestones()], None, epochs=200)
     earlier = model.gradient_evaluations
-    # From here on it stands still: training passes at once, validation where it runs; a sanity check is no validation.
+    # Parameters no longer change: training passes at once, validation where it runs; a sanity check does not count.
     model.make_optimizer = functools.partial(torch.optim.SGD, lr=0.0)
     milestones = GrokkingMilestones()
     fit(model, data(MemorisedSums), [milestones], None, 4, check_val_every_n_epoch=3, num_sanity_val_steps=2)

@@ -124,7 +124,7 @@ def test_a_run_without_a_checkpoint_begins_again_in_its_folder(tmp_path: Path) -
 
 def test_the_runs_of_a_config_are_of_its_model_and_seed(tmp_path: Path) -> None:
     first = run(tmp_path, "2026-01-01_00-00-00-seed1", "finished")
-    # Of a version that knew another option, and of other data.
+    # One run is of a version with another option, one of other data.
     second = run(tmp_path, "2026-01-02_00-00-00-seed1", config="seed_everything: 1\nmodel: {lr: 0.1, old: 1}\ndata: {}")
     run(tmp_path, "2026-01-03_00-00-00-seed1", config="seed_everything: 1\nmodel: {lr: 0.2}")
     run(tmp_path, "2026-01-04_00-00-00-seed10", config="seed_everything: 10\nmodel: {lr: 0.1}")

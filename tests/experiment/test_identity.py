@@ -198,7 +198,7 @@ def test_every_callback_here_declares_whether_it_changes_training() -> None:
 
 
 def test_a_task_has_the_name_that_it_is_given_wherever_its_file_is() -> None:
-    assert RunIdentity(config_of()).task == "cifar"  # a run from before there were names
+    assert RunIdentity(config_of()).task == "cifar"  # a run of a version without task names
     assert RunIdentity(config_of() | {"task": "photographs"}).name == "photographs-ars2_sync-s0"
 
 
@@ -222,7 +222,7 @@ def test_flatten_puts_a_class_at_a_separate_key() -> None:
     assert nested(config) == {"a": {"class": "x.Y", "b": {"class": "z", "c": 1}}, "d": None}
 
 
-# What must not matter, what makes another setting of the same protocol, and what makes another protocol.
+# Options that change nothing, that make another setting of the same protocol, and that make another protocol.
 REPEATS = [
     ("--seed_everything", "7"),
     ("--data.seed", "7"),

@@ -148,7 +148,7 @@ def test_a_key_in_a_netrc_file_is_used_and_a_silent_server_delays_nothing(tmp_pa
     assert result.err == ""
     assert "wandb sync" in result.out
     assert len(history(folder)) == len(metrics(folder)) == 4
-    # Of the attempt nothing is left that could be taken for a run.
+    # The failed attempt leaves no files that could be taken for a run.
     assert [path.name for path in (folder / "wandb").glob("*run-2*")] == [
         path.name for path in (folder / "wandb").glob("offline-run-*")
     ]

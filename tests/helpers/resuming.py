@@ -20,7 +20,7 @@ from modules.modular_addition import ModularAddition
 from tests.helpers.commands import Result, call, folders, metrics
 
 STOP_AT = "ARS2_TEST_STOP_AT"
-# Times; places that differ because two runs have two folders; and what Lightning saves for show and never reads.
+# Times; paths, as two runs have two folders; and entries that Lightning saves but never reads.
 DIFFERS = {
     *("cost/training_seconds", "training_seconds", "wall_seconds", "dirpath", "best_model_path", "kth_best_model_path"),
     *("last_model_path", "best_k_models", "current_score"),

@@ -71,7 +71,7 @@ def test_an_overlay_that_states_all_is_fine(overlay: Overlay, vector: object, tm
 def test_a_complete_config_over_another_is_refused_only_for_missing_options() -> None:
     assert refused(*AGA, *ADAMW) == ["vector"]
     check_overlays(["fit", *AGA, *ADAMW, "--model.vector", "null"])
-    # The same class again is no switch, and neither is what stands before it.
+    # The same class again is no switch, and neither are options before it.
     check_overlays(["fit", *AGA, "--config", "configs/grok_sync.yaml"])
 
 

@@ -44,7 +44,7 @@ OPTIONS = (
     *("checkpoint.monitor", "checkpoint.mode", "last_checkpoint.every_n_epochs", "last_checkpoint.every_n_steps"),
     *("internals.every_n_steps", "seed_everything", "experiment", "ckpt_path", "wandb"),
 )
-# Numbers stay small enough for a run of moments; what is out of range is refused whatever its size.
+# Numbers stay small enough for a short run; values out of range are refused whatever their size.
 VALUES = st.one_of(
     st.integers(-3, 40).map(str),
     st.floats(-2, 2).map(str),

@@ -66,7 +66,7 @@ def test_a_run_may_be_killed_at_any_moment(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
-    # More epochs than twenty lives get through on a fast machine.
+    # More epochs than a fast machine trains between twenty kills.
     options = (*OPTIONS, "--trainer.max_epochs", "1500", "--last_checkpoint.every_n_steps", "1")
     runs, moments = tmp_path / "killed", random.Random(1)
     for _ in range(20):

@@ -116,7 +116,7 @@ def test_rows_after_the_last_checkpoint_are_dropped(data: dict[str, tuple[str, .
     options = (*WIKITEXT2, *data["wikitext2"], "--last_checkpoint.every_n_epochs", 2)
     options = (*options, "--trainer.max_epochs", 4)
     assert fit(tmp_path / "uninterrupted", *options).code == 0
-    # After an epoch without a checkpoint: there is none yet, and the last is of the epoch before.
+    # The run stops after an epoch without a checkpoint: first there is none, then one of the epoch before.
     for step in (6, 14):
         assert fit(tmp_path / "parts", *options, "--ckpt_path", "last", stop=f"FAILURE:{step}").code == 1
         assert (only_folder(tmp_path / "parts") / "samples.txt").read_text().count("---") == step // 4

@@ -221,7 +221,7 @@ def test_the_time_left_is_that_of_all_parts_at_the_pace_of_their_task(tmp_path: 
     plan = schedule(tmp_path, parts, None, places=2)
     plan.values["base", 1] = [1.0] * 2
     plan.seconds_an_epoch["base"] = 6.0
-    assert plan.remaining_seconds() is None  # nothing is known of the other kind
+    assert plan.remaining_seconds() is None  # no time of the other kind is known
     plan.failed["other"] = tmp_path
     # 8 epochs of base are left, not one as well for its first part; sync's are guessed at twice the seconds.
     assert plan.remaining_seconds() == (8 * 6.0 + 4 * 12.0) / 2

@@ -31,7 +31,7 @@ from tests.modules.ddp_fit import BATCH, OPTIONS, SecondPasses
 from tests.modules.small_task import SmallTask, batches, make_optimizer
 
 STEPS, HALF = 16, 6  # the half is in the middle of an epoch of 4 batches
-# The time, and what only the first process' products are counted for.
+# The time, and the operations, of which only those of the first process are counted.
 MEASURED = ("cost/training_seconds", "cost/flops")
 # A network with BatchNorm cannot be sharded; text in full batches is the case of sums again.
 NOT_EVALUATED = ("images", "packed")
@@ -80,7 +80,7 @@ def result(module: TwoPassModule) -> dict[str, Any]:
     """
     optimizer = module.optimizers().optimizer  # type: ignore[union-attr]
     if isinstance(module, FSDPModule):
-        module.reshard()  # validation leaves what is in no block gathered
+        module.reshard()  # validation leaves parameters outside of blocks gathered
     named = dict(module.network.named_parameters())
     tensors = {name: full(param.detach()) for name, param in named.items()}
     for name, param in named.items():

@@ -58,7 +58,7 @@ def test_training_that_never_steps_is_an_error() -> None:
 
     with pytest.raises(RuntimeError, match=r"without one optimizer step.* 12 "):
         fit(Spoilt(optimizer=ADAMW, nonfinite="skip"))
-    fit(SmallTask(optimizer=ADAMW), limit_train_batches=0)  # nothing was to be trained
+    fit(SmallTask(optimizer=ADAMW), limit_train_batches=0)  # no steps were requested
 
 
 IMAGES, LABELS = torch.randn(8, 2), torch.arange(8) % 3

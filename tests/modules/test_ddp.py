@@ -19,7 +19,7 @@ Results = dict[str, dict[str, Any]]
 
 
 EVERY_MODE = {name: (name, {}) for name in OPTIONS}
-# The others differ in what a step decides alone, which tests/ars2/test_distributed.py compares.
+# The others differ only in the decisions of a step, which tests/ars2/test_distributed.py compares.
 MODES = {name: (name, {}) for name in ("adamw", "muon", "sync", "aga")}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "accumulated and clipped": ("aga", {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}),

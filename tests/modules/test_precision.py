@@ -14,7 +14,7 @@ from modules.nonfinite import SMALLEST_SCALE
 from tests.modules.by_hand import Loop
 from tests.modules.small_task import CORE, SmallTask, assert_equal_states, fit, make_optimizer, state_of
 
-# By name it is bf16-mixed on a CPU, which the command line refuses; Lightning's plugin and torch's scaler work there.
+# By name 16-mixed becomes bf16-mixed on a CPU, which the command line refuses; the plugin and torch's scaler work.
 scaler = functools.partial(torch.amp.GradScaler, "cpu", growth_interval=3)
 
 

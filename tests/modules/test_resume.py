@@ -63,7 +63,7 @@ def test_resuming_at_an_epochs_end_changes_nothing(name: str, tmp_path: Path) ->
     uninterrupted, first, second = Recorder(), Recorder(path=tmp_path / "half.ckpt"), Recorder()
     expected = train(name, 4, uninterrupted)
     train(name, 2, first)
-    torch.manual_seed(99)  # resuming depends on nothing that is left in the process
+    torch.manual_seed(99)  # resuming does not depend on the state of the process
     resumed = train(name, 4, second, first.path)
     assert_equal_states(state_of(resumed), state_of(expected))
     assert resumed.gradient_evaluations == expected.gradient_evaluations

@@ -29,7 +29,7 @@ ADAMW = make_optimizer("adamw")
 
 def save(trainer: L.Trainer, path: Path) -> Path:
     trainer.save_checkpoint(path, weights_only=True)  # as the best one is saved
-    torch.load(path, weights_only=True)  # nothing in it needs code to be run
+    torch.load(path, weights_only=True)  # loading it runs no code
     return path
 
 
@@ -51,7 +51,7 @@ def test_the_best_checkpoint_of_a_command_predicts(best: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
     (answer,) = module.predict_step((torch.tensor([[3, 5, 7]]), torch.tensor([1])), 0)
     assert answer.startswith("3 + 5 = ") and "(mod 7)" in answer
-    # Of its training it has what is plain: the rest, and the optimizer, are the config's.
+    # It has the plain arguments of training; the others, and the optimizer, are in the config.
     assert (module.policy, module.vector) == ("all", {"betas": [0.9, 0.999], "weight_decay": 0.01})
     assert module.gradient_evaluations == 0
 

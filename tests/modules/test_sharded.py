@@ -57,7 +57,7 @@ def alone(folder: Path) -> Results:
 @pytest.fixture(scope="module")
 def two(folder: Path, alone: Results) -> list[Results]:
     runs = {**MODES, **VARIANTS, **HALF_PRECISION}
-    for name in RESUMED:  # saving changes nothing, as their comparison with one process shows
+    for name in RESUMED:  # saving does not change training, as the comparison with one process shows
         runs[name] = name, {"saves": saved(folder, name, "parts")}
         runs[f"{name} in one"] = name, {"saves": saved(folder, name, "one"), "distributed": False}
     return launch(sharded_fit.together, 2, folder / "two", runs, folder)
@@ -66,7 +66,7 @@ def two(folder: Path, alone: Results) -> list[Results]:
 def assert_same(actual: dict[str, Any], other: dict[str, Any]) -> None:
     assert actual["evaluations"] == other["evaluations"][-len(actual["evaluations"]) :]
     for name, expected in other["tensors"].items():
-        # A shear force is what is left of two nearly equal gradients.
+        # A shear force is the difference of two nearly equal gradients.
         tolerance = 1e-4 if name.endswith("shear") else 2e-6
         assert (actual["tensors"][name] - expected).norm() <= tolerance * expected.norm(), name
     for key, value in other["metrics"].items():
@@ -106,7 +106,7 @@ def test_a_non_finite_loss_of_one_process_skips_the_step_in_all(two: list[Result
     assert [results["damaged"]["skipped"] for results in two] == [1, 1]
     first, last = (results["refused"]["damage"] for results in two)
     assert last.startswith("step 3 in epoch 1, first pass: the loss is nan and the gradient of query is not finite")
-    # The gradient is the mean over the processes, so that every one has a part of what is not finite.
+    # The gradient is the mean over the processes, so every one has non-finite entries.
     assert first.startswith("step 3 in epoch 1, first pass: the gradient of query is not finite")
 
 
@@ -149,7 +149,7 @@ def test_two_processes_evaluate_and_predict_like_one(two: list[Results], alone: 
 
 # Whether the step is finite and whether to stop; the norms of the matrices' directions.
 FLAGS, NORMS = 1, 1
-# Parameters there, gradients back, and matrices to their owners and back.
+# Gather parameters, reduce gradients, and send matrices to their owners and back.
 BASE = {"all_gather of parameters": 1, "reduce_scatter": 1, "all_to_all": 2, "all_reduce": FLAGS + NORMS}
 
 
@@ -176,7 +176,7 @@ def test_accumulated_gradients_are_exchanged_once_a_window_and_pass(two: list[Re
     for results in two:
         steps = results["exchanged"]["accumulated"]
         assert [step.get("reduce_scatter", 0) for step in steps] == [0, 0, 2, 2]
-        # Parameters come together for every batch, in both passes.
+        # Parameters are gathered for every batch, in both passes.
         assert [step["all_gather of parameters"] for step in steps] == [1, 1, 4, 2]
 
 
