@@ -7,8 +7,7 @@
 
 The report is a folder with HTML, Markdown and LaTeX. It is made from config.yaml and metrics.csv of every run at or
 below the folders and in archives there, see analysis/. A folder's study.yaml has the title, the baseline, the targets
-and the names of the rows, see analysis/study.py. Folders that are no finished run are listed in the report with the
-reason.
+and the names of the rows, see analysis/study.py. The report lists folders without a finished run, with the reason.
 """
 
 import argparse
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from analysis.study import Study, Target
 
-EPILOG = "Runs are rows by their setting and tables by their protocol; seeds of one setting are repeats."
+EPILOG = "Runs that differ only in their seeds form a row. Rows with the same protocol form a table."
 
 
 def target(text: str) -> Target:
@@ -33,13 +32,15 @@ def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="compare.py", description=__doc__, epilog=EPILOG)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, folders that contain some, or archives")
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, folders that contain them, or archives")
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder to write to (default: report)")
     parser.add_argument("--title", help="heading of the report")
-    parser.add_argument("--baseline", help="row, or optimizer, that the others are compared with (default: adamw)")
-    parser.add_argument("--target", type=target, action="append", default=[], help='such as "val/accuracy >= 0.9"')
+    parser.add_argument("--baseline", help="row or optimizer to compare the others with (default: adamw)")
+    parser.add_argument(
+        "--target", type=target, action="append", default=[], help='such as "val/accuracy >= 0.9"; repeatable'
+    )
     parser.add_argument("--unfinished", action="store_true", help="include runs that did not finish")
-    parser.add_argument("--wandb", metavar="PROJECT", help="also send the report to this project")
+    parser.add_argument("--wandb", metavar="PROJECT", help="also send the report to this Weights & Biases project")
     return parser.parse_args()
 
 

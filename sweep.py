@@ -3,8 +3,8 @@
     python sweep.py configs/sweeps/grok.yaml --folder runs/grok --workers 2
     python sweep.py configs/sweeps/grok.yaml --wandb-files runs/grok/wandb
 
-The same command resumes a sweep that was stopped. launch/sweep_specification.py documents the sweep's file. Every
-trial is an ordinary run with a folder of its own; `python compare.py runs/grok` makes the tables.
+Repeat the command to resume a sweep that was stopped. launch/sweep_specification.py documents the sweep's file. Every
+trial is an ordinary run with its own folder; `python compare.py runs/grok` makes the tables.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="folder of the sweep (default: runs/sweeps/<name>)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="concurrent runs (default: all cores)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
-    parser.add_argument("--wandb-files", type=Path, help="folder to which only W&B sweep files are written")
+    parser.add_argument("--wandb-files", type=Path, help="write W&B sweep files to this folder, and run nothing")
     options = parser.parse_args()
     if min(options.workers, options.threads) < 1:
         parser.error("--workers and --threads must be at least 1")

@@ -1,8 +1,9 @@
-"""Train a small network with ARS2-Neo in a plain loop: gradient scaling, clipping, accumulation, two passes.
+"""Train a small network with ARS2-Neo in a plain loop.
 
     python examples/plain_loop.py
 
-Only torch and ars2 are needed. With mode="base" a step makes one pass, and the block of the second one can be left out.
+The loop has gradient scaling, clipping, accumulation and two passes. It needs only torch and ars2. With mode="base" a
+step makes one pass, and you can remove the block of the second pass.
 """
 
 import functools
@@ -17,13 +18,13 @@ STEPS, MICRO_BATCHES, MICRO_BATCH, CLIP = 150, 4, 64, 1.0
 
 
 def train(steps: int = STEPS, **options: Any) -> list[float]:
-    """Return the loss of each step, which is that of its first pass; the options are those of ARS2Neo."""
+    """Return the first-pass loss of each step; the options are those of ARS2Neo."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = torch.float16 if device == "cuda" else torch.bfloat16
     model = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 1))
     model.to(device)
-    # Biases and gains are vectors, and so is the head under "hidden": they get AdamW, here with options of their own.
+    # Biases, gains and, under policy "hidden", the output head are vectors. They get AdamW, here with separate options.
     groups = param_groups(model, policy="hidden", vector={"lr": 1e-2, "weight_decay": 0.0})
     optimizer = ARS2Neo(groups, lr=2e-3, weight_decay=0.1, **options)
     scaler = torch.amp.GradScaler(device)
@@ -40,12 +41,12 @@ def train(steps: int = STEPS, **options: Any) -> list[float]:
         for _ in range(MICRO_BATCHES):
             inputs = torch.randn(MICRO_BATCH, 16, device=device)
             targets = inputs[:, :2].prod(dim=1, keepdim=True)
-            # The second call draws the same dropout as the first and leaves BatchNorm's running statistics alone.
+            # The second call uses the same dropout masks and does not update BatchNorm's running statistics.
             passes.append(repeatable(functools.partial(backward, inputs, targets), model))
 
         optimizer.zero_grad()
         losses.append(sum(one_pass().item() for one_pass in passes))
-        if optimizer.wants_second_pass():  # gradients need not be unscaled for it
+        if optimizer.wants_second_pass():  # it does not need unscaled gradients
             optimizer.perturb()
             try:
                 for one_pass in passes:

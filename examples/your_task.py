@@ -29,8 +29,8 @@ class Spirals(TwoPassModule):
     """Classify points of the plane by the spiral arm on which they lie.
 
     Args:
-        width: of the hidden layers.
-        options: of the training step, such as the optimizer, see :class:`modules.two_pass.TwoPassModule`.
+        width: size of the hidden layers.
+        options: options of the training step, such as the optimizer, see :class:`modules.two_pass.TwoPassModule`.
     """
 
     def __init__(self, width: int = 64, **options: Any) -> None:
@@ -38,7 +38,7 @@ class Spirals(TwoPassModule):
         self.network = nn.Sequential(
             nn.Linear(2, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, ARMS)
         )
-        # Logged as train/accuracy, val/accuracy and test/accuracy; the mean loss comes by itself.
+        # Logged as train/accuracy, val/accuracy and test/accuracy; the mean loss is logged automatically.
         self.set_metrics({"accuracy": MulticlassAccuracy(ARMS, average="micro", validate_args=False)})
 
     def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Metrics | None) -> Tensor:
@@ -51,16 +51,16 @@ class Spirals(TwoPassModule):
 
 
 class SpiralData(L.LightningDataModule):
-    """Points (batch, 2) and the arms that they lie on (batch,).
+    """Provide points (batch, 2) and the arms on which they lie (batch,).
 
     Args:
-        examples: to train on, and as many to validate on.
+        examples: number of training examples, and of validation examples.
         noise: standard deviation of a point's distance from its arm.
-        seed: of the points and of the training order.
-        batch_size: examples to a batch.
+        seed: seed of the points and of the training order.
+        batch_size: examples per batch.
     """
 
-    task = "spirals"  # what reports call it
+    task = "spirals"  # the name of the task in reports
 
     def __init__(self, examples: int = 960, noise: float = 0.05, seed: int = 0, batch_size: int = 64) -> None:
         super().__init__()
@@ -77,13 +77,15 @@ class SpiralData(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> TensorBatches:
-        """Shuffled anew each epoch; any loader will do, and this one resumes in the middle of an epoch."""
+        """Return batches that are reshuffled every epoch.
+
+        Any loader works. This one can also resume from the middle of an epoch."""
         return TensorBatches(self.train_examples, self.batch_size, self.seed)
 
     def val_dataloader(self) -> TensorBatches:
-        """In a fixed order."""
+        """Return batches in a fixed order."""
         return TensorBatches(self.val_examples, 1024, None)
 
     def test_dataloader(self) -> TensorBatches:
-        """The validation points: there is no third split."""
+        """Return the validation batches, because there is no third split."""
         return self.val_dataloader()

@@ -70,19 +70,19 @@ class CommandLine(LightningCLI):
         return {self.requested: subcommands[self.requested]} if self.requested in subcommands else subcommands
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--experiment", type=str, default="run", help="Name of the experiment: a folder and group.")
-        parser.add_argument("--runs", type=str, default="runs", help="Folder that holds the folders of all runs.")
+        parser.add_argument("--experiment", type=str, default="run", help="Name of the experiment and its folder.")
+        parser.add_argument("--runs", type=str, default="runs", help="Folder for the folders of all runs.")
         parser.add_argument(
             "--wandb",
             type=bool | None,
             default=None,
-            help="Log to Weights & Biases: true, false, or null for only where a key is configured.",
+            help="Log to Weights & Biases: true, false, or null logs only if a key is configured.",
         )
         parser.add_argument(
             "--task",
             type=str | None,
             default=None,
-            help="Name of the task in reports; null for the one that the class of the data or the model gives (task).",
+            help="Name of the task in reports; null takes the class attribute task of the data or model.",
         )
         parser.add_argument("--sweep", type=Sweep | None, default=None, help="The search that the run is part of.")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
