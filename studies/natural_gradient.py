@@ -2,23 +2,23 @@
 
     python -m studies.natural_gradient                       # all of results/natural_gradient, about six minutes
     python -m studies.natural_gradient --report              # only the table and the picture, from cosines.csv.gz
-    python -m studies.natural_gradient --seeds 2 --steps 30  # a quick try, printed and not written
+    python -m studies.natural_gradient --seeds 2 --steps 30  # a quick check, printed but not written
 
 The network is a two-layer MLP (tanh, 22-24-11, 827 parameters) on the sum of two one-hot numbers modulo 11, trained on
-80 % of the 121 pairs in batches of 32, in float64, without weight decay. Five optimizers train it in turn. On each
-one's trajectory all five look on: at every step each gets the same parameters and the same batch, keeps its own moments
-(Sync its own second gradient), and says what its update would be; only the driver's update is made. At chosen steps two
-kinds of candidates are compared with the steps of the exact curvature at the same parameters, taken from the gradient
-over the whole training set:
+80 % of the 121 pairs in batches of 32, in float64, without weight decay. Each of five optimizers in turn drives the
+training. At every step all five compute their update from the same parameters and batch, with separate moments (and
+for Sync a separate second gradient), but only the driver's update is applied. At chosen steps two kinds of candidates
+are compared with two targets, which use the exact curvature at the same parameters and the gradient g over the full
+training set:
 
-- *step*: what the optimizer would really do, with its momentum and the noise of its batch, over its learning rate;
-- *shape*: the geometry alone, applied to that same whole gradient g. ``g``; Adam's ``u = g / sqrt(v_hat)``, v_hat as
-  AdamW's on this trajectory; each with ``|x| NS(x)`` on the weight matrices ("orthogonal"); the same from the diagonal
-  d of the exact Fisher, as ``g / sqrt(d)`` and ``g / (d + damping)``; and the exact Fisher inverted layer by layer.
+- *step*: the update of the optimizer, divided by its learning rate. It includes momentum and the noise of the batch.
+- *shape*: only the geometry, applied to g. The candidates are ``g``; Adam's ``u = g / sqrt(v_hat)``, with AdamW's v_hat
+  on this trajectory; each with ``|x| NS(x)`` on the weight matrices ("orthogonal"); the same with the diagonal d of the
+  exact Fisher, as ``g / sqrt(d)`` and ``g / (d + damping)``; and the exact Fisher inverted layer by layer.
 
 The targets are the natural gradient ``(F + damping)^-1 g`` with the exact Fisher over the model's own predictions, and
-the damped Newton step ``(H + damping)^-1 g``. The damping is a factor times the largest absolute eigenvalue, plus,
-for H, what makes it positive; the factor is swept.
+the damped Newton step ``(H + damping)^-1 g``. The damping is a factor times the largest absolute eigenvalue. For H a
+shift that makes it positive is added. Several factors are tried.
 """
 
 import argparse
