@@ -28,16 +28,16 @@ lint: .venv/.installed ## check style and types
 docs: .venv/.installed ## build the documentation into site/
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
-bench: .venv/.installed ## measure the training loop, the optimizer's step and the whole step
+bench: .venv/.installed ## measure the training loop, the optimizer's step and complete training steps
 	@$(RUN) -m benchmarks.loop_overhead
 	@$(RUN) -m benchmarks.optimizer_step
 	@$(RUN) -m benchmarks.step_cost
 
 MINUTES ?= 9
-tables: .venv/.installed ## train the published tables on this machine's GPUs, as far as MINUTES=9 allow
+tables: .venv/.installed ## train the published tables on this machine's GPUs for MINUTES=9
 	@$(RUN) -m studies.published_tables --minutes $(MINUTES)
 
-clean: ## remove caches, and .venv if make has made it; runs/ stays
+clean: ## remove caches, and .venv if make created it; keep runs/
 	@if $(MADE_HERE); then rm -rf .venv; elif [ -e .venv ]; then echo ".venv stays, for make has not made it"; fi
 	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -type d -name __pycache__ -prune -exec rm -rf {} +
