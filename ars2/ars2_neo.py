@@ -298,6 +298,10 @@ class ARS2Neo(TwoPassOptimizer):
         )
 
     def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:
+        """Apply ``p <- (1 - lr*wd) p - lr * |u| * NewtonSchulz(u)`` to the matrices of a batch.
+
+        ``u`` are the ``directions`` and ``|u|`` the ``energies``. Without geometry the update is ``lr * u``.
+        """
         maybe_compile = self._maybe_compile(group)
         if group["energy"]:
             directions: Tensors = maybe_compile(updates.adam_directions)(

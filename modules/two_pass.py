@@ -169,6 +169,8 @@ class TwoPassModule(ResumableModule):
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
         """Make the passes of one batch, and the update when its window is full.
 
+        A window is ``accumulate_grad_batches`` batches.
+
         Returns:
             The loss of the first pass.
         """
