@@ -69,7 +69,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
 def check_checkpoint(path: Path, resume: bool, sharded: bool = False) -> None:
     """Check that a checkpoint can be loaded, without running code in it.
 
-    A sharded checkpoint is a folder with one part for each process. It is only checked for being complete; torch reads
+    A sharded checkpoint is a folder with one part for each process. Only its completeness is checked. torch reads
     parts of it by pickle, so loading one of unknown origin can run code.
 
     Args:
@@ -84,7 +84,7 @@ def check_checkpoint(path: Path, resume: bool, sharded: bool = False) -> None:
     """
     if not path.exists():
         if resume and str(path) == "best":
-            raise ValueError("best.ckpt holds only weights and no state to resume from: give --ckpt_path last")
+            raise ValueError("best.ckpt contains only weights and no state to resume from: give --ckpt_path last")
         raise FileNotFoundError(f"there is no checkpoint {path}{_offer(path, resume, sharded)}")
     parts = path.is_dir()
     if parts and not sharded:
@@ -109,7 +109,7 @@ def check_checkpoint(path: Path, resume: bool, sharded: bool = False) -> None:
         )
     # meta.pt has the schedulers, perhaps an empty list; the optimizers' states are in other files.
     if resume and not ("lr_schedulers" in checkpoint if parts else checkpoint.get("optimizer_states")):
-        raise ValueError(f"{path} holds only weights and no state to resume from: give the last.ckpt of a run")
+        raise ValueError(f"{path} contains only weights and no state to resume from: give the last.ckpt of a run")
 
 
 def _offer(path: Path, resume: bool, sharded: bool) -> str:

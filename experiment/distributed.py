@@ -40,7 +40,7 @@ def broadcast_from_rank_zero(name: str, decide: Callable[[], Any]) -> Any:
     Only rank zero calls ``decide``. Where the processes were not started alike, each decides for itself.
 
     Args:
-        name: of the decision; every process comes to it once.
+        name: of the decision, which every process must make exactly once.
         decide: returns a value that JSON can represent.
 
     Raises:

@@ -18,7 +18,7 @@ except ImportError:  # Windows has no such locks: two processes must not resume 
 LAST, PREVIOUS, BEST = "last.ckpt", "last-previous.ckpt", "best.ckpt"
 # The hand-over to child processes, which train in the folder of the process that started them.
 _VARIABLE = "ARS2_RUN_FOLDER"
-# Resuming does not make another run of it, nor does the task's name, which a run learns from its classes.
+# Options that do not identify a run: resuming continues it, and the task's name follows from its classes.
 _NOT_COMPARED = ("ckpt_path", "weights_only", "task")
 _RESULTS = ("summary.json", "metrics.csv", "checkpoints", "wandb")
 _locks: list[IO[str]] = []
@@ -63,7 +63,7 @@ class RunFolder:
         return cls(Path(os.environ[_VARIABLE])) if _VARIABLE in os.environ else None
 
     def make_current(self) -> None:
-        """Make this the folder of the run of this process and of all that it starts."""
+        """Make this the run folder of this process and of its child processes."""
         os.environ[_VARIABLE] = str(self.path)
 
     def last_checkpoint(self) -> Path | None:
@@ -165,10 +165,11 @@ def _newest_first(parent: Path, pattern: str) -> list[RunFolder]:
     return [RunFolder(path) for path in sorted(parent.glob(pattern), key=_age, reverse=True) if path.is_dir()]
 
 
-def _agree(one: Any, other: Any) -> bool:
-    if isinstance(one, dict) and isinstance(other, dict):
-        return all(_agree(one[key], other[key]) for key in one.keys() & other.keys())
-    return bool(one == other)
+def _agree(left: Any, right: Any) -> bool:
+    """Return whether two configs are equal in the keys that both have."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return all(_agree(left[key], right[key]) for key in left.keys() & right.keys())
+    return bool(left == right)
 
 
 def _age(folder: Path) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-# Signatures are parsed from source files here, so that a report needs no torch.
+# Signatures are parsed from source files, so that a report does not import torch.
 ROOT = Path(__file__).parents[1]
 
 CONTENTS = "contents."  # prefix of the protocol's keys that describe the data itself
@@ -24,40 +24,83 @@ CONTENTS = "contents."  # prefix of the protocol's keys that describe the data i
 _SHORT = {"ARS2Neo": "ars2"}
 # Options of the data that change the speed or source of batches, and never their values.
 _LOGISTICS = {
-    *("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "download", "on_device"),
+    "num_workers",
+    "pin_memory",
+    "persistent_workers",
+    "prefetch_factor",
+    "download",
+    "on_device",
     # Inputs of predict.
-    *("questions", "images", "prompts"),
+    "questions",
+    "images",
+    "prompts",
 }
 # Suffixes of the options that are locations, for runs that did not record which options are.
 _PLACES = ("root", "dir", "directory", "folder", "path", "cache", "file")
 # The options of this class describe training, not the network.
 _TRAINING = "modules.two_pass.TwoPassModule"
 _OURS = {"ars2.ARS2Neo": "ars2.ars2_neo.ARS2Neo", "ars2.Muon": "ars2.muon.Muon"}
-# Options of the first version, which every config states; they count at any value. A later option does not count at its
-# default, which must reproduce the earlier behaviour, so that earlier runs keep their setting.
+# Options of the first version. Every config states them, and they are part of the setting at any value. A later option
+# is part of it only where it differs from its default, so that earlier runs keep their setting.
 _FIRST = {
-    *("optimizer", "scheduler", "scheduler_interval", "policy", "matrix", "vector"),
-    *("gradient_clip_val", "gradient_clip_algorithm", "accumulate_grad_batches"),
-    *("lr", "betas", "eps", "weight_decay", "momentum", "nesterov", "rho", "mode", "k", "alpha", "probability", "seed"),
-    *("phi_beta", "phi_lambda", "phi_gamma", "ns_steps", "ns_coefficients", "ns_dtype"),
+    "optimizer",
+    "scheduler",
+    "scheduler_interval",
+    "policy",
+    "matrix",
+    "vector",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "accumulate_grad_batches",
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "momentum",
+    "nesterov",
+    "rho",
+    "mode",
+    "k",
+    "alpha",
+    "probability",
+    "seed",
+    "phi_beta",
+    "phi_lambda",
+    "phi_gamma",
+    "ns_steps",
+    "ns_coefficients",
+    "ns_dtype",
 }
-# Lightning's callbacks that do not affect training. Any other callback is assumed to, unless its class has
-# ``changes_training = False`` or the name of the option without which it does not.
+# Lightning's callbacks that do not affect training. Any other callback is assumed to affect it, unless its class
+# sets ``changes_training`` to ``False`` or to the name of the option that makes it affect training.
 _WATCHING = {
-    *("DeviceStatsMonitor", "LearningRateMonitor", "ThroughputMonitor", "ModelSummary", "RichModelSummary"),
-    *("ProgressBar", "RichProgressBar", "TQDMProgressBar"),
-    *("Checkpoint", "ModelCheckpoint", "OnExceptionCheckpoint", "BasePredictionWriter"),
+    "DeviceStatsMonitor",
+    "LearningRateMonitor",
+    "ThroughputMonitor",
+    "ModelSummary",
+    "RichModelSummary",
+    "ProgressBar",
+    "RichProgressBar",
+    "TQDMProgressBar",
+    "Checkpoint",
+    "ModelCheckpoint",
+    "OnExceptionCheckpoint",
+    "BasePredictionWriter",
 }
 _EVALUATION = (
-    *("limit_train_batches", "limit_val_batches", "overfit_batches"),
-    *("val_check_interval", "check_val_every_n_epoch"),
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+    "val_check_interval",
+    "check_val_every_n_epoch",
 )
 _SWITCHES = ("model.optimizer.energy", "model.optimizer.geometry")
 # Options that change results by rounding only.
 _HOW = ("model.optimizer.ns_algorithm", "model.compile", "model.channels_last")
 # Values at which later options, and torch's implementation choices, change nothing.
 _NEUTRAL = {
-    **{"model.optimizer.compile": False, "model.optimizer.capturable": False},
+    "model.optimizer.compile": False,
+    "model.optimizer.capturable": False,
     "callbacks.evaluation_budget.EvaluationBudget.finish_epoch": True,
 }
 _LENGTH = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")
@@ -171,8 +214,8 @@ def _changes_training(callback: Any) -> bool:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if any(isinstance(target, ast.Name) and target.id == "changes_training" for target in targets):
-                said = _literal(node.value)
-                option = (callback.get("init_args") or {}).get(said, ...) if isinstance(said, str) else said
+                value = _literal(node.value)
+                option = (callback.get("init_args") or {}).get(value, ...) if isinstance(value, str) else value
                 return option is not None and option is not False
     return True
 

@@ -38,7 +38,7 @@ def quiet_wandb() -> Any:
 
 
 class RunWandbLogger(WandbLogger):
-    """Lightning's logger, for which a failure of W&B costs one printed line.
+    """Log to W&B. If W&B fails, print one line and continue training.
 
     W&B writes every row to a local file before sending it, and training never waits for the server. If the server
     does not answer or refuses at the start, the run is recorded offline. If it fails later, training and the local
@@ -154,7 +154,7 @@ class RunWandbLogger(WandbLogger):
         """Finish the run, and print how to upload it if the upload is incomplete.
 
         Args:
-            status: ``"success"``, or what Lightning calls another end.
+            status: ``"success"``, or another status of Lightning.
         """
         run: Any = self._experiment
         if self.mode == "gone" or run is None:
@@ -180,7 +180,7 @@ def _latest_id(folder: Path) -> str | None:
 
 
 def _was_uploaded(record: Path) -> bool:
-    """Return whether W&B's debug log, the only source, has no refused upload."""
+    """Return whether W&B's debug log, the only source, lists no refused upload."""
     try:
         return "filestream: fatal error" not in (record / "logs/debug-internal.log").read_text(encoding="utf-8")
     except OSError:
@@ -220,5 +220,5 @@ def init_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     tags = [identity.task, identity.optimizer, f"protocol {identity.protocol_digest}"]
     if identity.sweep is not None:
-        tags.append(f"sweep {identity.sweep.name}"[:64])  # the longest that W&B takes
+        tags.append(f"sweep {identity.sweep.name}"[:64])  # W&B's maximum length
     return {"name": identity.name, "group": identity.group, "tags": tags, "config": {**nested(config), **about}}

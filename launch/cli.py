@@ -107,7 +107,7 @@ class CommandLine(LightningCLI):
         return resolve_config(self._parser(self.config.subcommand), config)
 
     def _parse_ckpt_path(self) -> None:
-        # Lightning would take hyperparameters out of the file here; ours come from configs, and the file is checked.
+        # Lightning would read hyperparameters from the file here. They come from configs, and the file is checked.
         subcommand = self.config.subcommand
         config = self.config[subcommand]
         if config.get("ckpt_path") == "last" and subcommand == "fit":
@@ -130,7 +130,7 @@ class CommandLine(LightningCLI):
         for folder in find_runs(parent, self._resolved(config)):
             path = folder.last_checkpoint() if config.ckpt_path == "last" else folder.best_checkpoint()
             if path is not None:
-                # The standard output of predict is its answers.
+                # In predict, standard output contains only the answers.
                 print(f"checkpoint: {path}", file=sys.stderr if self.config.subcommand == "predict" else sys.stdout)
                 return str(path)
         raise ValueError(
@@ -153,7 +153,7 @@ class CommandLine(LightningCLI):
             }
 
         folder, checkpoint = broadcast_from_rank_zero("unfinished run", find).values()
-        message = "no unfinished run of these options: a new one begins"
+        message = "no unfinished run with these options: starting a new one"
         if folder is not None:
             RunFolder(Path(folder)).make_current()
             self.resumes = checkpoint is not None
@@ -176,7 +176,7 @@ class CommandLine(LightningCLI):
         return folder
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a module that makes its own training step, before anything is created."""
+        """Refuse a module that makes its own training step, before any object is created."""
         path = str(getattr(self.config[self.subcommand].model, "class_path", ""))
         if path and not issubclass_of(path, TwoPassModule):
             raise ValueError(
@@ -198,7 +198,7 @@ class CommandLine(LightningCLI):
             config.task = next((name for name in names if isinstance(name, str)), None)
         folder = self._run_folder(config)
         if self.resumes:
-            # The folder has these options already, and a process killed while rewriting them would lose the run.
+            # config.yaml exists already. A process killed while rewriting it would lose the run.
             self.save_config_callback = None
         if config.trainer.logger in (None, True):
             kwargs["logger"] = make_loggers(folder.path, self._resolved(config), config.wandb, self.resumes)
@@ -219,7 +219,7 @@ class CommandLine(LightningCLI):
             dropped += (StopSignals,)  # it waits for a checkpoint
             self._parser(self.subcommand).callback_keys = ["internals"]
         callbacks = self.trainer_defaults["callbacks"]
-        self.trainer_defaults["callbacks"] = [one for one in callbacks if not isinstance(one, dropped)]
+        self.trainer_defaults["callbacks"] = [callback for callback in callbacks if not isinstance(callback, dropped)]
 
     def after_instantiate_classes(self) -> None:
         """Refuse a precision that Lightning has replaced for the accelerator."""
@@ -255,9 +255,10 @@ def _listed(value: Any) -> list[Any]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one subcommand; returns the exit code, 0 only if everything succeeded.
+    """Run one subcommand and return the exit code.
 
-    Every error is one line on standard error; its traceback goes to a file that the line names.
+    It is 0 only if everything succeeded. Every error is one line on standard error, which names the file with the
+    traceback.
     """
     silence_libraries()
     if is_rank_zero():

@@ -1,4 +1,4 @@
-"""Check that an overlay which switches the optimizer states all its options.
+"""Check that an overlay that switches the optimizer states all its options.
 
 When a later config names another optimizer class, the parser keeps every option of the former class that the new one
 also has. A comparison of optimizers would then use a learning rate or weight decay that nobody chose. Callbacks are the
@@ -32,7 +32,7 @@ _NESTED = ("model", "model.optimizer")
 
 
 class _Source:
-    """What one config or command-line option states about the optimizer.
+    """Represent what one config or command-line option states on the optimizer.
 
     ``class_path`` is its class, if named. ``stated`` are the options and tracks it gives, and those in ``replaced``
     discard everything that was stated before.
@@ -72,7 +72,7 @@ def _settings(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _read(text: str) -> Any:
-    """Return the parsed content of the file of that name, or else of the text itself."""
+    """Parse the file named ``text`` if it exists, else ``text`` itself."""
     if not os.path.isfile(text):
         try:
             return yaml.safe_load(text)
@@ -140,8 +140,8 @@ def check_overlays(arguments: Sequence[str]) -> None:
         arguments: of the command line, in their order.
 
     Raises:
-        ValueError: a source does; the message names the classes, the options and the source that must state them, or
-            the callbacks. Also if a config is not valid YAML.
+        ValueError: a source fails the check. The message names the classes, the options and the source that must
+            state them, or the callbacks. Also if a config is not valid YAML.
     """
     sources = list(_sources(arguments))
     if not any(argument.startswith("--sweep.name") for argument in arguments):
@@ -158,8 +158,8 @@ def _check_callbacks(sources: list[tuple[str, Any, str]]) -> None:
                 continue
             if kept and given and not set(kept) & set(given):
                 raise ValueError(
-                    f"{source} replaces trainer.callbacks by {', '.join(given)}, which drops {', '.join(kept)}:"
-                    " write callbacks+ to add to the list, or repeat in it what is to stay (null for none)"
+                    f"{source} replaces trainer.callbacks with {', '.join(given)}, which drops {', '.join(kept)}:"
+                    " write callbacks+ to add to the list, or repeat in it the callbacks to keep (null for none)"
                 )
             kept = given
 
@@ -198,7 +198,7 @@ def check_values(config: Mapping[str, Any]) -> None:
         _check_nulls({"class_path": class_path, "init_args": config[name]}, f"{name}.")
     for name in ("experiment", "runs"):
         if not config.get(name):
-            raise ValueError(f"{name} must be a text, got {_shown(config.get(name))}")
+            raise ValueError(f"{name} must be a string, got {_shown(config.get(name))}")
     _check_nulls({name: config[name] for name in ("model", "data") if name in config}, "")
 
 
@@ -215,7 +215,7 @@ def _check_nulls(value: Any, place: str) -> None:
     class_path, options = value.get("class_path"), value.get("init_args")
     if isinstance(class_path, str) and isinstance(options, Mapping):
         for name in needed_options(class_path) & {name for name, option in options.items() if option is None}:
-            raise ValueError(f"{place}{name} needs a value, and is left empty (null)")
+            raise ValueError(f"{place}{name} needs a value, but is empty (null)")
         _check_nulls(options, place)
         return
     for name, item in value.items():

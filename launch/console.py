@@ -1,4 +1,4 @@
-"""Warnings and log lines of the libraries that a run does not show."""
+"""Silence warnings and log lines of libraries."""
 
 import logging
 import warnings

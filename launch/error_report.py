@@ -20,10 +20,10 @@ _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "
 
 
 def report(error: Exception) -> int:
-    """Print ``error`` and keep its traceback; returns the exit code.
+    """Print ``error``, save its traceback, and return the exit code.
 
     A run folder in which nothing was trained yet is removed. The traceback goes into ``error.txt`` in the run folder,
-    or in the data cache where there is none. It is left out where the line says everything.
+    or in the data cache where there is none. No file is written if the line suffices.
     """
     place = user_code_location(error)
     folder = RunFolder.current()

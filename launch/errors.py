@@ -71,12 +71,12 @@ def _before(error: BaseException) -> Iterator[BaseException]:
 def _other_network(message: str) -> str:
     """Shorten torch's message about a checkpoint of another network."""
     shapes = re.findall(r"size mismatch for (\S+): .*?Size\((.*?)\) from checkpoint.*?Size\((.*?)\)", message)
-    parts = [f"{name} is {there} there and {here} here" for name, there, here in shapes[:1]]
+    parts = [f"{name} is {there} in the checkpoint and {here} in the model" for name, there, here in shapes[:1]]
     for kind, phrase in (("Missing", "it lacks"), ("Unexpected", "it also has")):
         if names := re.findall(rf'{kind} key\(s\) in state_dict: "([^"]+)"', message):
             parts.append(f"{phrase} {names[0]}")
     more = f" ({len(shapes)} tensors differ)" if len(shapes) > 1 else ""
-    return f"the checkpoint is of another network than the configs: {', '.join(parts)}{more}"
+    return f"the checkpoint is from a different network than the configs: {', '.join(parts)}{more}"
 
 
 def _not_logged(message: str) -> str:
@@ -99,19 +99,21 @@ def explain(message: str, parser: Any) -> str:
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     place = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     given = next((line.removeprefix("Given value: ") for line in lines if line.startswith("Given value: ")), "")
-    said = [line for line in lines if line and not _NOISE.match(line) and not line.startswith("Given value: ")]
-    said = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in said]
-    said = [re.sub(r"^Type \S.* expects a function or a callable class: ", "", line) for line in said]
-    said = [re.sub(r"\.? Got value: Namespace\(.*$", "", line) for line in said]
-    said = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in said]
-    said = [re.sub(r"\. Got value: ", "; got ", line) for line in said]
-    said = [re.sub(r"Expected a <class '(\w+)'>", r"expected \1", line) for line in said]
-    said = [re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", line) for line in said]
-    said = [re.sub(_NO_CLASS, r"there is no class \1 (a class is given by its full path)", line) for line in said]
-    said = [line for line in said if line and not line.startswith("Expected a path but")]
-    text = "; ".join(dict.fromkeys(said)).replace("; expected ", " or ")
-    told = "; got " in text or "there is no class" in text or given.startswith(("{", "NestedArg", "Namespace"))
-    if given and not told:
+    messages = [line for line in lines if line and not _NOISE.match(line) and not line.startswith("Given value: ")]
+    messages = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in messages]
+    messages = [re.sub(r"^Type \S.* expects a function or a callable class: ", "", line) for line in messages]
+    messages = [re.sub(r"\.? Got value: Namespace\(.*$", "", line) for line in messages]
+    messages = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in messages]
+    messages = [re.sub(r"\. Got value: ", "; got ", line) for line in messages]
+    messages = [re.sub(r"Expected a <class '(\w+)'>", r"expected \1", line) for line in messages]
+    messages = [re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", line) for line in messages]
+    messages = [
+        re.sub(_NO_CLASS, r"there is no class \1 (a class is given by its full path)", line) for line in messages
+    ]
+    messages = [line for line in messages if line and not line.startswith("Expected a path but")]
+    text = "; ".join(dict.fromkeys(messages)).replace("; expected ", " or ")
+    names_value = "; got " in text or "there is no class" in text or given.startswith(("{", "NestedArg", "Namespace"))
+    if given and not names_value:
         text += f"; got {given}"
     if re.search(rf"{_REQUIRED}.*\bmodel\b", text) or (text.startswith("Option ") and _keys(parser) == {"help"}):
         text += "; first name a config, such as --config configs/grok_aga.yaml"

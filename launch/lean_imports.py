@@ -13,8 +13,8 @@ _HEAVY = ("torchvision", "transformers", "matplotlib", "scipy")
 def without_heavy_packages() -> Iterator[None]:
     """Treat heavy packages as not installed within the block.
 
-    They would import them at every start, which takes three seconds, for metrics that are not used here. A task that
-    needs such a package imports it itself.
+    Otherwise torchmetrics imports them at every start, which takes three seconds, for metrics that are not used
+    here. A task that needs such a package imports it itself.
     """
     check_requirement, package_available = RequirementCache._check_requirement, imports.package_available
 

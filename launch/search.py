@@ -26,7 +26,7 @@ Runner = Callable[[Any, Sequence[str], Path], trial.Outcome]
 
 
 class StatedOptions(optuna.samplers.BaseSampler):
-    """Give a trial's parameters their enqueued values, for Optuna's own tools."""
+    """Record enqueued values as parameters, so that Optuna's tools show them."""
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -55,7 +55,7 @@ def suggest(asked: optuna.Trial, space: dict[str, Dimension]) -> None:
 
 
 def _text(value: Any) -> str:
-    """Return an option's value as the command line takes it."""
+    """Format an option's value for the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -118,8 +118,8 @@ class Search:
             here = [attributes["options"] for attributes in known if attributes["index"] == index]
             if here and here[0] != options:
                 raise ValueError(
-                    f"{self.folder} holds a sweep with other points for {name}: name another folder, or put the"
-                    " search space, trials and sequence_seed back as they were"
+                    f"{self.folder} contains a sweep with other points for {name}: name another folder, or restore the"
+                    " search space, trials and sequence_seed"
                 )
             if not here:
                 study.enqueue_trial({}, user_attrs={"index": index, "options": options})

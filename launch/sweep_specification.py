@@ -42,7 +42,7 @@ class Dimension:
             return self.choices[int(unit * len(self.choices))]
         assert self.low is not None and self.high is not None
         value = self.low * (self.high / self.low) ** unit if self.log else self.low + unit * (self.high - self.low)
-        # Four digits: what a person reads in a table is what was run.
+        # Rounded to four digits, so that tables show the exact values.
         return float(f"{value:.4g}")
 
 
@@ -105,14 +105,14 @@ class Objective:
         """Return the objective's value; ``None`` if the milestone was not reached.
 
         Raises:
-            KeyError: the run has no such milestone or metric; the message names those it has.
+            KeyError: the run has no such milestone or metric. The message lists those it has.
         """
         if self.milestone:
             return self._read(summary, "milestones", self.milestone, self.cost)
         return self._read(summary, "metrics", str(self.metric), self.statistic)
 
     def fallback_value(self, summary: dict[str, Any]) -> float | None:
-        """Return the fallback metric, with the sign that makes more better.
+        """Return the fallback metric, negated if a lower value is better.
 
         It is ``None`` without a ``fallback_metric``, and for a run that diverged, whose summary is empty.
 
@@ -149,10 +149,10 @@ class Sweep:
         trial_seed: the seed of every trial's run.
         final_seeds: fresh seeds that each winner is run with.
         seeded: the options that take a run's seed.
-        objective: what trials are judged by.
+        objective: how trials are ranked.
         optimizers: the specifications by name.
         common: options of every run as a config, nested; rules that stop a run early belong here.
-        final: options of the winners' runs on top, nested, such as a larger budget.
+        final: additional options of the winners' runs, nested, such as a larger budget.
         early_stop_factor: a trial ends in the epoch in which it has spent this many times the gradient evaluations
             of the best trial of its optimizer so far; at least 1, so that no winner is lost. ``None`` (default): only
             ``common`` ends a trial.
@@ -204,7 +204,7 @@ class Sweep:
 
 # Keys of earlier sweep files.
 _FORMER_KEYS = {"otherwise": "fallback_metric", "give_up_at": "early_stop_factor"}
-_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a text", dict: "a mapping"}
+_NAMES = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string", dict: "a mapping"}
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -226,7 +226,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _named(kind: Any) -> str:
-    """Return what a value of this type is called in an error."""
+    """Return the name of a type for error messages."""
     if get_origin(kind) is UnionType:
         return " or ".join(_named(one) for one in get_args(kind) if one is not type(None))
     if get_origin(kind) is Literal:
@@ -254,7 +254,7 @@ def _build(kind: type, content: Any, where: str) -> Any:
     if not isinstance(content, dict):
         raise ValueError(f"{where} must be a mapping with the keys {', '.join(allowed)}, got {content!r}")
     if unknown := set(content) - set(allowed):
-        raise ValueError(f"{where}: unknown key {min(unknown, key=str)!r}; it knows {', '.join(allowed)}")
+        raise ValueError(f"{where}: unknown key {min(unknown, key=str)!r}; valid keys are {', '.join(allowed)}")
     values = {key: _converted(value, types[key]) for key, value in content.items()}
     for key, value in values.items():
         if not _fits(value, types[key]):
@@ -271,7 +271,7 @@ def read(path: Path) -> Sweep:
     """Read and check a sweep's file.
 
     Raises:
-        ValueError: what is wrong, and where.
+        ValueError: the file is invalid. The message names the place.
         OSError: the file cannot be read.
     """
     try:
@@ -293,6 +293,6 @@ def read(path: Path) -> Sweep:
     objective = _build(Objective, content.get("objective"), f"{path}: objective")
     defaults: dict[str, Any] = {"sequence_seed": 0, "trial_seed": 1000, "final_seeds": [], "common": {}, "final": {}}
     defaults["seeded"] = ["seed_everything"]
-    whole = {**defaults, **content, "optimizers": specs, "objective": objective}
-    sweep: Sweep = _build(Sweep, whole, str(path))
+    complete = {**defaults, **content, "optimizers": specs, "objective": objective}
+    sweep: Sweep = _build(Sweep, complete, str(path))
     return sweep

@@ -66,7 +66,7 @@ def issubclass_of(class_path: str, base: type) -> bool:
 
 
 def check_precision(requested: str, trainer: L.Trainer) -> None:
-    """Check that the accelerator has the precision that was asked for.
+    """Check that the accelerator supports the requested precision.
 
     Raises:
         ValueError: Lightning has replaced it by another one.

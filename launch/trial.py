@@ -53,7 +53,7 @@ class Trial:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         self._receiver, sender = context.Pipe(duplex=False)
-        # The server's own environment is that of its start.
+        # The server keeps the environment that it was started with.
         variables = {**os.environ, **(environment or {})}
         options = (list(arguments), str(log), variables, sender)
         self._process = context.Process(target=_train, args=options)
@@ -96,7 +96,7 @@ def summary(folder: str | None) -> dict[str, Any]:
 
 
 def _train(arguments: list[str], log: str, environment: dict[str, str], sender: Connection) -> None:
-    """Run the command line in the run's own process."""
+    """Run the command line in the process of the run."""
     os.setsid()  # Ctrl-C goes to the program that started this run, which then stops it
     os.environ.update(environment)
     threading.Thread(target=_exit_with_parent, daemon=True).start()

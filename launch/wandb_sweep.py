@@ -19,7 +19,7 @@ def _parameter(dimension: Dimension) -> dict[str, Any]:
 def write(sweep: Sweep, folder: Path) -> None:
     """Write a file for ``wandb sweep`` and the base config of each optimizer.
 
-    W&B draws random points of its own instead of the quasi-random ones; the number of trials (``run_cap``) is the same.
+    W&B draws random points instead of the quasi-random ones. The number of trials (``run_cap``) is the same.
 
     Raises:
         ValueError: a file of this name exists with other contents.

@@ -62,7 +62,7 @@ def refused(runs: Path, subcommand: str, *arguments: object, config: tuple[str, 
             ["--trainer.accumulate_grad_batches", "2", "--model.accumulate_grad_batches", "3"],
             ["trainer.accumulate_grad_batches is 2 and model.accumulate_grad_batches is 3"],
         ),
-        (["--ckpt_path", "best"], ["best.ckpt holds only weights", "--ckpt_path last"]),
+        (["--ckpt_path", "best"], ["best.ckpt contains only weights", "--ckpt_path last"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )
@@ -105,17 +105,17 @@ def test_a_wrong_key_in_a_config_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{experiment: }", "experiment must be a text, got null"),
-        slow("{runs: }", "runs must be a text, got null"),
+        ("{experiment: }", "experiment must be a string, got null"),
+        slow("{runs: }", "runs must be a string, got null"),
         ("{sweep: {name: , optimizer: x}}", "name"),
         ("{checkpoint: 2}", "checkpoint must be a mapping from options to values, got 2"),
         slow("{last_checkpoint: [1]}", "last_checkpoint must be a mapping from options to values, got [1]"),
         slow("{internals: }", "internals must be a mapping from options to values, got null"),
         ("{checkpoint: {save_top_k: }}", "checkpoint.save_top_k needs a value"),
         slow("{trainer: {num_nodes: }}", "trainer.num_nodes needs a value"),
-        ("{model: {init_args: {width: }}}", "model.width needs a value, and is left empty (null)"),
-        slow("{model: {init_args: {policy: }}}", "model.policy needs a value, and is left empty (null)"),
-        ("{data: {init_args: {batch_size: }}}", "data.batch_size needs a value, and is left empty (null)"),
+        ("{model: {init_args: {width: }}}", "model.width needs a value, but is empty (null)"),
+        slow("{model: {init_args: {policy: }}}", "model.policy needs a value, but is empty (null)"),
+        ("{data: {init_args: {batch_size: }}}", "data.batch_size needs a value, but is empty (null)"),
     ],
 )
 def test_an_empty_or_wrong_entry_of_a_config_is_named(config: str, message: str, tmp_path: Path) -> None:
@@ -220,8 +220,8 @@ def test_a_checkpoint_of_another_network_is_refused(subcommand: str, checkpoint:
     if subcommand == "fit":
         assert "is of a run with other options: model.width (8 there, 16 here)" in line
     else:
-        assert "another network" in line
-        assert "[2, 4, 8] there and [2, 8, 16] here" in line
+        assert "different network" in line
+        assert "[2, 4, 8] in the checkpoint and [2, 8, 16] in the model" in line
 
 
 def test_details_of_early_errors_are_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,7 +238,7 @@ def test_details_of_early_errors_are_in_one_place(tmp_path: Path, monkeypatch: p
 
 def test_a_checkpoint_of_weights_only_cannot_be_resumed(checkpoint: Path, tmp_path: Path) -> None:
     best = checkpoint.with_name("best.ckpt")
-    assert f"{best} holds only weights" in refused(tmp_path / "runs", "fit", "--ckpt_path", best)
+    assert f"{best} contains only weights" in refused(tmp_path / "runs", "fit", "--ckpt_path", best)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -98,8 +98,8 @@ def difference(of: nn.Module, to: nn.Module) -> str:
 def test_another_network_is_identified_by_its_first_tensor() -> None:
     line = difference(of=Network(8, bias=False), to=Network(16, bias=False))
     assert line == (
-        "the checkpoint is of another network than the configs: first.weight is [4, 8] there and [4, 16] here "
-        "(2 tensors differ)"
+        "the checkpoint is from a different network than the configs: first.weight is [4, 8] in the"
+        " checkpoint and [4, 16] in the model (2 tensors differ)"
     )
     assert "it lacks first.bias" in difference(of=Network(8, bias=False), to=Network(8, bias=True))
     assert "it also has first.bias" in difference(of=Network(8, bias=True), to=Network(8, bias=False))

@@ -99,7 +99,7 @@ def test_a_stopped_run_resumes_exactly(uninterrupted: tuple[tuple[str, ...], Pat
 def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
     again = (*GROKKING, "--ckpt_path", "last")
     assert fit(tmp_path, *again).code == 0
-    assert "a new one begins" in fit(tmp_path, *again, stop="SIGTERM:1").out
+    assert "starting a new one" in fit(tmp_path, *again, stop="SIGTERM:1").out
 
 
 @pytest.mark.parametrize("steps", [(1, 5), slow(range(1, 10))], ids=["some", "all"])

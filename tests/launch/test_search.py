@@ -234,7 +234,7 @@ def test_another_search_space_in_the_same_folder_is_refused(done: tuple[Path, Re
     folder, _ = done
     result = run(folder, {**REAL, "sequence_seed": 5})
     assert result.code == 1
-    assert "holds a sweep with other points for adamw: name another folder" in result.error
+    assert "contains a sweep with other points for adamw: name another folder" in result.error
 
 
 def test_a_sweep_whose_runs_are_packed_explains_how_to_unpack_them(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_folder_that_was_cut_short_is_damaged(missing: str, parts: Path) -> No
 def test_sharded_weights_without_state_cannot_be_resumed(parts: Path) -> None:
     torch.save({"pytorch-lightning_version": "2.6.6"}, parts / "meta.pt")
     check_checkpoint(parts, resume=False, sharded=True)
-    with pytest.raises(ValueError, match="holds only weights"):
+    with pytest.raises(ValueError, match="contains only weights"):
         check_checkpoint(parts, resume=True, sharded=True)
 
 
