@@ -49,9 +49,9 @@ class Seen(ImageClassifier):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.seen: list[Tensor] = []
-        self.network.register_forward_pre_hook(self._record)
+        self.network.register_forward_pre_hook(self._keep_images)
 
-    def _record(self, network: nn.Module, inputs: tuple[Tensor]) -> None:
+    def _keep_images(self, network: nn.Module, inputs: tuple[Tensor]) -> None:
         if network.training:
             self.seen.append(inputs[0].clone())
 
