@@ -8,6 +8,7 @@ import importlib.util
 import re
 import shlex
 import zipfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,13 @@ def test_every_feature_in_a_table_names_the_file_that_tests_it(page: str) -> Non
 def test_commands_of_train_have_valid_options_and_configs(tmp_path: Path) -> None:
     found = [line for line in commands("train.py") if "spirals.yaml" not in line]
     assert len(found) > 15
-    for subcommand, *options in found:
+    for line in found:
+        files = [value for name, value in pairwise(line) if name == "--config"]
+        assert all((ROOT / file).is_file() for file in files), line
+    # Committed configs are tested by themselves.
+    with_options = [line for line in found if {word for word in line if word[:2] == "--"} - {"--config", "--ckpt_path"}]
+    assert len(with_options) > 8
+    for subcommand, *options in with_options:
         options = [re.sub(r"<.*?>", "file", word).replace("$SLURM_NNODES", "1") for word in options if word != "$@"]
         result = call(subcommand, *options, *(() if "--print_config" in options else ("--print_config",)))
         assert result.code == 0, (options, result.err)

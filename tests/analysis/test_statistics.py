@@ -68,6 +68,7 @@ def test_without_scatter_there_is_no_p_value() -> None:
     assert math.isnan(compared.p)
 
 
+@pytest.mark.slow
 def test_the_smallest_detectable_difference_is_detected_in_four_of_five_experiments() -> None:
     generator = np.random.default_rng(0)
     for n in (3, 5, 10):

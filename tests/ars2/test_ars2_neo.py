@@ -28,6 +28,7 @@ from tests.ars2.training import (
     step_by_parts,
     worst_difference,
 )
+from tests.helpers.marks import slow
 
 STEPS = 40
 FLOAT64_BOUND = 6e-15  # measured: 1.2e-15
@@ -78,12 +79,12 @@ def compare(
     return Comparison(mode, dtype, ns_dtype, matrix or {}, vector or {})
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [*CORE_MODES, "periodic", slow("periodic, k=1"), slow("random")])
 def test_float64_follows_the_reference(mode: str) -> None:
     assert compare(mode, torch.float64, "float64").run(STEPS) <= FLOAT64_BOUND
 
 
-@pytest.mark.parametrize("mode", ["sync", "aga"])
+@pytest.mark.parametrize("mode", ["sync", slow("aga")])
 def test_float64_follows_the_reference_in_flat_chunks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     split_into_chunks(monkeypatch)
     assert compare(mode, torch.float64, "float64").run(12) <= FLOAT64_BOUND

@@ -18,6 +18,7 @@ from benchmarks.device_timing import host_syncs, milliseconds_in_a_row
 from benchmarks.gpu import Output, Part, limits, run_in_turn, started
 from benchmarks.gpu_parts import NUMBER, newton_schulz, parity, step
 from benchmarks.gpu_parts.report import NEEDS_GPU, Report
+from tests.helpers.marks import slow
 
 WORKS = "import sys; print('seconds:', sys.stdin.readline().strip())"
 HANGS = "import time; print('before', flush=True); time.sleep(60)"
@@ -50,6 +51,7 @@ def test_a_part_that_hangs_is_stopped_at_its_limit_and_the_others_run(tmp_path: 
     assert any(line.startswith("seconds") for line in lines)
 
 
+@pytest.mark.slow
 def test_processes_of_a_stopped_part_are_stopped_with_it(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(mark)!r}).touch()"
@@ -157,6 +159,7 @@ def numbers_of(text: str) -> list[float]:
     return [json.loads(line.removeprefix(NUMBER))["value"] for line in text.splitlines() if line.startswith(NUMBER)]
 
 
+@pytest.mark.slow
 def test_on_the_cpu_parity_with_itself_is_exact(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report("parity", "cpu", True, 60)
     parity.run(report)
@@ -166,7 +169,7 @@ def test_on_the_cpu_parity_with_itself_is_exact(capsys: pytest.CaptureFixture[st
     assert len(found := numbers_of(out)) >= 3 * len(parity.MODES) and all(map(math.isfinite, found))
 
 
-@pytest.mark.parametrize("part", [step, newton_schulz])
+@pytest.mark.parametrize("part", [slow(step), newton_schulz])
 def test_a_rehearsal_gives_finite_numbers(part: object, capsys: pytest.CaptureFixture[str]) -> None:
     report = Report("part", "cpu", True, 60)
     part.run(report)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from datamodules.batches import TensorBatches
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
 from tests.callbacks.fits import adamw, ars2, data, fit, module, rows
+from tests.helpers.marks import slow
 
 COSTS = {"cost/optimizer_steps", "cost/gradient_evaluations", "cost/examples", "cost/training_seconds", "cost/flops"}
 # Of a network of fits.module(): products of one example forward, query, keys, values and output, MLP, unembedding;
@@ -72,7 +73,7 @@ def descend(matrices: list[torch.Tensor], gradients: list[torch.Tensor]) -> None
 @pytest.mark.parametrize(
     ("compiled", "plain"),
     [
-        (ars2("sync", compile=True), ars2("sync")),
+        slow(ars2("sync", compile=True), ars2("sync")),
         (functools.partial(CompiledDescent, lr=0.1), None),
     ],
 )

@@ -203,6 +203,7 @@ def test_as_a_person_uses_it(tmp_path: Path) -> None:
     assert folders(tmp_path / "tests") == [folder]
 
 
+@pytest.mark.slow
 def test_the_picture_is_logged_to_wandb(tmp_path: Path) -> None:
     folder = fit_by_command(tmp_path, *AGA, *TINY)
     use = (*AGA, *TINY[: TINY.index("--wandb")], "--wandb", "true", "--runs", tmp_path / "tests")

@@ -73,7 +73,7 @@ def test_runs_on_two_corpora_are_of_two_protocols_and_a_copy_is_of_the_same(tmp_
     assert digests[0] == digests[2] != digests[1]
 
 
-@pytest.mark.parametrize("subcommand", ["fit", slow("test"), "predict"])
+@pytest.mark.parametrize("subcommand", ["fit", slow("test"), slow("predict")])
 def test_a_checkpoint_of_another_corpus_is_refused(subcommand: str, tmp_path: Path) -> None:
     places = ("--data.cache", tmp_path / "cache", "--runs", tmp_path / "runs")
     root, other = (write_corpus(tmp_path / name, articles) for name, articles in (("one", 20), ("other", 21)))

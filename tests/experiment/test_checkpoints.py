@@ -49,6 +49,7 @@ def error_in(output: Path) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_completely_leaves_the_one_before(tmp_path: Path) -> None:
     runs, output = tmp_path / "runs", tmp_path / "output"
     stopped = fit(runs, *OPTIONS, "--ckpt_path", "last", stop="SIGTERM:8")
@@ -188,6 +189,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_it(tmp_path: Path) ->
         assert tensor.isfinite().all(), name
 
 
+@pytest.mark.slow
 def test_by_option_training_continues_after_a_step_that_is_not_finite(tmp_path: Path) -> None:
     options = (
         *OPTIONS,

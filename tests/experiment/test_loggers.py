@@ -15,7 +15,6 @@ import pytest
 
 from experiment.loggers import make_loggers
 from tests.helpers.commands import AGA, TINY, Result, folders, metrics, python, train_py
-from tests.helpers.marks import slow
 from tests.helpers.processes import server
 from tests.helpers.wandb_server import KEY, WandbServer
 
@@ -138,6 +137,7 @@ def test_asked_without_a_key_records_offline_and_explains_how_to_upload(tmp_path
         assert {key: pytest.approx(value) for key, value in logged_row.items()}.items() <= row.items()
 
 
+@pytest.mark.slow
 def test_a_key_in_a_netrc_file_is_used_and_a_silent_server_delays_nothing(tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text(f"machine 127.0.0.1:9\n  login user\n  password {KEY}\n")
     (tmp_path / ".netrc").chmod(0o600)
@@ -154,7 +154,8 @@ def test_a_key_in_a_netrc_file_is_used_and_a_silent_server_delays_nothing(tmp_pa
     ]
 
 
-@pytest.mark.parametrize("behaviour", [401, slow(500), slow("hangs")], ids=["wrong key", "server error", "hangs"])
+@pytest.mark.slow
+@pytest.mark.parametrize("behaviour", [401, 500, "hangs"], ids=["wrong key", "server error", "hangs"])
 def test_a_server_that_refuses_a_run_delays_nothing(behaviour: str | int, tmp_path: Path) -> None:
     begin = time.monotonic()
     with WandbServer(behaviour) as server:
@@ -168,6 +169,7 @@ def test_a_server_that_refuses_a_run_delays_nothing(behaviour: str | int, tmp_pa
     assert len(history(folder)) == len(metrics(folder)) == 4
 
 
+@pytest.mark.slow
 def test_an_offline_mode_does_not_try_the_server(tmp_path: Path) -> None:
     result, folder = run(tmp_path, WANDB_API_KEY=KEY, WANDB_MODE="offline", **NO_SERVER)
     assert "wandb sync" in result.out

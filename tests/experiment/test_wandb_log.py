@@ -73,6 +73,7 @@ def test_a_server_that_works_has_every_row_and_no_more_is_printed(tmp_path: Path
     assert "upload the run" not in result.out
 
 
+@pytest.mark.slow
 def test_if_the_process_of_wandb_dies_the_run_is_recorded_anew(tmp_path: Path) -> None:
     killing = ("--trainer.callbacks+=tests.helpers.wandb_server.KillService", "--internals.every_n_steps", "1")
     with WandbServer() as server:

@@ -55,6 +55,7 @@ def test_a_run_may_die_at_every_point_of_every_write(numbers: Iterable[int], tmp
     assert "Traceback" not in (tmp_path / "output").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_may_be_killed_at_any_moment(tmp_path: Path) -> None:
     options = (*OPTIONS, "--trainer.max_epochs", "30", "--last_checkpoint.every_n_steps", "1")
     command = ["fit", *options, "--runs", str(tmp_path / "killed"), "--ckpt_path", "last"]

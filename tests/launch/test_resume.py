@@ -40,7 +40,7 @@ STOPS = {"middle": "SIGTERM:6", "end": "SIGINT:8"}
 
 
 # The mode with the most state is in every run of the tests.
-QUICK = [("grokking", "aga"), ("cifar", "aga"), ("wikitext2", "aga")]
+QUICK = [("grokking", "aga")]
 CASES = [
     pytest.param((task, mode), id=f"{task}-{mode}", marks=() if (task, mode) in QUICK else pytest.mark.slow)
     for task in TASKS

@@ -59,6 +59,7 @@ def epochs_logged(folder: Path) -> list[int]:
         return [int(row["epoch"]) for row in csv.DictReader(file) if row["val/loss"]]
 
 
+@pytest.mark.slow
 def test_a_part_is_stopped_for_the_next_and_resumed_in_its_folder(tmp_path: Path, context: Any) -> None:
     runs = tmp_path / "runs"
     parts = [part(runs, 5), part(runs, 3, total=3, seed=7), part(runs, EPOCHS)]

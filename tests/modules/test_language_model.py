@@ -63,6 +63,7 @@ def test_the_stated_mask_is_the_one_that_transformers_would_find() -> None:
         torch.testing.assert_close(param.grad, gradient)
 
 
+@pytest.mark.slow
 def test_compiled_it_learns_and_draws_texts_without_compiling_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
