@@ -2,9 +2,9 @@
 
     python -m benchmarks.cifar_data [--batches 40] [--rounds 3]
 
-Both sides crop, flip, normalise and cut out, on batches of 256 of the same 50,000 images (random bytes: their content
-changes nothing). The per-sample side is what torchvision's documentation shows, in a DataLoader with 0 and with 2
-workers; they take turns, and the table shows the medians of all rounds (workers are started before the clock). A step
+Both pipelines crop, flip, normalise and cut out, on batches of 256 of the same 50,000 images of random bytes. The
+per-sample pipeline follows torchvision's documentation, in a DataLoader with 0 and with 2 workers. They alternate, and
+the table shows medians over all rounds. Starting the workers is not timed. A step
 is forward and backward of ResNet-18 at full width on one batch, in float32, without an optimizer. Exits with 1 if the
 data path is not 10 times as fast as 0 workers, or takes 5 % of the step.
 """

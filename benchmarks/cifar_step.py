@@ -3,7 +3,7 @@
     python -m benchmarks.cifar_step [--steps 4] [--rounds 3]
 
 Both train ResNet-18 on the same augmented batches of 256 (random bytes for images) with ARS2-Neo Base and keep mean
-loss and accuracy. They take turns; the table shows the medians of all steps but each round's first. Exits with 1 if
+loss and accuracy. They alternate, and the table shows medians over all steps except each round's first. Exits with 1 if
 the ratio is above 1.03.
 """
 

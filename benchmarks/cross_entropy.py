@@ -3,8 +3,8 @@
     python -m benchmarks.cross_entropy [--width 512] [--rounds 5] [--device cpu]
 
 Forward and backward of an unembedding of 40,479 tokens on 8 x 255 hidden states, in float32 and under bf16 autocast.
-Times are medians of rounds in which the two take turns, in this process; a peak is what a process of its own held in
-addition to what was there before its first pass. Exits with 1 if the chunked peak is above half of the plain one.
+Times are medians over rounds in which the two alternate, in this process. A peak is measured in a separate process,
+relative to its memory before the first pass. Exits with 1 if the chunked peak is above half of the plain one.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def step(
 def highest_resident() -> float:
     """Return the peak memory of this process in MiB (Linux, macOS)."""
     if sys.platform == "linux":
-        # Not getrusage: there a process's peak begins at what its parent held when it started it.
+        # Not getrusage, whose peak starts at the memory of the parent process.
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -69,11 +69,11 @@ def highest_resident() -> float:
 
 def peak(kind: str, width: int, half: bool, device: str = "cpu") -> float:
     """Return the peak memory in MiB that one pass adds, on CUDA that of the device."""
-    # The libraries' own first-time buffers are not the pass's.
+    # Warm up, so that buffers that libraries allocate once are not counted.
     F.cross_entropy(torch.randn(64, 64, requires_grad=True) @ torch.randn(64, 64), torch.zeros(64).long()).backward()
     run = step(kind, width, half, device)
     if device == "cuda":
-        step(kind, 64, half, device, vocabulary=64, tokens=64)()  # nor are those of the GPU's libraries
+        step(kind, 64, half, device, vocabulary=64, tokens=64)()  # the same for the GPU's libraries
         return device_timing.peak_bytes(run) / 2**20
     before = highest_resident()
     run()
@@ -125,7 +125,7 @@ def main() -> int:
         for kind in KINDS:
             print(f"  {kind:8} {peaks[kind]:8.0f} MiB   {times[kind]:6.3g} s")
         print(f"  ratio    {share:8.2f}       {times['chunked'] / times['plain']:6.2f}")
-    print(f"peak memory: at most {LARGEST_SHARE} of the plain one's is asked for")
+    print(f"peak memory must be at most {LARGEST_SHARE} of the plain one's")
     return int(worst > LARGEST_SHARE)
 
 

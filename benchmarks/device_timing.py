@@ -1,8 +1,8 @@
 """Measure times, host syncs, kernels and speed limits of a device.
 
-CUDA works asynchronously, so a clock must be read after a synchronisation. Two times of a step are of interest: the
-clock around consecutive steps, which is what training takes, and the time on the device alone, from CUDA events around
-a step that is queued while the device sleeps, so that the host cannot be the limit.
+CUDA works asynchronously, so a clock must be read after a synchronisation. Two times of a step are measured. The
+wall-clock time of consecutive steps is that of training. The time on the device alone comes from CUDA events around a
+step that is queued while the device sleeps, so that the host cannot be the limit.
 """
 
 import statistics
@@ -21,7 +21,7 @@ SYNC_WARNING = "called a synchronizing CUDA operation"  # torch's text, c10/cuda
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has done its work; a CPU has nothing to wait for."""
+    """Wait for the queued work of the device; do nothing on a CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 

@@ -1,4 +1,4 @@
-"""Measure on one GPU, in 90 seconds, what this project does there.
+"""Measure this project on one GPU in 90 seconds.
 
     python -m benchmarks.gpu [--seconds 90] [--parts tests parity ...] [--output FILE] [--json FILE]
     python -m benchmarks.gpu --device cpu --rehearse
@@ -10,7 +10,7 @@ graphs          the step captured in a CUDA graph, and compiled
 newton_schulz   which iteration for which shape, and whether half of a symmetric product is faster
 training        training steps, several processes at once, chunks of the cross-entropy, compiled networks
 
-Each part runs in a separate process and is stopped at its limit, so that one that hangs or crashes does not cost the
+Each part runs in a separate process and is stopped at its limit, so that one that hangs or crashes does not affect the
 others. The limit is the part's share of the remaining time: time that one part leaves goes to the later ones. Exits
 with 1 if a part failed or was stopped. --rehearse runs every part at a tiny size.
 """
@@ -35,7 +35,7 @@ from benchmarks.gpu_parts import FAILED, NUMBER
 
 ROOT = Path(__file__).parents[1]
 SECONDS, REHEARSAL_SECONDS = 90.0, 900.0
-# Not handed out: for the head of the output, and for ending processes.
+# Seconds reserved for the head of the output, and for ending processes.
 MARGIN = 3.0
 
 
@@ -92,7 +92,7 @@ class Running:
         )
 
     def finish(self, limit: float, output: Output) -> bool:
-        """Let the part run for ``limit`` seconds at most; returns whether it succeeded."""
+        """Let the part run for at most ``limit`` seconds, and return whether it succeeded."""
         start = time.monotonic()
         process = self.process
         assert process.stdin is not None and process.stdout is not None
@@ -137,7 +137,7 @@ class Running:
 
 @contextlib.contextmanager
 def started(parts: Sequence[Part]) -> Iterator[list[Running]]:
-    """Start the interpreters of all parts; at the end, stop those that still run.
+    """Start the interpreters of all parts, and stop the running ones at the end.
 
     They start together and not each during the part before it, because importing would disturb that part's timings.
     They are not forked from one process that has imported everything, because CUDA does not survive a fork, and a
@@ -154,7 +154,7 @@ def started(parts: Sequence[Part]) -> Iterator[list[Running]]:
 
 
 def run_in_turn(running: Sequence[Running], end: float, output: Output) -> int:
-    """Let the parts run one after the other; returns the exit code.
+    """Let the parts run one after the other, and return the exit code.
 
     ``end`` is the time at which the last one is stopped, on the monotonic clock.
     """
@@ -196,7 +196,7 @@ def command_of(name: str, device: str, rehearse: bool) -> tuple[str, ...]:
 
 
 def main() -> int:
-    """Run the parts and print; returns the exit code."""
+    """Run the parts, print their results, and return the exit code."""
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, help=f"for all parts together (default {SECONDS:g})")

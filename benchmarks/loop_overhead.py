@@ -3,9 +3,9 @@
     python -m benchmarks.loop_overhead [--epochs 20] [--rounds 3]
 
 Both train the same network on the same batches with the same optimizer, validate after every epoch and keep the mean
-loss and accuracy of both splits. The suite's side is the command line itself: its CSV log, checkpoints, callbacks and
-counters included. The two take turns, and the table shows medians over the epochs of all rounds, each round's first
-epoch left out. Exits with 1 if the ratio is above 1.25.
+loss and accuracy of both splits. The suite runs its command line, with CSV log, checkpoints, callbacks and counters.
+The two alternate, and the table shows medians over the epochs of all rounds without each round's first epoch. Exits
+with 1 if the ratio is above 1.25.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def suite(epochs: int) -> list[float]:
         arguments += ["--trainer.max_epochs", str(epochs + 1)]
         if main([*arguments, "--trainer.callbacks+=benchmarks.loop_overhead.EpochClock"]):
             raise SystemExit(1)
-    from benchmarks import loop_overhead  # the command line imported this file under its own name
+    from benchmarks import loop_overhead  # the command line imported this file as benchmarks.loop_overhead
 
     return list(loop_overhead.EpochClock.seconds)
 

@@ -3,11 +3,11 @@
     python -m benchmarks.newton_schulz [--rows 64 128 256 512] [--aspects 1 2 3 4 6 9] [--matrices 1] [--device cpu]
         [--json]
 
-Times are medians of calls that take turns. "auto" is the chosen algorithm, in float32 where that is faster; the ratios
-are standard's time over that of auto and of Gram, and above 1 the latter wins. Errors are Frobenius norms against the
-iteration in float64, relative, each the mean over three seeds of Gram's on one kind of matrix over the standard one's:
-random, of rank rows/8, of condition 1e6, and random times 1e-30.
-:func:`ars2.newton_schulz.faster_algorithm` holds what was read off this table.
+Times are medians of alternating calls. "auto" is the chosen algorithm, in float32 where that is faster. "s/auto" and
+"s/gram" are the time of standard over that of auto and of Gram, so above 1 the latter is faster. An error is the
+relative Frobenius distance to the iteration in float64, averaged over three seeds. The last column has Gram's error
+over that of standard for each kind of matrix: random, of rank rows/8, of condition 1e6, and random times 1e-30.
+The thresholds of :func:`ars2.newton_schulz.faster_algorithm` come from this table.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def milliseconds(
 ) -> dict[str, float]:
     """Return the median time of each call, alternating at least five times.
 
-    On CUDA ``clock`` has to wait for the device.
+    On CUDA ``clock`` must synchronise with the device.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():

@@ -2,19 +2,20 @@
 
     python -m benchmarks.optimizer_step [--networks grokking resnet18 qwen3 gpt2] [--seconds 5] [--device cpu] [--json]
 
-Whole model: ARS2-Neo in its modes (policy "all", its parts alone, no forward or backward), the same algorithm written
-tensor by tensor (benchmarks/per_tensor.py), and torch's AdamW. Matrices: the Muons, on the same 2-D tensors: the
-matrix track with convolutions flattened to (out, in*kh*kw) and stacks taken apart, as torch.optim.Muon takes no others.
+The first table is of complete models. It compares ARS2-Neo in its modes (policy "all", optimizer only, no forward or
+backward), the same algorithm written tensor by tensor (benchmarks/per_tensor.py), and torch's AdamW. The second table
+compares implementations of Muon on the matrix track. Convolutions are flattened to (out, in*kh*kw) and stacks are split
+into matrices, because torch.optim.Muon accepts only 2-D tensors.
 
-All run five Newton-Schulz steps in bfloat16 and keep float32 state. They take turns of a twentieth of a second, or a
-step if it is longer, until each has had --seconds (three turns at least), so that a machine that slows down slows all;
-times are medians. Where a turn has many steps the first, for which the caches are cold, does not count. heavyball
-compiles its step, as it does by default; of the others only the row that says so does. All are in memory at once.
+All run five Newton-Schulz steps in bfloat16 and keep float32 state. They alternate in turns of 50 ms, or of one step if
+that is longer, until each has run for --seconds (at least three turns), so that a slowdown of the machine affects all.
+Times are medians. The first of many steps in a turn is not counted, because its caches are cold. heavyball compiles its
+step by default; of the others only the row named "compiled" does. All optimizers are in memory at the same time.
 
---processor-time takes the time that the process was computing instead of the clock's: with one thread
-(OMP_NUM_THREADS=1) it hardly depends on what else the machine does. On CUDA the device is waited for after each step.
+--processor-time measures CPU time instead of wall-clock time. With one thread (OMP_NUM_THREADS=1) it hardly depends on
+the machine's other load. On CUDA the device is synchronised after each step.
 
-"peak" is the most memory that a step holds beyond parameters, gradients and state; "state" is what stays between steps.
+"peak" is the peak memory of a step beyond parameters, gradients and state. "state" is the memory kept between steps.
 """
 
 import argparse
@@ -88,7 +89,7 @@ def _state_of(optimizer: Any) -> Callable[[], list[Tensor]]:
 
 
 def plain(make: Callable[..., Any], **options: Any) -> Competitor:
-    """An optimizer that is measured by its ``step()`` alone."""
+    """Measure an optimizer by its ``step()`` alone."""
 
     def competitor(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], list[Tensor]]]:
         optimizer = make(groups, **options)
@@ -102,8 +103,8 @@ def per_tensor(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], list[Te
     return optimizer.step, lambda: [t for pair in optimizer.moments for t in pair]
 
 
-def parts(looks: bool, **options: Any) -> Competitor:
-    """ARS2-Neo split into its phases, for steps with or without a second pass.
+def parts(two_pass: bool, **options: Any) -> Competitor:
+    """Call ARS2-Neo's phases separately, with or without a second pass.
 
     The passes themselves cost nothing here, because gradients are assigned.
     """
@@ -120,17 +121,17 @@ def parts(looks: bool, **options: Any) -> Competitor:
 
         def step() -> None:
             put(first)
-            if looks:
-                optimizer.param_groups[0]["last_sync"] = -2  # a period ago, whatever phi says
+            if two_pass:
+                optimizer.param_groups[0]["last_sync"] = -2  # a period ago, so that phi does not matter
             else:
-                optimizer.param_groups[0]["phi_variance"] = 1.0  # a threshold far away, whatever phi was before
+                optimizer.param_groups[0]["phi_variance"] = 1.0  # a threshold that phi cannot reach
             wanted = optimizer.wants_second_pass()
             if wanted:
                 optimizer.perturb()
                 put(second)
                 optimizer.restore()
-            if wanted != looks and optimizer.diagnostics()["steps"] > 0:
-                raise RuntimeError("the measured step is not of the kind that it is meant to be")
+            if wanted != two_pass and optimizer.diagnostics()["steps"] > 0:
+                raise RuntimeError("the measured step has the wrong number of passes")
             optimizer.step()
 
         return step, _state_of(optimizer)
@@ -154,7 +155,7 @@ def heavyball_muon(groups: list[dict[str, Any]]) -> tuple[Step, Callable[[], lis
     optimizer = heavyball.Muon(params)
 
     def step() -> None:
-        for p, gradient in zip(params, gradients, strict=True):  # it takes the gradients away
+        for p, gradient in zip(params, gradients, strict=True):  # heavyball clears the gradients
             p.grad = gradient
         optimizer.step()
 
@@ -166,8 +167,8 @@ WHOLE_MODEL: dict[str, Competitor] = {
     "ARS2-Neo base": plain(ARS2Neo, mode="base"),
     "ARS2-Neo base, compiled": plain(ARS2Neo, mode="base", compile=True),
     "ARS2-Neo sync": parts(True, mode="sync"),
-    "ARS2-Neo aga, no look": parts(False, mode="aga", phi_lambda=1e9),
-    "ARS2-Neo aga, look": parts(True, mode="aga", phi_lambda=1e9, k=2),
+    "ARS2-Neo aga, one pass": parts(False, mode="aga", phi_lambda=1e9),
+    "ARS2-Neo aga, two passes": parts(True, mode="aga", phi_lambda=1e9, k=2),
     "torch.optim.AdamW foreach": plain(torch.optim.AdamW, foreach=True),
     "torch.optim.AdamW fused": plain(torch.optim.AdamW, fused=True),
 }
@@ -223,7 +224,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Alternate between optimizers, and return median milliseconds and peak bytes.
 
-    On CUDA ``clock`` has to wait for the device, as that of :func:`benchmarks.device_timing.clock_of` does.
+    On CUDA ``clock`` must synchronise with the device, see :func:`benchmarks.device_timing.clock_of`.
     """
     results: dict[str, dict[str, float]] = {}
     steps: dict[str, Step] = {}
@@ -259,7 +260,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="measured seconds an optimizer")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", default="", help="leave out optimizers whose name does not contain this")
-    parser.add_argument("--processor-time", action="store_true", help="instead of the clock's, see above")
+    parser.add_argument("--processor-time", action="store_true", help="measure CPU time instead of wall-clock time")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")

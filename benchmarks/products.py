@@ -2,8 +2,8 @@
 
     python -m benchmarks.products [--seconds 0.5]
 
-Of a stack (matrices, rows, columns) the three products of a step: X X^T, A A and P X, in thousand million operations a
-second, and the milliseconds that five standard steps of them alone take. The last row says what large matrices reach.
+For each stack (matrices, rows, columns) the table has the rates of the three products of a step (X X^T, A A and P X) in
+GFLOP/s, and the milliseconds of the products of five standard steps. The last row shows the rate of large matrices.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.newton_schulz import milliseconds
 
-# What ARS2-Neo joins: grokking's heads, its square matrices and its MLP; a wide one of ResNet-18; four of Qwen3.
+# Stacks that ARS2-Neo joins: grokking's heads, its square matrices and its MLP; a wide one of ResNet-18; four of Qwen3.
 SHAPES = ((12, 32, 128), (3, 128, 128), (2, 128, 512), (1, 512, 4608), (4, 512, 512), (1, 2048, 2048))
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0.5, help="measured seconds a shape")
     seconds = parser.parse_args().seconds
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, the clock's time")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, wall-clock time")
     print(f"{'dtype':<9} {'matrices':>8} {'rows':>5} {'columns':>7} {'X X^T':>6} {'A A':>6} {'P X':>6}  ms, five steps")
     for dtype in (torch.bfloat16, torch.float32):
         for matrices, rows, columns in SHAPES:

@@ -2,11 +2,12 @@
 
     python -m benchmarks.scaling [--tasks grokking cifar] [--seconds 4] [--json]
 
-Both have the same batch: one process takes all of it, two take half each, over gloo on this machine, every process with
-one thread. One process and two take turns, step by step, so that both meet the same machine; the numbers are medians.
-"speed-up" is the seconds of one over those of two: 2 would be perfect. "sent" is what a process gives to collectives in
-a step, before the algorithm of the collective multiplies it: gradients of every pass, and its share of the orthogonal
-directions, in bfloat16, as their iteration runs. AGA looks every tenth step here; its numbers are means over ten.
+One process takes the full batch, or two processes take half each. They communicate over gloo on this machine, and each
+has one thread. Steps of one and of two processes alternate, so that both see the same load. The numbers are medians.
+"speed-up" is the time of one process over that of two; 2 would be perfect. "sent" is the number of bytes that a process
+passes to collectives in a step, before the algorithm of the collective multiplies it. They are the gradients of every
+pass, and its share of the orthogonal directions in bfloat16, the dtype of their iteration. AGA makes a second pass at
+every tenth step here, and its numbers are means over ten steps.
 """
 
 import argparse

@@ -9,7 +9,7 @@ overlap. With n GPUs, P parameters of which M are matrices, B bytes a second of 
 
     passes      passes * operations of a pass / (peak * 0.4)
     iteration   5 * 2 * greatest share of the multiplications of a Newton-Schulz step / (peak * 0.2)
-    memory      passes * 28 P / memory bandwidth     moments and parameters; about as much to look from another point
+    memory      passes * 28 P / memory bandwidth     moments and parameters; about as much for a second pass
     averaging   averaged * 2 (n - 1) / n * 4 P / B           a ring, float32 gradients
     gathering   (n - 1) / n * 2 M / B                        directions in bfloat16
 """

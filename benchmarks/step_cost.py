@@ -4,11 +4,11 @@
         [--picture FILE]
 
 The networks and batches are those of benchmarks/networks.py, at the published settings of each task. A step is one or
-two forward and backward passes and the optimizer's own work; the modes take turns, step by step, and the parts are
-medians. AGA and periodic are timed looking at every second step, and their two kinds of step are counted as a look at
-every tenth, which is what "passes" says: gradient evaluations a step.
+two forward and backward passes and the optimizer's work. The modes alternate step by step, and the times of the phases
+are medians. AGA and periodic are timed with a second pass at every second step. Their times are then weighted as for a
+second pass at every tenth step. "passes" is the resulting number of gradient evaluations per step.
 --processor-time is that of benchmarks/optimizer_step.py. On CUDA the passes run under bfloat16 autocast, ResNet-18 in
-channels_last, Qwen3 with the chunked cross-entropy, and the device is waited for between the parts of a step.
+channels_last, Qwen3 with the chunked cross-entropy, and the device is synchronised between the phases of a step.
 """
 
 import argparse
@@ -42,8 +42,8 @@ class Trainer:
     Args:
         name: of the network.
         mode: ``"AdamW"`` or one of ``MODES``.
-        clock: what the parts are timed with; on CUDA it has to wait for the device if the times are to be of use.
-        device: on CUDA the step is that of the published runs there, see the head of this file.
+        clock: times the phases; on CUDA it must synchronise with the device.
+        device: on CUDA the step is as in the published runs, see the top of this file.
         small: for a rehearsal, see :mod:`benchmarks.networks`.
         chunk: logits that the chunked cross-entropy makes at a time, 0 for its default; ``None`` makes all at once.
     """
@@ -69,9 +69,9 @@ class Trainer:
             else ARS2Neo(param_groups(self.network, "all"), **MODES[mode])
         )
         self.two_pass = mode not in ("AdamW", "base")
-        # Seconds: of a pass, and of the optimizer's own work on steps without and with a second pass.
+        # Seconds of a pass, and of the optimizer in steps without and with a second pass.
         self.passes: list[float] = []
-        self.own: dict[bool, list[float]] = {False: [], True: []}
+        self.optimizer_seconds: dict[bool, list[float]] = {False: [], True: []}
 
     def forward_and_backward(self) -> float:
         start = self.clock()
@@ -89,19 +89,23 @@ class Trainer:
             passes.append(self.forward_and_backward())
             self.optimizer.restore()
         self.optimizer.step()
-        own = self.clock() - start - sum(passes[1:])
+        optimizer_seconds = self.clock() - start - sum(passes[1:])
         if record:
             self.passes += passes
-            self.own[again].append(own)
+            self.optimizer_seconds[again].append(optimizer_seconds)
 
     def result(self) -> dict[str, float]:
-        medians = {again: statistics.median(times) for again, times in self.own.items() if times}
-        looks = 0.0 if not self.two_pass else 1.0 if False not in medians else 1 / COUNTED_PERIOD
-        own = looks * medians.get(True, 0.0) + (1 - looks) * medians.get(False, 0.0)
-        one = statistics.median(self.passes)
+        """Return passes per step and the median milliseconds of each phase."""
+        medians = {again: statistics.median(times) for again, times in self.optimizer_seconds.items() if times}
+        rate = 0.0 if not self.two_pass else 1.0 if False not in medians else 1 / COUNTED_PERIOD
+        optimizer = rate * medians.get(True, 0.0) + (1 - rate) * medians.get(False, 0.0)
+        one_pass = statistics.median(self.passes)
         return {
-            **{"passes": 1 + looks, "first_pass_ms": 1e3 * one, "second_pass_ms": 1e3 * one * looks},
-            **{"optimizer_ms": 1e3 * own, "step_ms": 1e3 * ((1 + looks) * one + own)},
+            "passes": 1 + rate,
+            "first_pass_ms": 1e3 * one_pass,
+            "second_pass_ms": 1e3 * one_pass * rate,
+            "optimizer_ms": 1e3 * optimizer,
+            "step_ms": 1e3 * ((1 + rate) * one_pass + optimizer),
         }
 
 
@@ -119,7 +123,7 @@ def measure_in_turns(trainers: dict[str, Trainer], seconds: float) -> dict[str, 
     for trainer in trainers.values():
         trainer.step(record=False)
     end, count = time.perf_counter() + seconds * len(trainers), 0
-    # Two whole periods at least, so that each kind of step is seen.
+    # At least two periods, so that both kinds of step are measured.
     while count < 2 * TIMED_PERIOD or time.perf_counter() < end:
         for trainer in trainers.values():
             trainer.step(record=True)
@@ -136,9 +140,9 @@ def picture(found: dict[str, Any], file: Path) -> None:
 
     figure, axes = pyplot.subplots(1, len(found), figsize=(4 * len(found), 3.2), squeeze=False)
     for axis, (name, modes) in zip(axes[0], found.items(), strict=True):
-        whole, bottom = modes["AdamW"]["step_ms"], [0.0] * len(modes)
+        adamw, bottom = modes["AdamW"]["step_ms"], [0.0] * len(modes)
         for part in ("first_pass_ms", "second_pass_ms", "optimizer_ms"):
-            heights = [row[part] / whole for row in modes.values()]
+            heights = [row[part] / adamw for row in modes.values()]
             axis.bar(list(modes), heights, bottom=bottom, label=part.removesuffix("_ms").replace("_", " "))
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         axis.set(title=name, ylabel="step, AdamW = 1")
@@ -153,7 +157,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seconds", type=float, default=2.0, help="measured seconds a mode and task")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--processor-time", action="store_true", help="instead of the clock's, see above")
+    parser.add_argument("--processor-time", action="store_true", help="measure CPU time instead of wall-clock time")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_argument("--picture", type=Path, help="write the stacked bars to this file")
     options = parser.parse_args()

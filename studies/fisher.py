@@ -1,7 +1,7 @@
 """Compute the exact Fisher, Gauss-Newton and Hessian matrix of a small network.
 
-Everything is dense: n parameters make n x n matrices, so this is for networks of up to a few thousand parameters.
-Parameters are one flat vector; ``logits`` maps it and the inputs (examples, ...) to logits (examples, classes).
+The matrices of n parameters are dense and n x n, so networks can have up to a few thousand parameters.
+Parameters are one flat vector. ``logits`` maps it and the inputs (examples, ...) to logits (examples, classes).
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ def mean_loss(logits: Logits, parameters: Tensor, inputs: Tensor, answers: Tenso
 def fisher(logits: Logits, parameters: Tensor, inputs: Tensor) -> Tensor:
     """Return the exact Fisher matrix (n, n), mean of ``sum_c p_c s_c s_c^T``.
 
-    ``p`` is what the model predicts, ``s_c`` the gradient of ``log p_c``: the expectation is over the model's own
-    answers, not over those in the data (which would make the empirical Fisher).
+    ``p`` are the model's predicted probabilities, ``s_c`` the gradient of ``log p_c``. The expectation is over answers
+    drawn from the model. Answers from the data would give the empirical Fisher.
     """
 
     def log_probabilities(at: Tensor) -> Tensor:
@@ -66,16 +66,16 @@ def spectrum(matrix: Tensor) -> Spectrum:
 def damping(values: Tensor, factor: float) -> float:
     """Return ``factor`` times the largest absolute eigenvalue.
 
-    Where the smallest eigenvalue is negative, its size is added too: the damped matrix is then positive definite, and
-    its step goes downhill.
+    Where the smallest eigenvalue is negative, its absolute value is added. The damped matrix is then positive definite,
+    and its step is a descent direction.
     """
     return factor * values.abs().max().item() + max(0.0, -values.min().item())
 
 
 def damped_step(matrix: Spectrum, gradient: Tensor, factor: float) -> Tensor:
-    """Return ``(A + damping I)^-1 gradient``, the damping as :func:`damping` says.
+    """Return ``(A + damping I)^-1 gradient``, with the damping of :func:`damping`.
 
-    Of the Fisher matrix this is the natural gradient (Amari 1998), of the Hessian the damped Newton step; to be
+    For the Fisher matrix this is the natural gradient (Amari 1998), for the Hessian the damped Newton step. It is
     subtracted from the parameters.
     """
     coordinates = matrix.vectors.T @ gradient

@@ -16,7 +16,7 @@ training set:
   on this trajectory; each with ``|x| NS(x)`` on the weight matrices ("orthogonal"); the same with the diagonal d of the
   exact Fisher, as ``g / sqrt(d)`` and ``g / (d + damping)``; and the exact Fisher inverted layer by layer.
 
-The targets are the natural gradient ``(F + damping)^-1 g`` with the exact Fisher over the model's own predictions, and
+The targets are the natural gradient ``(F + damping)^-1 g`` with the exact Fisher over the model's predictions, and
 the damped Newton step ``(H + damping)^-1 g``. The damping is a factor times the largest absolute eigenvalue. For H a
 shift that makes it positive is added. Several factors are tried.
 """
@@ -47,7 +47,7 @@ EPS = 1e-8
 
 _NEO = {"lr": 3e-3, "betas": (0.9, 0.98), "weight_decay": 0.0, "ns_dtype": "float64"}
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any], dict[str, Any]]] = {
-    # class, options, and what the vector track (biases) has for itself.
+    # Class, options, and options of the vector track (biases).
     "SGD": (torch.optim.SGD, {"lr": 1.0}, {}),
     "AdamW": (torch.optim.AdamW, {"lr": 1e-2, "betas": (0.9, 0.98), "weight_decay": 0.0}, {}),
     "Muon": (Muon, {"lr": 0.02, "momentum": 0.95, "ns_dtype": "float64"}, {"lr": 3e-3}),
@@ -83,7 +83,7 @@ def flat(tensors: Any) -> Tensor:
 
 
 class Observer:
-    """An optimizer that makes steps along another optimizer's trajectory."""
+    """Make an optimizer's steps along another optimizer's trajectory."""
 
     def __init__(self, name: str) -> None:
         kind, options, vector = OPTIMIZERS[name]
@@ -92,7 +92,7 @@ class Observer:
 
     def step(self, at: Tensor, inputs: Tensor, answers: Tensor) -> Tensor:
         """Make one step from the parameters ``at``, and return the new parameters."""
-        # A copy: parameters that are views of the vector would write their update into everybody's.
+        # Copied, because an update of views would change the vector that all observers share.
         nn.utils.vector_to_parameters(at.clone(), self.network.parameters())
 
         def closure() -> Tensor:
@@ -107,7 +107,7 @@ class Observer:
 
 
 def trajectory(driver: str, seed: int, steps: int) -> Iterator[tuple[int, Tensor, dict[str, Tensor], Tensor]]:
-    """Train with ``driver`` while the others make their steps from its parameters.
+    """Train with ``driver`` while the others compute their steps from its parameters.
 
     Yields, for each step from 1: its number, the parameters before it, every optimizer's update over its learning rate
     (to be subtracted), and Adam's bias-corrected second moment after it.
@@ -128,7 +128,7 @@ def trajectory(driver: str, seed: int, steps: int) -> Iterator[tuple[int, Tensor
 
 
 class Layout:
-    """The position of each tensor of the network in the flat vector."""
+    """Locate each tensor of the network in the flat vector."""
 
     def __init__(self) -> None:
         self.network = Network()
@@ -184,13 +184,13 @@ def compare(candidate: Tensor, target: Tensor, layout: Layout) -> dict[str, floa
     """Return cosine and ratio of lengths (candidate over target) within each scope."""
     row = {}
     for scope, index in layout.scopes.items():
-        mine, theirs = candidate[index], target[index]
-        row[f"cosine_{scope}"] = (mine @ theirs / (mine.norm() * theirs.norm())).item()
-        row[f"ratio_{scope}"] = (mine.norm() / theirs.norm()).item()
+        left, right = candidate[index], target[index]
+        row[f"cosine_{scope}"] = (left @ right / (left.norm() * right.norm())).item()
+        row[f"ratio_{scope}"] = (left.norm() / right.norm()).item()
     return row
 
 
-def look(at: Tensor, steps: dict[str, Tensor], second_moment: Tensor, data: tuple[Tensor, Tensor]) -> Rows:
+def compare_all(at: Tensor, steps: dict[str, Tensor], second_moment: Tensor, data: tuple[Tensor, Tensor]) -> Rows:
     """Compare all candidates with the targets at the parameters ``at``.
 
     The targets are the natural gradient and the damped Newton step.
@@ -210,7 +210,7 @@ def look(at: Tensor, steps: dict[str, Tensor], second_moment: Tensor, data: tupl
         delta = damping(targets["natural"].values, factor)
         candidates = [("step", name, vector) for name, vector in steps.items()]
         pure = shapes(gradient, second_moment, metric.diagonal(), delta, layout)
-        # Damped as the whole matrix is, whose largest eigenvalue is not that of the blocks.
+        # The same damping as for the full matrix, whose largest eigenvalue is not that of the blocks.
         pure["Fisher by layer"] = damped_step(layered, gradient, delta / layered.values.abs().max().item())
         candidates += [("shape", name, vector) for name, vector in pure.items()]
         for kind, name, vector in candidates:
@@ -226,7 +226,7 @@ def study(seeds: int, checkpoints: tuple[int, ...]) -> Rows:
         for driver in OPTIMIZERS:
             for step, at, updates, second_moment in trajectory(driver, seed, checkpoints[-1]):
                 if step in checkpoints:
-                    found = look(at, updates, second_moment, training_set(seed))
+                    found = compare_all(at, updates, second_moment, training_set(seed))
                     rows += [{"seed": seed, "driver": driver, "step": step} | row for row in found]
             print(f"seed {seed}, driver {driver}: loss {rows[-1]['loss']:.4f} at step {rows[-1]['step']}", flush=True)
     return rows

@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 
 Rows: TypeAlias = list[dict[str, Any]]
 TEXT = ("driver", "target", "kind", "candidate")
-WHOLE = ("seed", "step")
-MIDDLE = 1e-3  # the damping of the tables that show one alone
+INTEGERS = ("seed", "step")
+MIDDLE = 1e-3  # the damping of tables that show only one
 TARGETS = {"natural": "natural gradient", "newton": "damped Newton step"}
-# What orthogonalisation adds, the rest being equal: (kind, with, without).
+# Candidates that are subtracted from each other: (kind, left, right).
 PAIRS = (
     ("step", "ARS2 Base", "AdamW"),
     ("step", "ARS2 Sync", "AdamW"),
@@ -44,7 +44,7 @@ def read(path: Path) -> Rows:
     """Read what :func:`save` wrote."""
     with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
         return [
-            {key: v if key in TEXT else int(v) if key in WHOLE else float(v) for key, v in row.items()}
+            {key: v if key in TEXT else int(v) if key in INTEGERS else float(v) for key, v in row.items()}
             for row in csv.DictReader(file)
         ]
 
@@ -96,18 +96,18 @@ def table(rows: Rows) -> str:
     def lines(columns: list[tuple[str, dict[str, Any]]], signed: bool = False) -> list[list[str]]:
         """Return a line for each candidate, with a cell for each choice of rows."""
         return [
-            [f"{kind}: {name}"] + [cell(by_seed(own, column, **chosen), signed) for column, chosen in columns]
-            for (kind, name), own in candidates.items()
+            [f"{kind}: {name}"] + [cell(by_seed(chosen_rows, column, **chosen), signed) for column, chosen in columns]
+            for (kind, name), chosen_rows in candidates.items()
         ]
 
     def differences(target: str) -> list[list[str]]:
         result = []
-        for kind, mine, theirs in PAIRS:
-            result.append([f"{kind}: {mine} minus {theirs}"])
+        for kind, left, right in PAIRS:
+            result.append([f"{kind}: {left} minus {right}"])
             for factor in dampings:
                 sides = [
                     by_seed(candidates[kind, name], "cosine_weights", target=target, damping=factor)
-                    for name in (mine, theirs)
+                    for name in (left, right)
                 ]
                 result[-1].append(cell([a - b for a, b in zip(*sides, strict=True)], signed=True))
         return result
@@ -152,8 +152,8 @@ def picture(rows: Rows, path: Path) -> None:
         names = list(dict.fromkeys(row["candidate"] for row in rows if row["kind"] == kind))
         for axis, (target, title) in zip(line, TARGETS.items(), strict=True):
             for index, name in enumerate(names):
-                own = [row for row in rows if (row["kind"], row["candidate"], row["target"]) == (kind, name, target)]
-                points = [interval(by_seed(own, "cosine_weights", damping=d)) for d in dampings]
+                chosen = [row for row in rows if (row["kind"], row["candidate"], row["target"]) == (kind, name, target)]
+                points = [interval(by_seed(chosen, "cosine_weights", damping=d)) for d in dampings]
                 dashed = "--" if name.startswith("orthogonal") else "-"
                 color = f"C{(index % 4) if kind == 'shape' and index < 8 else index}"
                 means, halves = zip(*points, strict=True)

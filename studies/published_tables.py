@@ -5,8 +5,8 @@
 
 Every row is a run of ``python train.py fit`` under its published config and the GPU overlay of its task. The most
 valuable comes first: WikiText-2 to one epoch past the published best, CIFAR-10 to its end, both again under a second
-and a third seed, and last the rest of WikiText-2. Before the time is over the running ones save and leave; the same
-command continues from there. The output folder gets
+and a third seed, and last the rest of WikiText-2. Running ones save and exit before the time is over. The same command
+resumes them. The output folder gets
 
     runs/      the run folders, with checkpoints
     logs/      the output of the runs
@@ -29,13 +29,13 @@ from experiment.folders import lock
 from launch.trial import server
 from launch.within_time import Part, Schedule
 
-# In the order in which they begin. Of WikiText-2, where runs overfit, the epochs to one past the published best.
+# In the order in which they start. WikiText-2 runs overfit, so they have the epochs to one past the published best.
 WIKITEXT2 = {"wikitext2_base": 3, "wikitext2_sync": 4, "wikitext2_aga": 4, "wikitext2_adamw": 7, "wikitext2_muon": 5}
 CIFAR = ("cifar_sync", "cifar_adamw", "cifar_aga", "cifar_base", "cifar_muon")
 SEEDS = (42, 43, 44)
 # Passes a step, from which the pace of a row that has not begun is estimated. AGA's second passes depend on the run.
 PASSES = {"sync": 2.0, "aga": 1.3}
-# A rehearsal is two epochs of one step, on networks that a CPU trains in no time.
+# A rehearsal is two epochs of one step, on tiny networks.
 REHEARSAL_EPOCHS = 2
 SHORT = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=1"]
 SMALL = {
@@ -108,7 +108,7 @@ def slots(accelerator: str, processes: int) -> list[Mapping[str, str]]:
     """Return the environment of each concurrent run, ``processes`` of them on a GPU.
 
     Raises:
-        ValueError: there is no GPU, and one is wanted.
+        ValueError: there is no GPU, but one is needed.
     """
     if accelerator == "cpu":
         return [{} for _ in range(processes)]
@@ -126,7 +126,7 @@ def read_options() -> argparse.Namespace:
     """Read the command line."""
     rows = [*WIKITEXT2, *CIFAR]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, required=True, help="that all of it may take, start and end included")
+    parser.add_argument("--minutes", type=float, required=True, help="time limit, start and end included")
     parser.add_argument("--output", type=Path, default=Path("tables"), help="folder to write to (default: tables)")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time on one GPU (default: 2)")
     parser.add_argument("--archive", type=Path, help="file for the packed runs (default: <output>/runs.zip)")
@@ -146,7 +146,7 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 
 def print_end_of(log: Path, lines: int = 15) -> None:
-    """Print the last lines of a log, which a rented machine may not return."""
+    """Print the last lines of a log, because a rented machine may not return the file."""
     print(f"\nthe end of {log}:")
     print("\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]))
 

@@ -105,7 +105,7 @@ def run(report: Report) -> None:
     # Else the GPU may round the factors of float32 products to TF32's ten bits.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
-    report.line(f"  {STEPS} steps, largest |a - b| / |b| of a tensor; at most {TOLERANCE:g} is asked for")
+    report.line(f"  {STEPS} steps, largest |a - b| / |b| of a tensor; at most {TOLERANCE:g} is allowed")
     columns = ["GPU - CPU", "GPU - f64", "CPU - f64", "at p_adv", "two-pass"]
     report.row("mode", columns, 11)
     for mode in MODES:

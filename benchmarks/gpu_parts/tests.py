@@ -6,9 +6,9 @@ from benchmarks.gpu_parts.report import Report
 
 
 def run(report: Report) -> None:
-    """Run the tests in this process; each is named with its result as it ends.
+    """Run the tests in this process, and print the name and result of each.
 
-    Without those that compile: it takes longer than the limit, and the part ``graphs`` checks the same.
+    Tests that compile are left out. They take longer than the limit, and the part ``graphs`` checks the same.
     """
     options = ["-m", "gpu", "--verbose", "--tb=short", "--no-header", "--durations=5", "-p", "no:cacheprovider"]
     options += ["--ignore", "tests/gpu/test_step_compiled.py"]

@@ -83,7 +83,7 @@ def run(report: Report) -> None:
     report.row("compiled network, base", ["eager ms", "compiled ms", "compiled in s"])
     for network in NETWORKS:
         ahead = report.attempt(network, partial(report.compiled_ahead, network))
-        # Twice what a warm cache takes, or a cold compilation.
+        # Twice the time with a warm cache, or that of a cold compilation.
         done = report.attempt(network, partial(compiled, report, network), needs=100.0 if ahead is None else 5.0)
         if isinstance(done, str):
             report.row(network, [done])

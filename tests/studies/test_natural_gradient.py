@@ -7,7 +7,17 @@ from torch import Tensor
 
 from ars2 import param_groups
 from studies import natural_gradient as study
-from studies.natural_gradient import OPTIMIZERS, Layout, Network, compare, flat, look, shapes, training_set, trajectory
+from studies.natural_gradient import (
+    OPTIMIZERS,
+    Layout,
+    Network,
+    compare,
+    compare_all,
+    flat,
+    shapes,
+    training_set,
+    trajectory,
+)
 
 
 def plain_training(name: str, seed: int, steps: int) -> list[Tensor]:
@@ -105,7 +115,7 @@ def test_the_training_sets_are_sums_and_differ_by_seed() -> None:
 @pytest.fixture(scope="module")
 def compared() -> list[dict[str, Any]]:
     *_, (_, at, updates, second_moment) = trajectory("AdamW", 0, 20)
-    return look(at, updates, second_moment, training_set(0))
+    return compare_all(at, updates, second_moment, training_set(0))
 
 
 def test_every_candidate_is_compared_with_every_target(compared: list[dict[str, Any]]) -> None:
