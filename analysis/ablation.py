@@ -79,10 +79,10 @@ def _table(group: Group, name: str, corners: dict[Corner, Row]) -> Table:
         lines.append([f"{switch}, mean of four", *_cells([pair[:2] for pair in pairs], kinds)])
         lines += [[f"{switch}, {words}", *_cells([(on, off)], kinds)] for on, off, words in pairs]
     notes = [
-        "On minus off, or on over off, of corners that differ in one switch alone, each at the learning rate and "
-        "radius that the search found for it: mean over the seeds that both have, 95 % interval, p-value of the "
-        "paired t-test, not adjusted. A dash: fewer than two seeds, or a run among them that has no such value, as one "
-        "that missed the target."
+        "On minus off, or on over off, for pairs of corners that differ only in one switch, each at the learning rate "
+        "and radius that the search found for it. Cells have the mean over common seeds, its 95 % interval, and the "
+        "unadjusted p-value of the paired t-test. A dash marks fewer than two common seeds, or a run without the "
+        "value, such as one that missed the target."
     ]
     return Table(f"Effect of each switch, in {name}", ["switch", *kinds], lines, notes, strong)
 

@@ -19,7 +19,7 @@ ARCHIVE = "runs.zip"
 FILES = ("config.yaml", "protocol.yaml", "metrics.csv", "summary.json", "error.txt", "samples.txt")
 # A folder with either of them is a run's.
 _MARKS = {"config.yaml", "metrics.csv"}
-# Weights & Biases keeps a config.yaml of its own.
+# Weights & Biases has a separate config.yaml there.
 _OTHER = {"wandb", "checkpoints"}
 _NO_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip file can store
 

@@ -110,7 +110,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         print(f"error: the dashboard needs the package {error.name}: pip install wandb-workspaces", file=sys.stderr)
         return 1
-    except Exception as error:  # wandb and its network have dozens of their own
+    except Exception as error:  # wandb raises dozens of exception types
         print(
             f"error: the dashboard could not be saved in {options.place}: {' '.join(str(error).split())}",
             file=sys.stderr,

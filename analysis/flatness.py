@@ -15,7 +15,7 @@ MEASURES = {
     "flatness/hessian_top": "top eigenvalue",
     "flatness/hessian_trace": "trace",
     "flatness/rise_gradient": "rise along the gradient",
-    "flatness/rise_adversarial": "rise at the optimizer's own point",
+    "flatness/rise_adversarial": "rise at the optimizer's adversarial point",
     "flatness/rise_random": "rise at random",
 }
 _FEWEST = 5  # runs for a correlation
@@ -36,9 +36,9 @@ def flatness(group: Group) -> Iterator[Table]:
         lines.append([row.label, str(len(row.runs)), *(mean_text(value, 3) for value in values)])
     radii = sorted({number(radius) for row in rows for run in row.runs.values() for radius in _radii(run)})
     notes = [
-        "Of the loss on a fixed training batch, at the end of training: mean and 95 % interval over seeds. Rises are "
-        f"at radius {' or '.join(radii) or 'unknown'} in every tensor. Less is flatter; no column is the same after a "
-        "rescaling of weights that leaves the network's function alone."
+        "Flatness of the loss on a fixed training batch at the end of training: mean and 95 % interval over seeds. "
+        f"Rises are at radius {' or '.join(radii) or 'unknown'} in every tensor. Lower is flatter. All columns "
+        "change under a rescaling of the weights that leaves the network's function unchanged."
     ]
     yield Table("Flatness at the end", ["row", "seeds", *columns.values()], lines, notes)
     if (table := _with_validation(group)).rows:
@@ -68,9 +68,10 @@ def _with_validation(group: Group) -> Table:
             lines.append([name, *cells])
     heads = [head for name in kinds for head in (f"with {name}", f"with {name}, within rows")]
     notes = [
-        "Spearman's rank correlation over runs (p-value, runs): above zero, flatter goes with better. Over all runs it "
-        "mixes optimizers, whose validation may differ for other reasons; within rows each row's mean is taken away "
-        "first, so that only seeds of one setting are compared. Values at the end of training, p-values not adjusted."
+        "Spearman's rank correlation over runs (p-value, runs). Above zero, flatter runs validate better. Over all "
+        "runs it mixes optimizers, whose validation may differ for other reasons. Within rows, each row's mean is "
+        "subtracted first, so that only seeds of one setting are compared. Values are from the end of training, and "
+        "p-values are not adjusted."
     ]
     return Table("Does flatter go with better?", ["flatter by", *heads], lines, notes)
 

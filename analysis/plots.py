@@ -22,7 +22,7 @@ from analysis.tuning_budget import Points, best_of, evaluations_to, evaluations_
 COLOURS = ("#3b82f6", "#f97316", "#10b981", "#e11d48", "#a855f7", "#d4a106", "#06a5c4", "#8a8f98")
 STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D")
-# Stands for the page's own text colour until the picture is put on one.
+# Placeholder for the text colour of the page.
 _INK = "#010203"
 _POINTS = 160
 _FEW = 12
@@ -64,7 +64,7 @@ def mark(index: int) -> dict[str, Any]:
 
 
 def svg(figure: Figure) -> str:
-    """Return a figure as SVG that takes the width it is given.
+    """Return a figure as SVG that scales to the available width.
 
     Use :func:`on_page` or :func:`on_white` to colour its text.
 
@@ -76,7 +76,7 @@ def svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    # The same words in the page's own font, and as wide as the page has room for.
+    # Use the font of the page, and scale the picture to the width of the page.
     text = re.sub(r"font(-family)?: ([\d.]+px )?[^;\"]*", lambda m: f"font: {m[2] or ''}sans-serif", text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r"(?<=\.\d\d)\d+", "", text)
@@ -100,7 +100,7 @@ def on_white(picture: str) -> str:
 def band(curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, ...]:
     """Return positions, mean, low and high of the 95 % interval over curves.
 
-    They end where the shortest curve does; beyond it the mean would be one of survivors.
+    They end with the shortest curve, because a later mean would be biased to surviving runs.
 
     Args:
         curves: positions, ascending, and values of each run.

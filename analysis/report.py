@@ -24,23 +24,23 @@ from analysis.tuning_budget import tuning_budgets
 _CSS = Path(__file__).with_name("report.css")
 # Markdown has no choice of axes, so it shows these alone.
 _MARKDOWN_AXES = ("epoch", "cost/gradient_evaluations")
-# Curves of the flatness probe, where there are any: the others are in its table.
+# Flatness measures that are drawn as curves; the others are only in the table.
 PROBED = ("flatness/hessian_top", "flatness/rise_gradient")
-# Notes that also stand at the top.
+# Notes that are repeated at the top.
 _WARNINGS = ("UNEQUAL", "The rows were")
 FILES = ("report.html", "report.md", "report.tex", "runs.csv")
 
 
 @dataclass
 class Section:
-    """The part of a report that is about one group.
+    """Collect the part of a report that is about one group.
 
     Attributes:
         headlines: the result in sentences.
         tables: in their order; the runs themselves come last.
         curves: by axis, then by metric, as figures for a page.
-        pictures: others, by file name.
-        standalone: pictures for Markdown, by file name: on white, with their own ink.
+        pictures: other pictures, by file name.
+        standalone: pictures for Markdown by file name, on white.
     """
 
     group: Group
@@ -133,12 +133,12 @@ def check_folder(folder: Path) -> None:
     """Check that ``folder`` is new, empty, or has a report.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it has other files, or is not a folder.
     """
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder: name another one to write the report to")
+        raise ValueError(f"{folder} is not a folder: name another one to write the report to")
     if any(folder.iterdir()) and not all((folder / name).is_file() for name in FILES):
         raise ValueError(f"{folder} is not empty and has no report: name another folder to write the report to")
 
@@ -181,7 +181,7 @@ def _section(group: Group, wanted: str | None, index: int) -> Section:
 
 
 def _headlines(group: Group) -> Iterator[str]:
-    """State the result in the words of the tables and in no stronger ones."""
+    """State the result in sentences that claim no more than the tables."""
     seeds = {len(row.runs) for row in group.rows}
     if group.rows and max(seeds) < 3:
         yield f"At most {max(seeds)} seed{'s' if max(seeds) > 1 else ''} a row: nothing here is settled."
@@ -283,7 +283,7 @@ def _section_html(section: Section) -> str:
     group = section.group
     parts = [
         f'<section id="{section.anchor}"><h2>{html.escape(group.title)}</h2>'
-        f'<p class="soft">protocol <code>{group.digest}</code>: runs of other protocols are in tables of their own</p>'
+        f'<p class="soft">protocol <code>{group.digest}</code>: runs of other protocols are in separate tables</p>'
     ]
     notes = [note for table in section.tables for note in table.notes if note.startswith(_WARNINGS)]
     parts += [f'<p class="warning">{html.escape(note)}</p>' for note in notes]

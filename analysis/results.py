@@ -99,7 +99,7 @@ def results(group: Group) -> Table:
         diverged = f", {row.diverged} diverged" if row.diverged else ""
         lines.append([_row_name(row), f"{len(row.runs)}{diverged}", trials, _epochs(row), *cells])
     notes = [
-        "Mean and 95 % t-interval over seeds, no share beyond 0 or 100 %. Runs that diverged have no last value and "
+        "Mean and 95 % t-interval over seeds, percentages cut to 0 to 100. Runs that diverged have no last value and "
         "miss every target."
     ]
     counts = {row.trials for row in group.rows}
@@ -192,11 +192,11 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
         lines.append([row.label, str(d.n), *cells])
     heads = ["row", "common seeds", f"difference{unit}", "p", "p (Holm)", f"smallest detectable{unit}"]
     notes = [
-        f"Best {group.metric} minus that of {reference.label}, seed by seed: mean, 95 % interval, paired t-test; "
-        "p (Holm) is adjusted for the number of rows. The last column is the true difference that so many seeds would "
-        "have shown (5 % level) in 80 % of experiments: smaller ones are not excluded. A dash: fewer than two common "
-        f"seeds, no scatter among them, or a row with runs that were stopped when {group.metric} had reached a level, "
-        "whose final value is unknown."
+        f"Best {group.metric} minus that of {reference.label}, paired by seed: mean, 95 % interval and paired t-test. "
+        "p (Holm) is adjusted for the number of rows. The last column is the true difference that this number of seeds "
+        "detects with a power of 80 % at the 5 % level; smaller ones are not excluded. A dash marks fewer than two "
+        f"common seeds, seeds without scatter, or runs that were stopped when {group.metric} had reached a level, so "
+        "that its final value is unknown."
     ]
     if any(pair is not None for pair in compared):
         yield Table(f"Paired seeds against {reference.label}: best {group.metric}", heads, lines, notes)
@@ -218,9 +218,9 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
     ]
     heads = ["row", "first / second / undecided", "p", "p (Holm)", "ratio of evaluations"]
     notes = [
-        f"Gradient evaluations to {target} against {reference.label}, seed by seed: how often the row was first, and "
-        "the sign test. The ratio is a geometric mean with its 95 % interval, given where both reached it on every "
-        "common seed: below 1 the row needs fewer."
+        f"Gradient evaluations to {target} against {reference.label}, paired by seed: how often the row was first, and "
+        "the sign test. The ratio is a geometric mean with its 95 % interval, shown only if both reached the target on "
+        "every common seed. Below 1 the row needs fewer evaluations."
     ]
     yield Table(f"Paired seeds against {reference.label}: {target}", heads, lines, notes)
 

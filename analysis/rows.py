@@ -94,7 +94,7 @@ class Group:
         borrowed: whether the targets are those of another protocol of the task.
         published: entry of ``published.yaml`` whose protocol this is, or empty.
         sweeps: trials of searches, by (name of the search, optimizer).
-        failed: how many trials more left nothing to read, by the same.
+        failed: number of further trials that left no readable run, by the same keys.
         milestones: the metric of each milestone that the task has, by its name.
     """
 
@@ -157,7 +157,7 @@ class Group:
 
 
 def check_names(groups: Sequence[Group], baseline: str | None, targets: Sequence[Target]) -> None:
-    """Refuse a baseline that is no row, and a target whose metric no run has logged.
+    """Refuse an unknown baseline, and a target whose metric no run has logged.
 
     Raises:
         ValueError: such a name, with the nearest valid one.
@@ -196,10 +196,10 @@ def group(
     """Sort runs into groups and rows.
 
     Args:
-        runs: of any tasks; trials of a sweep become no rows, they are kept apart.
-        problems: folders that no run could be read from; trials among them were spent all the same.
+        runs: of any tasks. Trials of a sweep do not become rows.
+        problems: folders from which no run could be read. Trials among them count in the tuning budget.
         targets: in place of those that ``published.yaml`` has for the task.
-        labels: how to call rows, by their names.
+        labels: of rows, by their names.
     """
     by_protocol: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -236,7 +236,7 @@ def group(
             name = run.identity.experiment if sweep is None else f"{sweep.optimizer} of {sweep.name}"
             of_search = "" if sweep is None else name
             if sweep is not None and len(searches) == 1:
-                name = sweep.optimizer  # nothing else to confuse it with
+                name = sweep.optimizer  # its name is unambiguous
             # Unfinished runs of different lengths are not repeats of each other.
             far = f", {run.so_far}" if run.so_far else ""
             label = (labels or {}).get(name, name)

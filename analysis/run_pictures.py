@@ -1,4 +1,4 @@
-"""Draw the pictures of one run from its own log."""
+"""Draw the pictures of one run from its log."""
 
 from pathlib import Path
 

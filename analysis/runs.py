@@ -1,6 +1,6 @@
 """Read finished runs from ``config.yaml`` and ``metrics.csv`` in their folders.
 
-Other files are read where they exist, and none of them is needed.
+Other files are optional.
 """
 
 import csv
@@ -22,7 +22,7 @@ from analysis.archive import Folder, find, former_folder
 from analysis.study import Target
 from experiment.identity import RunIdentity, contents_of, digest
 
-# Every curve can be drawn over any of these: column of the log, and how it is called.
+# Axes over which curves can be drawn: column of the log, and label.
 AXES = {
     "epoch": "epochs",
     "cost/optimizer_steps": "optimizer steps",
@@ -38,7 +38,7 @@ _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DIVERGED = "FloatingPointError: "
 
 Log: TypeAlias = dict[str, np.ndarray]
-# Of files that cannot be read, on disk or in an archive.
+# Raised for files that cannot be read, on disk or in an archive.
 _DAMAGE = (ValueError, OSError, zipfile.BadZipFile, zlib.error)
 
 
@@ -80,10 +80,10 @@ class Run:
         if not path.exists():
             if self.diverged:  # before anything was logged
                 return {"epoch": np.empty(0), "train/loss": np.empty(0)}
-            raise ValueError("it has no metrics.csv: it ended before its first epoch did")
+            raise ValueError("it has no metrics.csv, because it ended within its first epoch")
         cells = _cells(path.read_bytes())
         if "train/loss" not in cells and any(column.startswith("test/") for column in cells):
-            raise ValueError("it is an evaluation, no training run")
+            raise ValueError("it is an evaluation, not a training run")
         log = _numbers(cells)
         if self.diverged:  # maybe before anything of these was logged
             rows = len(next(iter(log.values())))
@@ -114,7 +114,7 @@ class Run:
             return None
         folder = former_folder(checkpoint, self.folder)
         if not (folder / "metrics.csv").exists():
-            raise ValueError(f"it was resumed from {checkpoint}, and the log of that run is not there any more")
+            raise ValueError(f"it was resumed from {checkpoint}, and the log of that run no longer exists")
         before = Run(folder)
         _complete_contents([before.identity, self.identity])
         if before.identity.protocol_digest != self.identity.protocol_digest:
@@ -332,7 +332,7 @@ def _text(path: Folder) -> str:
 
 
 def _summary(path: Folder) -> dict[str, Any]:
-    # A damaged summary is no loss: everything in it is in the log too.
+    # A damaged summary may be ignored, because the log has the same values.
     try:
         content = json.loads(_text(path))
     except json.JSONDecodeError:
@@ -344,7 +344,7 @@ def _cells(content: bytes) -> dict[str, Sequence[str]]:
     """Return the cells of a log by column.
 
     Raises:
-        ValueError: it is no table.
+        ValueError: it is not a table.
     """
     # A run that was killed may have left a part of a line.
     content = content[: content.rfind(b"\n") + 1]
@@ -365,4 +365,4 @@ def _numbers(cells: dict[str, Sequence[str]]) -> Log:
     try:
         return {name: np.array([float(cell) if cell else np.nan for cell in column]) for name, column in cells.items()}
     except ValueError as error:
-        raise ValueError("metrics.csv has a cell that is no number") from error
+        raise ValueError("metrics.csv has a cell that is not a number") from error

@@ -78,8 +78,8 @@ def geometric_interval(values: Sequence[float]) -> Mean:
 class Paired:
     """Differences between two rows on the seeds that both have.
 
-    ``p`` is of the paired t-test. ``detectable`` is the smallest true difference that so many seeds, scattered as these
-    are, would have shown at the 5 % level in 80 % of such experiments: a smaller one may exist and was not excluded.
+    ``p`` is of the paired t-test. ``detectable`` is the smallest true difference that a test with this number and
+    scatter of seeds detects at the 5 % level with a power of 80 %. Smaller ones are not excluded.
     """
 
     difference: Mean
@@ -98,7 +98,7 @@ def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paire
     if n < 2:
         return None
     error = differences.std(ddof=1) / np.sqrt(n)
-    # Metrics are computed in single precision, whose rounding is no scatter to measure the difference by.
+    # Metrics are in single precision. Differences of the size of its rounding are not scatter.
     if np.ptp(differences) <= 1e-6 * max(abs(side[seed]) for side in (values, reference) for seed in seeds):
         return Paired(mean_interval(differences.tolist()), np.nan, 0.0)
     p = float(stats.ttest_1samp(differences, 0.0).pvalue)
@@ -231,7 +231,8 @@ def race(times: Mapping[str, Time], reference: Mapping[str, Time]) -> Race:
     return Race(first, second, len(seeds) - decided, p, ratio)
 
 
-def _is_first(one: Time, other: Time) -> bool:
-    if one.reached is None:
+def _is_first(time: Time, other: Time) -> bool:
+    """Return whether ``time`` is known to be shorter than ``other``."""
+    if time.reached is None:
         return False
-    return one.reached < other.reached if other.reached is not None else one.reached <= other.watched
+    return time.reached < other.reached if other.reached is not None else time.reached <= other.watched

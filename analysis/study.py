@@ -62,7 +62,7 @@ class Study:
         title: of the report.
         baseline: label, name or optimizer of the row that others are compared with; ``None`` is the best AdamW.
         targets: levels to reach; empty for those of the task.
-        labels: how rows are called, by the name that their runs have.
+        labels: of rows, by the name of their runs.
         note: a paragraph below the title.
     """
 
@@ -79,7 +79,7 @@ class Study:
         The defaults apply to several folders, and to one without that file.
 
         Raises:
-            ValueError: the file is damaged, or has an option that there is none of.
+            ValueError: the file is damaged, or has an unknown option.
         """
         file = folders[0] / FILE if len(folders) == 1 else None
         if file is None or not file.is_file():
@@ -114,7 +114,9 @@ def _check(content: dict[Any, Any], file: Path) -> None:
     kinds = {"title": str, "baseline": str, "targets": list, "labels": dict, "note": str}
     for key, value in content.items():
         if key not in kinds:
-            raise ValueError(f"{file} has the option {key}; it may have {', '.join(f.name for f in fields(Study))}")
+            raise ValueError(
+                f"{file} has the option {key}; valid options are {', '.join(f.name for f in fields(Study))}"
+            )
         nested = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         if not isinstance(value, kinds[key]) or not all(isinstance(part, str) for part in nested):
             raise ValueError(f"{file}: {key} cannot be {value!r}")

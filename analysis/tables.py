@@ -19,7 +19,7 @@ _LATEX = {
     "·": r"$\cdot$",
 }
 
-# Columns from which on cells may wrap, so that the last ones are seen without scrolling.
+# Number of columns from which cells may wrap, so that the last ones are visible without scrolling.
 _MANY = 9
 
 

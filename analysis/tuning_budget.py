@@ -68,8 +68,8 @@ def evaluations_without(target: Target) -> Callable[[Run], float | None]:
 def sensitivities(group: Group, name: str, value_of: Callable[[Run], float | None]) -> dict[str, dict[str, Points]]:
     """Return the trials of a search by option and optimizer, as (option, value).
 
-    Options that the search varied count; they are learning rates and weight decays of either track, and the radius; a
-    trial without a finite value is left out.
+    Options are those that the search varied, out of the learning rates and weight decays of either track and the
+    radius. A trial without a finite value is left out.
     """
     points: dict[str, dict[str, Points]] = {}
     for (other, optimizer), trials in group.sweeps.items():

@@ -18,7 +18,7 @@ def upload(folder: Path, project: str, title: str) -> str:
         title: of the report.
 
     Returns:
-        A sentence with its place; without a key it is recorded offline, beside the folder.
+        A sentence that names its address. Without a key the report is recorded offline beside the folder.
     """
     wandb = quiet_wandb()
     mode: Any = os.environ.get("WANDB_MODE", "online" if has_key() else "offline")

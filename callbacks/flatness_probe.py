@@ -41,7 +41,7 @@ class FlatnessProbe(L.Callback):
     - ``flatness/hessian_top``: the largest eigenvalue of the Hessian over all trainable parameters, by Lanczos'
       method; ``flatness/hessian_top_error``: how far an eigenvalue can be from it;
     - ``flatness/hessian_trace``, by Hutchinson's estimator, and ``flatness/hessian_trace_error``, its standard error;
-    - ``flatness/rise_adversarial``: the loss at the optimizer's own adversarial point minus that at the parameters. For
+    - ``flatness/rise_adversarial``: the loss at the optimizer's adversarial point minus that at the parameters. For
       ARS2-Neo the point is ``rho * n / |n|`` from each tensor with ``n = g / (sqrt(v_hat) + eps) * |p|``. For an
       optimizer without such a point it is the plain one, ``rho * g / |g|`` from each tensor;
     - ``flatness/rise_gradient``: at the plain point for every optimizer, to compare optimizers by;

@@ -104,12 +104,12 @@ def asked_to_stop(trainer: L.Trainer, agreed: bool | None = None) -> list[StopSi
 class LastCheckpoint(ModelCheckpoint):
     """Write ``last.ckpt`` every n epochs or steps, and when training ends.
 
-    It is also written when a signal stops training. If a loss or gradient that is not finite stops training, it holds
+    It is also written when a signal stops training. If a loss or gradient that is not finite stops training, it has
     the state before that step. The checkpoint before it stays as ``last-previous.ckpt``. Where ``max_steps`` ends
     training within an epoch, it is written after the last step, not after the epoch end that Lightning then runs early.
     A resumed run continues from it as if training had not ended.
 
-    ``ModelCheckpoint.save_last`` is no replacement: it is written only when another checkpoint is due.
+    ``ModelCheckpoint.save_last`` does not replace it, because it is written only when another checkpoint is due.
 
     Args:
         every_n_epochs: epochs from one save to the next, at least 1; a killed run loses at most these.

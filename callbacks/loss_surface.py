@@ -47,7 +47,7 @@ class LossSurface(L.Callback):
     for bit.
 
     Without ``checkpoints`` the plane has two random directions that are as long as the weights, row by row or filter by
-    filter (Li et al. 2018): at x = 1 every filter has moved by its own length. Tensors of fewer than two dimensions do
+    filter (Li et al. 2018): at x = 1 every filter has moved by its length. Tensors of fewer than two dimensions do
     not move. With ``checkpoints`` it is the plane through the three. The unit is the distance between parameters, the
     second checkpoint lies on the x-axis, and every trainable tensor moves.
 
@@ -91,7 +91,7 @@ class LossSurface(L.Callback):
         self._others: list[tuple[str, dict[str, Tensor]]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what cannot be drawn, before testing begins."""
+        """Check before testing that the surface can be drawn."""
         if stage != "test":
             raise ValueError("LossSurface draws around a tested checkpoint: use it with python train.py test")
         if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
@@ -179,7 +179,7 @@ def parameters_in(path: str, pl_module: L.LightningModule) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or one of another network.
+        ValueError: it is not a checkpoint, or is from another network.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
@@ -223,7 +223,7 @@ def plane_through(
     across = list(torch._foreach_sub(vectors[1], torch._foreach_mul(first, along)))
     height = math.sqrt(dot(across, across))
     if length == 0 or height <= 1e-5 * max(full, length):
-        raise ValueError("the three checkpoints lie on one line and span no plane: name others")
+        raise ValueError("the three checkpoints lie on one line and do not span a plane: choose others")
     marks = [(tested, 0.0, 0.0), (others[0][0], length, 0.0), (others[1][0], along, height)]
     ranges = with_margin([x for _, x, _ in marks]), with_margin([y for _, _, y in marks])
     return Plane((first, list(torch._foreach_div(across, height))), ranges, marks)

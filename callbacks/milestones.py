@@ -56,7 +56,7 @@ class GrokkingMilestones(L.Callback):
         stop_at: the milestone at which training stops; ``None`` does not stop.
 
     Raises:
-        ValueError: ``stop_at`` is no milestone.
+        ValueError: ``stop_at`` is not a milestone.
     """
 
     changes_training = "stop_at"
@@ -80,7 +80,7 @@ class GrokkingMilestones(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         module: TrainedModule = pl_module
         for threshold in THRESHOLDS:
-            # An epoch that logs no mean leaves that of an earlier epoch here, which passes nothing new.
+            # In an epoch without a logged mean, the old value stays here and reaches no further milestone.
             measured = trainer.callback_metrics.get(threshold.metric)
             if threshold.name in self.reached or measured is None:
                 continue

@@ -53,7 +53,7 @@ class OptimizerInternals(L.Callback):
     cost practically nothing.
 
     Args:
-        every_n_steps: optimizer steps from one row to the next.
+        every_n_steps: optimizer steps between rows.
 
     Raises:
         ValueError: ``every_n_steps`` below 1.
@@ -110,7 +110,7 @@ class OptimizerInternals(L.Callback):
         self.steps, self.second_passes = report["steps"], report["sync_steps"]
         row = {f"flatness/{name}": value for name, value in report.items() if name not in COUNTERS}
         if math.isinf(row["flatness/effective_k"]):
-            # There was no second pass so far, and not every logger takes an infinity.
+            # Infinite before the first second pass, and not every logger accepts infinities.
             del row["flatness/effective_k"]
         # A gradient scaler may have skipped the step.
         return row | ({"flatness/trigger_rate": second_passes / steps} if steps else {})

@@ -22,7 +22,7 @@ def unchanged(pl_module: TrainedModule) -> Iterator[None]:
     tensors = [*pl_module.parameters(), *pl_module.buffers()]
     kept = [tensor.detach().clone() for tensor in tensors]
     gradients = [(param, param.grad) for param in pl_module.parameters()]
-    restore = random_state(pl_module.device)  # isolate_rng() covers CPU and CUDA alone.
+    restore = random_state(pl_module.device)  # isolate_rng() covers only CPU and CUDA.
     try:
         with isolate_rng(), frozen_statistics(pl_module.network), twice_differentiable():
             yield
@@ -140,7 +140,7 @@ class ProbedLoss:
 
     @torch.no_grad()
     def adversarial_offset(self, gradient: Vector, rho: float) -> Vector | None:
-        """Return the offset of the optimizer's own adversarial point, or ``None``."""
+        """Return the offset of the optimizer's adversarial point, or ``None``."""
         optimizer: Any = self.trainer.optimizers[0]
         if not hasattr(optimizer, "perturb"):
             return None

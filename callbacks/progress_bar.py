@@ -18,7 +18,7 @@ def clock(seconds: float) -> str:
 
 
 class ProgressBar(RichProgressBar):
-    """Show Lightning's bar with the most time left, or plain lines without a terminal."""
+    """Show a bar with the longest remaining time, or lines without a terminal."""
 
     changes_training = False
 

@@ -165,7 +165,7 @@ class RunSummary(L.Callback):
                 temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
                 os.replace(temporary, folder / "summary.json")
             except OSError as error:
-                # The same full disk may have interrupted the run: its own error must not be hidden by this one.
+                # A full disk may also have interrupted the run, whose error this one must not hide.
                 if summary["status"] != "interrupted":
                     raise
                 print(f"summary.json could not be written ({error.strerror})")
@@ -197,7 +197,7 @@ class RunSummary(L.Callback):
 
 
 def table(summary: dict[str, Any]) -> Table:
-    """Lay out what :meth:`RunSummary.summary` returns."""
+    """Return the result of :meth:`RunSummary.summary` as a table."""
     rows = Table(
         title=f"Run {summary['status']} after {summary['epochs']} epochs", show_header=False, title_justify="left"
     )

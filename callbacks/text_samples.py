@@ -14,8 +14,8 @@ class TextSamples(L.Callback):
     """Continue the data's first prompt after each validation.
 
     The module's sampling options apply. The text goes to the console, to ``samples.txt`` in the run folder together
-    with the completed epochs and steps, and to every logger that takes text (``log_text``). Sampling draws from its own
-    random numbers and does not affect training. A run that resumes from a checkpoint drops later samples from the file.
+    with the completed epochs and steps, and to every logger that takes text (``log_text``). Sampling uses a separate
+    generator and does not affect training. A run that resumes from a checkpoint drops later samples from the file.
     """
 
     changes_training = False

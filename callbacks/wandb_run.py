@@ -65,7 +65,7 @@ class WandbRun(L.Callback):
 
 
 def _should_draw(folder: Path) -> bool:
-    """Return whether the run has a config and a log, and is no trial of a search.
+    """Return whether the run has a config and a log, and is not a trial of a search.
 
     Drawing takes longer than some trials.
     """

@@ -37,7 +37,7 @@ class EvaluatedModule(L.LightningModule):
         """Return the result of :meth:`compute_loss`.
 
         Raises:
-            TypeError: it is no scalar tensor.
+            TypeError: it is not a scalar tensor.
         """
         loss: Any = self.compute_loss(batch, metrics)
         if not isinstance(loss, Tensor) or loss.ndim:

@@ -137,7 +137,7 @@ class LanguageModel(TwoPassModule):
             if expected != found:
                 raise ValueError(
                     f"the model has {name} {expected}, the data {name} {found}: set model.{name} and"
-                    f" data.{name} to one value"
+                    f" data.{name} to the same value"
                 )
         if data.protocol == "contiguous":
             sizes = data.description()["splits"]

@@ -39,7 +39,9 @@ class ModularAddition(TwoPassModule):
         """
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and data.p != self.p:
-            raise ValueError(f"the model has p = {self.p}, the data p = {data.p}: set model.p and data.p to one value")
+            raise ValueError(
+                f"the model has p = {self.p}, the data p = {data.p}: set model.p and data.p to the same value"
+            )
 
     def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Metrics | None) -> Tensor:
         """Return the mean cross-entropy in nats."""

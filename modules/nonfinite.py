@@ -35,7 +35,7 @@ def all_finite(losses: Sequence[Tensor], gradients: list[Tensor]) -> Tensor:
     """Return whether every loss and gradient is finite, as a tensor.
 
     Gradients are checked through their norms, which needs one fused kernel and a small part of the time of the update.
-    A gradient whose square overflows counts as not finite, since it would make a second moment infinite for good.
+    A gradient whose square overflows counts as not finite, since it would make a second moment infinite permanently.
 
     Args:
         losses: scalars.

@@ -60,7 +60,7 @@ class TwoPassModule(ResumableModule):
             ``"stop"`` ends the run with an error that names step, pass and parameter; ``"skip"`` continues with the
             next batch. A gradient scaler needs such steps to find its scale: they are skipped and the scale is lowered,
             and ``"stop"`` ends the run only when the scale has become useless. ``train/skipped_steps`` counts skipped
-            steps. They are no optimizer steps, schedulers do not count them, and the metrics of the epoch exclude their
+            steps. Schedulers and the optimizer do not count them, and the metrics of the epoch exclude their
             batches. An epoch with only skipped steps is logged as NaN. An epoch that ends with 100 of them in a row
             ends the run.
         local_first_pass: whether each of several processes computes the adversarial point from its part of the batch,

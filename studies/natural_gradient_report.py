@@ -30,7 +30,7 @@ PAIRS = (
 
 
 def save(rows: Rows, path: Path) -> None:
-    """Write the rows as gzipped CSV with four digits, the same bytes for the same rows."""
+    """Write the rows as gzipped CSV with four digits, with reproducible bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")

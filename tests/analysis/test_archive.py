@@ -77,7 +77,7 @@ def test_a_resumed_run_finds_its_beginning_in_the_archive(tmp_path: Path) -> Non
     assert str(TRAINED_IN) in (second / "config.yaml").read_text()
     shutil.rmtree(first)
     pack(folder, tmp_path / ARCHIVE)
-    assert "not there any more" in read([tmp_path / ARCHIVE])[1][0].reason
+    assert "no longer exists" in read([tmp_path / ARCHIVE])[1][0].reason
 
 
 def test_a_damaged_archive_costs_no_other_run(runs: Path, tmp_path: Path) -> None:

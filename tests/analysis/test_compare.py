@@ -121,7 +121,7 @@ def test_a_study_states_the_options_and_the_command_line_wins(runs: Path, tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("titel: a", "study.yaml has the option titel; it may have title, baseline, targets, labels, note"),
+        ("titel: a", "study.yaml has the option titel; valid options are title, baseline, targets, labels, note"),
         ("title: [a]", "study.yaml: title cannot be ['a']"),
         ("labels: {a: 1}", "study.yaml: labels cannot be {'a': 1}"),
         ("targets: [val/loss is small]", "a target is a metric, >= or <, and a number"),

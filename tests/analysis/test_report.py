@@ -487,7 +487,7 @@ def test_a_users_folder_is_refused_and_left_as_it_was(name: str, groups: list[Gr
 
 def test_a_file_in_the_place_of_the_folder_is_refused(groups: list[Group], tmp_path: Path) -> None:
     (tmp_path / "report").write_text("user's text")
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         write(tmp_path / "report", groups[1:], [], Study(title="A & B"))
     assert (tmp_path / "report").read_text() == "user's text"
 

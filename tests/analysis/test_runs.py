@@ -141,7 +141,7 @@ def test_a_resumed_run_has_the_rows_of_its_beginning(tmp_path: Path) -> None:
     for column in ("val/accuracy", "train/loss", "cost/gradient_evaluations"):
         assert found[0].curve(column)[1].tolist() == Run(continuous).curve(column)[1].tolist()
     shutil.rmtree(first)
-    assert "not there any more" in read([second])[1][0].reason
+    assert "no longer exists" in read([second])[1][0].reason
 
 
 def damaged(change: Callable[[Path], object], runs: Path, tmp_path: Path) -> str:
@@ -165,7 +165,7 @@ def damaged(change: Callable[[Path], object], runs: Path, tmp_path: Path) -> str
         (lambda folder: (folder / "metrics.csv").unlink(), "it has no metrics.csv"),
         (lambda folder: (folder / "metrics.csv").write_text(""), "metrics.csv cannot be read"),
         (lambda folder: (folder / "metrics.csv").write_bytes(b"\xff\xfe\0epoch\n1\n"), "metrics.csv"),
-        (lambda folder: (folder / "metrics.csv").write_text("epoch,train/loss\n0,lots\n"), "no number"),
+        (lambda folder: (folder / "metrics.csv").write_text("epoch,train/loss\n0,lots\n"), "not a number"),
         (lambda folder: (folder / "metrics.csv").write_text("epoch,train/loss\n0,2\n,1\n"), "without its epoch"),
         (lambda folder: (folder / "metrics.csv").write_text("epoch,train/loss\n0,2\n1\n"), "different lengths"),
         (lambda folder: (folder / "metrics.csv").write_text("a,b\n1,2\n"), "no columns"),
@@ -262,7 +262,7 @@ def test_a_folder_that_is_not_there_is_listed(tmp_path: Path) -> None:
 
 def test_an_evaluation_is_no_training_run(tmp_path: Path) -> None:
     problems = read([unpack("evaluation", tmp_path)])[1]
-    assert [problem.reason for problem in problems] == ["it is an evaluation, no training run"]
+    assert [problem.reason for problem in problems] == ["it is an evaluation, not a training run"]
 
 
 def test_wandb_files_in_a_run_folder_are_no_run(runs: Path, tmp_path: Path) -> None:

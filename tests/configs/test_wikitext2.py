@@ -146,7 +146,7 @@ def test_evaluating_the_checkpoint_gives_the_numbers_of_its_run(trained: Path, t
     [
         (("--data.vocabulary", 9000, "--model.vocabulary", 9000), "too small for more than"),
         (("--data.vocabulary", 100, "--model.vocabulary", 100), "vocabulary must be at least 258"),
-        (("--data.context", 8), "set model.context and data.context to one value"),
+        (("--data.context", 8), "set model.context and data.context to the same value"),
         slow(("--data.batch_size", 0), "batch_size must be at least 1"),
         slow(("--data.protocol", "stacked"), "expected one of 'packed', 'contiguous'"),
         (("--data.root", "/nowhere"), "the corpus folder /nowhere is missing"),
