@@ -51,7 +51,7 @@ _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.flo
 # Largest amplification of rounding errors of A before A is recomputed. It allows two updates under "jordan",
 # 3.4445^4 = 141. With A in float32 and the result in half precision four updates, 3.4445^8 = 2e4, leave three digits.
 _MOST_GROWTH, _MOST_GROWTH_FOR_HALF = 150.0, 2e4
-# Up to this many rows the CPU multiplies float32 no slower than half precision, whose products have a fixed overhead.
+# Up to this many rows the CPU multiplies float32 at least as fast as half precision, which has a fixed overhead.
 _FLOAT32_TO_ROWS = 64
 # Smallest number of rows and smallest aspect ratio (columns / rows) at which Gram is faster for bfloat16 on the CPU, as
 # measured by benchmarks/newton_schulz.py. The ratio is lower for small matrices, which are multiplied in float32, and
@@ -97,7 +97,7 @@ def products_dtype(rows: int, dtype: torch.dtype, device: torch.device) -> torch
 def standard(stack: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
     """Iterate on ``stack`` (matrices, rows, columns) in its dtype.
 
-    It must have rows <= columns.
+    It requires rows <= columns.
     """
     for a, b, c in coefficients:
         gram = torch.bmm(stack, stack.mT)
@@ -109,12 +109,12 @@ def standard(stack: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
 def gram(stack: Tensor, coefficients: Sequence[Coefficients], dtype: torch.dtype) -> Tensor:
     """Iterate on the Gram matrices of ``stack`` (matrices, rows, columns).
 
-    It must have rows <= columns. The result is in ``dtype``. In float64 the Gram matrices are float64 too.
+    It requires rows <= columns. The result is in ``dtype``. In float64 the Gram matrices are float64 too.
     """
     half = dtype in _HALF
     stack = stack.to(_WIDER[dtype] if half else dtype)
     for block in _blocks(coefficients, _MOST_GROWTH_FOR_HALF if half else _MOST_GROWTH):
-        if len(block) == 1:  # a single step is no faster on the Gram matrix
+        if len(block) == 1:  # a single step is not faster on the Gram matrix
             stack = standard(stack.to(dtype), block)
             continue
         if half:

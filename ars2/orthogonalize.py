@@ -14,7 +14,7 @@ from ars2 import newton_schulz
 from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
 
 _NORM_MARGIN = {"jordan": 1.0, "polar_express": newton_schulz.POLAR_EXPRESS_MARGIN}
-# The most elements in one batch. On the CPU larger batches are no faster, since they leave the cache.
+# Largest number of elements in a batch. On the CPU larger batches are not faster, since they leave the cache.
 MAX_NUMEL_ON_CPU = 1 << 20
 _MAX_NUMEL_ELSEWHERE = 1 << 26
 # Matrices that fill at least this part of a batch's columns and rows are padded to join it. More padding costs more
@@ -49,7 +49,7 @@ def orthogonalize(
         A tensor of ``x``'s shape and of ``dtype``. Gradients flow through it.
 
     Raises:
-        ValueError: fewer than two dimensions, entries that are no real floating-point numbers, ``steps`` below 1, or
+        ValueError: fewer than two dimensions, entries that are not real floating-point numbers, ``steps`` below 1, or
             unknown ``coefficients`` or ``algorithm``.
     """
     if x.ndim < 2:
@@ -124,8 +124,8 @@ def orthogonalize_all(
     Args:
         stacks: tensors (matrices, rows, cols) of any shapes.
         steps, coefficients, dtype, algorithm: as for :func:`orthogonalize`.
-        max_numel: the most elements in one batch, which bounds the memory of copies. A larger tensor forms its own
-            batch. ``None`` is 2^20 on the CPU and 2^26 elsewhere.
+        max_numel: largest number of elements in a batch, which bounds the memory of copies. A larger tensor forms a
+            separate batch. ``None`` is 2^20 on the CPU and 2^26 elsewhere.
         overwrite: whether ``stacks`` may be overwritten.
 
     Returns:

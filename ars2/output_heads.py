@@ -31,11 +31,11 @@ def find_heads(model: nn.Module, named: Head | None = None) -> OutputHeads:
     those of transformers do; their classifiers outside of ``base_model`` are heads too. Where only submodules declare
     heads, those count. If they declare none, the last linear layer outside of them is the head. Without any declaration
     the head is the linear layer tied to an embedding, the last layer of a plain ``nn.Sequential``, or the only linear
-    layer. In any other model the last registered linear layer is guessed. The matrices of adapters (LoRA) are no heads.
+    layer. In other models the last registered linear layer is guessed. The matrices of adapters (LoRA) are not heads.
 
     Raises:
-        TypeError: ``model`` is no module, or ``named`` is neither a module nor the name of one.
-        ValueError: ``named`` is no module of the model.
+        TypeError: ``model`` is not a module, or ``named`` is neither a module nor the name of one.
+        ValueError: ``named`` is not a module of the model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -113,7 +113,7 @@ def _module(chain: list[nn.Module], item: object) -> nn.Module:
     """
     if isinstance(item, nn.Module):
         if not any(module is item for module in chain[0].modules()):
-            raise ValueError(f"head is a {type(item).__name__} that is no module of the model")
+            raise ValueError(f"head is a {type(item).__name__} that is not a module of the model")
         return item
     if not isinstance(item, str):
         raise TypeError(f"head must be a module of the model or its name, or several, got {type(item).__name__}")

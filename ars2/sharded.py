@@ -22,7 +22,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the local rows of a DTensor, in the same memory; other tensors as is."""
+    """Return the local rows of a DTensor (same memory), or another tensor unchanged."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 

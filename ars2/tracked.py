@@ -26,7 +26,7 @@ from ars2.sharded import Shards, find_shards, like, local, same_layout
 from ars2.sharing import Replicas
 
 TRACKS = ("matrix", "vector")
-# Keys that are no options but are allowed in a group: those of schedulers, weight averaging and layer-wise decay, a
+# Keys that are not options but are allowed in a group: those of schedulers, weight averaging and layer-wise decay, a
 # label, and rho, so that groups for ARS2-Neo also fit Muon.
 FOREIGN_KEYS = frozenset(
     {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale", "name", "rho"}
@@ -42,10 +42,10 @@ class TrackedOptimizer(Optimizer):
     rest).
     """
 
-    shared_options: ClassVar[tuple[str, ...]] = ()  # one value for the whole optimizer
+    shared_options: ClassVar[tuple[str, ...]] = ()  # one value for all groups
     fixed_options: ClassVar[tuple[str, ...]] = ()  # a saved state with another value is refused
     _warned_of_tracks = False
-    main_counters: ClassVar[tuple[str, ...]] = ()  # in the first group, for the whole optimizer
+    main_counters: ClassVar[tuple[str, ...]] = ()  # in the first group only
 
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], compile: bool = False, capturable: bool = False
@@ -434,7 +434,7 @@ class TrackedOptimizer(Optimizer):
         directions: updates.Tensors,
         scales: updates.Tensors | list[float] | None,
     ) -> None:
-        """Move the parameters of a batch as :func:`ars2.updates.apply_` does.
+        """Move the parameters of a batch with :func:`ars2.updates.apply_`.
 
         Parameters in half precision move in float32.
         """

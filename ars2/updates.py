@@ -46,7 +46,7 @@ def bias_correction(beta: Number, step: Number) -> Any:
 def adam_denominator(exp_avg_sqs: Tensors, beta: Number, step: Number, eps: Number) -> Tensors:
     """Return ``sqrt(v / (1 - beta^step)) + eps``.
 
-    At step 0 there is no second moment, and the result is ``eps``.
+    At step 0 the second moment is zero, and the result is ``eps``.
     """
     denominator = torch._foreach_sqrt(exp_avg_sqs)
     correction = bias_correction(beta, step)

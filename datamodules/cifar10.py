@@ -66,7 +66,7 @@ class CIFAR10Data(L.LightningDataModule):
         images: image files for ``predict``, resized to 32 x 32. ``None`` is the first ten test images.
 
     Raises:
-        ValueError: a value is out of range, or a file is damaged or is no image.
+        ValueError: a value is out of range, or a file is damaged or not an image.
         FileNotFoundError: the data set is missing and cannot be downloaded.
     """
 
