@@ -112,7 +112,10 @@ def main() -> None:
                     for a in ("standard", "gram")
                 ]
                 row = {
-                    **{"dtype": name, "rows": rows, "columns": columns, **times},
+                    "dtype": name,
+                    "rows": rows,
+                    "columns": columns,
+                    **times,
                     "error_ratios": [gram / standard for standard, gram in zip(*errors, strict=True)],
                     "chosen": faster_algorithm(rows, columns, dtype, torch.device(device)),
                 }
