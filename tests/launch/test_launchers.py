@@ -119,7 +119,7 @@ def test_two_processes_of_a_launcher_share_a_run_and_resume_together(by_lightnin
 
     stopped = run(stop="SIGTERM:2")
     assert [result.code for result in stopped] == [143, 143], stopped
-    assert sum(result.out.count("no unfinished run of these options") for result in stopped) == 1
+    assert sum(result.out.count("no unfinished run with these options") for result in stopped) == 1
     finished = run()
     assert [result.code for result in finished] == [0, 0], finished
     assert sum(result.out.count("resuming") for result in finished) == 1
@@ -131,7 +131,7 @@ def test_two_processes_of_a_launcher_share_a_run_and_resume_together(by_lightnin
 def test_torchrun_starts_them_on_two_machines_and_they_resume_together(by_lightning: Path, tmp_path: Path) -> None:
     stopped = torchrun(tmp_path, INTERRUPTED, stop="SIGTERM:2")
     assert [code != 0 for code, _ in stopped] == [True, True]
-    assert sum(text.count("no unfinished run of these options") for _, text in stopped) == 1
+    assert sum(text.count("no unfinished run with these options") for _, text in stopped) == 1
     finished = torchrun(tmp_path, INTERRUPTED)
     assert [code for code, _ in finished] == [0, 0], finished
     assert sum(text.count("resuming ") for _, text in finished) == 1
