@@ -86,6 +86,7 @@ def test_if_the_process_of_wandb_dies_the_run_is_recorded_anew(tmp_path: Path) -
     assert_all_rows([row for row in upload(result.out, tmp_path) if "epoch" in row], folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("online", [False, slow(True)], ids=["offline", "online"])
 def test_a_resumed_run_keeps_its_id(online: bool, tmp_path: Path) -> None:
     options = (*AGA, *TINY[: TINY.index("--wandb")], "--wandb", "true", "--ckpt_path", "last")

@@ -1,8 +1,11 @@
 """Import modules in the server that the tests' processes are forked from."""
 
+import gc
 import importlib
 
-from tests.helpers.commands import AGA, call
+gc.disable()  # during the imports, whose objects all survive
+
+from tests.helpers.commands import AGA, call  # noqa: E402
 
 MODULES = (
     # What a run imports late: pictures at its end, W&B at its beginning.
@@ -15,3 +18,5 @@ for name in MODULES:
     importlib.import_module(name)
 # Lightning and jsonargparse import more with the first command; this one runs nothing.
 call("fit", *AGA, "--print_config")
+gc.freeze()
+gc.enable()

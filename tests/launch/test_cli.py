@@ -102,6 +102,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [slow("grok_adamw"), "grok_aga", slow("grok_muon")])
 def test_a_resumed_run_equals_an_uninterrupted_one(config: str, tmp_path: Path) -> None:
     chosen = ("--config", f"configs/{config}.yaml", *TINY)

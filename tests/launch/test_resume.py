@@ -102,7 +102,7 @@ def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
     assert "starting a new one" in fit(tmp_path, *again, stop="SIGTERM:1").out
 
 
-@pytest.mark.parametrize("steps", [(1, 5), slow(range(1, 10))], ids=["some", "all"])
+@pytest.mark.parametrize("steps", [(5,), slow(range(1, 10))], ids=["some", "all"])
 def test_stopping_in_every_step_changes_nothing(steps: Iterable[int], tmp_path: Path) -> None:
     options = (*GROKKING, *MODES["aga"], "--trainer.max_epochs", 5, "--model.accumulate_grad_batches", 3)
     assert fit(tmp_path / "uninterrupted", *options).code == 0
@@ -112,6 +112,7 @@ def test_stopping_in_every_step_changes_nothing(steps: Iterable[int], tmp_path: 
     assert_same_run(only_folder(tmp_path / "parts"), only_folder(tmp_path / "uninterrupted"))
 
 
+@pytest.mark.slow
 def test_rows_after_the_last_checkpoint_are_dropped(data: dict[str, tuple[str, ...]], tmp_path: Path) -> None:
     options = (*WIKITEXT2, *data["wikitext2"], "--last_checkpoint.every_n_epochs", 2)
     options = (*options, "--trainer.max_epochs", 4)
@@ -136,6 +137,7 @@ BASELINES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "config"), BASELINES)
 def test_the_baselines_resume_exactly_too(
     task: str, config: str, data: dict[str, tuple[str, ...]], tmp_path: Path

@@ -143,6 +143,7 @@ def test_when_the_time_is_up_everything_is_saved_and_can_be_resumed(
     assert 0 < counts[0] < counts[1]
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_reported_and_costs_no_other(
     tmp_path: Path, context: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
