@@ -34,7 +34,7 @@ MODES: tuple[Mode, ...] = ("base", "sync", "aga", "periodic", "random")
 class ARS2Neo(TwoPassOptimizer):
     """Optimize matrices with ARS2-Neo and all other parameters with AdamW.
 
-    A *matrix* parameter moves by ``p <- (1 - lr*wd) p - lr * |u| * NewtonSchulz(u)`` with Adam's pre-whitened momentum
+    A *matrix* parameter moves by ``p <- (1 - lr*wd) p - lr * |u| * NS(u)`` with Adam's pre-whitened momentum
     ``u = m_hat / (sqrt(v_hat) + eps)``. A *vector* parameter moves by ``p <- (1 - lr*wd) p - lr * u``, which is AdamW.
     On a two-pass step, the moments take the gradient at the adversarial point ``p + rho * n / |n|`` with
     ``n = g / (sqrt(v_hat) + eps) * |p|``, computed for each tensor (SAM, Foret et al. 2021; ASAM, Kwon et al. 2021).
@@ -298,7 +298,7 @@ class ARS2Neo(TwoPassOptimizer):
         )
 
     def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:
-        """Apply ``p <- (1 - lr*wd) p - lr * |u| * NewtonSchulz(u)`` to the matrices of a batch.
+        """Apply ``p <- (1 - lr*wd) p - lr * |u| * NS(u)`` to the matrices of a batch.
 
         ``u`` are the ``directions`` and ``|u|`` the ``energies``. Without geometry the update is ``lr * u``.
         """

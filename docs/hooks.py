@@ -1,4 +1,4 @@
-"""Let the pages link to files outside docs/, such as ``../results/grok/README.md``.
+"""Let the pages link to files outside docs/, such as ``../ars2/muon.py``.
 
 On the code host such a link works as it is. The site has only the pages: its links lead to the repository if
 ``repo_url`` is set, and otherwise to the checkout that the site was built in. Sphinx roles in docstrings, such as

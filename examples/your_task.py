@@ -1,4 +1,4 @@
-r"""A task of your own in one file: a network with its loss and metrics, and its data.
+r"""Define a task in one file, with its network, loss, metrics and data.
 
     python train.py fit --experiment spirals \
         --model examples.your_task.Spirals --data examples.your_task.SpiralData \

@@ -42,7 +42,7 @@ _TRAINING = "modules.two_pass.TwoPassModule"
 _OURS = {"ars2.ARS2Neo": "ars2.ars2_neo.ARS2Neo", "ars2.Muon": "ars2.muon.Muon"}
 # Options of the first version. Every config states them, and they are part of the setting at any value. A later option
 # is part of it only where it differs from its default, so that earlier runs keep their setting.
-_FIRST = {
+_VERSION_ONE = {
     "optimizer",
     "scheduler",
     "scheduler_interval",
@@ -96,15 +96,15 @@ _EVALUATION = (
 )
 _SWITCHES = ("model.optimizer.energy", "model.optimizer.geometry")
 # Options that change results by rounding only.
-_HOW = ("model.optimizer.ns_algorithm", "model.compile", "model.channels_last")
+_ROUNDING_ONLY = ("model.optimizer.ns_algorithm", "model.compile", "model.channels_last")
 # Values at which later options, and torch's implementation choices, change nothing.
 _NEUTRAL = {
     "model.optimizer.compile": False,
     "model.optimizer.capturable": False,
     "callbacks.evaluation_budget.EvaluationBudget.finish_epoch": True,
 }
-_LENGTH = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")
-_TRAINER = (*_EVALUATION, *_LENGTH, "precision", "devices", "num_nodes", "callbacks")
+_DURATION = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")
+_TRAINER = (*_EVALUATION, *_DURATION, "precision", "devices", "num_nodes", "callbacks")
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _changes_training(callback: Any) -> bool:
 
 
 def _is_neutral(key: str, value: Any, neutral: Mapping[str, Any]) -> bool:
-    return key in _HOW or (key in neutral and type(value) is type(neutral[key]) and value == neutral[key])
+    return key in _ROUNDING_ONLY or (key in neutral and type(value) is type(neutral[key]) and value == neutral[key])
 
 
 def _later_options(optimizer: Any) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _later_options(optimizer: Any) -> dict[str, Any]:
         f"{section}.{name}": default
         for section, path in classes.items()
         for name, default in _signature(path).items()
-        if name not in _FIRST
+        if name not in _VERSION_ONE
     }
 
 
