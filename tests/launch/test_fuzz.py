@@ -32,6 +32,7 @@ FEW = settings(
     suppress_health_check=list(HealthCheck),
 )
 MANY = settings(FEW, max_examples=100)
+# Without trainer.devices: two would start the command of the tests as the other process of a run.
 OPTIONS = (
     *("data.p", "data.train_fraction", "data.seed", "data.batch_size", "data.val_batch_size"),
     *("model.width", "model.heads", "model.mlp_width", "model.policy", "model.matrix", "model.vector"),
@@ -40,7 +41,7 @@ OPTIONS = (
     *(f"model.optimizer.{name}" for name in ("lr", "betas", "eps", "weight_decay", "rho", "mode", "k", "alpha")),
     *(f"model.optimizer.{name}" for name in ("phi_beta", "phi_lambda", "phi_gamma", "ns_steps", "ns_dtype")),
     *("trainer.max_steps", "trainer.precision", "trainer.gradient_clip_val", "trainer.overfit_batches"),
-    *("trainer.accelerator", "trainer.devices", "trainer.max_time", "trainer.val_check_interval", "trainer.callbacks"),
+    *("trainer.accelerator", "trainer.max_time", "trainer.val_check_interval", "trainer.callbacks"),
     *("checkpoint.monitor", "checkpoint.mode", "last_checkpoint.every_n_epochs", "last_checkpoint.every_n_steps"),
     *("internals.every_n_steps", "seed_everything", "experiment", "ckpt_path", "wandb"),
 )
