@@ -66,13 +66,11 @@ def check(result: Result) -> None:
         assert "object at 0x" not in line
 
 
-@given(option=st.sampled_from(OPTIONS), value=VALUES)
 def any_value_of_an_option(option: str, value: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check(call("fit", *BASE, "--runs", f"{folder}/runs", f"--{option}={value}"))
 
 
-@given(name=st.text("abcdefghijklmnop_.-=[]{}:+ ", max_size=20), value=VALUES)
 def any_name_of_an_option(name: str, value: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check(call("fit", *BASE, "--runs", f"{folder}/runs", f"--{name}={value}"))
@@ -105,7 +103,6 @@ def damaged(text: str, draw: Any) -> str:
     return "\n".join(lines)
 
 
-@given(data=st.data())
 def any_damage_to_a_config(data: st.DataObject) -> None:
     text = damaged((ROOT / "configs/grok_aga.yaml").read_text(), data.draw)
     with tempfile.TemporaryDirectory() as folder:
@@ -115,10 +112,18 @@ def any_damage_to_a_config(data: st.DataObject) -> None:
         check(call("fit", "--config", config, *BASE[len(AGA) :], "--runs", f"{folder}/runs"))
 
 
-@pytest.mark.parametrize("damage", [any_value_of_an_option, any_name_of_an_option, any_damage_to_a_config])
+DAMAGES = {
+    any_value_of_an_option: {"option": st.sampled_from(OPTIONS), "value": VALUES},
+    any_name_of_an_option: {"name": st.text("abcdefghijklmnop_.-=[]{}:+ ", max_size=20), "value": VALUES},
+    any_damage_to_a_config: {"data": st.data()},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_the_answer_is_a_run_or_one_line(examples: settings, damage: Callable[[], None]) -> None:
-    examples(damage)()
+    # Settings and strategies decorate a function once.
+    examples(given(**DAMAGES[damage])(damage))()
 
 
 @pytest.mark.parametrize(
