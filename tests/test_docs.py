@@ -109,6 +109,7 @@ def test_environment_variables_named_are_read_somewhere() -> None:
         assert name in sources, name
 
 
+@pytest.mark.slow
 def test_the_example_task_trains_with_each_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "spirals.py").write_text(blocks("your_own_task", "python")[0])

@@ -42,6 +42,7 @@ def test_parts_that_succeed_give_exit_code_0(tmp_path: Path) -> None:
     assert 9 < first <= 10 < second <= 20  # the second part has the time that the first one did not use
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_stopped_at_its_limit_and_the_others_run(tmp_path: Path) -> None:
     start = time.monotonic()
     code, lines = run([python("hangs", HANGS), python("works", WORKS, share=5)], 12, tmp_path / "out")

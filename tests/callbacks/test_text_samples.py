@@ -44,6 +44,7 @@ def test_each_validation_leaves_one_sample_that_begins_with_the_prompt(
     assert capsys.readouterr().out.count("epoch 2, step") == 1
 
 
+@pytest.mark.slow
 def test_sampling_changes_no_weight(tmp_path: Path) -> None:
     assert_equal_states(state_of(fit(tmp_path, TextSamples())), state_of(fit(tmp_path)))
 

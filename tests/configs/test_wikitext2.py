@@ -106,6 +106,7 @@ def test_prompts_are_continued_in_their_order_and_the_same_each_time(trained: Pa
     assert first.out.index("the lobster") < first.out.index("a red claw eats")
 
 
+@pytest.mark.slow
 def test_temperature_and_seed_are_options(trained: Path) -> None:
     prompts = ("--data.prompts", '["the lobster"]', "--model.sample_tokens", 12)
     greedy = [ask(trained, *prompts, "--model.temperature", 0, "--model.sample_seed", seed).out for seed in (1, 2)]

@@ -109,6 +109,7 @@ def test_the_same_command_twice_at_once_makes_two_runs(tmp_path: Path) -> None:
     assert len(folders(tmp_path / "runs")) == 2
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_begins_again_in_its_folder(tmp_path: Path) -> None:
     options = (*AGA, *TINY)
     fit(tmp_path, *options, "--ckpt_path", "last", stop="SIGTERM:2")

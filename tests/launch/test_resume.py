@@ -102,6 +102,7 @@ def test_a_finished_run_is_not_resumed(tmp_path: Path) -> None:
     assert "starting a new one" in fit(tmp_path, *again, stop="SIGTERM:1").out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [(5,), slow(range(1, 10))], ids=["some", "all"])
 def test_stopping_in_every_step_changes_nothing(steps: Iterable[int], tmp_path: Path) -> None:
     options = (*GROKKING, *MODES["aga"], "--trainer.max_epochs", 5, "--model.accumulate_grad_batches", 3)

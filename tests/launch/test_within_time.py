@@ -204,6 +204,7 @@ class Deaf:
         return Outcome(-1, None, {})
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_save_in_time_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
