@@ -320,17 +320,7 @@ class ARS2Neo(TwoPassOptimizer):
         energies = None
         if group["geometry"]:
             energies = maybe_compile(updates.frobenius_norms)(directions, self._shards)
-            updates.orthogonalize_(
-                directions,
-                flatten=group["flatten"],
-                steps=group["ns_steps"],
-                coefficients=group["ns_coefficients"],
-                dtype=validation.DTYPES[group["ns_dtype"]],
-                algorithm=group["ns_algorithm"],
-                layout=self._layout,
-                maybe_compile=maybe_compile,
-                shapes=batch.shapes,
-            )
+            self._orthogonalize_(group, batch, directions)
         self._apply(group, batch, directions, energies)
 
     def diagnostics(self) -> dict[str, float]:

@@ -120,17 +120,7 @@ class Muon(TrackedOptimizer):
         directions: Tensors = maybe_compile(updates.momentum_update_)(
             batch.grads, buffers, group["momentum"], nesterov=nesterov
         )
-        updates.orthogonalize_(
-            directions,
-            flatten=group["flatten"],
-            steps=group["ns_steps"],
-            coefficients=group["ns_coefficients"],
-            dtype=validation.DTYPES[group["ns_dtype"]],
-            algorithm=group["ns_algorithm"],
-            layout=self._layout,
-            maybe_compile=maybe_compile,
-            shapes=batch.shapes,
-        )
+        self._orthogonalize_(group, batch, directions)
         shapes = [updates.stack_shape(shape, group["flatten"]) for shape in batch.shapes]
         scales = [math.sqrt(max(1.0, shape[1] / shape[2])) for shape in shapes]
         self._apply(group, batch, directions, scales)

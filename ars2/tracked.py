@@ -353,6 +353,20 @@ class TrackedOptimizer(Optimizer):
         """Return the wrapper for functions that work on the tensors of ``group``."""
         return self._compilers.setdefault(id(group), Compiler()) if self._compile else eager
 
+    def _orthogonalize_(self, group: dict[str, Any], batch: Batch, directions: updates.Tensors) -> None:
+        """Orthogonalize the directions of a batch of matrices in place, by the options of ``group``."""
+        updates.orthogonalize_(
+            directions,
+            flatten=group["flatten"],
+            steps=group["ns_steps"],
+            coefficients=group["ns_coefficients"],
+            dtype=validation.DTYPES[group["ns_dtype"]],
+            algorithm=group["ns_algorithm"],
+            layout=self._layout,
+            maybe_compile=self._maybe_compile(group),
+            shapes=batch.shapes,
+        )
+
     def _chunks(self, batch: Batch) -> Iterable[Batch]:
         """Return the chunks of a batch; a compiled step fuses the complete batch."""
         return batch.chunks() if not self._compile else [batch] if batch.params else []
