@@ -83,6 +83,11 @@ def unpacked_path(folder: Folder) -> Path:
     return folder if isinstance(folder, Path) else Path(str(folder.root.filename)).parent / folder.at
 
 
+def unpack_command(archive: Path) -> str:
+    """Return the shell command that unpacks an archive in place."""
+    return f"python -m zipfile -e {archive} {archive.parent}"
+
+
 def pack(folder: Path, file: Path) -> int:
     """Pack every run folder at or below ``folder`` into ``file``.
 
@@ -118,9 +123,9 @@ def main() -> int:
         try:
             found = list(find([folder]))
             if packed := [run for run in found if isinstance(run, zipfile.Path)]:
+                archive = Path(packed[0].root.filename or "")
                 raise ValueError(
-                    f"{packed[0]} is packed and not on disk: unpack {packed[0].root.filename} first"
-                    f" (python -m zipfile -e {packed[0].root.filename} {Path(packed[0].root.filename or '').parent})"
+                    f"{packed[0]} is packed and not on disk: unpack {archive} first ({unpack_command(archive)})"
                 )
             if not any(run.is_dir() for run in found):
                 raise ValueError(f"there is no run in {folder}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from analysis import plots
 from analysis.ablation import ablations
-from analysis.archive import unpacked_path
+from analysis.archive import unpack_command, unpacked_path
 from analysis.flatness import MEASURES, flatness
 from analysis.results import baseline, milestones, pairs, published, results, step_cost, to_target
 from analysis.rows import Group, Row, check_names, group
@@ -210,7 +210,7 @@ def _runs(group: Group) -> Table:
     ]
     folders = [run.folder for row in group.rows for run in row.runs.values()]
     archives = {Path(folder.root.filename or "") for folder in folders if isinstance(folder, zipfile.Path)}
-    unpack = [f"python -m zipfile -e {archive} {archive.parent}" for archive in sorted(archives)]
+    unpack = [unpack_command(archive) for archive in sorted(archives)]
     notes = [f"First unpack the runs: {', '.join(unpack)}"] if unpack else []
     notes += [f"Protocol {group.digest}: " + ", ".join(f"{key} {value}" for key, value in group.protocol.items())]
     return Table("Runs, and the command that repeats each", ["row", "seed", "epochs", "command"], lines, notes)

@@ -17,6 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
+from analysis.archive import ARCHIVE, unpack_command
 from launch import trial
 from launch.sweep_specification import Dimension, OptimizerSpec, Sweep
 
@@ -83,10 +84,10 @@ class Search:
     ) -> None:
         self.sweep, self.folder, self.context, self.report, self.runner = sweep, folder, context, report, runner
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "runs.zip").is_file() and not any(folder.glob("*/*/config.yaml")):
+        archive = folder / ARCHIVE
+        if archive.is_file() and not any(folder.glob("*/*/config.yaml")):
             raise ValueError(
-                f"the runs of {folder} are packed: unpack them with python -m zipfile -e {folder}/runs.zip {folder}, or"
-                " name another folder"
+                f"the runs of {folder} are packed: unpack them with {unpack_command(archive)}, or name another folder"
             )
         for leftover in folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
