@@ -1,9 +1,8 @@
 """The pages in docs/ agree with the code.
 
-Rooms and their imports, features and their tests, commands and configs are checked.
+Features and their tests, commands and configs are checked; tests/test_rooms.py checks the map of the rooms.
 """
 
-import ast
 import importlib.util
 import re
 import shlex
@@ -20,7 +19,6 @@ from launch import sweep_specification
 from tests.helpers.commands import ROOT, call
 
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
-ROOMS = dict(re.findall(r"^\| `(\w+)/` \| .* \| (.*?) ?\|$", PAGES["house"].split("Three commands")[0], re.M))
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -36,28 +34,6 @@ def commands(program: str) -> list[list[str]]:
     lines = [line for page in PAGES for line in "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()]
     words = [shlex.split(re.sub(r"\|\|.*", "", line), comments=True) for line in lines if program in line]
     return [line[line.index(program) + 1 :] for line in words if program in line]
-
-
-def imports(room: str) -> set[str]:
-    """Return the modules that the files of a room import from other rooms."""
-    found = set()
-    for path in (ROOT / room).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found |= {name for name in names if name.partition(".")[0] in set(ROOMS) - {room}}
-    return found
-
-
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_what_the_map_allows(room: str) -> None:
-    assert len(ROOMS) == 9
-    if ROOMS[room] != "every room":
-        allowed = [name.strip("`") for name in re.findall(r"`[\w.]+`", ROOMS[room])]
-        assert not {name for name in imports(room) if not any(f"{name}.".startswith(f"{one}.") for one in allowed)}
-        # The map names no import that does not exist.
-        assert all(any(f"{name}.".startswith(f"{one}.") for name in imports(room)) for one in allowed)
 
 
 @pytest.mark.parametrize("page", ["precision_and_faults", "several_processes"])
