@@ -177,14 +177,14 @@ class TwoPassModule(ResumableModule):
         wrapped: Any = self.optimizers()
         # Only step() may be called on Lightning's wrapper. Its other methods would act on the wrapper itself.
         optimizer = wrapped.optimizer
-        two_pass = hasattr(optimizer, "wants_second_pass")
+        two_pass = hasattr(optimizer, "wants_second_pass") and not getattr(optimizer, "never_two_pass", False)
         if self.between_steps:
             optimizer.zero_grad()
             self._record.begin(self.network)
             self._restore_metrics = snapshot(metric for _, metric in self._train_metrics())
         weight = self._weight(batch)
         self._batches_so_far += 1
-        if two_pass and not getattr(optimizer, "never_two_pass", False):
+        if two_pass:
             self._window.append((batch, weight, random_state(self.device)))
         is_last = self._batches_so_far == self.accumulate_grad_batches or self.trainer.is_last_batch
         loss = self.checked_loss(batch, self.train_metrics)
@@ -195,15 +195,18 @@ class TwoPassModule(ResumableModule):
         if not is_last:
             return loss.detach()
         passes = 1
-        scale = 1.0 if self._scaler is None or not two_pass else self._scaler.get_scale()
         if two_pass and self.clip_first_pass and self.gradient_clip_val is not None:
+            scale = 1.0 if self._scaler is None else self._scaler.get_scale()
             self.clip_gradients(optimizer, self.gradient_clip_val * scale, self.gradient_clip_algorithm)
-        if two_pass and self._wants_second_pass(optimizer, scale):
+        if two_pass and self._wants_second_pass(optimizer):
             self._second_pass(optimizer)
             passes = 2
         self._close_window()
         self.gradient_evaluations += passes
-        if self._agree(self._record.is_finite(optimizer)):
+        nonfinite, stop = self._on_any_rank(~self._record.is_finite(optimizer), self.stop_asked)
+        if self.trainer.world_size > 1:
+            self.stop_agreed = stop
+        if not nonfinite:
             wrapped.step()
             self._skipped_in_a_row = 0
             if self.scheduler_interval == "step":
@@ -252,27 +255,26 @@ class TwoPassModule(ResumableModule):
         with strategy.block_backward_sync() if blocked else nullcontext():
             self.manual_backward(loss / self.accumulate_grad_batches)
 
-    def _wants_second_pass(self, optimizer: Any, scale: float) -> bool:
-        wanted: bool = optimizer.wants_second_pass(scale)
-        if getattr(optimizer, "decides_alike", False):
+    def _wants_second_pass(self, optimizer: Any) -> bool:
+        wanted: bool = optimizer.wants_second_pass()
+        if getattr(optimizer, "decides_alike", False) or getattr(optimizer, "always_two_pass", False):
             return wanted
         # All ranks must agree, or the next collective deadlocks.
-        return self.trainer.strategy.reduce_boolean_decision(wanted, all=False)
+        return self._on_any_rank(wanted)[0]
 
-    def _agree(self, finite: Tensor) -> bool:
-        """Return whether the step is finite on all processes.
+    def _on_any_rank(self, *flags: Tensor | bool) -> list[bool]:
+        """Return for each flag whether it is set on any rank.
 
-        The same reduction reports whether any was asked to stop. The device is read once.
+        All flags take one reduction, and one read of the device.
         """
         if self.trainer.world_size == 1:
-            return bool(finite)
-        # torch.full fills on the device. torch.tensor would copy from the host and synchronise.
-        flags = torch.full((2,), float(self.stop_asked), device=finite.device)
-        flags[0] = ~finite
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-        nonfinite, stop = flags.tolist()
-        self.stop_agreed = bool(stop)
-        return not nonfinite
+            return [bool(flag) for flag in flags]
+        packed = torch.zeros(len(flags), device=self.device)
+        for index, flag in enumerate(flags):
+            # fill_ copies from the device, or passes a number to the kernel. Neither synchronises.
+            packed[index].fill_(flag)
+        torch.distributed.all_reduce(packed, torch.distributed.ReduceOp.MAX)
+        return [bool(flag) for flag in packed.tolist()]
 
     def _weight(self, batch: Any) -> Tensor | float:
         """Return the weight of this process' mean loss in the mean over the batch.

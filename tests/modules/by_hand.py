@@ -79,15 +79,14 @@ class Loop:
 
     def _step(self, members: list[Any]) -> bool:
         """Return whether there was an update."""
-        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         before = [buffer.clone() for buffer in self.network.buffers()]
         self.optimizer.zero_grad()
         self._passes(members)
         statistics = [buffer.clone() for buffer in self.network.buffers()]
         if isinstance(self.optimizer, ARS2Neo):
             if self.clip_first_pass:
-                self._clip(scale)
-            if self.optimizer.wants_second_pass(scale):
+                self._clip(1.0 if self.scaler is None else self.scaler.get_scale())
+            if self.optimizer.wants_second_pass():
                 self.optimizer.perturb()
                 self._passes(members)
                 self.optimizer.restore()

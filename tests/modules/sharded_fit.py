@@ -35,6 +35,7 @@ STEPS, HALF = 16, 6  # the half is in the middle of an epoch of 4 batches
 MEASURED = ("cost/training_seconds", "cost/flops")
 # A network with BatchNorm cannot be sharded; text in full batches is the case of sums again.
 NOT_EVALUATED = ("images", "packed")
+COUNTED = ("muon", "base", "aga", "accumulated")
 Run = tuple[str, dict[str, Any]]
 
 
@@ -194,7 +195,7 @@ def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, Run
         results = {label: fit(name, ranks, folder=folder / label, **options) for label, (name, options) in runs.items()}
         if text is not None:
             results["text"] = read(ranks, text)
-            results["exchanged"] = exchanges.count(folder, ranks, strategy)
+            results["exchanged"] = exchanges.count(folder, ranks, strategy, COUNTED)
             results["stopped"] = exchanges.stop(folder, ranks, strategy)
             results["evaluated"] = evaluations.evaluate(text, NOT_EVALUATED, ranks, strategy)
             results["refused"] = refusals(ranks)

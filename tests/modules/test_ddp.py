@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.commands import ROOT
 from tests.helpers.launching import launch
-from tests.modules import ddp_fit, evaluations
+from tests.modules import ddp_fit, evaluations, exchanges, small_task
 from tests.modules.ddp_fit import OPTIONS, STEPS, fit
 
 Results = dict[str, dict[str, Any]]
@@ -40,9 +41,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(text: Path) -> Results:
+def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     results = {label: fit(name, **options) for label, (name, options) in {**MODES, **VARIANTS}.items()}
-    return {**results, "evaluated": evaluations.evaluate(text)}
+    exchanged = exchanges.count(tmp_path_factory.mktemp("one"), 1, lambda ranks: "auto")
+    return {**results, "evaluated": evaluations.evaluate(text), "exchanged": exchanged}
 
 
 def worst(actual: Results, other: Results, label: str) -> float:
@@ -95,28 +97,55 @@ def test_two_processes_evaluate_and_predict_like_one(two: list[Results], alone: 
     assert all(math.isfinite(value) for value in language.values())
 
 
-# Gradients, all in one bucket, and one reduction that says whether the step is finite and whether to stop.
-ONE_PASS, TWO_PASSES = {"all_reduce": 2}, {"all_reduce": 3}
-DIRECTIONS = {"all_gather": 1}
-PHI = {"broadcast": 1}
+# The fits behind the rows of the table in docs/several_processes.md.
+ROWS = {
+    "AdamW": "adamw",
+    "Muon": "muon",
+    **{f"`{name}`": name for name in small_task.OPTIMIZERS if name not in ("adamw", "muon")},
+    "`sync`, `local_first_pass`": "local",
+    "`sync`, a gradient scaler": "scaled",
+    "`base`, a different `batch_size()`": "other units",
+    "an optimizer that lacks `decides_alike`": "votes",
+}
+COLUMNS = ("all_reduce of gradients", "all_gather", "broadcast", "all_reduce", "read")
 
 
-def test_a_step_exchanges_its_gradients_and_one_number_more(two: list[Results]) -> None:
+def documented() -> dict[str, tuple[set[int], ...]]:
+    """Return the rows of the table, with the numbers that each cell allows."""
+    page = (ROOT / "docs" / "several_processes.md").read_text().split("### Operations of a step")[1].split("\n##")[0]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")][2:]
+    return {name: tuple({int(number) for number in cell.split(" or ")} for cell in cells) for name, *cells in rows}
+
+
+def assert_documented(steps: list[dict[str, int]], cells: tuple[set[int], ...], columns: tuple[str, ...]) -> None:
+    for step in steps:
+        assert not step.keys() - set(columns)
+        assert all(step.get(column, 0) in cell for column, cell in zip(columns, cells, strict=True)), (step, cells)
+
+
+def test_the_table_has_every_mode() -> None:
+    assert documented().keys() == ROWS.keys()
+    assert {*ROWS.values(), "accumulated"} == exchanges.FITS.keys()
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_step_makes_the_documented_operations(row: str, two: list[Results], alone: Results) -> None:
+    cells = documented()[row]
     for results in two:
-        steps = {label: [without_buffers(step) for step in steps] for label, steps in results["exchanged"].items()}
-        assert steps["muon"] == steps["base"] == [ONE_PASS | DIRECTIONS] * 4
+        assert_documented(results["exchanged"][ROWS[row]], cells, COLUMNS)
+    votes = ROWS[row] == "votes"  # with other processes only
+    assert_documented(alone["exchanged"][ROWS[row]], ({reads - votes for reads in cells[-1]},), ("read",))
+
+
+def test_a_step_averages_one_gradient_a_pass(two: list[Results]) -> None:
+    for exchanged in (results["exchanged"] for results in two):
         # Steps 5 to 8, of which the seventh is a third one.
-        assert steps["periodic"] == [(TWO_PASSES if t == 7 else ONE_PASS) | DIRECTIONS for t in range(5, 9)]
-        assert all(step in (ONE_PASS | DIRECTIONS | PHI, TWO_PASSES | DIRECTIONS | PHI) for step in steps["aga"])
-
-
-def without_buffers(step: dict[str, int]) -> dict[str, int]:
-    """Leave out the two broadcasts by which DDP rebuilds its buckets.
-
-    It makes them in one of a fit's first steps.
-    """
-    left = step | {"broadcast": step.get("broadcast", 0) - 2 * (step.get("broadcast", 0) >= 2)}
-    return {name: count for name, count in left.items() if count}
+        for label in ("periodic", "votes"):
+            assert [step["all_reduce of gradients"] for step in exchanged[label]] == [1, 1, 2, 1]
+        for label in ("aga", "random"):
+            assert {step["all_reduce of gradients"] for step in exchanged[label]} == {1, 2}
+    # Seed and step alone determine the draw.
+    assert two[0]["exchanged"]["random"] == two[1]["exchanged"]["random"]
 
 
 def test_nothing_is_logged_that_lightning_advises_to_reduce(two: list[Results]) -> None:
@@ -127,10 +156,11 @@ def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(two: list
     assert [results["stopped"] for results in two] == [{"steps": 3, "signal": signal.SIGTERM}] * 2
 
 
-def test_accumulated_gradients_are_exchanged_once_a_window_and_pass(two: list[Results]) -> None:
-    for results in two:
-        steps = [without_buffers(step) for step in results["exchanged"]["accumulated"]]
-        assert steps == [{}, {}, TWO_PASSES | DIRECTIONS, TWO_PASSES | DIRECTIONS]
+def test_a_batch_of_an_open_window_exchanges_and_reads_nothing(two: list[Results], alone: Results) -> None:
+    """Compare the batches that fill a window, the third and the last, with a plain step."""
+    assert alone["exchanged"]["accumulated"] == [{}, {}, {"read": 1}, {"read": 1}]
+    for exchanged in (results["exchanged"] for results in two):
+        assert exchanged["accumulated"] == [{}, {}, exchanged["sync"][-1], exchanged["sync"][-1]]
 
 
 def test_aga_makes_a_second_pass_at_some_steps_only(alone: Results) -> None:

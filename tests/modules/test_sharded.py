@@ -150,7 +150,7 @@ def test_two_processes_evaluate_and_predict_like_one(two: list[Results], alone: 
 # Whether the step is finite and whether to stop; the norms of the matrices' directions.
 FLAGS, NORMS = 1, 1
 # Gather parameters, reduce gradients, and send matrices to their owners and back.
-BASE = {"all_gather of parameters": 1, "reduce_scatter": 1, "all_to_all": 2, "all_reduce": FLAGS + NORMS}
+BASE = {"all_gather of parameters": 1, "reduce_scatter": 1, "all_to_all": 2, "all_reduce": FLAGS + NORMS, "read": 1}
 
 
 def test_a_step_reduces_one_number_besides_the_gradients(two: list[Results]) -> None:
@@ -162,6 +162,7 @@ def test_a_step_reduces_one_number_besides_the_gradients(two: list[Results]) -> 
         for step in exchanged["aga"]:
             second_pass = step["reduce_scatter"] == 2
             assert step["all_reduce"] in ((FLAGS + NORMS + 3,) if second_pass else (FLAGS + NORMS + 2,)), step
+            assert step["read"] == 2, step
 
 
 def test_nothing_is_logged_that_lightning_advises_to_reduce(two: list[Results]) -> None:
