@@ -116,9 +116,8 @@ class TwoPassModule(ResumableModule):
         # Whether this process was asked to stop, and whether any was at the last update. None with a single process.
         self.stop_asked = False
         self.stop_agreed: bool | None = None
-        # The number of batches in the open window, and those to repeat in a second pass with weights and random states
-        self._batches_so_far = 0
-        self._window: list[tuple[Any, Tensor | float, Callable[[], None]]] = []
+        # For each batch of the open window: batch, weight and random state, or None if no second pass repeats it
+        self._window: list[Any] = []
         self._record = StepRecord()
         self._is_second_pass = False
         self._restore_metrics: Callable[[], None] = lambda: None
@@ -155,11 +154,7 @@ class TwoPassModule(ResumableModule):
 
         Only then a checkpoint contains everything that training needs.
         """
-        return self._batches_so_far == 0
-
-    def _close_window(self) -> None:
-        self._window.clear()
-        self._batches_so_far = 0
+        return not self._window
 
     @property
     def _scaler(self) -> torch.amp.GradScaler | None:
@@ -183,10 +178,8 @@ class TwoPassModule(ResumableModule):
             self._record.begin(self.network)
             self._restore_metrics = snapshot(metric for _, metric in self._train_metrics())
         weight = self._weight(batch)
-        self._batches_so_far += 1
-        if two_pass:
-            self._window.append((batch, weight, random_state(self.device)))
-        is_last = self._batches_so_far == self.accumulate_grad_batches or self.trainer.is_last_batch
+        self._window.append((batch, weight, random_state(self.device)) if two_pass else None)
+        is_last = len(self._window) == self.accumulate_grad_batches or self.trainer.is_last_batch
         loss = self.checked_loss(batch, self.train_metrics)
         self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch))
         self._record.losses[0].append(loss.detach())
@@ -194,15 +187,13 @@ class TwoPassModule(ResumableModule):
         self._backward(loss * weight, sync=is_last and not local)
         if not is_last:
             return loss.detach()
-        passes = 1
         if two_pass and self.clip_first_pass and self.gradient_clip_val is not None:
             scale = 1.0 if self._scaler is None else self._scaler.get_scale()
             self.clip_gradients(optimizer, self.gradient_clip_val * scale, self.gradient_clip_algorithm)
-        if two_pass and self._wants_second_pass(optimizer):
+        if again := two_pass and self._wants_second_pass(optimizer):
             self._second_pass(optimizer)
-            passes = 2
-        self._close_window()
-        self.gradient_evaluations += passes
+        self._window.clear()
+        self.gradient_evaluations += 1 + again
         nonfinite, stop = self._on_any_rank(~self._record.is_finite(optimizer), self.stop_asked)
         if self.trainer.world_size > 1:
             self.stop_agreed = stop
@@ -358,7 +349,7 @@ class TwoPassModule(ResumableModule):
 
     def on_train_epoch_end(self) -> None:
         if not self.between_steps:  # training ended before the window was full
-            self._close_window()
+            self._window.clear()
             self._restore_metrics()
         self._log_epoch()
         if self.scheduler_interval == "epoch":
@@ -411,11 +402,11 @@ class TwoPassModule(ResumableModule):
             )
         if self.make_scheduler is None:
             return optimizer
-        scheduler = build_scheduler(optimizer, self.make_scheduler)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval},
-        }
+        scheduler = self.make_scheduler(optimizer)
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError("ReduceLROnPlateau needs a metric, which is not supported: use another scheduler")
+        interval = {"scheduler": scheduler, "interval": self.scheduler_interval}
+        return {"optimizer": optimizer, "lr_scheduler": interval}
 
 
 def build_optimizer(
@@ -425,9 +416,7 @@ def build_optimizer(
     matrix: Mapping[str, Any] | None,
     vector: Mapping[str, Any] | None,
 ) -> Optimizer:
-    """Return the optimizer of the network's parameter groups.
-
-    ``matrix`` and ``vector`` are options of one track.
+    """Return the optimizer of the network's groups, where a track may have options.
 
     Raises:
         ValueError: the optimizer lacks one of these options.
@@ -438,15 +427,3 @@ def build_optimizer(
         known = getattr(optimizer, "group_options", optimizer.defaults)
         check_known(options or {}, known, f"{type(optimizer).__name__} ({track} group)")
     return optimizer
-
-
-def build_scheduler(optimizer: Optimizer, make_scheduler: LRSchedulerCallable) -> LRScheduler:
-    """Return the scheduler.
-
-    Raises:
-        ValueError: the scheduler needs a metric.
-    """
-    scheduler = make_scheduler(optimizer)
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError("ReduceLROnPlateau needs a metric, which is not supported: use another scheduler")
-    return scheduler

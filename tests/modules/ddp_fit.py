@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules.batches import world
 from datamodules.modular_addition import ModularAdditionData
@@ -46,7 +47,7 @@ class Units(ModularAddition):
         return self.units * len(batch[0])
 
 
-def fit(name: str, ranks: int = 1, units: int = 0, **options: Any) -> dict[str, Any]:
+def fit(name: str, ranks: int = 1, units: int = 0, static_graph: bool = False, **options: Any) -> dict[str, Any]:
     """Train 16 steps.
 
     Return the state, the evaluations after each step and the logged metrics.
@@ -63,7 +64,7 @@ def fit(name: str, ranks: int = 1, units: int = 0, **options: Any) -> dict[str, 
         max_steps=STEPS,
         accelerator="cpu",
         devices=ranks,
-        strategy="ddp" if ranks > 1 else "auto",
+        strategy=DDPStrategy(static_graph=static_graph) if ranks > 1 else "auto",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

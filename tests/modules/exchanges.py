@@ -27,9 +27,12 @@ class CountsTokens(ModularAddition):
 
 
 class Votes(ARS2Neo):
-    """Lack the optional attributes of a two-pass optimizer."""
+    """Lack the optional attributes, and request second passes on the last rank alone."""
 
     never_two_pass = always_two_pass = decides_alike = False
+
+    def wants_second_pass(self, *arguments: Any) -> bool:
+        return super().wants_second_pass(*arguments) and os.environ.get("RANK", "1") == "1"
 
 
 # Options of the fits. Of four batches the last is a separate window where three accumulate.

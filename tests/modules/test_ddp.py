@@ -25,6 +25,8 @@ MODES = {name: (name, {}) for name in ("adamw", "muon", "sync", "aga")}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "accumulated and clipped": ("aga", {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}),
     "asked for sizes": ("sync", {"units": 3}),
+    # DDP records the graph in its first backward pass, in the middle of a window.
+    "accumulated, static graph": ("base", {"accumulate_grad_batches": 3, "static_graph": True}),
     "local": ("sync", {"local_first_pass": True}),
     "rounded": ("base", {"gather": "bfloat16"}),
 }
@@ -70,7 +72,7 @@ def assert_one(ranks: list[Results], label: str) -> None:
             assert torch.equal(value, ranks[0][label]["state"][name]), name
 
 
-@pytest.mark.parametrize("label", [*MODES, "accumulated and clipped", "asked for sizes"])
+@pytest.mark.parametrize("label", [*MODES, "accumulated and clipped", "asked for sizes", "accumulated, static graph"])
 def test_two_processes_train_like_one(label: str, two: list[Results], alone: Results) -> None:
     assert_one(two, label)
     assert_same_as_alone(two, alone, label)
