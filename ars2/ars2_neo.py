@@ -24,6 +24,7 @@ from torch import Tensor
 from ars2 import flatness, sharded_flatness, updates, validation
 from ars2.batch import Batch
 from ars2.capturable import to_device_
+from ars2.newton_schulz import Schedule
 from ars2.two_pass import StepState, TwoPassOptimizer
 from ars2.updates import Tensors
 
@@ -61,8 +62,9 @@ class ARS2Neo(TwoPassOptimizer):
         alpha: strength of the shear force that replaces the second gradient on one-pass steps. In ``"aga"`` it is
             multiplied by ``(1 + max(0, phi))^phi_gamma``.
         phi_beta, phi_lambda, phi_gamma: AGA's variance decay, threshold in standard deviations, and exponent.
-        ns_steps, ns_coefficients, ns_dtype: iterations, ``"jordan"`` or ``"polar_express"``, and the dtype of the
-            products (``"bfloat16"``, ``"float32"``, ``"float64"``).
+        ns_steps, ns_coefficients, ns_dtype: iterations; ``"jordan"``, ``"polar_express"``, or a list with (a, b, c) for
+            each iteration, of which the last repeats; and the dtype of the products (``"bfloat16"``, ``"float32"``,
+            ``"float64"``).
         energy, geometry: whether matrices use Adam's second moment, and Newton-Schulz. See above.
         ns_algorithm: ``"standard"``, ``"gram"``, or ``"auto"``, the faster one for each shape by measurement.
         probability, seed: of ``"random"``. The draws depend only on the seed and the step number.
@@ -110,7 +112,7 @@ class ARS2Neo(TwoPassOptimizer):
         phi_lambda: float = 2.0,
         phi_gamma: float = 2.0,
         ns_steps: int = 5,
-        ns_coefficients: str = "jordan",
+        ns_coefficients: Schedule = "jordan",
         ns_dtype: str = "bfloat16",
         ns_algorithm: str = "auto",
         probability: float = 0.1,

@@ -13,6 +13,7 @@ import torch
 
 from ars2 import updates, validation
 from ars2.batch import Batch
+from ars2.newton_schulz import Schedule
 from ars2.tracked import TrackedOptimizer
 from ars2.updates import Tensors
 
@@ -47,7 +48,7 @@ class Muon(TrackedOptimizer):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         ns_steps: int = 5,
-        ns_coefficients: str = "jordan",
+        ns_coefficients: Schedule = "jordan",
         ns_dtype: str = "bfloat16",
         ns_algorithm: str = "auto",
         betas: tuple[float, float] = (0.9, 0.95),

@@ -14,13 +14,16 @@ therefore runs in the next wider precision than the result, and recomputes A fro
 bound. For half precision A is computed from X in float32, which suffices for all five steps of "jordan".
 """
 
+import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from numbers import Real
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 Coefficients: TypeAlias = tuple[float, float, float]
+Schedule: TypeAlias = Sequence[Coefficients] | str
 
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -67,9 +70,26 @@ _BLOCKED_FROM_ROWS_FOR_HALF, _BLOCK_ROWS = 512, 256
 _CACHE_LINE = 64  # bytes
 
 
-def schedule(name: str, steps: int) -> list[Coefficients]:
+def checked(given: Any, name: str = "coefficients") -> Schedule:
+    """Return the name of a schedule, or triples as a tuple of tuples of floats.
+
+    Raises:
+        ValueError: anything else. The message starts with ``name``.
+    """
+    if isinstance(given, str) and given in COEFFICIENTS:
+        return given
+    triples = given if isinstance(given, (list, tuple)) else ()
+    numbers = [part for triple in triples if isinstance(triple, (list, tuple)) and len(triple) == 3 for part in triple]
+    real = all(isinstance(number, Real) and type(number) is not bool and math.isfinite(number) for number in numbers)
+    if not triples or len(numbers) != 3 * len(triples) or not real:
+        names = ", ".join(map(repr, COEFFICIENTS))
+        raise ValueError(f"{name} must be one of {names}, or a list of triples (a, b, c) of numbers, got {given!r}")
+    return tuple((float(a), float(b), float(c)) for a, b, c in triples)
+
+
+def schedule(given: Schedule, steps: int) -> list[Coefficients]:
     """Return the coefficients (a, b, c) of each of ``steps`` iterations."""
-    entries = COEFFICIENTS[name]
+    entries = COEFFICIENTS[given] if isinstance(given, str) else given
     return [entries[min(step, len(entries) - 1)] for step in range(steps)]
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ars2 import newton_schulz
-from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
+from ars2.newton_schulz import ALGORITHMS, Schedule
 
-_NORM_MARGIN = {"jordan": 1.0, "polar_express": newton_schulz.POLAR_EXPRESS_MARGIN}
 # Largest number of elements in a batch. On the CPU larger batches are not faster, since they leave the cache.
 MAX_NUMEL_ON_CPU = 1 << 20
 _MAX_NUMEL_ELSEWHERE = 1 << 26
@@ -25,7 +24,7 @@ _LEAST_FILLED_COLUMNS, _LEAST_FILLED_ROWS, _PADDED_TO_ROWS = 0.9, 0.875, 256
 def orthogonalize(
     x: Tensor,
     steps: int = 5,
-    coefficients: str = "jordan",
+    coefficients: Schedule = "jordan",
     dtype: torch.dtype = torch.bfloat16,
     algorithm: str = "auto",
 ) -> Tensor:
@@ -39,7 +38,7 @@ def orthogonalize(
     Args:
         x: a matrix (rows, cols) or a stack (..., rows, cols), of which every matrix is orthogonalised separately.
         steps: number of iterations, at least 1.
-        coefficients: ``"jordan"`` or ``"polar_express"``.
+        coefficients: ``"jordan"``, ``"polar_express"``, or (a, b, c) for each iteration, of which the last repeats.
         dtype: the dtype of the result and of the products with ``x``. ``"auto"`` multiplies in a wider one where that
             is faster.
         algorithm: ``"standard"``; ``"gram"``, the same iteration on the Gram matrix, for elongated matrices; or
@@ -60,8 +59,7 @@ def orthogonalize(
         raise ValueError(f"orthogonalize: dtype must be a floating-point one, got {dtype}")
     if steps < 1:
         raise ValueError(f"orthogonalize: steps must be at least 1, got {steps}")
-    if coefficients not in COEFFICIENTS:
-        raise ValueError(f"orthogonalize: coefficients must be one of {sorted(COEFFICIENTS)}, got {coefficients!r}")
+    coefficients = newton_schulz.checked(coefficients, "orthogonalize: coefficients")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"orthogonalize: algorithm must be one of {sorted(ALGORITHMS)}, got {algorithm!r}")
     if x.numel() == 0:
@@ -73,7 +71,7 @@ def orthogonalize(
 
 
 def _orthogonalize_wide(
-    stack: Tensor, steps: int, coefficients: str, dtype: torch.dtype, algorithm: str, overwrite: bool
+    stack: Tensor, steps: int, coefficients: Schedule, dtype: torch.dtype, algorithm: str, overwrite: bool
 ) -> Tensor:
     if stack.dtype in (torch.bfloat16, torch.float16):
         stack, overwrite = stack.float(), True
@@ -82,7 +80,8 @@ def _orthogonalize_wide(
     largest = torch.linalg.vector_norm(stack.detach(), ord=math.inf, dim=(-2, -1), keepdim=True)
     largest = torch.where(largest > 0, largest, 1.0)
     stack = stack.div_(largest) if overwrite and not stack.requires_grad else stack / largest
-    norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True).clamp_min(1.0) * _NORM_MARGIN[coefficients]
+    margin = newton_schulz.POLAR_EXPRESS_MARGIN if coefficients == "polar_express" else 1.0
+    norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True).clamp_min(1.0) * margin
     stack = stack / norm if stack.requires_grad else stack.div_(norm)
     steps_taken = newton_schulz.schedule(coefficients, steps)
     algorithm, products = _chosen(algorithm, stack.shape[1], stack.shape[2], dtype, stack.device)
@@ -110,7 +109,7 @@ def _chosen(
 def orthogonalize_all(
     stacks: Sequence[Tensor],
     steps: int,
-    coefficients: str,
+    coefficients: Schedule,
     dtype: torch.dtype,
     max_numel: int | None = None,
     algorithm: str = "auto",

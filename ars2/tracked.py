@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ars2 import capturable, updates, validation
+from ars2 import capturable, newton_schulz, updates, validation
 from ars2.batch import Batch
 from ars2.compiled import Compiler, MaybeCompile, eager
-from ars2.newton_schulz import ALGORITHMS, COEFFICIENTS
+from ars2.newton_schulz import ALGORITHMS
 from ars2.param_groups import LARGEST_MATRIX_DIMENSION, is_matrix
 from ars2.sharded import Shards, find_shards, like, local, same_layout
 from ars2.sharing import Replicas
@@ -55,7 +55,7 @@ class TrackedOptimizer(Optimizer):
         self._compilers: dict[int, Compiler] = {}
         self._exchange: list[Replicas | Shards | None] = [None]
         self._loaded: dict[Tensor, dict[str, Tensor]] | None = None
-        defaults = validation.plain_numbers({"track": "matrix", "flatten": False, **defaults})
+        defaults = _plain({"track": "matrix", "flatten": False, **defaults})
         self._check_host_options(defaults)
         super().__init__(params, {"step": 0, **defaults})
 
@@ -73,7 +73,7 @@ class TrackedOptimizer(Optimizer):
         validation.check_number(group, "eps", 0.0, open_minimum=True)
         validation.check_number(group, "weight_decay", 0.0)
         validation.check_integer(group, "ns_steps", 1)
-        validation.check_choice(group, "ns_coefficients", COEFFICIENTS)
+        newton_schulz.checked(group["ns_coefficients"], "ns_coefficients")
         validation.check_choice(group, "ns_dtype", validation.DTYPES)
         validation.check_choice(group, "ns_algorithm", ALGORITHMS)
 
@@ -140,7 +140,7 @@ class TrackedOptimizer(Optimizer):
 
     def _add_one_group(self, param_group: dict[str, Any]) -> None:
         params = param_group["params"]
-        group = validation.plain_numbers({**self.defaults, **param_group, "step": 0, "params": params})
+        group = _plain({**self.defaults, **param_group, "step": 0, "params": params})
         for name in self.main_counters:  # if this group is a copy of the first one
             group.pop(name, None)
         self._check_host_options(group)
@@ -521,6 +521,12 @@ def _laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
     if tensor.dtype == like.dtype and tensor.stride() == like.stride():
         return tensor
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device).copy_(tensor)
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's options as numbers and tuples that the safe loader of checkpoints accepts."""
+    coefficients = newton_schulz.checked(options["ns_coefficients"], "ns_coefficients")
+    return {**validation.plain_numbers(options), "ns_coefficients": coefficients}
 
 
 def _defaults_of(cls: type) -> dict[str, Any]:

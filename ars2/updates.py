@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ars2.compiled import MaybeCompile, eager
+from ars2.newton_schulz import Schedule
 from ars2.orthogonalize import orthogonalize_all
 from ars2.sharded import Shards
 from ars2.sharing import Replicas, orthogonalize_replicated, orthogonalize_sharded
@@ -182,7 +183,7 @@ def orthogonalize_(
     directions: Tensors,
     flatten: bool,
     steps: int,
-    coefficients: str,
+    coefficients: Schedule,
     dtype: torch.dtype,
     algorithm: str,
     layout: Replicas | Shards | None = None,

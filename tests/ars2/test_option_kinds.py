@@ -31,6 +31,18 @@ def test_numpy_numbers_are_accepted_and_saved_as_plain_ones(cls: type) -> None:
     assert [type(group[name]) for name in ("lr", "ns_steps", "weight_decay")] == [float, int, float]
 
 
+@pytest.mark.parametrize("cls", [ARS2Neo, Muon])
+def test_coefficients_may_be_lists_and_are_saved_as_tuples(cls: type) -> None:
+    given, saved = [[3, -4, 2.0], [np.float64(1.5), -0.5, 0]], ((3.0, -4.0, 2.0), (1.5, -0.5, 0.0))
+    optimizer = cls([{"params": vectors(1), "track": "vector"}], ns_coefficients=given)
+    optimizer.add_param_group({"params": vectors(1), "track": "vector", "ns_coefficients": given})
+    state = through_a_file(optimizer.state_dict())
+    assert [group["ns_coefficients"] for group in state["param_groups"]] == [saved, saved]
+    other = cls([{"params": vectors(1), "track": "vector"} for _ in range(2)])
+    other.load_state_dict(state)
+    assert other.param_groups[1]["ns_coefficients"] == saved
+
+
 @pytest.mark.parametrize("mode", ["base", "sync"])
 def test_a_capturable_learning_rate_may_be_a_tensor(mode: str) -> None:
     rate = torch.tensor(0.25)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ars2 import orthogonalize
-from ars2.orthogonalize import COEFFICIENTS, orthogonalize_all
+from ars2.newton_schulz import COEFFICIENTS
+from ars2.orthogonalize import orthogonalize_all
 from tests.ars2.reference import polar_factor, reference_newton_schulz
 
 SHAPES = [(6, 6), (24, 24), (4, 27), (40, 26), (26, 40), (128, 64), (1, 9), (9, 1)]
@@ -94,6 +95,16 @@ def test_polar_express_in_bfloat16_never_blows_up(steps: int) -> None:
         result = orthogonalize(random(rows, cols, dtype=torch.float32, seed=seed), steps, "polar_express")
         # Up to 2 on the way is by design.
         assert torch.linalg.matrix_norm(result.float(), 2) < (2.0 if steps < 5 else 1.2)
+
+
+@pytest.mark.parametrize("algorithm", ["standard", "gram"])
+def test_triples_are_applied_in_order_and_the_last_repeats(algorithm: str) -> None:
+    values, given = torch.tensor([0.8, 0.5, 0.3, 0.2], dtype=torch.float64), [[3.0, -4.0, 2.0], [1.5, -0.5, 0.0]]
+    expected = values / values.norm()
+    for a, b, c in [given[0], given[1], given[1]]:
+        expected = a * expected + b * expected**3 + c * expected**5
+    result = orthogonalize(with_singular_values(4, 9, values), 3, given, torch.float64, algorithm)  # type: ignore[arg-type]
+    torch.testing.assert_close(torch.linalg.svdvals(result), expected.sort(descending=True).values)
 
 
 def test_polar_express_brings_values_closer_than_jordan() -> None:

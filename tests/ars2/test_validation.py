@@ -39,7 +39,11 @@ COMMON: list[tuple[str, Any, str]] = [
     ("ns_steps", 0, "at least 1"),
     ("ns_steps", 2.5, "at least 1"),
     ("ns_coefficients", "keller", "one of 'jordan', 'polar_express'"),
-    ("ns_coefficients", [3.4, -4.8, 2.0], "one of 'jordan', 'polar_express'"),
+    ("ns_coefficients", [3.4, -4.8, 2.0], "one of 'jordan', 'polar_express', or a list of triples"),
+    ("ns_coefficients", [[3.4, -4.8, 2.0], [1.5, -0.5]], "list of triples"),
+    ("ns_coefficients", [[3.4, -4.8, INFINITY]], "list of triples"),
+    ("ns_coefficients", [["3.4", -4.8, 2.0]], "list of triples"),
+    ("ns_coefficients", [], "list of triples"),
     ("ns_dtype", "float16", "one of 'bfloat16', 'float32', 'float64'"),
     ("ns_dtype", torch.bfloat16, "one of 'bfloat16', 'float32', 'float64'"),
 ]
@@ -160,9 +164,10 @@ def test_the_ends_of_the_ranges_are_allowed(options: dict[str, Any]) -> None:
     assert param.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["mode", "phi_lambda", "ns_dtype"])
+@pytest.mark.parametrize("name", ["mode", "phi_lambda", "ns_dtype", "ns_coefficients"])
 def test_options_of_the_optimizer_may_not_differ_between_groups(name: str) -> None:
-    other = {"mode": "base", "k": 5, "ns_steps": 6, "ns_dtype": "float32", "seed": 9}.get(name, 0.77)
+    others: dict[str, Any] = {"mode": "base", "ns_dtype": "float32", "ns_coefficients": [[2, -1, 0]]}
+    other = others.get(name, 0.77)
     first, second = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
     with pytest.raises(ValueError, match=f"{name} .*groups"):
         ARS2Neo([{"params": [first]}, {"params": [second], name: other}], mode="aga")

@@ -140,6 +140,19 @@ def test_later_configs_override_earlier_ones(tmp_path: Path) -> None:
     assert (config["experiment"], options["rho"], options["k"], options["mode"]) == ("one", 0.5, 4, "aga")
 
 
+def test_a_config_may_state_the_coefficients_as_numbers(tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "model: {init_args: {optimizer: {init_args: {ns_coefficients: [[3, -4, 2.0], [1.5, -0.5, 0]]}}}}"
+    )
+    named, stated = printed(*AGA, *TINY), printed(*AGA, *TINY, "--config", overlay)
+    found = stated["model"]["init_args"]["optimizer"]["init_args"]
+    assert found["ns_coefficients"] == [[3.0, -4.0, 2.0], [1.5, -0.5, 0.0]]
+    assert RunIdentity(named).setting_digest != RunIdentity(stated).setting_digest
+    folder = fit(tmp_path, *AGA, *TINY, "--config", overlay)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"] == stated["model"]
+
+
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the run folder of a network that knows half of the sums below 7."""
