@@ -65,9 +65,9 @@ def test_a_wrong_head_is_an_error_with_the_nearest_name() -> None:
 
 
 def test_a_guessed_head_is_reported_as_guessed() -> None:
-    guessed = next(line for line in report(HeadFirst(), "hidden").splitlines() if "output head" in line)
-    assert "down.weight" in guessed and "a guess: name it with head=" in guessed
-    assert "guessed" not in report(HeadFirst(), "hidden", head="head")
+    guess = report(HeadFirst(), "hidden").splitlines()[-2]
+    assert "'down' is a guess" in guess and "head='down'" in guess
+    assert "guess" not in report(HeadFirst(), "hidden", head="head")
     with pytest.warns(UserWarning, match="'down'") as caught:
         param_groups(HeadFirst(), "hidden")
     assert len(caught) == 1 and caught[0].filename == __file__
@@ -221,7 +221,11 @@ class Peft(nn.Module):
 
 
 def adapters(model: nn.Module) -> set[str]:
-    return {item.name for item in assign(model, "hidden") if "lora_" in item.name and item.track == "matrix"}
+    """Return the names of LoRA's layers that are not taken for heads."""
+    layers = {name: module for name, module in model.named_modules() if "lora_" in name}
+    return {name for name, layer in layers.items() if isinstance(layer, nn.Linear)} - {
+        name for name, layer in layers.items() if layer in find_heads(model).modules
+    }
 
 
 def test_lora_matrices_are_no_heads() -> None:
