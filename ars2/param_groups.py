@@ -1,32 +1,35 @@
 """Decide which parameters are matrices.
 
-Their roles in the model decide, not their names. There are two policies. ``"all"`` takes every trainable parameter with
-two or more dimensions whose largest dimension is below 10,000. ``"hidden"``, recommended by Muon's authors, leaves out
-embeddings, output heads, normalisation gains, and bare parameters that are broadcast. The latter are those with a
-leading dimension of 1, as a vision transformer's position embeddings (1, N, D) and class token (1, 1, D), and those
-with at most one dimension above 1, as a layer scale (C, 1, 1). Weights of linear layers and convolutions are matrices
-whatever their shape.
+Their roles in the model decide, not their names, except for LoRA's factors. There are two policies. ``"all"`` takes
+every trainable parameter with two or more dimensions whose largest dimension is below 10,000. ``"hidden"``, recommended
+by Muon's authors, leaves out embeddings, output heads, normalisation gains, LoRA's A, and bare parameters that are
+broadcast. The latter are those with a leading dimension of 1, as a vision transformer's position embeddings (1, N, D)
+and class token (1, 1, D), and those with at most one dimension above 1, as a layer scale (C, 1, 1). Weights of linear
+layers and convolutions are matrices whatever their shape.
 """
 
+import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from operator import index
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
-from ars2.output_heads import Head, OutputHeads, find_heads
+from ars2.output_heads import Head, find_heads, unwrapped
 
 Policy = Literal["all", "hidden"]
+Splits = Mapping[str, int | Sequence[int]]
 LARGEST_MATRIX_DIMENSION = 10_000
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS_1D = (nn.Conv1d, nn.ConvTranspose1d)
-_NOT_HIDDEN = ("embedding", "tied embedding", "output head", "norm", "token or position", "bias or gain")
+_NOT_HIDDEN = ("embedding", "tied embedding", "output head", "norm", "token or position", "bias or gain", "LoRA A")
+_LORA = re.compile(r"\blora_(?:embedding_)?([AB])\b")
 
 
 def is_matrix(shape: Sequence[int]) -> bool:
@@ -35,10 +38,7 @@ def is_matrix(shape: Sequence[int]) -> bool:
 
 
 class Assignment(NamedTuple):
-    """Describe one trainable parameter.
-
-    Its fields are its name and role in the model, its track, the reason, and whether its kernel is flattened.
-    """
+    """Describe one trainable parameter. ``flatten`` and ``splits`` are options of its group."""
 
     name: str
     param: nn.Parameter
@@ -46,20 +46,21 @@ class Assignment(NamedTuple):
     track: str
     reason: str
     flatten: bool
+    splits: int | tuple[int, ...] | None = None
 
 
-def assign(model: nn.Module, policy: Policy = "all", head: Head | None = None) -> list[Assignment]:
+def assign(
+    model: nn.Module, policy: Policy = "all", head: Head | None = None, splits: Splits | None = None
+) -> list[Assignment]:
     """Assign every trainable parameter of ``model`` to a track.
 
-    The order is that of registration. A tied parameter appears once.
-
-    Raises:
-        TypeError: not a model.
-        ValueError: unknown policy or head, no trainable parameter, or a lazy parameter without a shape.
+    The order is that of registration. A tied parameter appears once. Arguments and errors are those of
+    :func:`param_groups`.
     """
     if policy not in ("all", "hidden"):
         raise ValueError(f"policy must be 'all' or 'hidden', got {policy!r}")
-    heads = find_heads(model, head)
+    heads, wrapped, splits = find_heads(model, head).modules, unwrapped(model), splits or {}
+    prefixes = [f"{name}." if name else "" for name, module in model.named_modules() if module in wrapped]
     owners: dict[nn.Parameter, list[nn.Module]] = {}
     names: dict[nn.Parameter, str] = {}
     for prefix, module in model.named_modules():
@@ -71,16 +72,38 @@ def assign(model: nn.Module, policy: Policy = "all", head: Head | None = None) -
                 names.setdefault(param, name)
     if not owners:
         raise ValueError("the model has no trainable parameter")
-    return [_assign_one(names[param], param, modules, heads, policy) for param, modules in owners.items()]
+    items, unmatched = [], set(splits)
+    for param, name in names.items():
+        role = _role(name, param, owners[param], heads)
+        track = "vector"
+        if param.ndim < 2:
+            reason = "fewer than two dimensions"
+        elif not is_matrix(param.shape):
+            reason = f"a dimension of {LARGEST_MATRIX_DIMENSION} or more"
+        elif policy == "hidden" and role in _NOT_HIDDEN:
+            reason = f"policy hidden leaves out every {role}"
+        else:
+            track, reason = "matrix", "two dimensions or more"
+        # Optimizers read these shapes as a stack of matrices, or as a matrix (kh, kw), unless they are flattened.
+        ambiguous = param.ndim == 3 or param.shape[:2] == (1, 1)
+        flatten = track == "matrix" and isinstance(owners[param][0], _CONVOLUTIONS) and ambiguous
+        item = Assignment(name, param, role, track, reason, flatten)
+        patterns = [p for p in splits if any(fnmatchcase(name.removeprefix(prefix), p) for prefix in prefixes)]
+        items.append(_split(item, splits[patterns[0]]) if patterns else item)
+        unmatched.difference_update(patterns)
+    if unmatched:
+        raise ValueError(f"splits: no parameter matches {sorted(unmatched)}: report(model) lists the names")
+    return items
 
 
-def _role(param: nn.Parameter, owners: list[nn.Module], heads: OutputHeads) -> str:
-    embeds = any(isinstance(owner, _EMBEDDINGS) for owner in owners)
+def _role(name: str, param: nn.Parameter, owners: list[nn.Module], heads: frozenset[nn.Module]) -> str:
     if param.ndim < 2:
         return "norm" if isinstance(owners[0], _NORMS) else "bias or gain"
-    if embeds:
+    if factor := _LORA.search(name):
+        return f"LoRA {factor[1]}"
+    if any(isinstance(owner, _EMBEDDINGS) for owner in owners):
         return "tied embedding" if len(owners) > 1 else "embedding"
-    if any(owner in heads.modules for owner in owners):
+    if not heads.isdisjoint(owners):
         return "output head"
     if isinstance(owners[0], _NORMS):
         return "norm"
@@ -94,22 +117,18 @@ def _role(param: nn.Parameter, owners: list[nn.Module], heads: OutputHeads) -> s
     return "stack" if param.ndim == 3 else "hidden"
 
 
-def _assign_one(
-    name: str, param: nn.Parameter, owners: list[nn.Module], heads: OutputHeads, policy: Policy
-) -> Assignment:
-    role = _role(param, owners, heads)
-    if param.ndim < 2:
-        track, reason = "vector", "fewer than two dimensions"
-    elif not is_matrix(param.shape):
-        track, reason = "vector", f"a dimension of {LARGEST_MATRIX_DIMENSION} or more"
-    elif policy == "hidden" and role in _NOT_HIDDEN:
-        track, reason = "vector", f"policy hidden leaves out every {role}"
-    else:
-        track, reason = "matrix", "two dimensions or more"
-    if role == "output head" and heads.guessed is not None:
-        reason += "; the head is a guess: name it with head="
-    flatten = track == "matrix" and param.ndim == 3 and isinstance(owners[0], _CONVOLUTIONS_1D)
-    return Assignment(name, param, role, track, reason, flatten)
+def _split(item: Assignment, blocks: int | Sequence[int]) -> Assignment:
+    """Return ``item`` with its rows split into ``blocks``."""
+    splits = tuple(map(index, blocks)) if isinstance(blocks, Sequence) else index(blocks)
+    rows, what = item.param.shape[:1].numel(), f"splits: parameter {item.name} of shape {tuple(item.param.shape)}"
+    counts = splits if isinstance(splits, tuple) else (rows // max(splits, 1),) * splits
+    if item.track == "vector":
+        raise ValueError(f"{what} is on the vector track ({item.reason}): match matrices only")
+    if item.param.ndim > 2:
+        raise ValueError(f"{what} is not a matrix (rows, cols): match weights of two dimensions only")
+    if min(counts, default=0) < 1 or sum(counts) != rows:
+        raise ValueError(f"{what} cannot be split into {splits}: give a divisor of {rows}, or row counts of this sum")
+    return item._replace(reason=f"{item.reason}, split into {len(counts)} blocks", splits=splits)
 
 
 def param_groups(
@@ -119,6 +138,7 @@ def param_groups(
     vector: Mapping[str, Any] | None = None,
     head: Head | None = None,
     named: bool = True,
+    splits: Splits | None = None,
 ) -> list[dict[str, Any]]:
     """Build the parameter groups of ``model`` for any optimizer.
 
@@ -132,43 +152,53 @@ def param_groups(
             <ars2.output_heads.find_heads>` finds it. Policy ``"hidden"`` warns if that is a guess.
         named: whether the groups contain (name, parameter) pairs, by which errors and checkpoints name a parameter.
             ``False`` gives plain parameters, for users that accept no pairs, such as ``ZeroRedundancyOptimizer``.
+        splits: fused weights, whose row blocks are updated as separate matrices. The keys are patterns of parameter
+            names, as in ``{"*.qkv.weight": 3}``, the values numbers of equal blocks, or the rows of each block. The
+            first pattern that matches decides.
 
     Returns:
-        One group for each track that has parameters. The kernels of 1-D convolutions, which are flattened, form a
-        separate group.
+        One group for each track that has parameters. Kernels that are flattened, such as those of 1-D convolutions,
+        form a separate group, as do weights with the same splits.
 
     Raises:
         TypeError: not a model, such as ``model.parameters()``.
-        ValueError: as :func:`assign`, or an option that the groups set themselves.
+        ValueError: unknown policy or head, no trainable parameter, a lazy parameter without a shape, ``splits`` that do
+            not fit, or an option that the groups set themselves.
     """
     for track, options in (("matrix", matrix), ("vector", vector)):
-        if reserved := {"params", "track", "flatten"} & set(options or {}):
+        if reserved := {"params", "track", "flatten", "splits"} & set(options or {}):
             raise ValueError(f"options of the {track} track may not contain {sorted(reserved)}: the policy sets these")
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    if policy == "hidden" and head is None and (guessed := find_heads(model).guessed) is not None:
-        warnings.warn(
-            f"param_groups() guesses that the output head is {guessed!r}, the last registered linear layer: confirm it"
-            f" with head={guessed!r}, or name another module",
-            stacklevel=2,
-        )
-    for item in assign(model, policy, head):
-        options = matrix if item.track == "matrix" else vector
-        group = groups.setdefault((item.track, item.flatten), {"params": [], "track": item.track, **(options or {})})
-        if item.flatten:
-            group["flatten"] = True
+    if policy == "hidden" and (warning := _guess(model, head)):
+        warnings.warn(warning, stacklevel=2)
+    groups: dict[Any, dict[str, Any]] = {}
+    for item in assign(model, policy, head, splits):
+        key = {"track": item.track, "flatten": item.flatten, "splits": item.splits}
+        options = {name: value for name, value in key.items() if value}
+        options |= (matrix if item.track == "matrix" else vector) or {}
+        group = groups.setdefault(tuple(key.values()), {"params": [], **options})
         group["params"].append((item.name, item.param) if named else item.param)
     return list(groups.values())
 
 
-def report(model: nn.Module, policy: Policy = "all", head: Head | None = None) -> str:
-    """Return a table of tracks and reasons, one line a parameter, totals last."""
-    items = assign(model, policy, head)
+def report(model: nn.Module, policy: Policy = "all", head: Head | None = None, splits: Splits | None = None) -> str:
+    """Return a table of tracks and reasons, one line a parameter, the share of each track last."""
+    items = assign(model, policy, head, splits)
     rows = [("track", "role", "shape", "parameter", "reason")]
     rows += [(i.track, i.role, "x".join(map(str, i.param.shape)), i.name, i.reason) for i in items]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
-    tensors, numbers = Counter(i.track for i in items), Counter[str]()
-    for item in items:
-        numbers[item.track] += item.param.numel()
-    totals = ", ".join(f"{track} {tensors[track]} tensors, {numbers[track]:,} numbers" for track in sorted(tensors))
-    return "\n".join([*lines, f"policy {policy}: {totals}"])
+    lines += filter(None, [_guess(model, head)])
+    shares = []
+    for track in sorted({item.track for item in items}):
+        numels = [item.param.numel() for item in items if item.track == track]
+        percent = 100 * sum(numels) / sum(item.param.numel() for item in items)
+        shares.append(f"{track} {len(numels)} tensors, {sum(numels):,} numbers ({percent:.1f} %)")
+    return "\n".join([*lines, f"policy {policy}: {', '.join(shares)}"])
+
+
+def _guess(model: nn.Module, head: Head | None) -> str:
+    """Return a sentence about a guessed head, or nothing."""
+    name = find_heads(model).guessed if head is None else None
+    if name is None:
+        return ""
+    return f"the output head {name!r} is a guess, the last linear layer: confirm it by head={name!r}, or name another"

@@ -112,6 +112,37 @@ def test_hidden_leaves_out_parameters_that_are_broadcast() -> None:
     assert {track for _, track in roles(VisionTransformer(), "all").values()} == {"matrix"}
 
 
+class Adapted(nn.Module):
+    """Have LoRA's factors as peft stores them, and one pair as bare parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Module()
+        self.linear.lora_A = nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
+        self.linear.lora_B = nn.ModuleDict({"default": nn.Linear(2, 6, bias=False)})
+        self.convolution = nn.Module()
+        self.convolution.lora_A = nn.ModuleDict({"default": nn.Conv2d(3, 2, 3, bias=False)})
+        self.convolution.lora_B = nn.ModuleDict({"default": nn.Conv2d(2, 4, 1, bias=False)})
+        self.tokens = nn.Module()
+        self.tokens.lora_embedding_A = nn.ParameterDict({"default": nn.Parameter(torch.zeros(1, 50))})
+        self.tokens.lora_embedding_B = nn.ParameterDict({"default": nn.Parameter(torch.zeros(8, 1))})
+        self.bare = nn.Linear(8, 8)
+        self.bare.lora_A = nn.Parameter(torch.zeros(2, 8))
+        self.bare.lora_B = nn.Parameter(torch.zeros(8, 2))
+
+
+def test_only_b_of_the_factors_of_lora_is_hidden() -> None:
+    found = {name: factor for name, factor in roles(Adapted(), "hidden").items() if "lora" in name}
+    expected = {"A": ("LoRA A", "vector"), "B": ("LoRA B", "matrix")}
+    assert found == {
+        name: expected[name.removesuffix(".default.weight").removesuffix(".default")[-1]] for name in found
+    }
+    assert len(found) == 8
+    reason = next(item.reason for item in assign(Adapted(), "hidden") if item.role == "LoRA A")
+    assert reason == "policy hidden leaves out every LoRA A"
+    assert {track for name, (_, track) in roles(Adapted(), "all").items() if "lora" in name} == {"matrix"}
+
+
 def test_without_a_declaration_the_last_linear_layer_is_the_head() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.BatchNorm1d(5))
     assert {name: role for name, (role, _) in roles(model).items()} == {
@@ -172,6 +203,93 @@ def test_kernels_of_one_dimension_have_a_group_that_is_flattened() -> None:
     assert stacked["track"] == "matrix" and "flatten" not in stacked
 
 
+@pytest.mark.parametrize(
+    "kernel", [nn.Conv2d(1, 1, 3), nn.Conv3d(1, 1, 2), nn.ConvTranspose2d(1, 1, 3), nn.Conv1d(1, 1, 5)]
+)
+def test_kernels_of_a_single_channel_are_flattened(kernel: nn.Module) -> None:
+    model = nn.ModuleList([kernel, nn.Conv2d(1, 4, 3), nn.Conv2d(4, 1, 3)])
+    flattened = [group for group in param_groups(model) if group.get("flatten")]
+    assert [[name for name, _ in group["params"]] for group in flattened] == [["0.weight"]]
+    model = nn.ParameterList([torch.zeros(1, 1, 4, 6)])  # may be the matrix (4, 6)
+    assert not any("flatten" in group for group in param_groups(model))
+
+
+class Attention(nn.Module):
+    """Have fused weights: equal blocks, grouped queries, a stack and a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.MultiheadAttention(8, 2)
+        self.second = nn.MultiheadAttention(8, 2)
+        self.grouped = nn.Linear(8, 16)
+        self.experts = nn.Parameter(torch.zeros(2, 6, 8))
+        self.kernel = nn.Conv1d(2, 6, 3)
+        self.plain = nn.Linear(8, 9)
+
+
+SPLITS = {"*.in_proj_weight": 3, "grouped.weight": [8, 4, 4]}
+
+
+@pytest.mark.parametrize("wrapper", [lambda model: model, nn.DataParallel, torch.compile])
+def test_fused_weights_have_groups_with_their_blocks(wrapper: Any) -> None:
+    model = wrapper(Attention())
+    options = {"splits": SPLITS, "head": [], "matrix": {"lr": 0.1}}
+    groups = {group["splits"]: group for group in param_groups(model, "hidden", **options) if "splits" in group}
+    names = {splits: [name for name, _ in group["params"]] for splits, group in groups.items()}
+    prefix = next(iter(names[(8, 4, 4)])).removesuffix("grouped.weight")
+    assert names == {
+        3: [f"{prefix}first.in_proj_weight", f"{prefix}second.in_proj_weight"],
+        (8, 4, 4): [f"{prefix}grouped.weight"],
+    }
+    assert all(group["track"] == "matrix" and group["lr"] == 0.1 for group in groups.values())
+    reasons = {item.name: item.reason for item in assign(model, splits=SPLITS)}
+    assert reasons[f"{prefix}grouped.weight"].endswith("split into 3 blocks")
+    assert "split" not in reasons[f"{prefix}plain.weight"]
+    assert report(model, splits=SPLITS).count("split into 3 blocks") == 3
+
+
+def test_fused_weights_leave_the_other_groups_as_they_are() -> None:
+    def names(splits: Any) -> list[list[str]]:
+        groups = param_groups(Attention(), splits=splits)
+        fused = {"first.in_proj_weight", "second.in_proj_weight", "grouped.weight"}
+        found = [[name for name, _ in group["params"] if name not in fused] for group in groups]
+        return [group for group in found if group]
+
+    assert names(SPLITS) == names(None) and len(names(None)) == 3
+    assert not any("splits" in group for group in param_groups(Attention()))
+
+
+def test_the_first_pattern_that_matches_decides() -> None:
+    splits = {"first.*weight": 2, "*.in_proj_weight": 3}
+    found = {item.name: item.splits for item in assign(Attention(), splits=splits)}
+    assert found["first.in_proj_weight"] == 2 and found["second.in_proj_weight"] == 3
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"*.qkv.weight": 3}, r"no parameter matches \['\*\.qkv\.weight'\]"),
+        ({"grouped.*": 2}, r"grouped\.bias of shape \(16,\) .*vector track \(fewer than two dimensions\)"),
+        ({"plain.weight": 2}, r"plain\.weight of shape \(9, 8\) .*into 2: .*divisor of 9"),
+        ({"plain.weight": 0}, "into 0"),
+        ({"grouped.weight": (8, 4)}, r"into \(8, 4\): .*16, or row counts of this sum"),
+        ({"grouped.weight": (17, -1)}, r"into \(17, -1\)"),
+        ({"grouped.weight": []}, r"into \(\)"),
+        ({"experts": 2}, r"experts of shape \(2, 6, 8\) .*two dimensions"),
+        ({"kernel.weight": 3}, r"kernel\.weight .*two dimensions"),
+    ],
+)
+@pytest.mark.parametrize("function", [param_groups, report])
+def test_splits_that_do_not_fit_are_errors(splits: Any, message: str, function: Any) -> None:
+    with pytest.raises(ValueError, match=f"splits: .*{message}"):
+        function(Attention(), splits=splits)
+
+
+def test_a_fused_output_head_is_not_split_under_policy_hidden() -> None:
+    with pytest.raises(ValueError, match=r"plain\.weight .*policy hidden leaves out every output head"):
+        param_groups(Attention(), "hidden", head="plain", splits={"plain.weight": 3})
+
+
 def test_options_go_to_the_groups_of_their_track() -> None:
     groups = param_groups(Network(), "hidden", matrix={"lr": 0.1, "betas": (0.8, 0.9)}, vector={"weight_decay": 0.0})
     assert len(groups) == 3
@@ -184,7 +302,9 @@ def test_options_go_to_the_groups_of_their_track() -> None:
     assert seen == {("matrix", 0.1, 0.3), ("vector", 0.5, 0.0)}
 
 
-@pytest.mark.parametrize(("track", "name"), [("matrix", "params"), ("vector", "track"), ("matrix", "flatten")])
+@pytest.mark.parametrize(
+    ("track", "name"), [("matrix", "params"), ("vector", "track"), ("matrix", "flatten"), ("matrix", "splits")]
+)
 def test_options_may_not_undo_the_policy(track: str, name: str) -> None:
     with pytest.raises(ValueError, match=rf"{track} .*'{name}'"):
         param_groups(Network(), **{track: {name: "vector"}})
@@ -234,7 +354,8 @@ def test_parameters_in_the_place_of_the_model_are_an_error(function: Any) -> Non
 @pytest.mark.parametrize("policy", ["all", "hidden"])
 def test_the_report_has_a_line_a_parameter_and_right_totals(policy: Any) -> None:
     model = Network()
-    header, *lines, totals = report(model, policy).splitlines()
+    header, *lines, guess, totals = report(model, policy).splitlines()
+    assert "'word_embeddings' is a guess" in guess
     assert header.split() == ["track", "role", "shape", "parameter", "reason"]
     items = assign(model, policy)
     assert len(lines) == len(items)
@@ -248,5 +369,6 @@ def test_the_report_has_a_line_a_parameter_and_right_totals(policy: Any) -> None
         assert item.param.ndim == 0 or tuple(map(int, shape.split("x"))) == item.param.shape
     for track in ("matrix", "vector"):
         params = [item.param for item in items if item.track == track]
-        assert f"{track} {len(params)} tensors, {sum(p.numel() for p in params):,} numbers" in totals
+        numel, total = sum(p.numel() for p in params), sum(p.numel() for p in model.parameters())
+        assert f"{track} {len(params)} tensors, {numel:,} numbers ({100 * numel / total:.1f} %)" in totals
     assert totals.startswith(f"policy {policy}: ")
