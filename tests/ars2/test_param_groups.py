@@ -248,6 +248,14 @@ def test_fused_weights_have_groups_with_their_blocks(wrapper: Any) -> None:
     assert report(model, splits=SPLITS).count("split into 3 blocks") == 3
 
 
+def test_the_documented_example_splits_its_fused_weights() -> None:
+    page = (Path(__file__).parents[2] / "docs/choosing_settings.md").read_text()
+    names: dict[str, Any] = {}
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(code, names)
+    assert [group["splits"] for group in names["groups"] if "splits" in group] == [3, (64, 32, 32)]
+
+
 def test_fused_weights_leave_the_other_groups_as_they_are() -> None:
     def names(splits: Any) -> list[list[str]]:
         groups = param_groups(Attention(), splits=splits)
