@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ars2.param_groups import Policy
+from ars2.param_groups import Policy, Splits
 
 
 class TrainedModule(Protocol):
@@ -17,6 +17,7 @@ class TrainedModule(Protocol):
 
     network: nn.Module
     policy: Policy
+    splits: Splits | None
     val_metrics: nn.ModuleDict
     unit: str
     gradient_evaluations: int

@@ -87,7 +87,7 @@ class RunSummary(L.Callback):
         self._folder = trainer.log_dir if trainer.loggers else None
         if self._folder is not None and trainer.is_global_zero:
             Path(self._folder).mkdir(parents=True, exist_ok=True)
-            parameters = report(module.network, module.policy)
+            parameters = report(module.network, module.policy, splits=module.splits)
             (Path(self._folder) / "parameters.txt").write_text(parameters + "\n", encoding="utf-8")
             get_console().print(parameters.splitlines()[-1], highlight=False)
         if trainer.is_global_zero:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DistributedSampler
 
-from ars2.param_groups import Policy, param_groups
+from ars2.param_groups import Policy, Splits, param_groups
 from ars2.replay import random_state
 from ars2.validation import check_known
 from experiment.library_internals import is_compiled
@@ -68,6 +68,7 @@ class TwoPassModule(ResumableModule):
             gradient.
         gather: whether several processes exchange orthogonal directions ``"exact"`` or in ``"bfloat16"``, see
             :meth:`ars2.tracked.TrackedOptimizer.distribute`.
+        splits: row blocks of fused weights by patterns of their names, see :func:`ars2.param_groups`.
 
     Raises:
         ValueError: ``accumulate_grad_batches`` below 1 or ``gradient_clip_val`` not above 0.
@@ -92,6 +93,7 @@ class TwoPassModule(ResumableModule):
         nonfinite: Literal["stop", "skip"] = "stop",
         local_first_pass: bool = False,
         gather: Literal["exact", "bfloat16"] = "exact",
+        splits: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self._arguments = arguments_of(self, inspect.currentframe())
@@ -105,7 +107,7 @@ class TwoPassModule(ResumableModule):
             raise ValueError(f"gradient_clip_val must be above 0, or null for no clipping, got {gradient_clip_val}")
         self.automatic_optimization = False
         self.make_optimizer, self.make_scheduler, self.scheduler_interval = optimizer, scheduler, scheduler_interval
-        self.policy, self.matrix, self.vector = policy, matrix, vector
+        self.policy, self.matrix, self.vector, self.splits = policy, matrix, vector, splits
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.accumulate_grad_batches = accumulate_grad_batches
         self.clip_first_pass, self.nonfinite = clip_first_pass, nonfinite
@@ -389,7 +391,9 @@ class TwoPassModule(ResumableModule):
         """
         check_complete(self, TwoPassModule)
         check_callbacks(self)
-        optimizer: Any = build_optimizer(self.network, self.make_optimizer, self.policy, self.matrix, self.vector)
+        optimizer: Any = build_optimizer(
+            self.network, self.make_optimizer, self.policy, self.matrix, self.vector, self.splits
+        )
         self._record = StepRecord()  # the old record may be on another device
         self._has_exchanged = False
         sharded = self.device_mesh is not None
@@ -415,13 +419,14 @@ def build_optimizer(
     policy: Policy,
     matrix: Mapping[str, Any] | None,
     vector: Mapping[str, Any] | None,
+    splits: Splits | None = None,
 ) -> Optimizer:
     """Return the optimizer of the network's groups, where a track may have options.
 
     Raises:
         ValueError: the optimizer lacks one of these options.
     """
-    groups: Iterable[Any] = param_groups(network, policy, matrix, vector)
+    groups: Iterable[Any] = param_groups(network, policy, matrix, vector, splits=splits)
     optimizer = make_optimizer(groups)
     for track, options in (("matrix", matrix), ("vector", vector)):
         known = getattr(optimizer, "group_options", optimizer.defaults)

@@ -200,3 +200,12 @@ def test_an_option_of_one_track_that_any_optimizer_lacks_is_an_error(track: str,
         with pytest.raises(ValueError, match=message):
             build_optimizer(nn.Linear(2, 2), make, "all", **{"matrix": None, "vector": None, track: {name: 1.0}})
     build_optimizer(nn.Linear(2, 2), Muon, "all", None, {"betas": (0.8, 0.9)})
+
+
+def test_fused_weights_are_split_for_any_optimizer() -> None:
+    network = nn.MultiheadAttention(4, 2)
+    optimizer = build_optimizer(network, torch.optim.AdamW, "all", None, None, splits={"in_proj_weight": 3})
+    assert [len(g["params"]) for g in optimizer.param_groups if g.get("splits") == 3] == [1]
+    module = SmallTask(optimizer=make_optimizer("adamw"), splits={"*.qkv.weight": 3})
+    with pytest.raises(ValueError, match=r"splits: no parameter matches \['\*\.qkv\.weight'\]"):
+        fit(module)
