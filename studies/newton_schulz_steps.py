@@ -1,0 +1,183 @@
+"""Measure the singular values that few Newton-Schulz steps reach on real directions.
+
+    python -m studies.newton_schulz_steps record     # three minutes: trains, and records the directions
+    python -m studies.newton_schulz_steps design     # makes schedules for exactly two and three steps
+    python -m studies.newton_schulz_steps measure    # the table, the CSV file and the picture
+
+``record`` trains the tuned winners of ARS2-Neo Base and Sync once more on each task, with seed 0, and records Adam's
+directions u of all matrices at chosen steps. ``design`` minimises the root mean square of p(s) - 1 over their singular
+values s, where p is the composition of two or three odd quintic polynomials. ``measure`` orthogonalizes the directions
+in the dtype of the configs, and reports the singular values of the results by candidate.
+"""
+
+import argparse
+import os
+import sys
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from scipy import optimize
+from torch import Tensor
+
+from ars2 import newton_schulz
+from experiment.folders import RunFolder
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "results" / "newton_schulz_steps"
+RECORDED = Path("runs/newton_schulz_directions")
+FILE = "directions.pt"
+# Task, mode: the study with the tuned winner, its row, and the steps to record.
+WINNERS = {
+    ("grok", "base"): ("grok_tuned", "base_all", (1, 3, 10, 30, 60, 100)),
+    ("cifar_mini", "base"): ("cifar_mini_tuned", "base", (1, 3, 10, 30, 100, 200)),
+    ("wikitext2_nano", "base"): ("wikitext2_nano_tuned", "base", (1, 3, 10, 100, 300, 1000)),
+    ("grok", "sync"): ("grok_tuned", "sync_all", (1, 3, 10, 30, 60, 120)),
+    ("cifar_mini", "sync"): ("cifar_mini_tuned", "sync", (1, 3, 10, 30, 60, 100)),
+    ("wikitext2_nano", "sync"): ("wikitext2_nano_tuned", "sync", (1, 3, 10, 100, 300, 500)),
+}
+
+
+class RecordDirections(Callback):
+    """Save Adam's directions of all matrices after chosen steps, in the run's folder."""
+
+    changes_training = False
+
+    def __init__(self, steps: list[int]) -> None:
+        self.steps, self.directions = set(steps), dict[int, dict[str, Tensor]]()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        (optimizer,) = trainer.optimizers
+        step = int(optimizer.diagnostics()["steps"])  # type: ignore[attr-defined]
+        if step in self.steps and step not in self.directions:
+            self.directions[step] = {
+                name: direction(param.shape, optimizer.state[param], group["betas"], group["eps"])
+                for group in optimizer.param_groups
+                if group["track"] == "matrix"
+                for name, param in zip(group["param_names"], group["params"], strict=True)
+            }
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = RunFolder.current()
+        assert folder is not None
+        torch.save(self.directions, Path(str(folder)) / FILE)
+
+
+def direction(shape: torch.Size, state: dict[str, Tensor], betas: tuple[float, float], eps: float) -> Tensor:
+    """Return u = m_hat / (sqrt(v_hat) + eps) as a matrix, from the state after a step."""
+    first, second = (1 - beta ** state["step"].item() for beta in betas)
+    u = (state["exp_avg"] / first) / ((state["exp_avg_sq"] / second).sqrt() + eps)
+    return u.reshape(shape[0], -1).clone()
+
+
+def winner(study: str, row: str) -> dict[str, Any]:
+    """Return the complete config of the first run of a study's winner."""
+    with zipfile.ZipFile(ROOT / "results" / study / "runs.zip") as archive:
+        names = sorted(n for n in archive.namelist() if n.startswith(f"{row}-final/") and n.endswith("/config.yaml"))
+        config: dict[str, Any] = yaml.safe_load(archive.read(names[0]))
+    return {**config, "sweep": None}
+
+
+def record() -> None:
+    """Train each winner once, and record its directions."""
+    from launch import trial
+
+    context = trial.server()
+    for (task, mode), (study, row, steps) in WINNERS.items():
+        name = f"{task}_{mode}"
+        if any((RECORDED / name).glob(f"*/{FILE}")):
+            continue
+        config = {**winner(study, row), "experiment": name, "runs": str(RECORDED)}
+        recorder = {"class_path": f"{__spec__.name}.RecordDirections", "init_args": {"steps": list(steps)}}
+        config["trainer"] = {**config["trainer"], "callbacks": [*config["trainer"]["callbacks"], recorder]}
+        RECORDED.mkdir(parents=True, exist_ok=True)
+        file = RECORDED / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        outcome = trial.run(context, ["fit", "--config", str(file)], RECORDED / f"{name}.log")
+        print(f"{name}: exit code {outcome.code}, {outcome.folder}", flush=True)
+
+
+def recorded() -> dict[tuple[str, str], dict[int, dict[str, Tensor]]]:
+    """Return the recorded directions by task and mode, step and name."""
+    files = {key: sorted((RECORDED / "_".join(key)).glob(f"*/{FILE}")) for key in WINNERS}
+    return {key: torch.load(found[-1], weights_only=True) for key, found in files.items() if found}
+
+
+def relative_values(u: Tensor) -> np.ndarray:
+    """Return the singular values of a direction over its Frobenius norm, where Newton-Schulz starts."""
+    values = torch.linalg.svdvals(u.double())
+    return (values / values.norm()).numpy()
+
+
+def compose(schedule: Iterable[Any], values: np.ndarray) -> np.ndarray:
+    """Apply the polynomials ``a s + b s^3 + c s^5`` of a schedule one after another."""
+    for a, b, c in schedule:
+        values = a * values + b * values**3 + c * values**5
+    return values
+
+
+def pooled() -> tuple[np.ndarray, np.ndarray]:
+    """Return the singular values of all directions of Base, and their weights.
+
+    Tasks have equal weights, and so have the matrices and steps of a task, and the values of a matrix.
+    """
+    values, weights = [], []
+    for (_, mode), steps in recorded().items():
+        matrices = [relative_values(u) for directions in steps.values() for u in directions.values()]
+        if mode == "base":
+            values += matrices
+            weights += [np.full(len(one), 1 / len(one) / len(matrices)) for one in matrices]
+    joined = np.concatenate(weights)
+    return np.concatenate(values), joined / joined.sum()
+
+
+def designed(count: int, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return a schedule (count, 3) that minimises the weighted mean square of p(s) - 1.
+
+    A penalty keeps p(s) at most 1.25 on all of [0, 1], and at least 0.5 above s = 0.2, where there are few values. The
+    search starts at the first polynomials of Polar Express.
+    """
+    # Bins of the values are as good and a hundred times as fast.
+    edges = np.geomspace(1e-4, 1, 241)
+    bins = np.digitize(values, edges)
+    mass, total = np.bincount(bins, weights), np.bincount(bins, weights * values)
+    centres, mass = total[mass > 0] / mass[mass > 0], mass[mass > 0]
+    grid = np.linspace(0, 1, 401)
+
+    def residuals(flat: np.ndarray) -> np.ndarray:
+        schedule = flat.reshape(-1, 3)
+        reached = compose(schedule, grid)
+        low = np.maximum(0.5 - reached, 0)[grid > 0.2]
+        deviation = np.sqrt(mass) * (compose(schedule, centres) - 1)
+        return np.concatenate([deviation, 0.15 * np.maximum(reached - 1.25, 0), 0.15 * low])
+
+    start = np.ravel(newton_schulz.schedule("polar_express", count))
+    return np.asarray(optimize.least_squares(residuals, start, max_nfev=1000).x).reshape(-1, 3)
+
+
+def design() -> None:
+    """Print the schedules for exactly two and three steps as YAML."""
+    values, weights = pooled()
+    for count in (3, 2):
+        rounded = designed(count, values, weights).round(4)
+        error = np.sqrt((weights * (compose(rounded.tolist(), values) - 1) ** 2).sum())
+        print(f"made_{count}: {{ns_steps: {count}, ns_coefficients: {rounded.tolist()}}}  # deviation {error:.4f}")
+
+
+def main() -> int:
+    """Run one of the three parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("record", "design", "measure"))
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    {"record": record, "design": design}[options.part]()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
