@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from operator import index
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 from torch import nn
@@ -119,16 +119,19 @@ def _role(name: str, param: nn.Parameter, owners: list[nn.Module], heads: frozen
 
 def _split(item: Assignment, blocks: int | Sequence[int]) -> Assignment:
     """Return ``item`` with its rows split into ``blocks``."""
-    splits = tuple(map(index, blocks)) if isinstance(blocks, Sequence) else index(blocks)
-    rows, what = item.param.shape[:1].numel(), f"splits: parameter {item.name} of shape {tuple(item.param.shape)}"
-    counts = splits if isinstance(splits, tuple) else (rows // max(splits, 1),) * splits
+    what = f"splits: parameter {item.name} of shape {tuple(item.param.shape)}"
     if item.track == "vector":
         raise ValueError(f"{what} is on the vector track ({item.reason}): match matrices only")
     if item.param.ndim > 2:
         raise ValueError(f"{what} is not a matrix (rows, cols): match weights of two dimensions only")
-    if min(counts, default=0) < 1 or sum(counts) != rows:
-        raise ValueError(f"{what} cannot be split into {splits}: give a divisor of {rows}, or row counts of this sum")
-    return item._replace(reason=f"{item.reason}, split into {len(counts)} blocks", splits=splits)
+    rows, listed = item.param.shape[0], isinstance(blocks, Sequence)
+    counts: tuple[Any, ...] = tuple(blocks) if isinstance(blocks, Sequence) else (blocks,)
+    positive = counts and all(isinstance(count, Integral) and int(count) > 0 for count in counts)
+    if not positive or (sum(counts) != rows if listed else rows % counts[0]):
+        raise ValueError(f"{what} cannot be split into {blocks}: give a divisor of {rows}, or row counts of this sum")
+    number = len(counts) if listed else counts[0]
+    splits = tuple(map(int, counts)) if listed else int(counts[0])
+    return item._replace(reason=f"{item.reason}, split into {number} blocks", splits=splits)
 
 
 def param_groups(
