@@ -204,4 +204,4 @@ def _guess(model: nn.Module, head: Head | None) -> str:
     name = find_heads(model).guessed if head is None else None
     if name is None:
         return ""
-    return f"the output head {name!r} is a guess, the last linear layer: confirm it by head={name!r}, or name another"
+    return f"the output head {name!r} is a guess, the last linear layer: confirm it with head={name!r}, or name another"

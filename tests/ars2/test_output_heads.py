@@ -135,6 +135,17 @@ class WithPart(nn.Module):
         self.parts = nn.ModuleList([part])
 
 
+class HeadlessWrapper(nn.Module):
+    """Declare no head, around a model that declares one, as a subclass of PreTrainedModel may."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = self.base_model = model
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("BertModel", {"own.weight"}), ("BertForSequenceClassification", {"parts.0.classifier.weight"})],
@@ -142,6 +153,11 @@ class WithPart(nn.Module):
 def test_heads_declared_by_submodules_are_found(name: str, expected: set[str]) -> None:
     model = WithPart(bert(name))
     assert heads(model) == expected and find_heads(model).guessed is None
+
+
+def test_a_head_inside_of_a_model_that_declares_none_is_found() -> None:
+    outer = HeadlessWrapper(bert("BertForMaskedLM", tie_word_embeddings=False))
+    assert heads(outer) == {"model.cls.predictions.decoder.weight"} and find_heads(outer).guessed is None
 
 
 def test_a_classifier_of_two_layers_has_its_last_as_head() -> None:
