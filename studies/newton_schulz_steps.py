@@ -11,6 +11,7 @@ in the dtype of the configs, and reports the singular values of the results by c
 """
 
 import argparse
+import csv
 import os
 import sys
 import zipfile
@@ -22,10 +23,12 @@ import numpy as np
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.figure import Figure
 from scipy import optimize
 from torch import Tensor
 
-from ars2 import newton_schulz
+from analysis.plots import COLOURS, on_white, svg
+from ars2 import newton_schulz, orthogonalize
 from experiment.folders import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -169,13 +172,108 @@ def design() -> None:
         print(f"made_{count}: {{ns_steps: {count}, ns_coefficients: {rounded.tolist()}}}  # deviation {error:.4f}")
 
 
+def candidates() -> dict[str, tuple[int, Any]]:
+    """Return steps and coefficients by name: those of the protocol, and two more of Polar Express."""
+    settings = yaml.safe_load((FOLDER / "protocol.yaml").read_text(encoding="utf-8"))["settings"]
+    found = {name: (options["ns_steps"], options["ns_coefficients"]) for name, options in settings.items()}
+    return {**found, "polar_express_5": (5, "polar_express"), "polar_express_2": (2, "polar_express")}
+
+
+def reached(u: Tensor, steps: int, coefficients: Any) -> tuple[np.ndarray, float]:
+    """Return the singular values of the orthogonalized direction, and its deviation from the polar factor.
+
+    The deviation is ``|O - U V^T| / sqrt(rank)`` for u = U S V^T, with all singular vectors.
+    """
+    result = orthogonalize(u, steps, coefficients).double()
+    left, _, right = torch.linalg.svd(u.double(), full_matrices=False)
+    deviation = (result - left @ right).norm() / min(u.shape) ** 0.5
+    return torch.linalg.svdvals(result).numpy(), deviation.item()
+
+
+def measure() -> None:
+    """Orthogonalize the recorded directions by each candidate; write the CSV file, the table and the picture."""
+    rows: list[dict[str, Any]] = []
+    for (task, mode), steps in recorded().items():
+        for step, directions in steps.items():
+            for candidate, (count, coefficients) in candidates().items():
+                pairs = [reached(u, count, coefficients) for u in directions.values()]
+                rows.append({"task": task, "mode": mode, "step": step, "candidate": candidate, **statistics(pairs)})
+    with open(FOLDER / "singular_values.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    text = table(rows)
+    (FOLDER / "singular_values.md").write_text(text, encoding="utf-8")
+    print(text)
+    (FOLDER / "singular_values.svg").write_text(on_white(svg(draw())), encoding="utf-8")
+
+
+def statistics(pairs: list[tuple[np.ndarray, float]]) -> dict[str, float]:
+    """Return statistics to four digits of the results at one step, in which every matrix has the same weight."""
+    values = np.concatenate([found for found, _ in pairs])
+    weights = np.concatenate([np.full(len(found), 1 / len(found) / len(pairs)) for found, _ in pairs])
+    quantiles = np.quantile(values, (0.05, 0.25, 0.5, 0.75, 0.95), weights=weights, method="inverted_cdf")
+    found = {
+        "smallest": float(values.min()),
+        **dict(zip(("q05", "q25", "median", "q75", "q95"), map(float, quantiles), strict=True)),
+        "largest": float(values.max()),
+        "share": float(weights[(values >= 0.7) & (values <= 1.3)].sum()),
+        "rms": float(np.sqrt((weights * values**2).sum())),
+        "deviation": float(np.sqrt(np.mean([deviation**2 for _, deviation in pairs]))),
+    }
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return a table for each task and mode, in Markdown: means over the recorded steps."""
+    parts = [
+        "Singular values after Newton-Schulz on recorded directions: means over the recorded steps, every matrix with"
+        " the same weight. *Share* is the part of the values in [0.7, 1.3], *rms* their root mean square, which scales"
+        " the update, and *deviation* the distance to the polar factor over the square root of the rank.\n"
+    ]
+    columns = ("q05", "median", "q95", "largest", "share", "rms", "deviation")
+    for task, mode in dict.fromkeys((row["task"], row["mode"]) for row in rows):
+        parts.append(f"## {task}, {mode}\n\n| candidate | {' | '.join(columns)} |\n{'| --- ' * (len(columns) + 1)}|")
+        for candidate in candidates():
+            chosen = [r for r in rows if (r["task"], r["mode"], r["candidate"]) == (task, mode, candidate)]
+            cells = [f"{np.mean([row[column] for row in chosen]):.2f}" for column in columns]
+            parts.append(f"| {candidate} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def draw() -> Figure:
+    """Draw the candidates' polynomials, above the distribution of the values that they start from."""
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    grid = np.geomspace(1e-3, 1, 800)
+    above.axhspan(0.7, 1.3, color="#8a8f98", alpha=0.15, linewidth=0)
+    shown = [name for name in candidates() if name not in ("polar_express_5", "polar_express_2")]
+    for name, colour in zip(shown, COLOURS, strict=False):
+        count, coefficients = candidates()[name]
+        margin = newton_schulz.POLAR_EXPRESS_MARGIN if coefficients == "polar_express" else 1.0
+        schedule = newton_schulz.schedule(coefficients, count)
+        above.plot(grid, compose(schedule, grid / margin), color=colour, label=name, linewidth=1.3)
+    above.set_ylabel("singular value after")
+    above.legend(frameon=False, fontsize=7, ncols=2)
+    for ((task, mode), steps), colour in zip(recorded().items(), COLOURS, strict=False):
+        values = [relative_values(u) for directions in steps.values() for u in directions.values()]
+        weights = np.concatenate([np.full(len(one), 1 / len(one) / len(values)) for one in values])
+        if mode == "base":
+            bins = np.geomspace(1e-3, 1, 60)
+            below.hist(np.concatenate(values), bins, weights=weights, histtype="step", color=colour, label=task)
+    below.set(xscale="log", xlabel="singular value before, over the Frobenius norm", ylabel="share")
+    below.legend(frameon=False, fontsize=7, loc="upper left")
+    return figure
+
+
 def main() -> int:
     """Run one of the three parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("record", "design", "measure"))
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    {"record": record, "design": design}[options.part]()
+    {"record": record, "design": design, "measure": measure}[options.part]()
     return 0
 
 
