@@ -52,18 +52,19 @@ class RecordDirections(Callback):
     changes_training = False
 
     def __init__(self, steps: list[int]) -> None:
-        self.steps, self.directions = set(steps), dict[int, dict[str, Tensor]]()
+        self.steps, self.directions = set(steps), dict[int, list[Tensor]]()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         (optimizer,) = trainer.optimizers
         step = int(optimizer.diagnostics()["steps"])  # type: ignore[attr-defined]
         if step in self.steps and step not in self.directions:
-            self.directions[step] = {
-                name: direction(param.shape, optimizer.state[param], group["betas"], group["eps"])
+            self.directions[step] = [
+                matrix.clone()
                 for group in optimizer.param_groups
                 if group["track"] == "matrix"
-                for name, param in zip(group["param_names"], group["params"], strict=True)
-            }
+                for state in map(optimizer.state.get, group["params"])
+                for matrix in matrices(direction(state, group["betas"], group["eps"]), group["flatten"])
+            ]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = RunFolder.current()
@@ -71,11 +72,15 @@ class RecordDirections(Callback):
         torch.save(self.directions, Path(str(folder)) / FILE)
 
 
-def direction(shape: torch.Size, state: dict[str, Tensor], betas: tuple[float, float], eps: float) -> Tensor:
-    """Return u = m_hat / (sqrt(v_hat) + eps) as a matrix, from the state after a step."""
+def direction(state: dict[str, Tensor], betas: tuple[float, float], eps: float) -> Tensor:
+    """Return u = m_hat / (sqrt(v_hat) + eps), from the state after a step."""
     first, second = (1 - beta ** state["step"].item() for beta in betas)
-    u = (state["exp_avg"] / first) / ((state["exp_avg_sq"] / second).sqrt() + eps)
-    return u.reshape(shape[0], -1).clone()
+    return (state["exp_avg"] / first) / ((state["exp_avg_sq"] / second).sqrt() + eps)
+
+
+def matrices(u: Tensor, flatten: bool) -> list[Tensor]:
+    """Return the matrices of a direction: those of a stack (3-D, not flattened), else a single one."""
+    return list(u) if u.ndim == 3 and not flatten else [u.flatten(1)]
 
 
 def winner(study: str, row: str) -> dict[str, Any]:
@@ -105,8 +110,8 @@ def record() -> None:
         print(f"{name}: exit code {outcome.code}, {outcome.folder}", flush=True)
 
 
-def recorded() -> dict[tuple[str, str], dict[int, dict[str, Tensor]]]:
-    """Return the recorded directions by task and mode, step and name."""
+def recorded() -> dict[tuple[str, str], dict[int, list[Tensor]]]:
+    """Return the matrices of the recorded directions by task and mode, and step."""
     files = {key: sorted((RECORDED / "_".join(key)).glob(f"*/{FILE}")) for key in WINNERS}
     return {key: torch.load(found[-1], weights_only=True) for key, found in files.items() if found}
 
@@ -131,10 +136,10 @@ def pooled() -> tuple[np.ndarray, np.ndarray]:
     """
     values, weights = [], []
     for (_, mode), steps in recorded().items():
-        matrices = [relative_values(u) for directions in steps.values() for u in directions.values()]
+        found = [relative_values(u) for directions in steps.values() for u in directions]
         if mode == "base":
-            values += matrices
-            weights += [np.full(len(one), 1 / len(one) / len(matrices)) for one in matrices]
+            values += found
+            weights += [np.full(len(one), 1 / len(one) / len(found)) for one in found]
     joined = np.concatenate(weights)
     return np.concatenate(values), joined / joined.sum()
 
@@ -196,7 +201,7 @@ def measure() -> None:
     for (task, mode), steps in recorded().items():
         for step, directions in steps.items():
             for candidate, (count, coefficients) in candidates().items():
-                pairs = [reached(u, count, coefficients) for u in directions.values()]
+                pairs = [reached(u, count, coefficients) for u in directions]
                 rows.append({"task": task, "mode": mode, "step": step, "candidate": candidate, **statistics(pairs)})
     with open(FOLDER / "singular_values.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
@@ -257,7 +262,7 @@ def draw() -> Figure:
     above.set_ylabel("singular value after")
     above.legend(frameon=False, fontsize=7, ncols=2)
     for ((task, mode), steps), colour in zip(recorded().items(), COLOURS, strict=False):
-        values = [relative_values(u) for directions in steps.values() for u in directions.values()]
+        values = [relative_values(u) for directions in steps.values() for u in directions]
         weights = np.concatenate([np.full(len(one), 1 / len(one) / len(values)) for one in values])
         if mode == "base":
             bins = np.geomspace(1e-3, 1, 60)

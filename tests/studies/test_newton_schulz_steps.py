@@ -1,6 +1,7 @@
 """The directions are the optimizer's, the schedules are near-optimal, and the statistics are right."""
 
 import csv
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,16 @@ from torch import nn
 from ars2 import ARS2Neo, orthogonalize
 from ars2.newton_schulz import COEFFICIENTS, schedule
 from studies import newton_schulz_steps as study
-from studies.newton_schulz_steps import candidates, compose, designed, direction, reached, relative_values, statistics
+from studies.newton_schulz_steps import (
+    candidates,
+    compose,
+    designed,
+    direction,
+    matrices,
+    reached,
+    relative_values,
+    statistics,
+)
 
 
 def test_the_direction_is_the_step_without_geometry_and_decay() -> None:
@@ -22,8 +32,22 @@ def test_the_direction_is_the_step_without_geometry_and_decay() -> None:
         param.grad = torch.randn_like(param)
         optimizer.step()
     (group,) = optimizer.param_groups
-    found = direction(param.shape, optimizer.state[param], group["betas"], group["eps"])
-    torch.testing.assert_close(found, (before - param.detach()).reshape(4, 12), rtol=1e-5, atol=1e-5)
+    found = direction(optimizer.state[param], group["betas"], group["eps"])
+    torch.testing.assert_close(found, before - param.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 2), (4, 3, 2, 2)])
+@pytest.mark.parametrize("flatten", [False, True])
+def test_the_matrices_are_those_that_the_optimizer_orthogonalizes(shape: tuple[int, ...], flatten: bool) -> None:
+    u = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    param = nn.Parameter(torch.zeros(shape))
+    options: dict[str, Any] = {"ns_dtype": "float64", "weight_decay": 0.0, "lr": 1.0, "mode": "base", "energy": False}
+    optimizer = ARS2Neo([{"params": [param], "track": "matrix", "flatten": flatten}], **options)
+    param.grad = u.clone()
+    optimizer.step()
+    for moved, matrix in zip(matrices(param.detach(), flatten), matrices(u, flatten), strict=True):
+        found = orthogonalize(matrix.double(), dtype=torch.float64).float()
+        torch.testing.assert_close(-moved / moved.norm(), found / found.norm(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
