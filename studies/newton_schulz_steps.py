@@ -3,17 +3,20 @@
     python -m studies.newton_schulz_steps record     # three minutes: trains, and records the directions
     python -m studies.newton_schulz_steps design     # makes schedules for exactly two and three steps
     python -m studies.newton_schulz_steps measure    # the table, the CSV file and the picture
+    OMP_NUM_THREADS=1 python -m studies.newton_schulz_steps clock    # the time of the optimizer's step
 
 ``record`` trains the tuned winners of ARS2-Neo Base and Sync once more on each task, with seed 0, and records Adam's
 directions u of all matrices at chosen steps. ``design`` minimises the root mean square of p(s) - 1 over their singular
 values s, where p is the composition of two or three odd quintic polynomials. ``measure`` orthogonalizes the directions
-in the dtype of the configs, and reports the singular values of the results by candidate.
+in the dtype of the configs, and reports the singular values of the results by candidate. ``clock`` times Base's
+``step()`` on matrices of the recorded shapes in the processor's time. The candidates take turns, and times are medians.
 """
 
 import argparse
 import csv
 import os
 import sys
+import time
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +31,7 @@ from scipy import optimize
 from torch import Tensor
 
 from analysis.plots import COLOURS, on_white, svg
-from ars2 import newton_schulz, orthogonalize
+from ars2 import ARS2Neo, newton_schulz, orthogonalize
 from experiment.folders import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +65,7 @@ class RecordDirections(Callback):
                 matrix.clone()
                 for group in optimizer.param_groups
                 if group["track"] == "matrix"
-                for state in map(optimizer.state.get, group["params"])
+                for state in [optimizer.state[param] for param in group["params"]]
                 for matrix in matrices(direction(state, group["betas"], group["eps"]), group["flatten"])
             ]
 
@@ -272,13 +275,49 @@ def draw() -> Figure:
     return figure
 
 
+def clock(seconds: float = 1.0) -> None:
+    """Print the milliseconds of ``step()`` by task and candidate, and write them to ``step_time.txt``."""
+    shown = [name for name in candidates() if not name.startswith("polar")]
+    lines = [
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread, milliseconds of the processor's time a step"
+    ]
+    lines.append(f"{'task':<16}" + "".join(f"{name:>10}" for name in shown))
+    for (task, mode), steps in recorded().items():
+        if mode == "base":
+            times = step_times(next(iter(steps.values())), shown, seconds)
+            lines.append(f"{task:<16}" + "".join(f"{1e3 * float(np.median(times[name])):>10.3f}" for name in shown))
+    text = "\n".join(lines) + "\n"
+    (FOLDER / "step_time.txt").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def step_times(gradients: list[Tensor], names: list[str], seconds: float) -> dict[str, list[float]]:
+    """Return the seconds of Base's steps by candidate, which alternate for ``seconds`` each."""
+    optimizers = {}
+    for name in names:
+        params = [torch.nn.Parameter(torch.zeros_like(one)) for one in gradients]
+        for param, one in zip(params, gradients, strict=True):
+            param.grad = one.clone()
+        count, coefficients = candidates()[name]
+        groups = [{"params": params, "track": "matrix"}]
+        optimizers[name] = ARS2Neo(groups, mode="base", ns_steps=count, ns_coefficients=coefficients)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    while sum(times[names[-1]]) < seconds:
+        for name, optimizer in optimizers.items():
+            for _ in range(5):  # the first has cold caches
+                start = time.process_time()
+                optimizer.step()
+                times[name].append(time.process_time() - start)
+    return times
+
+
 def main() -> int:
-    """Run one of the three parts."""
+    """Run one of the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("record", "design", "measure"))
+    parser.add_argument("part", choices=("record", "design", "measure", "clock"))
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    {"record": record, "design": design, "measure": measure}[options.part]()
+    {"record": record, "design": design, "measure": measure, "clock": clock}[options.part]()
     return 0
 
 
