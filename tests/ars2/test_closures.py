@@ -121,7 +121,8 @@ def test_gradients_of_sharded_parameters_cannot_be_added_to_either() -> None:
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         optimizer = ARS2Neo(
-            [{"params": [p], "track": "matrix" if p.ndim == 2 else "vector"} for p in model.parameters()]
+            [{"params": [p], "track": "matrix" if p.ndim == 2 else "vector"} for p in model.parameters()],
+            mode="sync",
         )
 
         def closure() -> None:

@@ -86,11 +86,11 @@ def test_a_saved_state_resumes_to_the_bit_in_half_precision(mode: str) -> None:
 
 def test_a_state_without_remainders_loads_and_one_with_them_loads_into_float32() -> None:
     model = SmallProblem(torch.bfloat16)
-    optimizer = ARS2Neo(problem_groups(model))
+    optimizer = ARS2Neo(problem_groups(model), mode="sync")
     train(model, optimizer, range(2))
     saved = optimizer.state_dict()
     wide = SmallProblem()
-    wide_optimizer = ARS2Neo(problem_groups(wide))
+    wide_optimizer = ARS2Neo(problem_groups(wide), mode="sync")
     assert not any("remainder" in state for state in wide_optimizer.state.values())
     wide_optimizer.load_state_dict(saved)
     assert not any("remainder" in state for state in wide_optimizer.state.values())
@@ -117,7 +117,7 @@ def test_a_replaced_parameter_keeps_no_remainder_of_the_old_one() -> None:
 @pytest.mark.parametrize("dtype", HALF)
 def test_perturb_and_restore_leave_no_trace(dtype: torch.dtype) -> None:
     model = SmallProblem(dtype)
-    optimizer = ARS2Neo(problem_groups(model))
+    optimizer = ARS2Neo(problem_groups(model), mode="sync")
     train(model, optimizer, range(2))
     optimizer.zero_grad()
     before = snapshot(optimizer)

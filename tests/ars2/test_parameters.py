@@ -3,6 +3,8 @@
 They may have other strides, 0 to 5 dimensions, no entries, half precision, or several names.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -47,14 +49,14 @@ def test_channels_last_is_the_same_and_stays_channels_last(mode: str) -> None:
         ((1, 1), (1, 1), False),
     ],
 )
-@pytest.mark.parametrize("cls", [ARS2Neo, Muon])
+@pytest.mark.parametrize(("cls", "options"), [(ARS2Neo, {"mode": "sync"}), (Muon, {})])
 def test_other_dimensions_are_read_as_a_matrix(
-    cls: type, shape: tuple[int, ...], as_matrix: tuple[int, int], flatten: bool
+    cls: type, options: dict[str, Any], shape: tuple[int, ...], as_matrix: tuple[int, int], flatten: bool
 ) -> None:
     start = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     param, matrix = nn.Parameter(start.clone()), nn.Parameter(start.reshape(as_matrix).clone())
-    optimizer = cls([{"params": [param], "flatten": flatten}], ns_dtype="float64")
-    plain = cls([matrix], ns_dtype="float64")
+    optimizer = cls([{"params": [param], "flatten": flatten}], ns_dtype="float64", **options)
+    plain = cls([matrix], ns_dtype="float64", **options)
     for _ in range(3):
         optimizer.step(lambda: (optimizer.zero_grad(), param.cos().sum().backward()))
         plain.step(lambda: (plain.zero_grad(), matrix.cos().sum().backward()))

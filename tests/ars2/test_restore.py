@@ -143,7 +143,7 @@ def test_an_error_in_the_second_pass_leaves_everything_as_after_the_first(
 
 def test_a_gradient_that_only_the_failed_second_pass_computed_is_removed() -> None:
     used, unused = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
-    optimizer = ARS2Neo([used, unused])
+    optimizer = ARS2Neo([used, unused], mode="sync")
     calls: list[int] = []
 
     def closure() -> None:
@@ -203,7 +203,7 @@ def test_an_interrupt_in_the_middle_of_copying_back_restores(monkeypatch: pytest
 def test_a_perturbation_that_fails_halfway_is_undone() -> None:
     first, second = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
     table = nn.Embedding(4, 3, sparse=True)
-    optimizer = ARS2Neo([{"params": [first]}, {"params": [second, table.weight]}])
+    optimizer = ARS2Neo([{"params": [first]}, {"params": [second, table.weight]}], mode="sync")
     (first.sum() + second.sum() + table(torch.tensor([1])).sum()).backward()
     gradients = [first.grad, second.grad]
     with pytest.raises(RuntimeError, match="sparse"):
@@ -219,7 +219,7 @@ def test_restoring_is_exact_to_the_bit_whatever_the_values(dtype: torch.dtype) -
     values = (torch.randn(64, 64, dtype=torch.float64, generator=generator) * scales).to(dtype)
     values[0, 0], values[1, 1] = -0.0, torch.finfo(dtype).tiny
     param = nn.Parameter(values.clone())
-    optimizer = ARS2Neo([param], rho=1e6)
+    optimizer = ARS2Neo([param], rho=1e6, mode="sync")
     param.grad = torch.randn(64, 64, dtype=torch.float64, generator=generator).to(dtype)
     optimizer.wants_second_pass()
     optimizer.perturb()
@@ -232,7 +232,7 @@ def test_restoring_is_exact_to_the_bit_whatever_the_values(dtype: torch.dtype) -
 def test_restore_depends_on_what_was_moved_and_not_on_gradients() -> None:
     # A gradient that comes or goes between the passes must not decide what is moved back.
     first, second, third = (nn.Parameter(torch.full((3, 3), v)) for v in (1.0, 2.0, 3.0))
-    optimizer = ARS2Neo([first, second, third])
+    optimizer = ARS2Neo([first, second, third], mode="sync")
     (first.square().sum() + second.square().sum()).backward()
     optimizer.wants_second_pass()
     optimizer.perturb()
@@ -260,7 +260,7 @@ def test_parameter_values_set_in_the_second_pass_are_discarded() -> None:
 def test_storage_replaced_in_the_second_pass_is_discarded() -> None:
     param = nn.Parameter(torch.arange(1.0, 26.0).view(5, 5))
     before = param.detach().clone()
-    optimizer = ARS2Neo([param])
+    optimizer = ARS2Neo([param], mode="sync")
     param.grad = torch.ones(5, 5)
     optimizer.wants_second_pass()
     optimizer.perturb()
@@ -275,7 +275,7 @@ def test_an_interrupt_between_two_chunks_leaves_none_of_them_moved(
 ) -> None:
     param = nn.Parameter(torch.arange(1.0, 26.0).view(5, 5))
     before = param.detach().clone()
-    optimizer = ARS2Neo([param])
+    optimizer = ARS2Neo([param], mode="sync")
     param.grad = torch.ones(5, 5)
     real = flatness.move_along_
     moved: list[int] = []

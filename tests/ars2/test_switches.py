@@ -216,7 +216,7 @@ def test_without_energy_the_scale_of_the_loss_does_not_matter(mode: str, geometr
 @pytest.mark.parametrize(("energy", "geometry"), SWITCHES)
 def test_a_matrix_without_any_gradient_so_far_stays(energy: bool, geometry: bool) -> None:
     param = nn.Parameter(torch.ones(3, 4))
-    optimizer = ARS2Neo([param], weight_decay=0.0, energy=energy, geometry=geometry)
+    optimizer = ARS2Neo([param], mode="sync", weight_decay=0.0, energy=energy, geometry=geometry)
 
     def closure() -> None:
         optimizer.zero_grad()
@@ -267,7 +267,7 @@ def test_parameters_in_half_precision_are_updated_from_float32_state(
     dtype: torch.dtype, energy: bool, geometry: bool
 ) -> None:
     param = nn.Parameter(torch.ones(3, 4, dtype=dtype))
-    optimizer = ARS2Neo([param], lr=0.1, energy=energy, geometry=geometry)
+    optimizer = ARS2Neo([param], lr=0.1, mode="sync", energy=energy, geometry=geometry)
     optimizer.step(lambda: param.square().sum().backward())
     assert {t.dtype for t in optimizer.state[param].values()} == {torch.float32}
     assert param.dtype == dtype and (param < 0.95).all()

@@ -147,12 +147,13 @@ def test_k_fits_the_mode(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"lr": 0, "betas": [0, 0], "weight_decay": 0, "rho": 0, "alpha": 0, "phi_beta": 0, "phi_lambda": 0},
+        {"mode": "sync", "lr": 0, "betas": [0, 0], "weight_decay": 0, "rho": 0},
+        {"mode": "sync", "alpha": 0, "phi_beta": 0, "phi_lambda": 0},
         {"mode": "random", "probability": 1},
         {"mode": "random", "probability": 0.0},
         {"mode": "sync", "k": 1},
         {"mode": "aga", "k": 1},
-        {"ns_steps": 1, "ns_coefficients": "polar_express", "ns_dtype": "float64", "phi_gamma": 0},
+        {"mode": "sync", "ns_steps": 1, "ns_coefficients": "polar_express", "ns_dtype": "float64", "phi_gamma": 0},
     ],
 )
 def test_the_ends_of_the_ranges_are_allowed(options: dict[str, Any]) -> None:

@@ -96,6 +96,13 @@ def test_config_takes_a_step(config: Path, tmp_path: Path, tiny_cifar10: Path) -
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 1
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_ars2_neo_states_its_mode(config: Path) -> None:
+    """Let no config depend on the default mode."""
+    optimizer = read(config)["model"]["init_args"]["optimizer"]
+    assert ("mode" in optimizer["init_args"]) == (optimizer["class_path"] == "ars2.ARS2Neo")
+
+
 def test_every_config_of_the_task_exists() -> None:
     assert set(PUBLISHED) <= {config.stem for config in CONFIGS}
 
