@@ -14,25 +14,49 @@ accumulates gradients calls the parts:
     optimizer.step()                          # update from the gradients in .grad
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ars2 import flatness, sharded_flatness, updates, validation
-from ars2.batch import Batch
-from ars2.capturable import to_device_
+from ars2 import flatness, kernels, schedule, validation
+from ars2.base import TrackedOptimizer, options_of
+from ars2.chunks import Chunk, sums_of, with_sums
+from ars2.distributed import Local, Sharded, local
+from ars2.graphs import to_device_
+from ars2.kernels import Tensors
 from ars2.newton_schulz import Schedule
-from ars2.two_pass import StepState, TwoPassOptimizer
-from ars2.updates import Tensors
-
-Mode = Literal["base", "sync", "aga", "periodic", "random"]
-MODES: tuple[Mode, ...] = ("base", "sync", "aga", "periodic", "random")
+from ars2.orthogonalize import LEAST_NORM
+from ars2.schedule import Mode
 
 
-class ARS2Neo(TwoPassOptimizer):
+@dataclass
+class StepState:
+    """Track the progress of the current step.
+
+    It is reset after every step and never saved. The optimizer changes it in place, because the wrappers of Fabric and
+    Lightning share the object, but would not share a new attribute. ``backups`` are parameters with copies of them, or
+    one parameter with a copy of a flat part and the index of the part's first entry.
+    """
+
+    stage: Literal["idle", "decided", "moved", "restored"] = "idle"
+    wanted: bool = False
+    phi: float = 0.0
+    variance: float = 0.0
+    backups: list[tuple[list[Tensor], list[Tensor], int | None]] = field(default_factory=list)
+    first_gradients: dict[Tensor, Tensor] = field(default_factory=dict)
+
+    def reset(self, **fields: Any) -> None:
+        """Set all fields, to their defaults where not given."""
+        vars(self).update(vars(StepState(**fields)))
+
+
+class ARS2Neo(TrackedOptimizer):
     """Optimize matrices with ARS2-Neo and all other parameters with AdamW.
 
     A *matrix* parameter moves by ``p <- (1 - lr*wd) p - lr * |u| * NS(u)`` with Adam's pre-whitened momentum
@@ -48,26 +72,33 @@ class ARS2Neo(TwoPassOptimizer):
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of either. A group may set its own ``track``
-            (``"matrix"`` or ``"vector"``), ``flatten``, ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``rho``.
-            Without ``track`` the shapes decide. :func:`ars2.param_groups` builds the groups of a model.
+            (``"matrix"`` or ``"vector"``), ``flatten``, ``splits``, ``lr``, ``betas``, ``eps``, ``weight_decay``,
+            ``cautious``, ``adjust_lr_fn`` and ``rho``. Without ``track`` the shapes decide.
+            :func:`ars2.param_groups` builds the groups of a model.
         lr: learning rate. A matrix's step is about sqrt(min(rows, cols)) times Adam's at the same value.
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
-        weight_decay: decoupled weight decay, multiplied by ``lr``.
+        weight_decay: decoupled weight decay, multiplied by ``lr``. It may be changed in the group between steps.
         rho: length of each tensor's move to the adversarial point.
         mode: which steps are two-pass steps. ``"base"``: none. ``"sync"``: all. ``"aga"``: those at which the global
             cosine ``phi`` of gradient and cached shear force falls below ``-phi_lambda * sqrt(variance)``.
-            ``"periodic"`` (steps 1, k+1, 2k+1, ...) and ``"random"`` (step 1, then with ``probability``) are controls.
+            ``"late"``: all after the first ``late_start * total_steps`` steps. ``"periodic"`` (steps 1, k+1, 2k+1,
+            ...) and ``"random"`` (step 1, then with ``probability``) are controls.
+        energy, geometry: whether matrices use Adam's second moment, and Newton-Schulz. See above.
         k: the period of ``"periodic"``. In ``"aga"``, if above 1, the largest distance between two sync steps.
         alpha: strength of the shear force that replaces the second gradient on one-pass steps. In ``"aga"`` it is
             multiplied by ``(1 + max(0, phi))^phi_gamma``.
         phi_beta, phi_lambda, phi_gamma: AGA's variance decay, threshold in standard deviations, and exponent.
-        ns_steps, ns_coefficients, ns_dtype: iterations; ``"jordan"``, ``"polar_express"``, or a list with (a, b, c) for
-            each iteration, of which the last repeats; and the dtype of the products (``"bfloat16"``, ``"float32"``,
-            ``"float64"``).
-        energy, geometry: whether matrices use Adam's second moment, and Newton-Schulz. See above.
+        ns_steps, ns_coefficients, ns_dtype: iterations; ``"jordan"``, ``"polar_express"``, or one (a, b, c) for each
+            iteration; and the dtype of the products (``"bfloat16"``, ``"float32"``, ``"float64"``).
         ns_algorithm: ``"standard"``, ``"gram"``, or ``"auto"``, the faster one for each shape by measurement.
         probability, seed: of ``"random"``. The draws depend only on the seed and the step number.
+        late_start, total_steps: of ``"late"``: the fraction of the ``total_steps`` with one pass.
+        rho_per_step: whether rho is multiplied by the number of steps since the last two-pass step (``"aga"``,
+            ``"periodic"``, ``"random"``).
+        adjust_lr_fn: ``"original"``, or ``"match_rms_adamw"``, which divides a matrix's step by
+            sqrt(min(rows, cols)). It then has the norm of Adam's, and AdamW's learning rate is a sensible start.
+        cautious: whether weight decay is limited to entries that the update moves towards zero (Chen et al. 2025).
         compile: compile the arithmetic of the step with ``torch.compile`` at its first use. Not saved.
         capturable: keep the learning rate and all counters on the device, so that a CUDA graph can capture the step
             (modes ``"base"`` and ``"sync"``). A loaded state needs a new graph. Not saved.
@@ -91,9 +122,12 @@ class ARS2Neo(TwoPassOptimizer):
         "ns_algorithm",
         "probability",
         "seed",
+        "late_start",
+        "total_steps",
+        "rho_per_step",
     )
     fixed_options = ("mode", "energy", "geometry")
-    main_counters = ("sync_steps", "last_sync", "phi", "phi_variance", "injected_alpha")
+    main_counters = schedule.COUNTERS
 
     def __init__(
         self,
@@ -103,7 +137,7 @@ class ARS2Neo(TwoPassOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         rho: float = 0.1,
-        mode: Mode = "sync",
+        mode: Mode = "base",
         energy: bool = True,
         geometry: bool = True,
         k: int = 0,
@@ -117,74 +151,245 @@ class ARS2Neo(TwoPassOptimizer):
         ns_algorithm: str = "auto",
         probability: float = 0.1,
         seed: int = 0,
+        late_start: float = 0.5,
+        total_steps: int = 0,
+        rho_per_step: bool = False,
+        adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original",
+        cautious: bool = False,
         compile: bool = False,
         capturable: bool = False,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "rho": rho,
-                "mode": mode,
-                "energy": energy,
-                "geometry": geometry,
-                "k": k,
-                "alpha": alpha,
-                "phi_beta": phi_beta,
-                "phi_lambda": phi_lambda,
-                "phi_gamma": phi_gamma,
-                "ns_steps": ns_steps,
-                "ns_coefficients": ns_coefficients,
-                "ns_dtype": ns_dtype,
-                "ns_algorithm": ns_algorithm,
-                "probability": probability,
-                "seed": seed,
-            },
-            compile=compile,
-            capturable=capturable,
-        )
-        self.param_groups[0].update(zip(self.main_counters, (0, 0, 0.0, 0.0, 0.0), strict=True))
+        options = options_of(ARS2Neo, locals())
+        self._step_state = StepState()
+        if mode != "base" and _is_made_by_zero():
+            raise ValueError(
+                "ZeroRedundancyOptimizer gives each process only a part of the parameters, so they cannot all move to"
+                f' the adversarial point: use mode "base" with it, not "{mode}", or shard the model with'
+                " torch.distributed.fsdp.fully_shard"
+            )
+        super().__init__(params, options, compile=compile, capturable=capturable)
+        self.param_groups[0].update(self.main_counters)
         if capturable:
             to_device_(self.param_groups[0])
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        for name in ("rho", "alpha", "phi_lambda", "phi_gamma"):
-            validation.check_number(group, name, 0.0)
-        validation.check_number(group, "phi_beta", 0.0, 1.0)
-        validation.check_number(group, "probability", 0.0, 1.0, closed_maximum=True)
-        validation.check_integer(group, "seed", 0)
-        validation.check_choice(group, "mode", MODES)
+        validation.check_number(group, "rho", 0.0)
         for name in ("energy", "geometry"):
             validation.check_choice(group, name, (False, True))
-        validation.check_integer(group, "k", 1 if group["mode"] == "periodic" else 0)
-        largest = {"base": 0, "random": 0, "sync": 1}.get(group["mode"], group["k"])
-        if group["k"] > largest:
-            raise ValueError(
-                f"k must be at most {largest} in mode {group['mode']!r}, got {group['k']}:"
-                ' set a period only in mode "periodic" or "aga"'
-            )
+        schedule.check_options(group)
 
     def _check_counters(self, group: dict[str, Any], first: bool) -> None:
         super()._check_counters(group, first)
         if first:
-            validation.check_integer(group, "sync_steps", 0)
-            validation.check_integer(group, "last_sync", 0)
+            group.setdefault("interval", 0)  # older states have none
+            for name in ("sync_steps", "last_sync", "interval"):
+                validation.check_integer(group, name, 0)
             for name in ("phi", "phi_variance", "injected_alpha"):
                 if not isinstance(group.get(name), (int, float)):
                     raise ValueError(f"{name} must be a number, got {group.get(name, 'nothing')!r}")
 
     def _state_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        keeps_shear = group["mode"] in ("aga", "random") or (group["mode"] == "periodic" and group["k"] > 1)
         keys = ["exp_avg"]
         if group["track"] == "vector" or group["energy"]:
             keys.append("exp_avg_sq")
-        if keeps_shear:
+        if schedule.keeps_shear(group):
             keys.append("shear")
         return tuple(keys)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._refuse_while_moved("add_param_group()")
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._refuse_while_moved("load_state_dict()")
+        super().load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_while_moved("copying or pickling")
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._step_state = StepState()
+
+    def _refuse_while_moved(self, what: str) -> None:
+        if self._step_state.stage == "moved":
+            raise RuntimeError(f"{what} fails while the parameters are at the adversarial point: call restore() first")
+
+    @property
+    def always_two_pass(self) -> bool:
+        """Return whether every step makes a second pass.
+
+        Then the first gradient need not be exchanged between processes.
+        """
+        return bool(self.param_groups[0]["mode"] == "sync")
+
+    @property
+    def never_two_pass(self) -> bool:
+        """Return whether no step makes a second pass.
+
+        Then no batch need be kept for one.
+        """
+        return bool(self.param_groups[0]["mode"] == "base")
+
+    @property
+    def decides_alike(self) -> bool:
+        """Return whether ranks with equal gradients decide alike without an exchange.
+
+        AGA's decision depends on the rounding of phi. Ranks share it after :meth:`distribute`, and always where
+        parameters are sharded.
+        """
+        return bool(self.param_groups[0]["mode"] != "aga" or type(self._layout) is not Local)
+
+    @property
+    def first_gradients(self) -> dict[Tensor, Tensor]:
+        """Return the gradients of the first pass by parameter.
+
+        They exist from :meth:`perturb` until :meth:`step`.
+        """
+        return self._step_state.first_gradients
+
+    @torch.no_grad()
+    def wants_second_pass(self, grad_scale: float = 1.0) -> bool:
+        """Decide after the first backward pass whether to make a second pass.
+
+        A second call starts the step again, as after a step that a gradient scaler skipped. Without any gradient the
+        answer is False, and a later backward pass needs another call.
+
+        Args:
+            grad_scale: has no effect. Neither the decision nor the move depends on the scale of the gradients, so those
+                of a gradient scaler need not be unscaled. Earlier versions needed the scale.
+
+        Raises:
+            RuntimeError: the parameters are at the adversarial point.
+        """
+        self._refuse_while_moved("wants_second_pass()")
+        state, main = self._step_state, self.param_groups[0]
+        if not self._check_gradients():
+            state.reset()
+            return False
+        phi, variance, t = 0.0, 0.0, main["step"] + 1
+        if main["mode"] == "aga":
+            phi = self._phi() if main["sync_steps"] > 0 else 0.0
+            variance = schedule.next_variance(main, phi, t)
+        wanted = schedule.is_sync_step(main, t, phi, variance)
+        state.reset(stage="decided", wanted=wanted, phi=phi, variance=variance)
+        return wanted
+
+    def _phi(self) -> float:
+        chunks = [chunk for group in self._gather() for chunks in self._split(group) for chunk in chunks]
+        if not chunks:
+            return 0.0
+
+        def kernel(chunk: Chunk) -> Tensor:
+            sums: Tensor = self._maybe_compile(chunk.group)(flatness.cosine_sums)(chunk.grads, chunk.state["shear"])
+            return sums
+
+        sums = sums_of(chunks, kernel, self._layout)
+        self._layout.agree_(sums)
+        return flatness.global_cosine(sums)
+
+    @torch.no_grad()
+    def perturb(self) -> None:
+        """Move the parameters to the adversarial point and clear ``.grad``.
+
+        The first gradients stay available as :attr:`first_gradients`.
+
+        Raises:
+            RuntimeError: :meth:`wants_second_pass` was not called in this step, or the parameters have moved already.
+        """
+        state = self._step_state
+        if state.stage != "decided":
+            raise RuntimeError(
+                "perturb() needs a decision: call wants_second_pass() right before it, once in each step"
+            )
+        state.stage = "moved"
+        try:
+            self._move_to_adversarial_point()
+            state.first_gradients = {
+                # The next backward pass overwrites views, such as those into gradient buckets.
+                param: param.grad.clone() if param.grad._is_view() else param.grad
+                for group in self.param_groups
+                for param in group["params"]
+                if param.grad is not None
+            }
+            for param in state.first_gradients:
+                param.grad = None
+            # Autocast caches cast weights within its block. The cache would hide the move.
+            torch.clear_autocast_cache()
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _move_to_adversarial_point(self) -> None:
+        latest: dict[str, Any] = {}
+
+        def sums(chunk: Chunk) -> Tensor:
+            latest.update(chunk=chunk, offsets=self._offsets(chunk))
+            return flatness.offset_sums(latest["offsets"])
+
+        factor = schedule.rho_scale(self.param_groups[0])
+        for chunk, (squares,) in with_sums(self._rounds(), sums, self._layout):
+            # Computing the offsets of several chunks twice costs less than storing them.
+            offsets = latest["offsets"] if latest["chunk"] is chunk else self._offsets(chunk)
+            copies = [param.clone() for param in chunk.params]
+            self._step_state.backups.append((chunk.sources, copies, chunk.start))
+            move = self._maybe_compile(chunk.group)(flatness.move_along_)
+            move(chunk.params, offsets, squares, chunk.group["rho"] * factor)
+
+    def _rounds(self) -> Iterable[list[Chunk]]:
+        """Return the chunks of all groups, in lists of those whose sums are reduced together."""
+        rounds = (chunks for group in self._gather() for chunks in self._split(group))
+        return self._together(rounds)
+
+    def _together(self, rounds: Iterable[list[Chunk]]) -> Iterable[list[Chunk]]:
+        """Return all chunks in one round where parameters are sharded, which takes one all-reduce."""
+        if isinstance(self._layout, Sharded):
+            chunks = [chunk for chunks in rounds for chunk in chunks]
+            return [chunks] if chunks else []
+        return rounds
+
+    def _offsets(self, chunk: Chunk) -> Tensors:
+        group, maybe_compile, denominators = chunk.group, self._maybe_compile(chunk.group), None
+        if "exp_avg_sq" in chunk.state:
+            denominators = maybe_compile(kernels.adam_denominators)(
+                chunk.state["exp_avg_sq"], group["betas"][1], tuple(chunk.counts), group["eps"]
+            )
+        offsets: Tensors = maybe_compile(flatness.adversarial_offsets)(chunk.params, chunk.grads, denominators)
+        return offsets
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Restore the parameters, bit for bit.
+
+        Raises:
+            RuntimeError: the parameters are not at the adversarial point.
+        """
+        state = self._step_state
+        if state.stage != "moved":
+            raise RuntimeError("restore(): the parameters have not moved: call perturb() first")
+        for sources, copies, start in state.backups:
+            params = [local(source) for source in sources]
+            if start is not None:
+                params = [params[0].view(-1)[start : start + len(copies[0])]]
+            torch._foreach_copy_(params, copies)
+        state.backups.clear()
+        state.stage = "restored"
+        torch.clear_autocast_cache()
+
+    def _abandon(self) -> None:
+        """End a failed step.
+
+        The parameters and the first gradients in ``.grad`` are restored.
+        """
+        if self._step_state.stage == "moved":
+            self.restore()
+        if first := self._step_state.first_gradients:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.grad = first.get(param)
+        self._step_state.reset()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -208,122 +413,173 @@ class ARS2Neo(TwoPassOptimizer):
         """
         self._refuse_while_moved("step()")
         state, result = self._step_state, None
+        one_pass = self.never_two_pass or state.stage != "idle"
+        if closure is not None and not one_pass:
+            return self._step_by_closure(closure)
         if closure is not None:
-            if state.stage == "idle" and self.param_groups[0]["mode"] != "base":
-                return self._step_by_closure(closure)
             with torch.enable_grad():
                 result = closure()
-        elif state.stage == "idle" and self.param_groups[0]["mode"] != "base" and self._check_gradients():
+        found = self._check_gradients()
+        if found and not one_pass:
             raise RuntimeError(
                 f"step() in mode {self.param_groups[0]['mode']!r} needs a closure: call step(closure), or call"
                 " wants_second_pass() before it, and if that returns True perturb(), backward and restore()"
             )
         if state.stage == "decided" and state.wanted:
             raise RuntimeError("step(): the second pass is missing: call perturb(), backward and restore()")
-        if self._check_gradients():
-            self._update()
-        elif state.stage == "restored":
+        if not found and state.stage == "restored":
             raise RuntimeError(
                 "step(): the second pass left no gradient: call backward() between perturb() and restore()"
             )
-        else:
-            self._step_state.assign(StepState())
+        if found:
+            self._update()
+        state.reset()
         return result
 
     def _update(self) -> None:
         """Update moments and parameters from the gradients in ``.grad``; end the step."""
-        state, main = replace(self._step_state), self.param_groups[0]
-        self._step_state.assign(StepState())
-        synced, t = state.stage == "restored", main["step"] + 1
-        alpha = (
-            main["alpha"] * (1 + max(0.0, state.phi)) ** main["phi_gamma"] if main["mode"] == "aga" else main["alpha"]
-        )
-        keeps = "shear" in self._state_keys(main)
-        injected_alpha = alpha if keeps and not synced else 0.0
+        state, main = StepState(**vars(self._step_state)), self.param_groups[0]
+        self._step_state.reset()
+        synced, layout = state.stage == "restored", self._layout
+        alpha = schedule.injected_alpha(main, state.phi, synced)
         self._count_gradients()
+        groups = self._gather()
         with self._without_autocast():
-            for group, batch in self._batches(state, keeps and synced, injected_alpha):
-                if batch.params:
-                    self._move(group, batch, injected_alpha if self._shards is None else 0.0)
+            if synced and schedule.keeps_shear(main):
+                self._keep_shears(groups, state.first_gradients)
+            if alpha == 0:
+                for group in groups:
+                    for chunk in self._split_matrices(group) if self._is_orthogonal(group) else [group]:
+                        self._move(chunk)
+            else:
+                rounds = (
+                    chunks
+                    for group in groups
+                    for chunks in (
+                        ([chunk] for chunk in self._split_matrices(group))
+                        if self._is_orthogonal(group)
+                        else self._split(group)
+                    )
+                )
+                for chunk, sums in with_sums(self._together(rounds), self._injection_sums, layout):
+                    inject = self._maybe_compile(chunk.group)(flatness.with_shears)
+                    self._move(chunk._replace(grads=inject(chunk.grads, chunk.state["shear"], sums, alpha)))
         if synced:
+            if main["rho_per_step"]:
+                main["interval"] = main["step"] - main["last_sync"]
             main["sync_steps"] += 1
-            main["last_sync"] += t - main["last_sync"]  # in place where it is a tensor
-        main["phi"], main["phi_variance"] = state.phi, state.variance
-        main["injected_alpha"] = injected_alpha
+            main["last_sync"] += main["step"] - main["last_sync"]  # in place where it is a tensor
+        main["phi"], main["phi_variance"], main["injected_alpha"] = state.phi, state.variance, alpha
 
-    def _batches(self, state: StepState, keeps: bool, alpha: float) -> Iterator[tuple[dict[str, Any], Batch]]:
-        """Yield each group with its batches, after updating shear forces on sync steps.
+    def _injection_sums(self, chunk: Chunk) -> Tensor:
+        sums: Tensor = self._maybe_compile(chunk.group)(flatness.injection_sums)(chunk.grads, chunk.state["shear"])
+        return sums
 
-        If ``alpha`` > 0, the gradients of sharded batches already include the shear forces.
-        """
-        if self._shards is not None:
-            pairs = [(group, batch) for group in self.param_groups for batch in self._batches_by_count(group)]
-            batches = [batch for _, batch in pairs]
-            if keeps:
-                sharded_flatness.keep_shears_(batches, state.first_gradients, self._shards)
-            injected = sharded_flatness.injected(batches, alpha, self._shards) if alpha > 0 else batches
-            for (group, _), batch in zip(pairs, injected, strict=True):
-                yield group, batch
+    def _keep_shears(self, groups: list[Chunk], first_gradients: dict[Tensor, Tensor]) -> None:
+        """Store the shear force of each parameter that has gradients of both passes."""
+        rounds: list[list[Chunk]] = []
+        for group in groups:
+            both = [index for index, source in enumerate(group.sources) if source in first_gradients]
+            chunk = group.subset(both)
+            chunk.state["first"] = [
+                local(first_gradients[source]).to(grad.dtype)
+                for source, grad in zip(chunk.sources, chunk.grads, strict=True)
+            ]
+            rounds += self._split(chunk) if both else []
+
+        def sums(chunk: Chunk) -> Tensor:
+            found: Tensor = self._maybe_compile(chunk.group)(flatness.shear_sums)(chunk.grads, chunk.state["first"])
+            return found
+
+        for chunk, found in with_sums(self._together(rounds), sums, self._layout):
+            shear_forces = self._maybe_compile(chunk.group)(flatness.shear_forces)
+            torch._foreach_copy_(chunk.state["shear"], shear_forces(chunk.grads, chunk.state["first"], found))
+
+    @staticmethod
+    def _is_orthogonal(chunk: Chunk) -> bool:
+        """Return whether the update of a chunk depends on complete tensors."""
+        group = chunk.group
+        return bool(group["track"] == "matrix" and (group["geometry"] or not group["energy"]))
+
+    def _move(self, chunk: Chunk) -> None:
+        """Apply ``p <- (1 - lr*wd) p - lr * |u| * NS(u)`` to matrices and AdamW to vectors."""
+        if not self._is_orthogonal(chunk):
+            self._move_vectors(chunk)
             return
-        for group in self.param_groups:
-            maybe_compile = self._maybe_compile(group)
-            for batch in self._batches_by_count(group):
-                for chunk in self._chunks(batch) if keeps else ():
-                    flatness.keep_shear_(chunk.params, chunk.grads, chunk.states, state.first_gradients, maybe_compile)
-                yield group, batch
-
-    def _move(self, group: dict[str, Any], batch: Batch, alpha: float) -> None:
-        """Move the parameters of one batch of a group.
-
-        If ``alpha`` > 0, the shear forces are injected into the gradients first.
-        """
-        if group["track"] == "matrix" and (group["geometry"] or not group["energy"]):
-            for chunk in self._matrix_chunks(group, batch):
-                if alpha > 0:
-                    chunk = self._with_shears(group, chunk, self._injection_scales(group, chunk, alpha))
-                self._move_matrices(group, chunk)
-        elif alpha == 0:
-            self._move_vectors(group, batch)
-        else:
-            for chunk in self._chunks(batch):
-                scales = self._injection_scales(group, chunk, alpha)
-                for flat_chunk in self._flat_chunks(chunk):
-                    self._move_vectors(group, self._with_shears(group, flat_chunk, scales))
-
-    def _injection_scales(self, group: dict[str, Any], chunk: Batch, alpha: float) -> Tensor:
-        norms = self._maybe_compile(group)(flatness.norms)
-        return flatness.injection_scales(alpha, norms(chunk.grads), norms(chunk.state("shear")))
-
-    def _with_shears(self, group: dict[str, Any], chunk: Batch, scales: Tensor) -> Batch:
-        return chunk._replace(
-            grads=self._maybe_compile(group)(flatness.with_shears)(chunk.grads, chunk.state("shear"), scales)
-        )
-
-    def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:
-        """Apply ``p <- (1 - lr*wd) p - lr * |u| * NS(u)`` to the matrices of a batch.
-
-        ``u`` are the ``directions`` and ``|u|`` the ``energies``. Without geometry the update is ``lr * u``.
-        """
-        maybe_compile = self._maybe_compile(group)
+        group, maybe_compile = chunk.group, self._maybe_compile(chunk.group)
         if group["energy"]:
-            directions: Tensors = maybe_compile(updates.adam_directions)(
-                batch.grads,
-                batch.state("exp_avg"),
-                batch.state("exp_avg_sq"),
+            directions: Tensors = maybe_compile(kernels.adam_directions)(
+                chunk.grads,
+                chunk.state["exp_avg"],
+                chunk.state["exp_avg_sq"],
                 group["betas"],
-                batch.step,
+                tuple(chunk.counts),
                 group["eps"],
             )
         else:
-            numels = [shape.numel() for shape in batch.shapes]
-            directions = maybe_compile(updates.momentum_directions)(
-                batch.grads, batch.state("exp_avg"), group["betas"][0], numels=numels, shards=self._shards
+            directions = maybe_compile(kernels.momentum_directions)(
+                chunk.grads, chunk.state["exp_avg"], group["betas"][0], nesterov=False
             )
-        energies = None
+            scales = [math.sqrt(shape.numel()) for shape in chunk.shapes]
+            lengths = [length.clamp_min(LEAST_NORM) for length in self._lengths(group, directions)]
+            torch._foreach_div_(directions, lengths)
+            torch._foreach_mul_(directions, scales)
         if group["geometry"]:
-            energies = maybe_compile(updates.frobenius_norms)(directions, self._shards)
-            self._orthogonalize_(group, batch, directions)
-        self._apply(group, batch, directions, energies)
+            self._move_matrices(chunk, directions)
+        else:
+            self._apply(chunk, directions, None)
+
+    def _lengths(self, group: dict[str, Any], directions: Tensors) -> list[Tensor]:
+        squares = self._maybe_compile(group)(kernels.norms)(directions).square()
+        self._layout.reduce_(squares)
+        return list(squares.sqrt().to(directions[0].dtype).unbind())
+
+    def _scales(self, group: dict[str, Any], directions: Tensors, shapes: list[torch.Size]) -> Tensors:
+        """Return the energies ``|u|``, divided by the norms of orthogonal factors under ``"match_rms_adamw"``."""
+        energies = self._lengths(group, directions)
+        if group["adjust_lr_fn"] == "match_rms_adamw":
+            torch._foreach_mul_(energies, [1 / math.sqrt(n * min(rows, cols)) for n, rows, cols in shapes])
+        return energies
+
+    def _step_by_closure(self, closure: Callable[[], Any]) -> Any:
+        if torch.compiler.is_compiling():  # torch then falls back to eager, unless fullgraph=True
+            raise RuntimeError(
+                "torch.compile of step(closure) does not support two passes: call step() uncompiled, and make the"
+                " optimizer with compile=True"
+            )
+        params = [param for group in self.param_groups for param in group["params"]]
+        before = [(p, p.grad, local(p.grad)._version) for p in params if p.grad is not None]
+        with torch.enable_grad():
+            result = closure()
+        if before and all(p.grad is grad and local(grad)._version == version for p, grad, version in before):
+            raise RuntimeError(
+                "step(closure): the closure computed no gradient: zero the gradients, evaluate the loss and call"
+                " backward() in it (a loop that makes the passes itself calls wants_second_pass() before step())"
+            )
+        if not self._check_gradients():
+            return result
+        # Gradients that the closure zeroed in place or added to. With create_graph adding makes a new tensor.
+        reused = [p for p, grad, _ in before if p.grad is not None and (p.grad is grad or p.grad.requires_grad)]
+        if self.wants_second_pass():
+            try:
+                self.perturb()
+                for param in reused:
+                    # NaN marks a gradient that the closure adds to instead of replacing it.
+                    param.grad = torch.full_like(self.first_gradients[param], math.nan, requires_grad=False)
+                with torch.enable_grad():
+                    closure()
+                self.restore()
+                if not self._check_gradients():
+                    raise RuntimeError(
+                        "step(closure): the closure computed no gradient at the adversarial point: call backward() in"
+                        " every evaluation"
+                    )
+                _check_not_added_to(reused)
+            except BaseException:
+                self._abandon()
+                raise
+        self._update()
+        return result
 
     def diagnostics(self) -> dict[str, float]:
         """Return counters and AGA quantities of the last step as plain numbers.
@@ -332,7 +588,38 @@ class ARS2Neo(TwoPassOptimizer):
 
         Keys: ``steps``, ``sync_steps``, ``gradient_evaluations``, and ``effective_k`` (steps per sync step, infinite
         before the first sync step). With shear forces also ``alpha``, the strength injected by the last step, 0 on sync
-        steps. In AGA also ``phi``, ``phi_deviation`` and ``threshold`` (``-phi_lambda`` deviations).
+        steps. With ``rho_per_step`` also ``rho``, the length of the last move. In AGA also ``phi``, ``phi_deviation``
+        and ``threshold`` (``-phi_lambda`` deviations).
         """
-        main = self.param_groups[0]
-        return flatness.diagnostics(main, keeps_shear="shear" in self._state_keys(main))
+        return schedule.diagnostics(self.param_groups[0])
+
+
+def _check_not_added_to(params: list[Tensor]) -> None:
+    """Check that a closure did not add to gradients of NaN.
+
+    This reads the device if there were any such gradients.
+    """
+    grads = [local(p.grad) for p in params if p.grad is not None and local(p.grad).numel()]
+    # During CUDA graph capture the device cannot be read. The warm-up steps before it are checked.
+    if not grads or (grads[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if any(torch.stack([grad.isnan().all() for grad in grads]).tolist()):
+        raise RuntimeError(
+            "step(closure): the closure adds to gradients of earlier backward passes, which its second evaluation"
+            " cannot repeat: zero the gradients and evaluate all micro-batches in the closure, or make the passes"
+            " with wants_second_pass(), perturb() and restore() (Lightning's accumulate_grad_batches does neither)"
+        )
+
+
+def _is_made_by_zero() -> bool:
+    """Return whether a ZeroRedundancyOptimizer is making this optimizer.
+
+    It passes nothing that identifies it, so the call stack is searched.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = inspect.currentframe() if module is not None else None
+    while frame is not None:
+        if module is not None and isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            return True
+        frame = frame.f_back
+    return False

@@ -7,22 +7,21 @@ hidden layers in neural networks" (2024); decoupled weight decay as in Liu et al
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from ars2 import updates, validation
-from ars2.batch import Batch
+from ars2 import kernels, validation
+from ars2.base import TrackedOptimizer, options_of
+from ars2.kernels import Tensors
 from ars2.newton_schulz import Schedule
-from ars2.tracked import TrackedOptimizer
-from ars2.updates import Tensors
 
 
 class Muon(TrackedOptimizer):
     """Apply orthogonalised momentum to matrices and AdamW to vectors.
 
-    A matrix moves by ``p <- (1 - lr*wd) p - lr * sqrt(max(1, rows / cols)) * NewtonSchulz(n)``, where ``b <- momentum *
-    b + (1 - momentum) * g``. Without Nesterov ``n`` is ``b``; with it ``n`` is ``momentum * b + (1 - momentum) * g``.
+    A matrix moves by ``p <- (1 - lr*wd) p - lr * scale * NewtonSchulz(n)``, where ``b <- momentum * b + (1 - momentum)
+    * g``. Without Nesterov ``n`` is ``b``; with it ``n`` is ``momentum * b + (1 - momentum) * g``.
 
     Args:
         params: as for :class:`ars2.ARS2Neo`. Vector groups usually set their ``lr`` and ``weight_decay``.
@@ -31,6 +30,10 @@ class Muon(TrackedOptimizer):
         nesterov: whether matrices use Nesterov momentum.
         weight_decay: decoupled weight decay, multiplied by ``lr``.
         ns_steps, ns_coefficients, ns_dtype, ns_algorithm: as for :class:`ars2.ARS2Neo`.
+        adjust_lr_fn: the scale, as in torch.optim.Muon: ``"original"`` is sqrt(max(1, rows / cols)), and
+            ``"match_rms_adamw"`` is 0.2 * sqrt(max(rows, cols)), with which a learning rate of AdamW is a sensible
+            start.
+        cautious: as for :class:`ars2.ARS2Neo`.
         betas, eps: of the vector track. OneCycleLR and CyclicLR cycle the momentum, not the betas.
         compile: as for :class:`ars2.ARS2Neo`.
 
@@ -39,6 +42,8 @@ class Muon(TrackedOptimizer):
     """
 
     shared_options = ("ns_steps", "ns_coefficients", "ns_dtype", "ns_algorithm")
+
+    directions_in_range = False  # they are as small as the gradients
 
     def __init__(
         self,
@@ -53,25 +58,12 @@ class Muon(TrackedOptimizer):
         ns_algorithm: str = "auto",
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original",
+        cautious: bool = False,
         compile: bool = False,
     ) -> None:
         self._betas = betas
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "nesterov": nesterov,
-                "weight_decay": weight_decay,
-                "ns_steps": ns_steps,
-                "ns_coefficients": ns_coefficients,
-                "ns_dtype": ns_dtype,
-                "ns_algorithm": ns_algorithm,
-                "betas": betas,
-                "eps": eps,
-            },
-            compile=compile,
-        )
+        super().__init__(params, options_of(Muon, locals()), compile=compile)
         # Schedulers that cycle the momentum would cycle betas instead, if the defaults had any.
         del self.defaults["betas"]
 
@@ -104,24 +96,21 @@ class Muon(TrackedOptimizer):
                 result = closure()
         if not self._check_gradients():
             return result
+        self._count_gradients()
         with self._without_autocast():
-            self._count_gradients()
-            for group in self.param_groups:
-                for batch in self._batches_by_count(group):
-                    if group["track"] == "vector" and batch.params:
-                        self._move_vectors(group, batch)
-                    elif batch.params:
-                        for chunk in self._matrix_chunks(group, batch):
-                            self._move_matrices(group, chunk)
+            for batch in self._gather():
+                group = batch.group
+                if group["track"] == "vector":
+                    self._move_vectors(batch)
+                    continue
+                for chunk in self._split_matrices(batch):
+                    directions: Tensors = self._maybe_compile(group)(kernels.momentum_directions)(
+                        chunk.grads, chunk.state["momentum_buffer"], group["momentum"], nesterov=group["nesterov"]
+                    )
+                    self._move_matrices(chunk, directions)
         return result
 
-    def _move_matrices(self, group: dict[str, Any], batch: Batch) -> None:
-        maybe_compile = self._maybe_compile(group)
-        buffers, nesterov = batch.state("momentum_buffer"), group["nesterov"]
-        directions: Tensors = maybe_compile(updates.momentum_update_)(
-            batch.grads, buffers, group["momentum"], nesterov=nesterov
-        )
-        self._orthogonalize_(group, batch, directions)
-        shapes = [updates.stack_shape(shape, group["flatten"]) for shape in batch.shapes]
-        scales = [math.sqrt(max(1.0, shape[1] / shape[2])) for shape in shapes]
-        self._apply(group, batch, directions, scales)
+    def _scales(self, group: dict[str, Any], directions: Tensors, shapes: list[torch.Size]) -> list[float]:
+        if group["adjust_lr_fn"] == "match_rms_adamw":
+            return [0.2 * math.sqrt(max(rows, cols)) for _, rows, cols in shapes]
+        return [math.sqrt(max(1.0, rows / cols)) for _, rows, cols in shapes]

@@ -1,24 +1,20 @@
 """Orthogonalise matrices by Newton-Schulz iterations, in batches."""
 
-import functools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ars2 import newton_schulz
-from ars2.newton_schulz import ALGORITHMS, Schedule
+from ars2.newton_schulz import ALGORITHMS, HALF, Schedule
 
 # Largest number of elements in a batch. On the CPU larger batches are not faster, since they leave the cache.
 MAX_NUMEL_ON_CPU = 1 << 20
 _MAX_NUMEL_ELSEWHERE = 1 << 26
-# Matrices that fill at least this part of a batch's columns and rows are padded to join it. More padding costs more
-# than one batch less saves. Padded rows cost the most, and with many rows only arithmetic matters.
-_LEAST_FILLED_COLUMNS, _LEAST_FILLED_ROWS, _PADDED_TO_ROWS = 0.9, 0.875, 256
+# Below any nonzero float32 norm, since squares below 1e-45 are zero, and safe as a divisor.
+LEAST_NORM = 1e-30
+# Sides in this range are padded to a multiple of the tile, so that nearly equal shapes share a batch.
+_TILE, _PADDED_SIDES = 32, range(97, 257)
 
 
 def orthogonalize(
@@ -38,7 +34,7 @@ def orthogonalize(
     Args:
         x: a matrix (rows, cols) or a stack (..., rows, cols), of which every matrix is orthogonalised separately.
         steps: number of iterations, at least 1.
-        coefficients: ``"jordan"``, ``"polar_express"``, or (a, b, c) for each iteration, of which the last repeats.
+        coefficients: ``"jordan"``, ``"polar_express"``, or one (a, b, c) for each iteration, of which the last repeats.
         dtype: the dtype of the result and of the products with ``x``. ``"auto"`` multiplies in a wider one where that
             is faster.
         algorithm: ``"standard"``; ``"gram"``, the same iteration on the Gram matrix, for elongated matrices; or
@@ -62,48 +58,9 @@ def orthogonalize(
     coefficients = newton_schulz.checked(coefficients, "orthogonalize: coefficients")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"orthogonalize: algorithm must be one of {sorted(ALGORITHMS)}, got {algorithm!r}")
-    if x.numel() == 0:
-        return x.to(dtype)
-    stack = x.reshape(-1, *x.shape[-2:])
-    tall = stack.shape[1] > stack.shape[2]
-    result = _orthogonalize_wide(stack.mT if tall else stack, steps, coefficients, dtype, algorithm, overwrite=False)
-    return (result.mT if tall else result).reshape(x.shape)
-
-
-def _orthogonalize_wide(
-    stack: Tensor, steps: int, coefficients: Schedule, dtype: torch.dtype, algorithm: str, overwrite: bool
-) -> Tensor:
-    if stack.dtype in (torch.bfloat16, torch.float16):
-        stack, overwrite = stack.float(), True
-    # The squares of very small or large entries would leave the range of float32, so the largest entry becomes 1 first.
-    # A matrix of zeros is divided by 1. The result does not depend on this scale, so no gradient needs to flow through.
-    largest = torch.linalg.vector_norm(stack.detach(), ord=math.inf, dim=(-2, -1), keepdim=True)
-    largest = torch.where(largest > 0, largest, 1.0)
-    stack = stack.div_(largest) if overwrite and not stack.requires_grad else stack / largest
-    margin = newton_schulz.POLAR_EXPRESS_MARGIN if coefficients == "polar_express" else 1.0
-    norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True).clamp_min(1.0) * margin
-    stack = stack / norm if stack.requires_grad else stack.div_(norm)
-    steps_taken = newton_schulz.schedule(coefficients, steps)
-    algorithm, products = _chosen(algorithm, stack.shape[1], stack.shape[2], dtype, stack.device)
-    if algorithm == "gram":
-        return newton_schulz.gram(stack, steps_taken, dtype)
-    return newton_schulz.standard(stack.to(products), steps_taken).to(dtype)
-
-
-def _chosen(
-    algorithm: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> tuple[str, torch.dtype]:
-    """Resolve ``"auto"`` for wide matrices of this shape.
-
-    Returns:
-        The algorithm, and the dtype of the standard algorithm's products.
-    """
-    if algorithm != "auto":
-        return algorithm, dtype
-    return (
-        newton_schulz.faster_algorithm(rows, columns, dtype, device),
-        newton_schulz.products_dtype(rows, dtype, device),
-    )
+    stack = x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+    (result,) = orthogonalize_all([stack], steps, coefficients, dtype, algorithm=algorithm)
+    return result.reshape(x.shape)
 
 
 def orthogonalize_all(
@@ -114,11 +71,11 @@ def orthogonalize_all(
     max_numel: int | None = None,
     algorithm: str = "auto",
     overwrite: bool = False,
+    in_range: bool = False,
 ) -> list[Tensor]:
     """Orthogonalise many stacks, batching matrices of one shape or its transpose.
 
-    Matrices of similar shapes join the batch too, padded with columns and rows of zeros. The padding stays zero,
-    changes nothing else, and is removed from the result.
+    Nearly equal shapes share a batch too, padded with zeros. The padding stays zero and is removed from the result.
 
     Args:
         stacks: tensors (matrices, rows, cols) of any shapes.
@@ -126,87 +83,95 @@ def orthogonalize_all(
         max_numel: largest number of elements in a batch, which bounds the memory of copies. A larger tensor forms a
             separate batch. ``None`` is 2^20 on the CPU and 2^26 elsewhere.
         overwrite: whether ``stacks`` may be overwritten.
+        in_range: whether no square of an entry that matters leaves the range of float32, which saves time.
 
     Returns:
         One tensor of ``dtype`` for each input, with the same shape and in the same order.
     """
+    wide = [stack if stack.shape[1] <= stack.shape[2] else stack.mT for stack in stacks]
     results: list[Tensor] = list(stacks)
-    # torch.compile traces the plan. It would ignore the cache and warn.
-    plan = _plan if torch.compiler.is_compiling() else _remembered_plan
-    kinds = tuple((*stack.shape, stack.device, stack.dtype) for stack in stacks)
-    for bucket in plan(kinds, max_numel, dtype, algorithm):
-        rows, columns = bucket.rows, bucket.columns
-        wide = [stacks[i] if stacks[i].shape[1] <= stacks[i].shape[2] else stacks[i].mT for i in bucket.members]
-        padded = [
-            stack
-            if stack.shape[1:] == (rows, columns)
-            else functional.pad(stack, (0, columns - stack.shape[2], 0, rows - stack.shape[1]))
-            for stack in wide
-        ]
-        joined = padded[0] if len(padded) == 1 else torch.cat(padded)
-        if joined.numel() == 0:
-            parts: Sequence[Tensor] = [stack.to(dtype) for stack in wide]
-        else:
-            may_overwrite = overwrite or joined is not wide[0]
-            joined = _orthogonalize_wide(joined, steps, coefficients, dtype, algorithm, may_overwrite)
-            parts = torch.split(joined, [stack.shape[0] for stack in wide])
-        for i, part, stack in zip(bucket.members, parts, wide, strict=True):
-            part = part if part.shape == stack.shape else part[:, : stack.shape[1], : stack.shape[2]]
-            results[i] = part if part.shape == stacks[i].shape else part.mT
+    for members in _batches(wide, max_numel):
+        batch = _joined([wide[i] for i in members])
+        if batch.numel():
+            may_overwrite = overwrite or batch is not wide[members[0]]
+            batch = _orthogonalize_wide(batch, steps, coefficients, dtype, algorithm, may_overwrite, in_range)
+        for i, part in zip(members, batch.to(dtype).split([len(wide[i]) for i in members]), strict=True):
+            part = part[:, : wide[i].shape[1], : wide[i].shape[2]]
+            results[i] = part if wide[i] is stacks[i] else part.mT
     return results
 
 
-@dataclass
-class _Bucket:
-    """Collect stacks that share a batch.
+def stack_shape(shape: torch.Size, flatten: bool) -> torch.Size:
+    """Return the shape (matrices, rows, cols) in which a tensor is orthogonalised.
 
-    ``rows`` and ``columns`` are the padded shape, ``members`` the indices of the stacks, and ``numel`` their elements.
+    A 2-D tensor is one matrix. A 3-D tensor is a stack (heads, rows, cols), or with ``flatten`` the matrix (out, in*k).
+    Tensors with more dimensions are matrices (out, rest). Without ``flatten`` their leading dimensions (1, 1) are left
+    out first.
     """
-
-    rows: int
-    columns: int
-    kind: tuple[torch.device, torch.dtype]
-    members: list[int] = field(default_factory=list)
-    numel: int = 0
-
-
-def _plan(
-    kinds: tuple[tuple[Any, ...], ...], max_numel: int | None, dtype: torch.dtype, algorithm: str
-) -> list[_Bucket]:
-    """Decide which stacks share a batch.
-
-    Args:
-        kinds: (matrices, rows, cols, device, dtype) of each stack.
-        max_numel, dtype, algorithm: as for :func:`orthogonalize_all`.
-    """
-
-    def fits(bucket: _Bucket, rows: int, columns: int) -> bool:
-        if not _LEAST_FILLED_COLUMNS * bucket.columns <= columns <= bucket.columns:
-            return False
-        if rows == bucket.rows:
-            return True
-        device = bucket.kind[0]
-        chosen = _chosen(algorithm, bucket.rows, bucket.columns, dtype, device)
-        # A row of zeros stays zero only under the standard algorithm; Gram gives it a singular value. A matrix whose
-        # products would be in float32 must not join a batch in half precision.
-        same_products = chosen[0] == "standard" and _chosen(algorithm, rows, columns, dtype, device) == chosen
-        return same_products and _LEAST_FILLED_ROWS * bucket.rows <= rows and bucket.rows <= _PADDED_TO_ROWS
-
-    buckets: list[_Bucket] = []
-    for index in sorted(range(len(kinds)), key=lambda i: (-min(kinds[i][1:3]), -max(kinds[i][1:3]))):
-        matrices, *shape, device, kind = kinds[index]
-        rows, columns = min(shape), max(shape)
-        most = max_numel or (MAX_NUMEL_ON_CPU if device.type == "cpu" else _MAX_NUMEL_ELSEWHERE)
-        for bucket in buckets:
-            room = bucket.numel + matrices * bucket.rows * bucket.columns <= most
-            if room and bucket.kind == (device, kind) and fits(bucket, rows, columns):
-                break
-        else:
-            bucket = _Bucket(rows, columns, (device, kind))
-            buckets.append(bucket)
-        bucket.members.append(index)
-        bucket.numel += matrices * bucket.rows * bucket.columns
-    return buckets
+    while not flatten and len(shape) > 3 and shape[:2] == (1, 1):
+        shape = shape[2:]
+    if len(shape) == 3 and not flatten:
+        return shape
+    return torch.Size((1, shape[0], shape[1:].numel()))
 
 
-_remembered_plan = functools.lru_cache(maxsize=64)(_plan)
+def _orthogonalize_wide(
+    stack: Tensor,
+    steps: int,
+    coefficients: Schedule,
+    dtype: torch.dtype,
+    algorithm: str,
+    overwrite: bool,
+    in_range: bool,
+) -> Tensor:
+    if stack.dtype in HALF:
+        stack, overwrite = stack.float(), True
+    if not in_range:
+        # The squares of very small or large entries would leave the range of float32, so the largest entry becomes 1
+        # first. The result does not depend on this scale, so no gradient needs to flow through.
+        given = stack.detach()
+        largest = torch.maximum(given.amax((1, 2), keepdim=True), -given.amin((1, 2), keepdim=True))
+        largest = largest.clamp_min(torch.finfo(largest.dtype).tiny)
+        stack = stack.div_(largest) if overwrite and not stack.requires_grad else stack / largest
+        overwrite = True
+    norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True).clamp_min(LEAST_NORM)
+    if coefficients == "polar_express":
+        norm = norm * newton_schulz.POLAR_EXPRESS_MARGIN
+    stack = stack.div_(norm) if overwrite and not stack.requires_grad else stack / norm
+    iterations = newton_schulz.schedule(coefficients, steps)
+    algorithm, products = newton_schulz.choose(algorithm, stack.shape[1], stack.shape[2], dtype, stack.device)
+    if algorithm == "gram":
+        return newton_schulz.gram(stack, iterations, dtype)
+    return newton_schulz.standard(stack.to(products), iterations)
+
+
+def _batches(stacks: Sequence[Tensor], max_numel: int | None) -> list[list[int]]:
+    """Return the indices of the wide stacks that share each batch."""
+    batches: list[list[int]] = []
+    open_batches: dict[object, tuple[list[int], int]] = {}
+    for index, stack in enumerate(stacks):
+        shape = (len(stack), *_padded(stack))
+        key, numel = (shape[1:], stack.device, stack.dtype), shape[0] * shape[1] * shape[2]
+        most = max_numel or (MAX_NUMEL_ON_CPU if stack.device.type == "cpu" else _MAX_NUMEL_ELSEWHERE)
+        members, size = open_batches.get(key, ([], 0))
+        if not members or size + numel > most:
+            members, size = [], 0
+            batches.append(members)
+        members.append(index)
+        open_batches[key] = members, size + numel
+    return batches
+
+
+def _joined(stacks: list[Tensor]) -> Tensor:
+    """Return the stacks as one, padded with zeros to one shape if their shapes differ."""
+    if len(stacks) == 1:
+        return stacks[0]
+    if all(stack.shape[1:] == stacks[0].shape[1:] for stack in stacks):
+        return torch.cat(stacks)
+    rows, columns = (max(stack.shape[side] for stack in stacks) for side in (1, 2))
+    return torch.cat([torch.nn.functional.pad(s, (0, columns - s.shape[2], 0, rows - s.shape[1])) for s in stacks])
+
+
+def _padded(stack: Tensor) -> tuple[int, int]:
+    rows, columns = (-(-side // _TILE) * _TILE if side in _PADDED_SIDES else side for side in stack.shape[1:])
+    return rows, columns

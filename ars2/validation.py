@@ -154,6 +154,26 @@ def check_parameter(param: Any, name: str, track: str) -> None:
         )
 
 
+def check_splits(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
+    """Check that the rows of a fused weight split into the blocks of ``group["splits"]``.
+
+    Raises:
+        ValueError: neither a number of blocks nor row counts, or another number of rows.
+    """
+    splits = group["splits"]
+    sizes = splits if isinstance(splits, tuple) else (splits,)
+    if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise ValueError(f"splits must be a number of row blocks, or the row counts of each, got {splits!r}")
+    if splits == 1 and isinstance(splits, int):
+        return
+    rows = param.shape[0] if param.ndim == 2 and group["track"] == "matrix" else None
+    if rows is None or (rows % splits if isinstance(splits, int) else rows != sum(splits)):
+        raise ValueError(
+            f"parameter {name} of shape {tuple(param.shape)} on the {group['track']} track cannot be split into"
+            f" {splits!r} row blocks: use a number that divides its rows, or row counts that add up to them"
+        )
+
+
 def check_state(saved: Mapping[str, Any], name: str, param: Tensor, keys: Collection[str]) -> None:
     """Check that a saved per-parameter state has exactly the tensors ``keys``.
 

@@ -7,7 +7,7 @@ Times are medians of alternating calls. "auto" is the chosen algorithm, in float
 "s/gram" are the time of standard over that of auto and of Gram, so above 1 the latter is faster. An error is the
 relative Frobenius distance to the iteration in float64, averaged over three seeds. The last column has Gram's error
 over that of standard for each kind of matrix: random, of rank rows/8, of condition 1e6, and random times 1e-30.
-The thresholds of :func:`ars2.newton_schulz.faster_algorithm` come from this table.
+The thresholds of :func:`ars2.newton_schulz.choose` come from this table.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ars2 import orthogonalize
-from ars2.newton_schulz import faster_algorithm
+from ars2.newton_schulz import choose
 from ars2.validation import DTYPES
 from benchmarks.device_timing import clock_of
 
@@ -117,7 +117,7 @@ def main() -> None:
                     "columns": columns,
                     **times,
                     "error_ratios": [gram / standard for standard, gram in zip(*errors, strict=True)],
-                    "chosen": faster_algorithm(rows, columns, dtype, torch.device(device)),
+                    "chosen": choose("auto", rows, columns, dtype, torch.device(device))[0],
                 }
                 found.append(row)
                 if not options.json:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import ars2
 from ars2 import ARS2Neo, param_groups
-from ars2.updates import as_stack
+from ars2.orthogonalize import stack_shape
 from benchmarks import device_timing
 from benchmarks.networks import NETWORKS, build
 from benchmarks.per_tensor import PerTensorARS2
@@ -62,7 +62,7 @@ def matrices_of(name: str, device: str = "cpu", small: bool = False) -> list[dic
     params = []
     for group in groups:
         for key, p in group["params"]:
-            matrices, rows, columns = as_stack(p, group.get("flatten", False)).shape
+            matrices, rows, columns = stack_shape(p.shape, group.get("flatten", False))
             params += [(f"{key}.{index}", _random((rows, columns), device)) for index in range(matrices)]
     return [{"params": params, "track": "matrix"}]
 

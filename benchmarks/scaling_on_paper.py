@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ars2 import param_groups
-from ars2.sharing import assign_to_ranks, newton_schulz_cost
-from ars2.updates import as_stack
+from ars2.distributed import assign_to_ranks, newton_schulz_cost
+from ars2.orthogonalize import stack_shape
 from benchmarks.networks import build, loss_function
 
 PEAK, OF_PASSES, OF_ITERATION = 989e12, 0.4, 0.2  # operations a second, and the shares that are reached
@@ -62,16 +62,16 @@ def network(name: str) -> Network:
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model = build(name)
         loss_function(name, model)().backward()
-        stacks = [
-            as_stack(param.detach(), group.get("flatten", False))
+        shapes = [
+            stack_shape(param.shape, group.get("flatten", False))
             for group in param_groups(model, "all")
             if group["track"] == "matrix"
             for _, param in group["params"]
         ]
     return Network(
         sum(param.numel() for param in model.parameters()),
-        sum(stack.numel() for stack in stacks),
-        [newton_schulz_cost(*stack.shape) for stack in stacks],
+        sum(shape.numel() for shape in shapes),
+        [newton_schulz_cost(*shape) for shape in shapes],
         counter.get_total_flops(),
     )
 
@@ -84,8 +84,8 @@ def sent(net: Network, mode: Mode, gpus: int) -> float:
 
 def seconds(net: Network, mode: Mode, gpus: int) -> float:
     """Return the time of a step."""
-    owner = assign_to_ranks(net.iteration, gpus)
-    greatest = max(sum(c for c, one in zip(net.iteration, owner, strict=True) if one == gpu) for gpu in range(gpus))
+    owned = assign_to_ranks(net.iteration, gpus)
+    greatest = max(sum(net.iteration[index] for index in indices) for indices in owned)
     return (
         mode.passes * net.operations / (PEAK * OF_PASSES)
         + mode.orthogonalizes * 5 * 2 * greatest / (PEAK * OF_ITERATION)

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from ars2.updates import LEAST_NORM
+from ars2.orthogonalize import LEAST_NORM
 from callbacks.cost_counters import CostCounters
 from callbacks.curvature import mean, random_vectors, top_eigenvalue, trace
 from callbacks.lookup import callbacks_of

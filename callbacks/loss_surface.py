@@ -21,8 +21,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from ars2.orthogonalize import stack_shape
 from ars2.param_groups import assign
-from ars2.updates import as_stack
 from callbacks.curvature import Vector, dot, random_vectors
 from callbacks.lookup import folder_of
 from callbacks.module_protocol import TrainedModule
@@ -163,7 +163,8 @@ def filter_normalized(direction: Tensor, weights: Tensor, flatten: bool) -> Tens
     """
     if weights.ndim < 2:
         return torch.zeros_like(direction)
-    rows, like = as_stack(direction, flatten), as_stack(weights.detach(), flatten)
+    shape = stack_shape(weights.shape, flatten)
+    rows, like = direction.reshape(shape), weights.detach().reshape(shape)
     lengths = [torch.linalg.vector_norm(stack, dim=-1, keepdim=True) for stack in (rows, like)]
     return (rows * lengths[1] / lengths[0]).reshape(direction.shape)
 

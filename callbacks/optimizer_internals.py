@@ -8,31 +8,31 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ars2.sharded import Shards, find_shards, local
+from ars2.distributed import Local, find_layout, local
 from callbacks.cost_counters import CostCounters
 from callbacks.lookup import callbacks_of
 
 COUNTERS = ("steps", "sync_steps", "gradient_evaluations")
 
 
-def norm(tensors: list[Tensor], shards: Shards | None) -> Tensor:
+def norm(tensors: list[Tensor], layout: Local) -> Tensor:
     """Return the Euclidean norm over all elements of at least one tensor.
 
     Args:
-        tensors: on one device, which the returned float32 scalar is on, too.
-        shards: the processes that have the other rows of the tensors; ``None`` if there are none.
+        tensors: on one device, which the returned float64 scalar is on, too.
+        layout: the processes that have the other rows of the tensors, if any.
     """
-    length = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).norm()
-    return length if shards is None else shards.all_reduce_norms([], [length])[1][0]
+    square = torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).double().square().sum()
+    layout.reduce_(square)
+    return square.sqrt()
 
 
-def cosine(pairs: list[tuple[Tensor, Tensor]], shards: Shards | None) -> Tensor:
+def cosine(pairs: list[tuple[Tensor, Tensor]], layout: Local) -> Tensor:
     """Return the cosine between all first and all second tensors, each as one vector."""
     firsts, seconds = [first for first, _ in pairs], [second for _, second in pairs]
-    product = torch.stack([(first.float() * second.float()).sum() for first, second in pairs]).sum()
-    if shards is not None:
-        product = shards.all_reduce_norms([product], [])[0][0]
-    return product / (norm(firsts, shards) * norm(seconds, shards))
+    product = torch.stack([(first.float() * second.float()).sum() for first, second in pairs]).double().sum()
+    layout.reduce_(product)
+    return product / (norm(firsts, layout) * norm(seconds, layout))
 
 
 class OptimizerInternals(L.Callback):
@@ -68,19 +68,19 @@ class OptimizerInternals(L.Callback):
         self.steps, self.second_passes = 0.0, 0.0
         self._before: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
         self._measured: dict[str, Tensor] = {}
-        self._shards: Shards | None = None
+        self._layout = Local()
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % self.every_n_steps or not trainer.loggers:
             return
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        self._shards = find_shards((str(index), param) for index, param in enumerate(params))
+        self._layout = find_layout((str(index), param) for index, param in enumerate(params))
         gradients = [local(param.grad) for param in params if param.grad is not None]
-        self._measured = {"optimizer/gradient_norm": norm(gradients, self._shards)}
+        self._measured = {"optimizer/gradient_norm": norm(gradients, self._layout)}
         firsts: dict[Tensor, Tensor] = getattr(optimizer, "first_gradients", {})
         if pairs := [(local(first), local(p.grad)) for p, first in firsts.items() if p.grad is not None]:
-            self._measured["flatness/gradient_cosine"] = cosine(pairs, self._shards)
+            self._measured["flatness/gradient_cosine"] = cosine(pairs, self._layout)
         by_track: dict[str, list[Tensor]] = {}
         for group in optimizer.param_groups:
             by_track.setdefault(group["track"], []).extend(group["params"])
@@ -91,9 +91,9 @@ class OptimizerInternals(L.Callback):
         if not self._measured:
             return
         for track, (params, before) in self._before.items():
-            update = norm(list(torch._foreach_sub([local(p) for p in params], before)), self._shards)
+            update = norm(list(torch._foreach_sub([local(p) for p in params], before)), self._layout)
             self._measured[f"optimizer/update_rms_{track}"] = update / math.sqrt(sum(p.numel() for p in params))
-            self._measured[f"optimizer/update_ratio_{track}"] = update / norm(before, self._shards)
+            self._measured[f"optimizer/update_ratio_{track}"] = update / norm(before, self._layout)
         row: dict[str, float] = {"epoch": trainer.current_epoch}
         row |= dict(zip(self._measured, torch.stack(list(self._measured.values())).tolist(), strict=True))
         self._before, self._measured = {}, {}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ars2.distributed import local
 from ars2.replay import Buffers
-from ars2.sharded import local
 from experiment.library_internals import sparse_values
 
 # Each skipped step halves the scale. If 2^-15 is not enough, no scale makes the gradients finite.

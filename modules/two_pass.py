@@ -40,7 +40,7 @@ class TwoPassModule(ResumableModule):
     It implements schedulers, clipping and accumulation. A task module sets ``self.network``, calls :meth:`set_metrics`,
     and implements :meth:`compute_loss`. An optimizer with the parts of a two-pass step (``wants_second_pass``,
     ``perturb``, ``restore``) is driven through them; any other makes one pass. The optional attributes
-    ``never_two_pass``, ``always_two_pass`` and ``decides_alike``, see :class:`ars2.two_pass.TwoPassOptimizer`, save
+    ``never_two_pass``, ``always_two_pass`` and ``decides_alike``, see :class:`ars2.ARS2Neo`, save
     stored batches and exchanges.
 
     Args:
@@ -67,7 +67,7 @@ class TwoPassModule(ResumableModule):
             if every step is a two-pass step (m-sharpness, Foret et al. 2021). This saves one all-reduce of the
             gradient.
         gather: whether several processes exchange orthogonal directions ``"exact"`` or in ``"bfloat16"``, see
-            :meth:`ars2.tracked.TrackedOptimizer.distribute`.
+            :meth:`ars2.base.TrackedOptimizer.distribute`.
         splits: row blocks of fused weights by patterns of their names, see :func:`ars2.param_groups`.
 
     Raises:

@@ -32,8 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ars2 import ARS2Neo, Muon, param_groups
-from ars2.updates import orthogonalize_
+from ars2 import ARS2Neo, Muon, orthogonalize, param_groups
 from studies import natural_gradient_report as report
 from studies.fisher import damped_step, damping, fisher, hessian, spectrum
 
@@ -153,8 +152,7 @@ class Layout:
         result = vector.clone()
         for name, s in self.slices.items():
             if name.endswith("weight"):
-                factor = vector[s].clone().view(self.shapes[name])
-                orthogonalize_([factor], False, 5, "jordan", torch.float64, "standard")
+                factor = orthogonalize(vector[s].view(self.shapes[name]), 5, "jordan", torch.float64, "standard")
                 result[s] = vector[s].norm() * factor.flatten()
         return result
 

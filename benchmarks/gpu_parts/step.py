@@ -13,8 +13,8 @@ import torch
 
 import ars2
 from ars2 import ARS2Neo
-from ars2.sharing import newton_schulz_cost
-from ars2.updates import stack_shape
+from ars2.distributed import newton_schulz_cost
+from ars2.orthogonalize import stack_shape
 from benchmarks import device_timing, optimizer_step
 from benchmarks.gpu_parts.report import NEEDS_GPU, Report, shown
 from benchmarks.networks import build

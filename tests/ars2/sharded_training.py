@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ars2 import ARS2Neo, Muon
-from ars2.sharded import is_sharded, local
+from ars2.distributed import is_sharded, local
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.training import MODES
 from tests.helpers.launching import become

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ars2 import ARS2Neo
-from ars2.flatness import is_sync_step
+from ars2.schedule import is_sync_step
 from tests.ars2.problems import SmallProblem, gradients, problem_groups
 from tests.ars2.reference import ReferenceARS2
 from tests.ars2.training import (

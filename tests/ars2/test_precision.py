@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ars2 import ARS2Neo, Muon
-from ars2.flatness import move_to_adversarial_point_
+from ars2.flatness import adversarial_offsets, move_along_, offset_sums
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.training import (
     CORE_MODES,
@@ -67,7 +67,8 @@ def test_the_shear_of_tiny_gradients_does_not_depend_on_the_scale() -> None:
 def test_the_move_of_a_tiny_gradient_does_not_depend_on_the_scale() -> None:
     def moved(scale: float) -> Tensor:
         param = torch.ones(2)
-        move_to_adversarial_point_([param], [torch.tensor([3e-12, 4e-12]) * scale], [torch.ones(2)], 0.5)
+        offsets = adversarial_offsets([param], [torch.tensor([3e-12, 4e-12]) * scale], [torch.ones(2)])
+        move_along_([param], offsets, offset_sums(offsets)[0], 0.5)
         return param
 
     assert torch.equal(moved(1.0), moved(SCALE)) and not torch.equal(moved(1.0), torch.ones(2))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ars2 import ARS2Neo, batch
+from ars2 import ARS2Neo, chunks
 from tests.ars2.problems import SmallProblem, problem_groups
 
 # Every mode with options under which it does all that it can do within a few dozen steps of the small problem: AGA's
@@ -48,8 +48,7 @@ def split_into_chunks(monkeypatch: pytest.MonkeyPatch, numel: int = 7) -> None:
 
     The optimizer then works tensor by tensor.
     """
-    monkeypatch.setattr(batch, "_CHUNK_NUMEL", 1)
-    monkeypatch.setattr(batch, "_FLAT_CHUNK_NUMEL", numel)
+    monkeypatch.setattr(chunks, "_CHUNK_NUMEL", numel)
 
 
 def closure_of(model: SmallProblem, optimizer: Optimizer, step: int) -> Callable[[], Tensor]:

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from ars2.sharded import local
+from ars2.distributed import local
 from callbacks.cost_counters import CostCounters
 from callbacks.flatness_probe import FlatnessProbe
 from callbacks.optimizer_internals import OptimizerInternals

@@ -9,7 +9,8 @@ numbers in the groups.
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,13 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ars2 import capturable, newton_schulz, updates, validation
-from ars2.batch import Batch
-from ars2.compiled import Compiler, MaybeCompile, eager
-from ars2.newton_schulz import ALGORITHMS
+from ars2 import graphs, kernels, newton_schulz, validation
+from ars2.chunks import Chunk
+from ars2.distributed import Local, Replicated, Sharded, find_layout, like, local, same_layout
+from ars2.graphs import Compiler, MaybeCompile, eager
+from ars2.kernels import Tensors
+from ars2.newton_schulz import ALGORITHMS, HALF
+from ars2.orthogonalize import orthogonalize_all, stack_shape
 from ars2.param_groups import LARGEST_MATRIX_DIMENSION, is_matrix
-from ars2.sharded import Shards, find_shards, like, local, same_layout
-from ars2.sharing import Replicas
 
 TRACKS = ("matrix", "vector")
 # Keys that are not options but are allowed in a group: those of schedulers, weight averaging and layer-wise decay, a
@@ -31,6 +33,8 @@ TRACKS = ("matrix", "vector")
 FOREIGN_KEYS = frozenset(
     {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale", "name", "rho"}
 )
+# Options of every optimizer with a matrix track.
+_COMMON = {"track": "matrix", "flatten": False, "splits": 1}
 
 
 class TrackedOptimizer(Optimizer):
@@ -39,13 +43,16 @@ class TrackedOptimizer(Optimizer):
     A group has ``track: "matrix"`` or ``track: "vector"``. Without it the shapes of its parameters decide. A matrix
     group with ``flatten: True`` reads a 3-D tensor (out, in, k), such as a 1-D convolution's kernel, as the matrix
     (out, in*k). Otherwise a 3-D tensor is a stack of matrices. Tensors of 4 and 5 dimensions are always read as (out,
-    rest).
+    rest), after leading dimensions (1, 1). ``splits``, a number of equal row blocks or the row counts of each block,
+    makes every block of a fused weight a separate matrix.
     """
 
     shared_options: ClassVar[tuple[str, ...]] = ()  # one value for all groups
     fixed_options: ClassVar[tuple[str, ...]] = ()  # a saved state with another value is refused
+    main_counters: ClassVar[dict[str, float]] = {}  # in the first group only
+    # Whether directions have entries of order 1 at any scale of the gradients.
+    directions_in_range: ClassVar[bool] = True
     _warned_of_tracks = False
-    main_counters: ClassVar[tuple[str, ...]] = ()  # in the first group only
 
     def __init__(
         self, params: Iterable[Any], defaults: dict[str, Any], compile: bool = False, capturable: bool = False
@@ -53,9 +60,9 @@ class TrackedOptimizer(Optimizer):
         # These do not change the results of a step, so the saved state does not include them.
         self._compile, self._capturable = compile, capturable
         self._compilers: dict[int, Compiler] = {}
-        self._exchange: list[Replicas | Shards | None] = [None]
+        self._layouts = [Local()]
         self._loaded: dict[Tensor, dict[str, Tensor]] | None = None
-        defaults = _plain({"track": "matrix", "flatten": False, **defaults})
+        defaults = _plain({**_COMMON, **defaults})
         self._check_host_options(defaults)
         super().__init__(params, {"step": 0, **defaults})
 
@@ -72,19 +79,18 @@ class TrackedOptimizer(Optimizer):
         validation.check_betas(group)
         validation.check_number(group, "eps", 0.0, open_minimum=True)
         validation.check_number(group, "weight_decay", 0.0)
+        validation.check_choice(group, "cautious", (False, True))
         validation.check_integer(group, "ns_steps", 1)
         newton_schulz.checked(group["ns_coefficients"], "ns_coefficients")
         validation.check_choice(group, "ns_dtype", validation.DTYPES)
         validation.check_choice(group, "ns_algorithm", ALGORITHMS)
+        validation.check_choice(group, "adjust_lr_fn", ("original", "match_rms_adamw"))
 
     def _check_host_options(self, group: dict[str, Any]) -> None:
-        """Check the options of a group whose learning rate may be a tensor.
-
-        A capturable step has such a learning rate.
-        """
+        """Check the options of a group whose learning rate may be a tensor, as that of a capturable step."""
         on_host = dict(group)
         if self._capturable:
-            capturable.to_host_(on_host)
+            graphs.to_host_(on_host)
         self._check_options(on_host)
 
     def _check_counters(self, group: dict[str, Any], first: bool) -> None:
@@ -99,12 +105,8 @@ class TrackedOptimizer(Optimizer):
         raise NotImplementedError
 
     def _keys_of(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
-        """Return the names of the state tensors of ``param``.
-
-        In half precision these include the rounding error.
-        """
-        half = param.dtype in (torch.bfloat16, torch.float16)
-        return (*self._state_keys(group), "remainder") if half else self._state_keys(group)
+        """Return the names of the state tensors of ``param``, which include the rounding error in half precision."""
+        return (*self._state_keys(group), "remainder") if param.dtype in HALF else self._state_keys(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, check its options and make its state.
@@ -151,14 +153,15 @@ class TrackedOptimizer(Optimizer):
         for index, item in enumerate(params):
             name, param = item if isinstance(item, tuple) else (str(index), item)
             validation.check_parameter(param, name, group["track"])
-        shards = self._shards_of([*self.param_groups[:1], group])
+            validation.check_splits(param, name, group)
+        layout = self._find_layout([*self.param_groups[:1], group])
         if isinstance(group["lr"], Tensor) and any(group["lr"] is other["lr"] for other in self.param_groups):
             group["lr"] = group["lr"].clone()  # a scheduler changes each group's in place
         super().add_param_group(group)
-        if shards is not None:
-            self._layout = self._shards or shards
+        if isinstance(layout, Sharded) and not isinstance(self._layout, Sharded):
+            self._layout = layout
         if self._capturable:
-            capturable.to_device_(self.param_groups[-1])
+            graphs.to_device_(self.param_groups[-1])
         for param in group["params"]:
             self._make_state(param, group)
 
@@ -182,7 +185,7 @@ class TrackedOptimizer(Optimizer):
         self._adopt_parameters()
         state_dict = super().state_dict()
         for group in state_dict["param_groups"]:
-            capturable.to_host_(group)
+            graphs.to_host_(group)
             group.update(validation.plain_numbers(group))
         return state_dict
 
@@ -198,8 +201,7 @@ class TrackedOptimizer(Optimizer):
         """
 
         def check(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
-            defaults = _defaults_of(type(self))
-            groups = [{**defaults, **group} for group in found["param_groups"]]
+            groups = [{**_defaults_of(type(self)), **group} for group in found["param_groups"]]
             self._loaded = self._fitting(groups, found["state"])
             return {**found, "param_groups": groups}
 
@@ -235,8 +237,7 @@ class TrackedOptimizer(Optimizer):
             names = current.get("param_names", range(len(current["params"])))
             for name, param, key in zip(names, current["params"], saved_group["params"], strict=True):
                 tensors = dict(saved.get(key, {}))
-                # Older states have one count for each group.
-                count = tensors.pop("step", saved_group["step"])
+                count = tensors.pop("step", saved_group["step"])  # older states have one count for each group
                 dtype, keys = torch.promote_types(param.dtype, torch.float32), self._keys_of(param, saved_group)
                 if "remainder" not in keys:  # saved with parameters in half precision
                     tensors.pop("remainder", None)
@@ -257,9 +258,9 @@ class TrackedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._compilers = {}
-        loaded, defaults = self.__dict__.setdefault("_loaded", None), _defaults_of(type(self))
+        loaded = self.__dict__.setdefault("_loaded", None)
         for group in self.param_groups:
-            for name, value in defaults.items():  # options that came later
+            for name, value in _defaults_of(type(self)).items():  # options that came later
                 group.setdefault(name, value)
             for param in group["params"]:
                 if loaded is not None:  # torch gave the moments the dtype of the parameters
@@ -270,17 +271,13 @@ class TrackedOptimizer(Optimizer):
                 if "exp_avg_sq" in self.state[param] and "step" not in self.state[param]:
                     self.state[param]["step"] = self._count_of(group["step"], param)
             if self._capturable:
-                capturable.to_device_(group)
+                graphs.to_device_(group)
         # A copy starts without replicas, unless its parameters are sharded. Loading a state keeps the layout.
-        if "_exchange" not in self.__dict__:
-            self._exchange = [None]
-            self._layout = self._find_shards(self.param_groups)
+        if "_layouts" not in self.__dict__:
+            self._layouts = [self._find_layout(self.param_groups)]
 
     def _adopt_parameters(self) -> None:
-        """Make state for parameters that replaced others in a group.
-
-        The state of the replaced parameters is deleted.
-        """
+        """Make state for parameters that replaced others in a group, and delete that of the replaced ones."""
         params = [param for group in self.param_groups for param in group["params"]]
         if all(map(self.state.get, params)):
             return
@@ -290,7 +287,8 @@ class TrackedOptimizer(Optimizer):
             for param in group["params"]:
                 if not self.state.get(param):
                     self._make_state(param, group)
-        self._layout = self._shards_of(self.param_groups) or self._layout
+        layout = self._find_layout(self.param_groups)
+        self._layout = layout if isinstance(layout, Sharded) else self._layout
 
     def distribute(self, group: dist.ProcessGroup | None, gather: Literal["exact", "bfloat16"] = "exact") -> None:
         """Distribute Newton-Schulz iterations over processes with replicas (DDP).
@@ -311,109 +309,169 @@ class TrackedOptimizer(Optimizer):
         """
         validation.check_choice({"gather": gather}, "gather", ("exact", "bfloat16"))
         dtype = None if gather == "exact" else torch.bfloat16
-        if (shards := self._shards) is not None:
-            self._layout = shards._replace(dtype=dtype)
+        if isinstance(self._layout, Sharded):
+            self._layout = Sharded(self._layout.group, dtype)
         elif group is None:
             raise ValueError("distribute() needs the group of the processes where parameters are not sharded: pass one")
         else:
-            self._layout = Replicas(group, dtype)
-
-    def _shards_of(self, groups: list[dict[str, Any]]) -> Shards | None:
-        shards = self._find_shards(groups)
-        if shards is not None and (self._compile or self._capturable):
-            raise ValueError("compile and capturable do not support sharded parameters: leave out both options")
-        return shards
+            self._layout = Replicated(group, dtype)
 
     @property
-    def _layout(self) -> Replicas | Shards | None:
-        """Return the processes to exchange with.
-
-        They are in a list, which wrappers of the optimizer share.
-        """
-        return self._exchange[0]
+    def _layout(self) -> Local:
+        """Return the layout of the parameters. It is in a list, which wrappers of the optimizer share."""
+        return self._layouts[0]
 
     @_layout.setter
-    def _layout(self, layout: Replicas | Shards | None) -> None:
-        self._exchange[0] = layout
+    def _layout(self, layout: Local) -> None:
+        self._layouts[0] = layout
 
-    @property
-    def _shards(self) -> Shards | None:
-        return self._layout if isinstance(self._layout, Shards) else None
-
-    @staticmethod
-    def _find_shards(groups: list[dict[str, Any]]) -> Shards | None:
+    def _find_layout(self, groups: list[dict[str, Any]]) -> Local:
         named: list[tuple[str, Tensor]] = []
         for group in groups:
             for index, item in enumerate(group["params"]):
                 names = group.get("param_names", {index: str(index)})
                 named.append(item if isinstance(item, tuple) else (names[index], item))
-        return find_shards(named)
+        layout = find_layout(named)
+        if isinstance(layout, Sharded):
+            if self._compile or self._capturable:
+                raise ValueError("compile and capturable do not support sharded parameters: leave out both options")
+            if any(group.get("splits", 1) != 1 for group in groups):
+                raise ValueError("splits does not support sharded parameters: leave it out, or do not fuse the weights")
+        return layout
 
     def _maybe_compile(self, group: dict[str, Any]) -> MaybeCompile:
         """Return the wrapper for functions that work on the tensors of ``group``."""
         return self._compilers.setdefault(id(group), Compiler()) if self._compile else eager
 
-    def _orthogonalize_(self, group: dict[str, Any], batch: Batch, directions: updates.Tensors) -> None:
-        """Orthogonalize the directions of a batch of matrices in place, by the options of ``group``."""
-        updates.orthogonalize_(
-            directions,
-            flatten=group["flatten"],
+    def _gather(self) -> list[Chunk]:
+        """Return the parameters of each group that have a gradient.
+
+        Gradients are in the dtype and strides of the state.
+        """
+        found: list[Chunk] = []
+        first = 0
+        for group in self.param_groups:
+            chunk = Chunk(group, [], [], {}, [], [], first)
+            keys = self._state_keys(group)
+            if any(param.dtype in HALF for param in group["params"]):
+                keys = (*keys, "remainder")
+            chunk.state.update((key, []) for key in keys)
+            for param in group["params"]:
+                if param.grad is None or not param.numel():
+                    continue
+                state = self.state[param]
+                like = local(state[keys[0]])
+                chunk.sources.append(param)
+                chunk.params.append(local(param))
+                chunk.grads.append(_laid_out_as(like, local(param.grad)))  # type: ignore[union-attr]
+                count = state.get("step", 0.0)
+                chunk.counts.append(count if self._capturable else float(count))  # type: ignore[attr-defined]
+                for key in keys:
+                    tensor = state.get(key)
+                    if tensor is not None and not isinstance(self._layout, Sharded):
+                        tensor = state[key] = _laid_out_as(like, tensor)  # users may have replaced a tensor
+                    chunk.state[key].append(tensor if tensor is None else local(tensor))  # type: ignore[arg-type]
+            if chunk.params:
+                found.append(chunk)
+                first += len(chunk.params)
+        return found
+
+    def _split(self, chunk: Chunk) -> Iterable[list[Chunk]]:
+        """Return the chunks of a group for elementwise work; a compiled step fuses the complete group."""
+        return [[chunk]] if self._compile else chunk.split()
+
+    def _split_matrices(self, chunk: Chunk) -> Iterable[Chunk]:
+        """Return the chunks of a group of matrices.
+
+        Several processes, and a compiled step, work on the complete group.
+        """
+        alone = type(self._layout) is Local and not self._compile
+        return chunk.split_matrices(chunk.group["flatten"]) if alone else [chunk]
+
+    def orthogonalize(self, stacks: list[Tensor], group: dict[str, Any]) -> Sequence[Tensor]:
+        """Return the orthogonal factor of each stack of matrices.
+
+        A subclass may override this, for other iterations or for matrices with a structure. Each process calls it with
+        the matrices that it owns.
+
+        Args:
+            stacks: directions (matrices, rows, cols), which may be overwritten. The row blocks of fused weights
+                (``splits``) are separate stacks.
+            group: the options of the parameters.
+
+        Returns:
+            A tensor of the same shape for each stack, in ``ns_dtype``.
+        """
+        factors: list[Tensor] = self._maybe_compile(group)(orthogonalize_all)(
+            stacks,
             steps=group["ns_steps"],
             coefficients=group["ns_coefficients"],
             dtype=validation.DTYPES[group["ns_dtype"]],
             algorithm=group["ns_algorithm"],
-            layout=self._layout,
-            maybe_compile=self._maybe_compile(group),
-            shapes=batch.shapes,
+            overwrite=not self._compile,  # a compiled function would copy overwritten inputs back
+            in_range=self.directions_in_range,
         )
+        return factors
 
-    def _chunks(self, batch: Batch) -> Iterable[Batch]:
-        """Return the chunks of a batch; a compiled step fuses the complete batch."""
-        return batch.chunks() if not self._compile else [batch] if batch.params else []
+    def _scales(self, group: dict[str, Any], directions: Tensors, shapes: list[torch.Size]) -> Tensors | list[float]:
+        """Return the factor of the orthogonal update of each matrix, or stack, of these (matrices, rows, cols)."""
+        raise NotImplementedError
 
-    def _flat_chunks(self, part: Batch) -> Iterable[Batch]:
-        """Return the flat chunks of a large tensor; a compiled step does not split it."""
-        return part.flat_chunks() if not self._compile else [part]
+    def _move_matrices(self, chunk: Chunk, directions: Tensors) -> None:
+        """Apply ``p <- (1 - lr*wd) p - lr * scale * NewtonSchulz(direction)`` to the matrices of a chunk."""
+        group = chunk.group
+        blocks, shapes = directions, chunk.shapes
+        if group["splits"] != 1:
+            blocks = _row_blocks(directions, group["splits"])
+            shapes = [block.shape for block in blocks]
+        scales = self._scales(group, blocks, [stack_shape(shape, group["flatten"]) for shape in shapes])
+        factors = self._layout.orthogonalize(
+            blocks,
+            shapes,
+            group["flatten"],
+            partial(self.orthogonalize, group=group),
+            validation.DTYPES[group["ns_dtype"]],
+        )
+        torch._foreach_copy_(blocks, factors)
+        self._apply(chunk, blocks, scales)
 
-    def _matrix_chunks(self, group: dict[str, Any], batch: Batch) -> Iterable[Batch]:
-        """Return the chunks of a batch of matrices.
+    def _move_vectors(self, chunk: Chunk) -> None:
+        """Apply AdamW to the parameters of a chunk."""
+        group, maybe_compile = chunk.group, self._maybe_compile(chunk.group)
+        adam = (
+            chunk.grads,
+            chunk.state["exp_avg"],
+            chunk.state["exp_avg_sq"],
+            group["betas"],
+            tuple(chunk.counts),
+            group["eps"],
+        )
+        alike = all(
+            p.dtype == g.dtype and p.stride() == g.stride() for p, g in zip(chunk.params, chunk.grads, strict=True)
+        )
+        if alike and not group["cautious"]:
+            maybe_compile(kernels.adamw_)(chunk.params, *adam, group["lr"], group["weight_decay"])
+        else:
+            self._apply(chunk, maybe_compile(kernels.adam_directions)(*adam), None)
 
-        Several processes, and a compiled step, work on the complete batch.
+    def _apply(self, chunk: Chunk, directions: Tensors, scales: Tensors | list[float] | None) -> None:
+        """Move the parameters of a chunk with :func:`ars2.kernels.apply_update_`.
+
+        Parameters in half precision move in float32.
         """
-        return batch.matrix_chunks(group["flatten"]) if self._layout is None and not self._compile else [batch]
-
-    def _batch(self, group: dict[str, Any]) -> Batch:
-        """Gather the parameters of ``group`` that have a gradient.
-
-        Gradients are in the dtype and strides of the state.
-        """
-        sources = [param for param in group["params"] if param.grad is not None and param.numel()]
-        states: list[dict[str, Tensor]] = []
-        grads = []
-        for param in sources:
-            owned, (first, *others) = self.state[param], self._keys_of(param, group)
-            like = local(owned[first])
-            grads.append(_laid_out_as(like, local(param.grad)))
-            for key in others if self._shards is None else ():  # users may have replaced a tensor
-                owned[key] = _laid_out_as(like, owned[key])
-            keys = (first, *others, "step") if "step" in owned else (first, *others)
-            states.append({key: local(owned[key]) for key in keys})
-        return Batch([local(p) for p in sources], grads, states, sources, None if self._capturable else 0)
-
-    def _batches_by_count(self, group: dict[str, Any]) -> list[Batch]:
-        """Return batches of ``group`` whose parameters have equal gradient counts.
-
-        Counts differ where layers were unfrozen later, or get no gradient in every step.
-        """
-        batch = self._batch(group)
-        if not batch.params or self._capturable or "step" not in batch.states[0]:
-            return [batch]
-        by_count: dict[int, list[int]] = {}
-        for index, step in enumerate(batch.state("step")):
-            by_count.setdefault(int(step), []).append(index)
-        if len(by_count) == 1:
-            return [batch._replace(gradient_count=count) for count in by_count]
-        return [batch.subset(indices, count) for count, indices in sorted(by_count.items())]
+        group, moved = chunk.group, list(chunk.params)
+        remainders = chunk.state.get("remainder", [])
+        half = [index for index, remainder in enumerate(remainders) if remainder is not None]
+        params, remainders = [chunk.params[i] for i in half], [remainders[i] for i in half]
+        exact = kernels.with_remainders(params, remainders)
+        for index, tensor in zip(half, exact, strict=True):
+            moved[index] = tensor
+        if len(directions) > len(moved):
+            moved = _row_blocks(moved, group["splits"])
+        self._maybe_compile(group)(kernels.apply_update_)(
+            moved, directions, scales, group["lr"], group["weight_decay"], cautious=group["cautious"]
+        )
+        kernels.round_(params, remainders, exact)
 
     def _count_gradients(self) -> None:
         """Increment the gradient counts of parameters and groups."""
@@ -423,44 +481,6 @@ class TrackedOptimizer(Optimizer):
             torch._foreach_add_(steps, 1.0)
         for group in self.param_groups:
             group["step"] += 1
-
-    def _move_vectors(self, group: dict[str, Any], batch: Batch) -> None:
-        """Apply AdamW to the parameters of one vector group."""
-        maybe_compile = self._maybe_compile(group)
-        adam = (
-            batch.grads,
-            batch.state("exp_avg"),
-            batch.state("exp_avg_sq"),
-            group["betas"],
-            batch.step,
-            group["eps"],
-        )
-        if all(p.dtype == g.dtype and p.stride() == g.stride() for p, g in zip(batch.params, batch.grads, strict=True)):
-            maybe_compile(updates.adamw_)(batch.params, *adam, group["lr"], group["weight_decay"])
-        else:
-            directions = maybe_compile(updates.adam_directions)(*adam)
-            self._apply(group, batch, directions, None)
-
-    def _apply(
-        self,
-        group: dict[str, Any],
-        batch: Batch,
-        directions: updates.Tensors,
-        scales: updates.Tensors | list[float] | None,
-    ) -> None:
-        """Move the parameters of a batch with :func:`ars2.updates.apply_`.
-
-        Parameters in half precision move in float32.
-        """
-        half = [index for index, state in enumerate(batch.states) if "remainder" in state]
-        params = [batch.params[index] for index in half]
-        remainders = [batch.states[index]["remainder"] for index in half]
-        exact = updates.with_remainders(params, remainders)
-        moved = list(batch.params)
-        for index, tensor in zip(half, exact, strict=True):
-            moved[index] = tensor
-        self._maybe_compile(group)(updates.apply_)(moved, directions, scales, group["lr"], group["weight_decay"])
-        updates.round_(params, remainders, exact)
 
     def _check_gradients(self) -> bool:
         """Check every gradient before anything changes.
@@ -472,7 +492,7 @@ class TrackedOptimizer(Optimizer):
             RuntimeError: a sparse gradient, or one that is not sharded as its parameter is.
         """
         self._adopt_parameters()
-        found = False
+        found, sharded = False, isinstance(self._layout, Sharded)
         for group in self.param_groups:
             for index, param in enumerate(group["params"]):
                 if param.grad is None:
@@ -484,7 +504,7 @@ class TrackedOptimizer(Optimizer):
                         f"parameter {name} has a sparse gradient, which is not supported:"
                         " make its module with sparse=False"
                     )
-                if self._shards is not None and not same_layout(param.grad, param):
+                if sharded and not same_layout(param.grad, param):
                     name = group.get("param_names", {index: index})[index]
                     raise RuntimeError(
                         f"the gradient of parameter {name} is not sharded as the parameter is: let FSDP2 reduce it"
@@ -496,6 +516,24 @@ class TrackedOptimizer(Optimizer):
         """Return a context that disables autocast for the matrix products."""
         device = next((param.device.type for group in self.param_groups for param in group["params"]), "cpu")
         return torch.autocast(device, enabled=False)
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    """Return ``options`` with plain numbers, and with lists of numbers that are options as tuples."""
+    options = validation.plain_numbers(options)
+    if isinstance(options["ns_coefficients"], (list, tuple)):
+        options["ns_coefficients"] = newton_schulz.checked(options["ns_coefficients"], "ns_coefficients")
+    if isinstance(options["splits"], list):
+        options["splits"] = tuple(options["splits"])
+    return options
+
+
+def _row_blocks(tensors: Tensors, splits: int | tuple[int, ...]) -> list[Tensor]:
+    """Return the row blocks of each tensor, which are views."""
+    blocks: list[Tensor] = []
+    for tensor in tensors:
+        blocks += tensor.split(tensor.shape[0] // splits if isinstance(splits, int) else list(splits))
+    return blocks
 
 
 def _by_track(group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -518,22 +556,18 @@ def _laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
 
     The fused kernels do not check that these agree.
     """
-    if tensor.dtype == like.dtype and tensor.stride() == like.stride():
+    if tensor is like or (tensor.dtype == like.dtype and tensor.stride() == like.stride()):
         return tensor
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=tensor.device).copy_(tensor)
 
 
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group's options as numbers and tuples that the safe loader of checkpoints accepts."""
-    coefficients = newton_schulz.checked(options["ns_coefficients"], "ns_coefficients")
-    return {**validation.plain_numbers(options), "ns_coefficients": coefficients}
+def options_of(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of ``arguments``, the local variables of ``cls.__init__``, that are options of a group."""
+    return {name: arguments[name] for name in _defaults_of(cls) if name in arguments}
 
 
 def _defaults_of(cls: type) -> dict[str, Any]:
     """Return the defaults of a class's group options."""
-    parameters = inspect.signature(cls).parameters.values()
-    return {
-        parameter.name: parameter.default
-        for parameter in parameters
-        if parameter.default is not parameter.empty and parameter.name not in ("compile", "capturable")
-    }
+    options = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    known = [name for name, default in options.items() if default is not inspect.Parameter.empty]
+    return {"splits": 1, **{name: options[name] for name in known if name not in ("compile", "capturable")}}

@@ -1,6 +1,7 @@
-"""Compile the functions of a step with ``torch.compile``.
+"""Compile the functions of a step, or let a CUDA graph capture it.
 
-Numbers that change from step to step become tensors, so that they cause no recompilation.
+Both need the same: a number that changes from step to step must be a tensor. ``torch.compile`` then compiles nothing
+anew, and a graph, which is replayed without Python, sees the value of each step.
 """
 
 import types
@@ -12,6 +13,8 @@ from torch import Tensor
 
 # Maps a function to itself or to its compiled version.
 MaybeCompile = Callable[[Callable[..., Any]], Callable[..., Any]]
+COUNTERS = ("step", "sync_steps", "last_sync")
+NUMBERS = (*COUNTERS, "lr", "initial_lr")
 
 
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +50,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(*args: Any, **static: Any) -> Any:
         try:
-            return compiled(*map(_without_numbers, args), **static)
+            return compiled(*map(as_scalar_tensors, args), **static)
         except BackendCompilerFailed as error:
             reason = " ".join(str(error.inner_exception).split())[:200]
             raise RuntimeError(
@@ -58,10 +61,41 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _without_numbers(argument: Any) -> Any:
-    if isinstance(argument, (int, float)):
-        # A kernel on any device accepts a CPU scalar as an argument; float64 represents the number exactly.
+def as_scalar_tensors(argument: Any) -> Any:
+    """Return a number, or each number of a tuple, as a scalar tensor on the host.
+
+    A kernel on any device accepts it as an argument. float64 represents the number exactly.
+    """
+    if isinstance(argument, (int, float)) and not isinstance(argument, bool):
         return torch.tensor(float(argument), dtype=torch.float64, device="cpu")
-    if isinstance(argument, tuple) and argument and not isinstance(argument[0], Tensor):
-        return tuple(map(_without_numbers, argument))
+    if isinstance(argument, tuple):
+        return tuple(map(as_scalar_tensors, argument))
     return argument
+
+
+def to_device_(group: dict[str, Any]) -> None:
+    """Replace the counters and learning rates of ``group`` by float32 scalar tensors.
+
+    They are on the device of the first parameter. torch's schedulers update such a learning rate in place.
+
+    Raises:
+        ValueError: the mode decides in Python whether a step is a two-pass step.
+    """
+    if group["mode"] not in ("base", "sync"):
+        raise ValueError(f'capturable needs mode "base" or "sync", got {group["mode"]!r}: set another mode')
+    device = group["params"][0].device if group["params"] else None
+    for name in NUMBERS:
+        if isinstance(group.get(name), Tensor):
+            group[name] = group[name].to(device, torch.float32)
+        elif name in group:
+            group[name] = torch.tensor(float(group[name]), device=device)
+
+
+def to_host_(group: dict[str, Any]) -> None:
+    """Replace these tensors by plain numbers, as they are saved.
+
+    This reads the device.
+    """
+    for name in NUMBERS:
+        if isinstance(group.get(name), Tensor):
+            group[name] = int(group[name]) if name in COUNTERS else float(group[name])
