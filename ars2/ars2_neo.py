@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -107,25 +108,6 @@ class ARS2Neo(TrackedOptimizer):
         ValueError: an option is out of its range, or a parameter does not suit its track. The message names it.
     """
 
-    shared_options = (
-        "mode",
-        "energy",
-        "geometry",
-        "k",
-        "alpha",
-        "phi_beta",
-        "phi_lambda",
-        "phi_gamma",
-        "ns_steps",
-        "ns_coefficients",
-        "ns_dtype",
-        "ns_algorithm",
-        "probability",
-        "seed",
-        "late_start",
-        "total_steps",
-        "rho_per_step",
-    )
     fixed_options = ("mode", "energy", "geometry")
     main_counters = schedule.COUNTERS
 
@@ -330,7 +312,7 @@ class ARS2Neo(TrackedOptimizer):
             return flatness.offset_sums(latest["offsets"])
 
         factor = schedule.rho_scale(self.param_groups[0])
-        for chunk, (squares,) in with_sums(self._rounds(), sums, self._layout):
+        for chunk, (squares,) in with_sums(self._rounds(self._gather(), self._split), sums, self._layout):
             # Computing the offsets of several chunks twice costs less than storing them.
             offsets = latest["offsets"] if latest["chunk"] is chunk else self._offsets(chunk)
             copies = [param.clone() for param in chunk.params]
@@ -338,17 +320,16 @@ class ARS2Neo(TrackedOptimizer):
             move = self._maybe_compile(chunk.group)(flatness.move_along_)
             move(chunk.params, offsets, squares, chunk.group["rho"] * factor)
 
-    def _rounds(self) -> Iterable[list[Chunk]]:
-        """Return the chunks of all groups, in lists of those whose sums are reduced together."""
-        rounds = (chunks for group in self._gather() for chunks in self._split(group))
-        return self._together(rounds)
+    def _rounds(self, groups: list[Chunk], split: Callable[[Chunk], Iterable[list[Chunk]]]) -> Iterable[list[Chunk]]:
+        """Return the chunks of all groups, in lists of those whose sums are reduced together.
 
-    def _together(self, rounds: Iterable[list[Chunk]]) -> Iterable[list[Chunk]]:
-        """Return all chunks in one round where parameters are sharded, which takes one all-reduce."""
-        if isinstance(self._layout, Sharded):
-            chunks = [chunk for chunks in rounds for chunk in chunks]
-            return [chunks] if chunks else []
-        return rounds
+        Where parameters are sharded, that is one list, which takes one all-reduce.
+        """
+        rounds = (chunks for group in groups for chunks in split(group))
+        if not isinstance(self._layout, Sharded):
+            return rounds
+        chunks = [chunk for chunks in rounds for chunk in chunks]
+        return [chunks] if chunks else []
 
     def _offsets(self, chunk: Chunk) -> Tensors:
         group, maybe_compile, denominators = chunk.group, self._maybe_compile(chunk.group), None
@@ -440,30 +421,19 @@ class ARS2Neo(TrackedOptimizer):
         """Update moments and parameters from the gradients in ``.grad``; end the step."""
         state, main = StepState(**vars(self._step_state)), self.param_groups[0]
         self._step_state.reset()
-        synced, layout = state.stage == "restored", self._layout
+        synced = state.stage == "restored"
         alpha = schedule.injected_alpha(main, state.phi, synced)
         self._count_gradients()
         groups = self._gather()
         with self._without_autocast():
             if synced and schedule.keeps_shear(main):
                 self._keep_shears(groups, state.first_gradients)
-            if alpha == 0:
-                for group in groups:
-                    for chunk in self._split_matrices(group) if self._is_orthogonal(group) else [group]:
-                        self._move(chunk)
-            else:
-                rounds = (
-                    chunks
-                    for group in groups
-                    for chunks in (
-                        ([chunk] for chunk in self._split_matrices(group))
-                        if self._is_orthogonal(group)
-                        else self._split(group)
-                    )
-                )
-                for chunk, sums in with_sums(self._together(rounds), self._injection_sums, layout):
-                    inject = self._maybe_compile(chunk.group)(flatness.with_shears)
-                    self._move(chunk._replace(grads=inject(chunk.grads, chunk.state["shear"], sums, alpha)))
+            rounds = self._rounds(groups, partial(self._parts, elementwise=alpha > 0))
+            for chunk in (chunk for chunks in rounds for chunk in chunks) if alpha == 0 else ():
+                self._move(chunk)
+            for chunk, sums in with_sums(rounds, self._injection_sums, self._layout) if alpha > 0 else ():
+                inject = self._maybe_compile(chunk.group)(flatness.with_shears)
+                self._move(chunk._replace(grads=inject(chunk.grads, chunk.state["shear"], sums, alpha)))
         if synced:
             if main["rho_per_step"]:
                 main["interval"] = main["step"] - main["last_sync"]
@@ -471,27 +441,36 @@ class ARS2Neo(TrackedOptimizer):
             main["last_sync"] += main["step"] - main["last_sync"]  # in place where it is a tensor
         main["phi"], main["phi_variance"], main["injected_alpha"] = state.phi, state.variance, alpha
 
+    def _parts(self, group: Chunk, elementwise: bool) -> Iterable[list[Chunk]]:
+        """Return the chunks in which a group is updated.
+
+        The injection works element by element and needs temporary tensors. The fused AdamW does not.
+        """
+        if self._is_orthogonal(group):
+            return ([chunk] for chunk in self._split_matrices(group))
+        return self._split(group) if elementwise else [[group]]
+
     def _injection_sums(self, chunk: Chunk) -> Tensor:
         sums: Tensor = self._maybe_compile(chunk.group)(flatness.injection_sums)(chunk.grads, chunk.state["shear"])
         return sums
 
     def _keep_shears(self, groups: list[Chunk], first_gradients: dict[Tensor, Tensor]) -> None:
         """Store the shear force of each parameter that has gradients of both passes."""
-        rounds: list[list[Chunk]] = []
+        both: list[Chunk] = []
         for group in groups:
-            both = [index for index, source in enumerate(group.sources) if source in first_gradients]
-            chunk = group.subset(both)
+            indices = [index for index, source in enumerate(group.sources) if source in first_gradients]
+            chunk = group.subset(indices)
             chunk.state["first"] = [
                 local(first_gradients[source]).to(grad.dtype)
                 for source, grad in zip(chunk.sources, chunk.grads, strict=True)
             ]
-            rounds += self._split(chunk) if both else []
+            both += [chunk] if indices else []
 
         def sums(chunk: Chunk) -> Tensor:
             found: Tensor = self._maybe_compile(chunk.group)(flatness.shear_sums)(chunk.grads, chunk.state["first"])
             return found
 
-        for chunk, found in with_sums(self._together(rounds), sums, self._layout):
+        for chunk, found in with_sums(self._rounds(both, self._split), sums, self._layout):
             shear_forces = self._maybe_compile(chunk.group)(flatness.shear_forces)
             torch._foreach_copy_(chunk.state["shear"], shear_forces(chunk.grads, chunk.state["first"], found))
 
@@ -521,7 +500,7 @@ class ARS2Neo(TrackedOptimizer):
                 chunk.grads, chunk.state["exp_avg"], group["betas"][0], nesterov=False
             )
             scales = [math.sqrt(shape.numel()) for shape in chunk.shapes]
-            lengths = [length.clamp_min(LEAST_NORM) for length in self._lengths(group, directions)]
+            lengths = [length.clamp_min(LEAST_NORM) for length in self._layout.norms(directions)]
             torch._foreach_div_(directions, lengths)
             torch._foreach_mul_(directions, scales)
         if group["geometry"]:
@@ -529,14 +508,9 @@ class ARS2Neo(TrackedOptimizer):
         else:
             self._apply(chunk, directions, None)
 
-    def _lengths(self, group: dict[str, Any], directions: Tensors) -> list[Tensor]:
-        squares = self._maybe_compile(group)(kernels.norms)(directions).square()
-        self._layout.reduce_(squares)
-        return list(squares.sqrt().to(directions[0].dtype).unbind())
-
     def _scales(self, group: dict[str, Any], directions: Tensors, shapes: list[torch.Size]) -> Tensors:
         """Return the energies ``|u|``, divided by the norms of orthogonal factors under ``"match_rms_adamw"``."""
-        energies = self._lengths(group, directions)
+        energies = self._layout.norms(directions)
         if group["adjust_lr_fn"] == "match_rms_adamw":
             torch._foreach_mul_(energies, [1 / math.sqrt(n * min(rows, cols)) for n, rows, cols in shapes])
         return energies

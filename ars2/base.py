@@ -33,6 +33,11 @@ TRACKS = ("matrix", "vector")
 FOREIGN_KEYS = frozenset(
     {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale", "name", "rho"}
 )
+# Options that may differ between groups. All others have one value.
+OF_A_GROUP = frozenset(
+    {"track", "flatten", "splits", "lr", "betas", "eps", "weight_decay", "rho", "momentum", "nesterov", "cautious"}
+    | {"adjust_lr_fn", "step"}
+)
 # Options of every optimizer with a matrix track.
 _COMMON = {"track": "matrix", "flatten": False, "splits": 1}
 
@@ -47,7 +52,6 @@ class TrackedOptimizer(Optimizer):
     makes every block of a fused weight a separate matrix.
     """
 
-    shared_options: ClassVar[tuple[str, ...]] = ()  # one value for all groups
     fixed_options: ClassVar[tuple[str, ...]] = ()  # a saved state with another value is refused
     main_counters: ClassVar[dict[str, float]] = {}  # in the first group only
     # Whether directions have entries of order 1 at any scale of the gradients.
@@ -149,7 +153,7 @@ class TrackedOptimizer(Optimizer):
         names = group.keys() - FOREIGN_KEYS - {"params", "param_names", "step"}
         validation.check_known(names, self.group_options, f"{type(self).__name__} ({group['track']} group)")
         # Comparing with the first group suffices and keeps the cost linear in the number of groups.
-        validation.check_same_options([*self.param_groups[:1], group], self.shared_options)
+        validation.check_same_options([*self.param_groups[:1], group], self.defaults.keys() - OF_A_GROUP)
         for index, item in enumerate(params):
             name, param = item if isinstance(item, tuple) else (str(index), item)
             validation.check_parameter(param, name, group["track"])
@@ -249,7 +253,7 @@ class TrackedOptimizer(Optimizer):
                 if "exp_avg_sq" in state:
                     state["step"] = self._count_of(count, param)
                 loaded[param] = state
-        validation.check_same_options(groups, self.shared_options)
+        validation.check_same_options(groups, self.defaults.keys() - OF_A_GROUP)
         return loaded
 
     def __getstate__(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ars2.kernels import Tensors
 from ars2.orthogonalize import stack_shape
 
 Orthogonalize = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -28,9 +29,13 @@ class Local:
     def agree_(self, numbers: Tensor) -> None:
         """Make numbers that all processes compute equal on them, bit for bit."""
 
+    def norms(self, tensors: Tensors) -> list[Tensor]:
+        """Return the Frobenius norm of each complete tensor, a scalar tensor, from local tensors."""
+        return list(torch._foreach_norm(tensors))
+
     def orthogonalize(
         self,
-        directions: Sequence[Tensor],
+        directions: Tensors,
         shapes: Sequence[torch.Size],
         flatten: bool,
         orthogonalize: Orthogonalize,
@@ -66,7 +71,7 @@ class Replicated(Local):
 
     def orthogonalize(
         self,
-        directions: Sequence[Tensor],
+        directions: Tensors,
         shapes: Sequence[torch.Size],
         flatten: bool,
         orthogonalize: Orthogonalize,
@@ -113,9 +118,14 @@ class Sharded(Local):
     def reduce_(self, sums: Tensor) -> None:
         dist.all_reduce(sums, group=self.group)
 
+    def norms(self, tensors: Tensors) -> list[Tensor]:
+        squares = torch.stack(torch._foreach_norm(tensors)).double().square()
+        self.reduce_(squares)
+        return list(squares.sqrt().to(tensors[0].dtype).unbind())
+
     def orthogonalize(
         self,
-        directions: Sequence[Tensor],
+        directions: Tensors,
         shapes: Sequence[torch.Size],
         flatten: bool,
         orthogonalize: Orthogonalize,

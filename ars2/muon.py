@@ -41,8 +41,6 @@ class Muon(TrackedOptimizer):
         ValueError: an option is out of its range, or a parameter does not suit its track. The message names it.
     """
 
-    shared_options = ("ns_steps", "ns_coefficients", "ns_dtype", "ns_algorithm")
-
     directions_in_range = False  # they are as small as the gradients
 
     def __init__(
