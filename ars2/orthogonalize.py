@@ -96,7 +96,8 @@ def orthogonalize_all(
             may_overwrite = overwrite or batch is not wide[members[0]]
             batch = _orthogonalize_wide(batch, steps, coefficients, dtype, algorithm, may_overwrite, in_range)
         for i, part in zip(members, batch.to(dtype).split([len(wide[i]) for i in members]), strict=True):
-            part = part[:, : wide[i].shape[1], : wide[i].shape[2]]
+            if part.shape != wide[i].shape:
+                part = part[:, : wide[i].shape[1], : wide[i].shape[2]]
             results[i] = part if wide[i] is stacks[i] else part.mT
     return results
 

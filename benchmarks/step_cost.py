@@ -63,10 +63,12 @@ class Trainer:
         if device == "cuda" and name == "resnet18":
             self.network.to(memory_format=torch.channels_last)
         self.loss = loss_function(name, self.network, small, half=device == "cuda", chunk=chunk)
+        # On a fixed batch gradients would otherwise become denormal numbers, which some processors multiply slowly.
+        unchanging: dict[str, Any] = {"lr": 1e-9}
         self.optimizer: Any = (
-            torch.optim.AdamW(self.network.parameters(), fused=True)
+            torch.optim.AdamW(self.network.parameters(), fused=True, **unchanging)
             if mode == "AdamW"
-            else ARS2Neo(param_groups(self.network, "all"), **MODES[mode])
+            else ARS2Neo(param_groups(self.network, "all"), **MODES[mode], **unchanging)
         )
         self.two_pass = mode not in ("AdamW", "base")
         # Seconds of a pass, and of the optimizer in steps without and with a second pass.
