@@ -29,11 +29,8 @@ def ema_update_(means: Tensors, values: Tensors, beta: Number) -> None:
 
 def bias_corrections(beta: Number, counts: Sequence[Number]) -> list[Any]:
     """Return ``1 - beta^count`` for each tensor, Adam's correction for moving averages from zero."""
-    tensors = [count for count in counts if isinstance(count, Tensor)]
-    if not tensors:
-        return [1 - beta**count for count in counts]
     # With a beta near 1, float32 would lose most digits.
-    return list((1 - beta ** torch.stack(tensors).double()).unbind())
+    return [1 - beta ** (count.double() if isinstance(count, Tensor) else count) for count in counts]
 
 
 def adam_denominators(exp_avg_sqs: Tensors, beta: Number, counts: Sequence[Number], eps: Number) -> Tensors:
