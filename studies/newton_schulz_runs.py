@@ -28,6 +28,11 @@ from analysis.statistics import Mean, mean_interval
 
 FOLDER = Path("results") / "newton_schulz_steps"
 PROTOCOL = FOLDER / "protocol.yaml"
+TITLES = {
+    "grok": "Modular addition, gradient evaluations to 99 % (geometric mean)",
+    "wikitext2_nano": "WikiText-2 nano, validation perplexity (geometric mean)",
+    "cifar_mini": "CIFAR-10 mini, validation accuracy",
+}
 ENDS = ("summary.json", "error.txt")
 # The limits of a two-sided interval at this level are those of one-sided ones at 95 %.
 CONFIDENCE = 0.9
@@ -169,29 +174,36 @@ def values(protocol: Protocol, folder: Path) -> dict[tuple[str, str], dict[int, 
 
 
 def report(protocol: Protocol, folder: Path) -> str:
-    """Return the tables of verdicts in Markdown."""
-    found, lines = values(protocol, folder), []
+    """Return the tables of verdicts in Markdown, of all rows with a run for every seed."""
+    found, parts = values(protocol, folder), []
     for mode in ("base", "sync"):
         for name, task in protocol.tasks.items():
-            what = "ratio" if task.ratio else "difference"
-            heading = f"| row | seeds | mean | {what} to five steps | not inferior |"
-            lines += ["", f"{name}, {mode}", "", heading, "| --- " * 5 + "|"]
-            reference = found.get((name, f"{mode}_{protocol.reference}"), {})
-            for setting in protocol.settings:
-                row = found.get((name, f"{mode}_{setting}"))
-                if not row:
-                    continue
-                numbers = np.array(list(row.values()))
-                mean = float(np.exp(np.log(numbers).mean()) if task.ratio else numbers.mean())
-                cell, verdict = "", ""
-                if setting != protocol.reference and len(row.keys() & reference.keys()) > 1:
-                    compared = task.compared(row, reference)
-                    cell = f"{compared.mean:.4g} [{compared.low:.4g}, {compared.high:.4g}]"
-                    verdict = "yes" if task.not_inferior(compared) else "no"
-                missed = int((numbers == task.missed).sum())
-                note = f" ({missed} did not get there)" if missed else ""
-                lines.append(f"| {setting} | {len(row)} | {mean:.5g}{note} | {cell} | {verdict} |")
-    return "\n".join(lines[1:])
+            rows = {one: found.get((name, f"{mode}_{one}"), {}) for one in protocol.settings}
+            complete = {one: row for one, row in rows.items() if row.keys() >= set(task.seeds)}
+            if len(complete) > 1 and protocol.reference in complete:
+                what = "ratio to five steps" if task.ratio else "points to five steps"
+                parts += [f"{TITLES[name]}, {mode.capitalize()}:", ""]
+                parts += [
+                    f"| row | mean of {len(task.seeds)} seeds | {what} | not inferior |",
+                    "| --- | --- | --- | --- |",
+                ]
+                parts += [line(task, one, row, complete[protocol.reference]) for one, row in complete.items()] + [""]
+    return "\n".join(parts)
+
+
+def line(task: Task, setting: str, row: dict[int, float], reference: dict[int, float]) -> str:
+    """Return a row of a table."""
+    numbers, scale = np.array(list(row.values())), 1.0 if task.ratio else 100.0
+    mean = f"{float(np.exp(np.log(numbers).mean())):.4g}" if task.ratio else f"{scale * numbers.mean():.1f} %"
+    if row is reference:
+        return f"| {setting} | {mean} | | |"
+    compared = task.compared(row, reference)
+    assert compared.low is not None and compared.high is not None
+    shown = [
+        f"{scale * value:{'.3f' if task.ratio else '+.2f'}}" for value in (compared.mean, compared.low, compared.high)
+    ]
+    verdict = "yes" if task.not_inferior(compared) else "**no**"
+    return f"| {setting} | {mean} | {shown[0]} [{shown[1]}, {shown[2]}] | {verdict} |"
 
 
 def main() -> int:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from studies.newton_schulz_runs import Protocol, Task, config_of, ended
+from studies.newton_schulz_runs import FOLDER, Protocol, Task, config_of, ended, report
 from studies.newton_schulz_steps import winner
 
+ROOT = Path(__file__).parents[2]
 TASK = Task("s", {"base": "b"}, [1, 2, 3], "full", missed=100, lower=True, ratio=True, margin=1.2)
 
 
@@ -76,3 +77,9 @@ def test_a_row_is_its_winner_with_other_newton_schulz_options(tmp_path: Path) ->
             assert options["ns_steps"] == 2 and options["mode"] == mode
             options.update(ns_steps=5, ns_coefficients="jordan")
             assert found == {**expected, "experiment": f"{mode}_made_2", "runs": str(tmp_path / name)}
+
+
+def test_the_tables_shown_are_those_of_the_committed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / FOLDER / "README.md").read_text(encoding="utf-8")
+    assert report(Protocol.read(), FOLDER).strip() in text
