@@ -11,8 +11,9 @@ from ars2.newton_schulz import ALGORITHMS, HALF, Schedule
 # Largest number of elements in a batch. On the CPU larger batches are not faster, since they leave the cache.
 MAX_NUMEL_ON_CPU = 1 << 20
 _MAX_NUMEL_ELSEWHERE = 1 << 26
-# Below any nonzero float32 norm, since squares below 1e-45 are zero, and safe as a divisor.
-LEAST_NORM = 1e-30
+# Norms below this are inexact or zero in float32, which rounds squares below 1e-45 to zero. As the least divisor it
+# bounds the quotients of such entries.
+LEAST_NORM = 1e-19
 # Sides in this range are padded to a multiple of the tile, so that nearly equal shapes share a batch.
 _TILE, _PADDED_SIDES = 32, range(97, 257)
 
@@ -135,7 +136,8 @@ def _orthogonalize_wide(
         largest = largest.clamp_min(torch.finfo(largest.dtype).tiny)
         stack = stack.div_(largest) if overwrite and not stack.requires_grad else stack / largest
         overwrite = True
-    norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True).clamp_min(LEAST_NORM)
+    # The iteration diverges above norm 1. Directions in range that are shorter than 1e-15 are too small to matter.
+    norm = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True).clamp_min(1e-15)
     if coefficients == "polar_express":
         norm = norm * newton_schulz.POLAR_EXPRESS_MARGIN
     stack = stack.div_(norm) if overwrite and not stack.requires_grad else stack / norm

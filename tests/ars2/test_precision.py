@@ -74,6 +74,23 @@ def test_the_move_of_a_tiny_gradient_does_not_depend_on_the_scale() -> None:
     assert torch.equal(moved(1.0), moved(SCALE)) and not torch.equal(moved(1.0), torch.ones(2))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"energy": False}, {"geometry": False}, {"energy": False, "geometry": False}], ids=str
+)
+def test_parameters_whose_gradient_stays_zero_come_to_rest(options: dict[str, Any]) -> None:
+    # The momentum becomes so small that float32 rounds its squares to zero, later the momentum itself.
+    p = nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(0)))
+    optimizer = ARS2Neo([{"params": [p], "track": "matrix"}], betas=(0.5, 0.999), weight_decay=0.0, **options)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    p.grad.zero_()
+    for _ in range(200):
+        before = p.detach().clone()
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), before, rtol=0, atol=0.02)
+    assert torch.equal(p, before)
+
+
 def test_the_second_gradient_is_to_be_unscaled_before_the_update_only() -> None:
     # The first gradients, still scaled, stay readable until then.
     model, optimizer = setup("sync")
