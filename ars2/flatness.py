@@ -82,7 +82,8 @@ def with_shears(grads: Tensors, shears: Tensors, sums: Tensor, alpha: Number) ->
     """Return ``g + alpha |g| / |s| s`` as new tensors, with the ``sums`` of :func:`injection_sums`."""
     lengths = sums.sqrt()
     scales = alpha * lengths[0] / lengths[1].clamp_min(LEAST_NORM)
-    return torch._foreach_addcmul(grads, shears, list(scales.unbind()))
+    # Next to a scale in float64 the gradient of a scalar parameter would become float64.
+    return torch._foreach_addcmul(grads, shears, [s.to(g.dtype) for s, g in zip(scales.unbind(), grads, strict=True)])
 
 
 def cosine_sums(grads: Tensors, shears: Tensors) -> Tensor:

@@ -104,6 +104,25 @@ def test_the_vector_track_takes_any_number_of_dimensions(shape: tuple[int, ...])
 
 
 @pytest.mark.parametrize("mode", CORE_MODES)
+def test_a_scalar_is_updated_as_a_vector_of_one_entry(mode: str) -> None:
+    scalar, vector = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor([0.5]))
+    for param in (scalar, vector):
+        # The shear force of one entry is zero but for rounding, which alpha makes visible.
+        optimizer = ARS2Neo([{"params": [param], "track": "vector"}], lr=0.1, alpha=1e-6, **MODES[mode])
+        for _ in range(4):
+
+            def closure(param: nn.Parameter = param, optimizer: ARS2Neo = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                loss = param.cos().sum()
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    torch.testing.assert_close(scalar, vector[0])
+    assert scalar.item() != 0.5
+
+
+@pytest.mark.parametrize("mode", CORE_MODES)
 def test_empty_tensors_pass_through(mode: str) -> None:
     empty, full = nn.Parameter(torch.empty(0, 4)), nn.Parameter(torch.ones(3, 4))
     nothing = nn.Parameter(torch.empty(0))
