@@ -321,7 +321,7 @@ class ARS2Neo(TrackedOptimizer):
             move(chunk.params, offsets, squares, chunk.group["rho"] * factor)
 
     def _rounds(self, groups: list[Chunk], split: Callable[[Chunk], Iterable[list[Chunk]]]) -> Iterable[list[Chunk]]:
-        """Return the chunks of all groups, in lists of those whose sums are reduced together.
+        """Return the chunks of all groups, in lists that are reduced together.
 
         Where parameters are sharded, that is one list, which takes one all-reduce.
         """
@@ -481,7 +481,7 @@ class ARS2Neo(TrackedOptimizer):
         return bool(group["track"] == "matrix" and (group["geometry"] or not group["energy"]))
 
     def _move(self, chunk: Chunk) -> None:
-        """Apply ``p <- (1 - lr*wd) p - lr * |u| * NS(u)`` to matrices and AdamW to vectors."""
+        """Move the parameters of a chunk: ARS2-Neo for matrices, AdamW for vectors."""
         if not self._is_orthogonal(chunk):
             self._move_vectors(chunk)
             return
@@ -509,7 +509,10 @@ class ARS2Neo(TrackedOptimizer):
             self._apply(chunk, directions, None)
 
     def _scales(self, group: dict[str, Any], directions: Tensors, shapes: list[torch.Size]) -> Tensors:
-        """Return the energies ``|u|``, divided by the norms of orthogonal factors under ``"match_rms_adamw"``."""
+        """Return the energies ``|u|``.
+
+        Under ``"match_rms_adamw"`` they are divided by the norms of orthogonal factors.
+        """
         energies = self._layout.norms(directions)
         if group["adjust_lr_fn"] == "match_rms_adamw":
             torch._foreach_mul_(energies, [1 / math.sqrt(n * min(rows, cols)) for n, rows, cols in shapes])

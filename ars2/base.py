@@ -91,7 +91,7 @@ class TrackedOptimizer(Optimizer):
         validation.check_choice(group, "adjust_lr_fn", ("original", "match_rms_adamw"))
 
     def _check_host_options(self, group: dict[str, Any]) -> None:
-        """Check the options of a group whose learning rate may be a tensor, as that of a capturable step."""
+        """Check the options of a group, whose learning rate may be a tensor."""
         on_host = dict(group)
         if self._capturable:
             graphs.to_host_(on_host)
@@ -109,7 +109,10 @@ class TrackedOptimizer(Optimizer):
         raise NotImplementedError
 
     def _keys_of(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
-        """Return the names of the state tensors of ``param``, which include the rounding error in half precision."""
+        """Return the names of the state tensors of ``param``.
+
+        In half precision these include the rounding error.
+        """
         return (*self._state_keys(group), "remainder") if param.dtype in HALF else self._state_keys(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -281,7 +284,7 @@ class TrackedOptimizer(Optimizer):
             self._layouts = [self._find_layout(self.param_groups)]
 
     def _adopt_parameters(self) -> None:
-        """Make state for parameters that replaced others in a group, and delete that of the replaced ones."""
+        """Make state for parameters that replaced others, whose state is deleted."""
         params = [param for group in self.param_groups for param in group["params"]]
         if all(map(self.state.get, params)):
             return
@@ -322,7 +325,7 @@ class TrackedOptimizer(Optimizer):
 
     @property
     def _layout(self) -> Local:
-        """Return the layout of the parameters. It is in a list, which wrappers of the optimizer share."""
+        """Return the layout of the parameters, from a list that wrappers share."""
         return self._layouts[0]
 
     @_layout.setter
@@ -381,7 +384,10 @@ class TrackedOptimizer(Optimizer):
         return found
 
     def _split(self, chunk: Chunk) -> Iterable[list[Chunk]]:
-        """Return the chunks of a group for elementwise work; a compiled step fuses the complete group."""
+        """Return the chunks of a group for elementwise work.
+
+        A compiled step fuses the complete group.
+        """
         return [[chunk]] if self._compile else chunk.split()
 
     def _split_matrices(self, chunk: Chunk) -> Iterable[Chunk]:
@@ -418,11 +424,14 @@ class TrackedOptimizer(Optimizer):
         return factors
 
     def _scales(self, group: dict[str, Any], directions: Tensors, shapes: list[torch.Size]) -> Tensors | list[float]:
-        """Return the factor of the orthogonal update of each matrix, or stack, of these (matrices, rows, cols)."""
+        """Return the factor of each orthogonal update.
+
+        ``shapes`` are (matrices, rows, cols) of each direction.
+        """
         raise NotImplementedError
 
     def _move_matrices(self, chunk: Chunk, directions: Tensors) -> None:
-        """Apply ``p <- (1 - lr*wd) p - lr * scale * NewtonSchulz(direction)`` to the matrices of a chunk."""
+        """Apply ``p <- (1 - lr*wd) p - lr * scale * NS(direction)`` to matrices."""
         group = chunk.group
         blocks, shapes = directions, chunk.shapes
         if group["splits"] != 1:
@@ -523,7 +532,7 @@ class TrackedOptimizer(Optimizer):
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """Return ``options`` with plain numbers, and with lists of numbers that are options as tuples."""
+    """Return ``options`` with plain numbers, and tuples in place of lists."""
     options = validation.plain_numbers(options)
     if isinstance(options["ns_coefficients"], (list, tuple)):
         options["ns_coefficients"] = newton_schulz.checked(options["ns_coefficients"], "ns_coefficients")
@@ -566,7 +575,7 @@ def _laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
 
 
 def options_of(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of ``arguments``, the local variables of ``cls.__init__``, that are options of a group."""
+    """Return the options of a group among the local variables of ``cls.__init__``."""
     return {name: arguments[name] for name in _defaults_of(cls) if name in arguments}
 
 

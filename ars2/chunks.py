@@ -49,7 +49,7 @@ class Chunk(NamedTuple):
         return [source.shape for source in self.sources]
 
     def subset(self, indices: Sequence[int], first: int | None = None) -> "Chunk":
-        """Return the chunk of these indices, whose first one has the index ``first`` in the step."""
+        """Return the chunk of these indices; ``first`` is the index of the first one."""
         return self._replace(
             params=[self.params[i] for i in indices],
             grads=[self.grads[i] for i in indices],
@@ -60,7 +60,7 @@ class Chunk(NamedTuple):
         )
 
     def split(self) -> "Iterator[list[Chunk]]":
-        """Yield chunks of several small tensors, and of the flat parts of each large tensor.
+        """Yield chunks of several small tensors, and of parts of each large tensor.
 
         The parts of one tensor come together in a list; other lists have one chunk. Elementwise work on flat views
         needs no temporary tensors of the full size.
@@ -111,7 +111,7 @@ class Chunk(NamedTuple):
 
 
 def sums_of(chunks: Sequence[Chunk], kernel: Callable[[Chunk], Tensor], layout: Local) -> Tensor:
-    """Return sums over the entries of each tensor of ``chunks``, a tensor (sums, tensors).
+    """Return sums over the entries of each tensor, a tensor (sums, tensors).
 
     ``kernel`` returns the sums of one chunk. Sums of several chunks of a tensor are added, and those of all processes.
     """

@@ -1,4 +1,4 @@
-"""Describe which process has which part of the parameters, and exchange what a step needs.
+"""Describe which process has which rows, and exchange what a step needs.
 
 A step works on local tensors in two phases: sums over the entries of each tensor, which the layout reduces, then the
 work that depends on them. The layouts are one process (:class:`Local`), processes with replicas (DDP,
@@ -30,7 +30,7 @@ class Local:
         """Make numbers that all processes compute equal on them, bit for bit."""
 
     def norms(self, tensors: Tensors) -> list[Tensor]:
-        """Return the Frobenius norm of each complete tensor, a scalar tensor, from local tensors."""
+        """Return the Frobenius norms of complete tensors, from the local ones."""
         return list(torch._foreach_norm(tensors))
 
     def orthogonalize(
@@ -97,7 +97,7 @@ class Replicated(Local):
 
 
 class Sharded(Local):
-    """Describe processes that have some rows of each parameter, as under FSDP2's fully_shard.
+    """Describe processes with some rows of each parameter, as under fully_shard.
 
     The rows are split as by torch.chunk, so the last ranks may have fewer rows, or none.
 
@@ -206,7 +206,7 @@ def same_layout(tensor: Any, param: Any) -> bool:
 
 
 def find_layout(named: Iterable[tuple[str, Tensor]]) -> Local:
-    """Return the layout of these parameters, :class:`Sharded` if they are DTensors and else :class:`Local`.
+    """Return the layout of parameters, ``Sharded`` for DTensors and else ``Local``.
 
     Raises:
         ValueError: only some are sharded, over different meshes, or not by rows.

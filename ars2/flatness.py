@@ -38,7 +38,7 @@ def offset_sums(offsets: Tensors) -> Tensor:
 
 
 def move_along_(params: Tensors, offsets: Tensors, squares: Tensor, rho: Number) -> None:
-    """Move each parameter by ``rho * n / |n|``, in place, and overwrite the ``offsets`` n.
+    """Move each parameter by ``rho * n / |n|``, and overwrite the ``offsets`` n.
 
     ``squares`` are the ``|n|^2``, a tensor (params,), and ``rho`` the length of each tensor's move.
     """
@@ -79,7 +79,7 @@ def injection_sums(grads: Tensors, shears: Tensors) -> Tensor:
 
 
 def with_shears(grads: Tensors, shears: Tensors, sums: Tensor, alpha: Number) -> Tensors:
-    """Return ``g + alpha |g| / |s| s`` as new tensors, with the ``sums`` of :func:`injection_sums`."""
+    """Return ``g + alpha |g| / |s| s``, with ``sums`` of :func:`injection_sums`."""
     lengths = sums.sqrt()
     scales = alpha * lengths[0] / lengths[1].clamp_min(LEAST_NORM)
     # Next to a scale in float64 the gradient of a scalar parameter would become float64.

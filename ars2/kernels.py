@@ -28,7 +28,7 @@ def ema_update_(means: Tensors, values: Tensors, beta: Number) -> None:
 
 
 def bias_corrections(beta: Number, counts: Sequence[Number]) -> list[Any]:
-    """Return ``1 - beta^count`` for each tensor, Adam's correction for moving averages from zero."""
+    """Return ``1 - beta^count`` for each tensor, Adam's correction of averages."""
     # With a beta near 1, float32 would lose most digits.
     return [1 - beta ** (count.double() if isinstance(count, Tensor) else count) for count in counts]
 

@@ -83,7 +83,7 @@ def schedule(given: Schedule, steps: int) -> list[Coefficients]:
 def choose(
     algorithm: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, torch.dtype]:
-    """Return the algorithm for wide matrices of this shape, and the dtype of the standard algorithm's products.
+    """Return the algorithm for wide matrices, and the dtype of standard products.
 
     ``"auto"`` becomes the faster algorithm, by measurements of benchmarks/newton_schulz.py.
     """
@@ -118,9 +118,9 @@ def standard(stack: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
 
 
 def gram(stack: Tensor, coefficients: Sequence[Coefficients], dtype: torch.dtype) -> Tensor:
-    """Iterate on the Gram matrices of ``stack`` (matrices, rows, columns), in the next wider precision.
+    """Iterate on the Gram matrices of ``stack``, in the next wider precision.
 
-    It requires rows <= columns. The result is in ``dtype``.
+    It is a tensor (matrices, rows, columns) and requires rows <= columns. The result is in ``dtype``.
     """
     start, wide = 0, torch.float32 if dtype in HALF else torch.float64
     while start < len(coefficients):
@@ -169,7 +169,7 @@ def _end_of_block(coefficients: Sequence[Coefficients], start: int, dtype: torch
 
 
 def _most_growth(dtype: torch.dtype) -> float:
-    """Return the largest amplification of rounding errors of A before A is computed anew.
+    """Return how far rounding errors of A may grow before A is computed anew.
 
     Four updates by "jordan" amplify by 3.4445^8 = 2e4, which leaves three digits of float32. Where A is no wider than
     the result, two updates are allowed, 3.4445^4 = 141.

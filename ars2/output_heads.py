@@ -87,7 +87,7 @@ def unwrapped(model: nn.Module) -> list[nn.Module]:
 
 
 def _module(chain: list[nn.Module], item: object) -> nn.Module:
-    """Return the module that ``item`` is or names, in the model or in one that it wraps."""
+    """Return the module that ``item`` is or names, also in a wrapped model."""
     names = {name: module for outer in reversed(chain) for name, module in outer.named_modules() if name}
     if isinstance(item, str) and item not in names:
         close = get_close_matches(item, names, 1)
@@ -105,7 +105,7 @@ def _contents(modules: Iterable[nn.Module]) -> frozenset[nn.Module]:
 
 
 def _adapters(module: nn.Module) -> list[nn.Module]:
-    """Return the modules that adapters add beside a layer, which peft keeps under ``base_layer``."""
+    """Return the modules that adapters add beside a layer (``base_layer`` in peft)."""
     children = dict(module.named_children())
     adapted = "base_layer" in children
     return [c for n, c in children.items() if n.lower().startswith("lora_") or (adapted and n != "base_layer")]

@@ -38,7 +38,7 @@ def is_matrix(shape: Sequence[int]) -> bool:
 
 
 class Assignment(NamedTuple):
-    """Describe one trainable parameter. ``flatten`` and ``splits`` are options of its group."""
+    """Describe a parameter; ``flatten`` and ``splits`` are options of its group."""
 
     name: str
     param: nn.Parameter
@@ -184,7 +184,7 @@ def param_groups(
 
 
 def report(model: nn.Module, policy: Policy = "all", head: Head | None = None, splits: Splits | None = None) -> str:
-    """Return a table of tracks and reasons, one line a parameter, the share of each track last."""
+    """Return a table of tracks and reasons, with the share of each track last."""
     items = assign(model, policy, head, splits)
     rows = [("track", "role", "shape", "parameter", "reason")]
     rows += [(i.track, i.role, "x".join(map(str, i.param.shape)), i.name, i.reason) for i in items]

@@ -95,9 +95,10 @@ def injected_alpha(group: dict[str, Any], phi: float, synced: bool) -> float:
 
 
 def rho_scale(group: dict[str, Any]) -> int:
-    """Return the factor of rho in a two-pass step, which grows with the interval under ``rho_per_step``.
+    """Return the factor of rho in a two-pass step.
 
-    A second pass after k steps at k times rho follows Composer's SAM.
+    Under ``rho_per_step`` it is the number of steps since the last one. A second pass after k steps at k times rho
+    follows Composer's SAM.
     """
     return int(group["step"]) + 1 - int(group["last_sync"]) if group["rho_per_step"] else 1
 

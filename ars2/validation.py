@@ -155,7 +155,7 @@ def check_parameter(param: Any, name: str, track: str) -> None:
 
 
 def check_splits(param: Tensor, name: str, group: Mapping[str, Any]) -> None:
-    """Check that the rows of a fused weight split into the blocks of ``group["splits"]``.
+    """Check that the rows of a parameter split into the blocks of its group.
 
     Raises:
         ValueError: neither a number of blocks nor row counts, or another number of rows.
