@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ars2 import flatness, kernels, schedule, validation
-from ars2.base import TrackedOptimizer, options_of
+from ars2.base import TrackedOptimizer, options_of, row_blocks
 from ars2.chunks import Chunk, sums_of, with_sums
 from ars2.distributed import Local, Sharded, local
 from ars2.graphs import to_device_
@@ -499,10 +499,10 @@ class ARS2Neo(TrackedOptimizer):
             directions = maybe_compile(kernels.momentum_directions)(
                 chunk.grads, chunk.state["exp_avg"], group["betas"][0], nesterov=False
             )
-            scales = [math.sqrt(shape.numel()) for shape in chunk.shapes]
-            lengths = [length.clamp_min(LEAST_NORM) for length in self._layout.norms(directions)]
-            torch._foreach_div_(directions, lengths)
-            torch._foreach_mul_(directions, scales)
+            blocks, shapes = row_blocks(chunk, directions)
+            lengths = [length.clamp_min(LEAST_NORM) for length in self._layout.norms(blocks)]
+            torch._foreach_div_(blocks, lengths)
+            torch._foreach_mul_(blocks, [math.sqrt(shape.numel()) for shape in shapes])
         if group["geometry"]:
             self._move_matrices(chunk, directions)
         else:

@@ -433,10 +433,7 @@ class TrackedOptimizer(Optimizer):
     def _move_matrices(self, chunk: Chunk, directions: Tensors) -> None:
         """Apply ``p <- (1 - lr*wd) p - lr * scale * NS(direction)`` to matrices."""
         group = chunk.group
-        blocks, shapes = directions, chunk.shapes
-        if group["splits"] != 1:
-            blocks = _row_blocks(directions, group["splits"])
-            shapes = [block.shape for block in blocks]
+        blocks, shapes = row_blocks(chunk, directions)
         scales = self._scales(group, blocks, [stack_shape(shape, group["flatten"]) for shape in shapes])
         factors = self._layout.orthogonalize(
             blocks,
@@ -480,7 +477,7 @@ class TrackedOptimizer(Optimizer):
         for index, tensor in zip(half, exact, strict=True):
             moved[index] = tensor
         if len(directions) > len(moved):
-            moved = _row_blocks(moved, group["splits"])
+            moved, _ = row_blocks(chunk, moved)
         self._maybe_compile(group)(kernels.apply_update_)(
             moved, directions, scales, group["lr"], group["weight_decay"], cautious=group["cautious"]
         )
@@ -541,12 +538,15 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _row_blocks(tensors: Tensors, splits: int | tuple[int, ...]) -> list[Tensor]:
-    """Return the row blocks of each tensor, which are views."""
+def row_blocks(chunk: Chunk, tensors: Tensors) -> tuple[list[Tensor], list[torch.Size]]:
+    """Return the row blocks of each tensor, which are views, and the shapes of the complete blocks."""
+    splits = chunk.group["splits"]
+    if splits == 1:
+        return list(tensors), chunk.shapes
     blocks: list[Tensor] = []
     for tensor in tensors:
         blocks += tensor.split(tensor.shape[0] // splits if isinstance(splits, int) else list(splits))
-    return blocks
+    return blocks, [block.shape for block in blocks]
 
 
 def _by_track(group: dict[str, Any]) -> list[dict[str, Any]]:

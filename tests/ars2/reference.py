@@ -17,7 +17,7 @@ Gradients = list[Tensor | None]
 JORDAN = (3.4445, -4.7750, 2.0315)
 # The published equations add 1e-7 and 1e-12 to norms, by which results depend on the scale of the gradients.
 LEAST_NORM = 1e-30
-MODES = ("base", "sync", "aga", "periodic", "random")
+MODES = ("base", "sync", "aga", "periodic", "random", "late")
 
 
 def reference_newton_schulz(
@@ -64,11 +64,18 @@ def geometry(update: Tensor, flatten: bool, steps: int) -> Tensor:
     return reference_newton_schulz(update.reshape(update.shape[0], -1), steps).reshape(update.shape)
 
 
+def number_of_singular_values(update: Tensor, flatten: bool) -> int:
+    """Return the square of the norm of the exact orthogonal factor, over all matrices of a stack."""
+    if update.ndim == 3 and not flatten:
+        return update.shape[0] * min(update.shape[1:])
+    return min(update.shape[0], update[0].numel())
+
+
 class ReferenceARS2:
     """Follow the published equations of ARS2-Neo.
 
     `groups`: dicts with "params" (float64 tensors, changed in place), "track" ("matrix" or "vector"), "lr", "betas",
-    "eps", "weight_decay", "rho" and, optionally, "flatten" (False).
+    "eps", "weight_decay", "rho" and, optionally, "flatten" (False), "cautious" (False) and "adjust_lr_fn" ("original").
     `draw` decides in mode "random": step number (from 1) -> whether to make a second pass. Without it a private
     generator draws with `probability`. Every list below has one entry a parameter, in flat order over the groups.
     `energy` and `geometry` are the switches of the matrix track.
@@ -89,13 +96,17 @@ class ReferenceARS2:
         draw: Callable[[int], bool] | None = None,
         energy: bool = True,
         geometry: bool = True,
+        late_start: float = 0.5,
+        total_steps: int = 0,
+        rho_per_step: bool = False,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(MODES)}.")
         if mode == "periodic" and k < 1:
             raise ValueError(f"k is {k}; mode 'periodic' needs 1 or more.")
         self.mode, self.k, self.ns_steps = mode, k, ns_steps
-        self.energy, self.geometry = energy, geometry
+        self.energy, self.geometry, self.rho_per_step = energy, geometry, rho_per_step
+        self.steps_with_one_pass = late_start * total_steps
         self.alpha, self.phi_beta, self.phi_lambda, self.phi_gamma = alpha, phi_beta, phi_lambda, phi_gamma
         generator = random.Random(0)
         self.draw = draw or (lambda t: generator.random() < probability)
@@ -168,6 +179,8 @@ class ReferenceARS2:
     def wants_second_pass(self, phi: float, threshold: float) -> bool:
         if self.mode == "base":
             return False
+        if self.mode == "late":
+            return self.t > self.steps_with_one_pass
         if self.mode == "sync" or self.t == 1:
             return True
         if self.mode == "periodic":
@@ -185,7 +198,8 @@ class ReferenceARS2:
             v_hat_previous = v / (1 - beta2**count) if count > 0 else torch.zeros_like(v)
             metric = v_hat_previous.sqrt() + options["eps"] if self.energy or options["track"] == "vector" else 1.0
             n = g / metric * p.abs()
-            p.copy_(p + options["rho"] * n / n.norm().clamp_min(LEAST_NORM))
+            rho = options["rho"] * (self.t - self.last_sync if self.rho_per_step else 1)
+            p.copy_(p + rho * n / n.norm().clamp_min(LEAST_NORM))
         try:
             return self.evaluate(gradient_function)
         finally:
@@ -221,5 +235,9 @@ class ReferenceARS2:
                 m = self.exp_avg[i]
                 u = math.sqrt(m.numel()) * m / m.norm().clamp_min(LEAST_NORM)
             if options["track"] == "matrix" and self.geometry:
-                u = u.norm() * geometry(u, options.get("flatten", False), self.ns_steps)
-            p.copy_((1 - lr * options["weight_decay"]) * p - lr * u)
+                length = u.norm()
+                if options.get("adjust_lr_fn") == "match_rms_adamw":
+                    length = length / math.sqrt(number_of_singular_values(u, options.get("flatten", False)))
+                u = length * geometry(u, options.get("flatten", False), self.ns_steps)
+            decayed = (u * p > 0).double() if options.get("cautious") else 1.0
+            p.copy_((1 - lr * options["weight_decay"] * decayed) * p - lr * u)

@@ -40,9 +40,15 @@ class Comparison:
     """Step the reference and ARS2Neo side by side from the same start."""
 
     def __init__(
-        self, mode: str, dtype: torch.dtype, ns_dtype: str, matrix: dict[str, Any], vector: dict[str, Any]
+        self,
+        mode: str,
+        dtype: torch.dtype,
+        ns_dtype: str,
+        matrix: dict[str, Any],
+        vector: dict[str, Any],
+        options: dict[str, Any],
     ) -> None:
-        options = MODES[mode]
+        options = {**MODES[mode], **options}
         self.reference_model = SmallProblem(torch.float64)
         self.reference_groups = problem_groups(self.reference_model, matrix, vector)
         draw: dict[str, Any] = {}
@@ -75,11 +81,12 @@ def compare(
     ns_dtype: str,
     matrix: dict[str, Any] | None = None,
     vector: dict[str, Any] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Comparison:
-    return Comparison(mode, dtype, ns_dtype, matrix or {}, vector or {})
+    return Comparison(mode, dtype, ns_dtype, matrix or {}, vector or {}, options or {})
 
 
-@pytest.mark.parametrize("mode", [*CORE_MODES, "periodic", slow("periodic, k=1"), slow("random")])
+@pytest.mark.parametrize("mode", [*CORE_MODES, "periodic", slow("periodic, k=1"), slow("random"), "late"])
 def test_float64_follows_the_reference(mode: str) -> None:
     assert compare(mode, torch.float64, "float64").run(STEPS) <= FLOAT64_BOUND
 
@@ -105,6 +112,21 @@ def test_follows_the_reference_where_eps_matters_and_stacks_are_flattened(mode: 
     # Only beside a large eps does the scale of the moments, their bias correction, show in the adversarial point.
     matrix, vector = {"eps": 1e-2, "flatten": True}, {"eps": 3e-2}
     assert compare(mode, torch.float64, "float64", matrix, vector).run(STEPS // 2) <= FLOAT64_BOUND
+
+
+@pytest.mark.parametrize("mode", ["base", "aga"])
+def test_cautious_decay_and_matched_steps_follow_the_reference(mode: str) -> None:
+    options = {"adjust_lr_fn": "match_rms_adamw", "cautious": True, "weight_decay": 5.0}
+    assert compare(mode, torch.float64, "float64", options, options).run(STEPS // 2) <= FLOAT64_BOUND
+
+
+@pytest.mark.parametrize("mode", ["aga", "periodic", slow("random")])
+def test_a_rho_that_grows_with_the_interval_follows_the_reference(mode: str) -> None:
+    comparison = compare(mode, torch.float64, "float64", options={"rho_per_step": True})
+    assert comparison.run(STEPS // 2) <= FLOAT64_BOUND
+    plain = compare(mode, torch.float64, "float64")
+    plain.run(STEPS // 2)
+    assert worst_difference(plain.model.parameters(), comparison.model.parameters()) > 1e-4
 
 
 @pytest.mark.parametrize("mode", [*CORE_MODES, "periodic"])

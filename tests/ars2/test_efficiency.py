@@ -124,7 +124,7 @@ def test_products_depend_on_the_number_of_shapes_not_of_tensors(cls: type, monke
 @pytest.mark.parametrize("mode", MODES)
 def test_the_number_of_state_tensors(mode: str) -> None:
     model, optimizer = setup(mode)
-    expected = 2 if mode in ("base", "sync", "periodic, k=1") else 3
+    expected = 2 if mode in ("base", "sync", "late", "periodic, k=1") else 3
     for _ in range(2):
         tensors = [[t for t in state.values() if t.ndim] for state in optimizer.state.values()]
         assert {len(of_parameter) for of_parameter in tensors} == {expected}

@@ -25,6 +25,7 @@ MODES: dict[str, dict[str, Any]] = {
     "periodic": {"mode": "periodic", "k": 3},
     "periodic, k=1": {"mode": "periodic", "k": 1},
     "random": {"mode": "random", "probability": 0.3, "seed": 5},
+    "late": {"mode": "late", "late_start": 0.3, "total_steps": 10},
 }
 TWO_PASS_MODES = [name for name in MODES if name != "base"]
 SHEAR_MODES = ["aga", "periodic", "random"]
