@@ -105,15 +105,30 @@ def test_an_option_missing_from_an_old_saved_state_has_its_default(option: str) 
     train(other, other_optimizer, range(4, 6))
 
 
-@pytest.mark.parametrize("option", ["ns_algorithm", "energy"])
-def test_an_option_missing_from_an_old_pickled_optimizer_has_its_default(option: str) -> None:
-    _, optimizer = setup("aga")
-    pickled = optimizer.__getstate__()
+# Options that came after the first saved states, with their defaults.
+NEW = {"ns_algorithm": "auto", "adjust_lr_fn": "original", "cautious": False, "splits": 1}
+NEW_OF_ARS2 = {**NEW, "energy": True, "late_start": 0.5, "total_steps": 0, "rho_per_step": False}
+
+
+@pytest.mark.parametrize(("cls", "options"), [(ARS2Neo, NEW_OF_ARS2), (Muon, NEW)])
+def test_options_missing_from_an_old_pickled_optimizer_have_their_defaults(cls: Any, options: dict[str, Any]) -> None:
+    model = SmallProblem()
+    pickled = cls(problem_groups(model)).__getstate__()
     for group in pickled["param_groups"]:
-        del group[option]
-    restored = ARS2Neo.__new__(ARS2Neo)
+        for option in (*options, "interval"):
+            group.pop(option, None)
+    restored = cls.__new__(cls)
     restored.__setstate__(pickled)
-    assert {group[option] for group in restored.param_groups} == {True if option == "energy" else "auto"}
+    for group in restored.param_groups:
+        assert {option: group[option] for option in options} == options
+    train(model, restored, range(2))
+    cls(problem_groups(SmallProblem())).load_state_dict(restored.state_dict())
+
+
+def test_an_old_saved_state_has_none_of_the_new_options() -> None:
+    for kind in KINDS:
+        for group in torch.load(FOLDER / f"{kind}.pt", weights_only=True)["optimizer"]["param_groups"]:
+            assert not {"adjust_lr_fn", "cautious", "splits", "total_steps", "interval"} & group.keys()
 
 
 def test_hooks_see_and_change_the_state_that_is_loaded() -> None:

@@ -218,6 +218,16 @@ def test_options_for_unsharded_parameters_are_refused(option: str, mesh: DeviceM
         ARS2Neo(problem_groups(sharded_problem(mesh)), **{option: True})
 
 
+def test_splits_of_sharded_parameters_are_refused(mesh: DeviceMesh) -> None:
+    params = [parameter(Shard(0), mesh=mesh)]
+    with pytest.raises(ValueError, match="splits does not support sharded parameters"):
+        ARS2Neo([{"params": params, "splits": 2}])
+    optimizer = ARS2Neo(params)
+    with pytest.raises(ValueError, match="splits does not support sharded parameters"):
+        optimizer.add_param_group({"params": [parameter(Shard(0), mesh=mesh)], "splits": (1, 3)})
+    assert len(optimizer.param_groups) == 1
+
+
 def test_unsharded_parameters_need_a_group_to_be_distributed() -> None:
     with pytest.raises(ValueError, match="group"):
         ARS2Neo(problem_groups(SmallProblem())).distribute(None)

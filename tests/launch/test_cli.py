@@ -50,6 +50,26 @@ def test_a_users_module_is_trained_counted_and_recorded(tmp_path: Path) -> None:
     assert [row["epoch"] for row in metrics(folder) if "train/loss" in row] == ["0", "1"]
 
 
+def test_late_second_passes_are_an_option_of_a_config(tmp_path: Path) -> None:
+    late = (
+        "--model.optimizer.mode",
+        "late",
+        "--model.optimizer.total_steps",
+        "4",
+        "--model.optimizer.late_start",
+        "0.5",
+    )
+    folder = fit(tmp_path, "--config", "configs/grok_sync.yaml", *TINY, *late)
+    costs = json.loads((folder / "summary.json").read_text())["costs"]
+    assert (costs["optimizer_steps"], costs["gradient_evaluations"]) == (4, 6)
+
+
+def test_late_without_the_number_of_steps_is_one_line(tmp_path: Path) -> None:
+    late = ("--model.optimizer.mode", "late", "--runs", tmp_path)
+    result = call("fit", "--config", "configs/grok_sync.yaml", *TINY, *late)
+    assert "total_steps must be an integer of at least 1, got 0" in result.error
+
+
 def test_the_progress_bar_and_checkpoints_can_be_turned_off(tmp_path: Path) -> None:
     options = ("--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false")
     folder = fit(tmp_path, *AGA, *TINY, *options)

@@ -34,6 +34,7 @@ MODES = {
     "aga": ("--model.optimizer.phi_lambda", "0.5", "--model.optimizer.k", "3"),
     "periodic": ("--model.optimizer.mode", "periodic", "--model.optimizer.k", "3"),
     "random": ("--model.optimizer.mode", "random", "--model.optimizer.probability", "0.4", "--model.optimizer.k", "0"),
+    "late": ("--model.optimizer.mode", "late", "--model.optimizer.total_steps", "12", "--model.optimizer.k", "0"),
 }
 # The second and the last batch of the second epoch: in its middle, and at its end.
 STOPS = {"middle": "SIGTERM:6", "end": "SIGINT:8"}

@@ -16,13 +16,13 @@ from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
 from tests.helpers.launching import become
 from tests.modules import evaluations, exchanges
-from tests.modules.small_task import make_optimizer, state_of
+from tests.modules.small_task import OPTIMIZERS, make_optimizer, state_of
 
 STEPS = 16
 # 36 training pairs: batches of 10, 10, 10 and 6, which neither 4 nor, for the last but one, all counts divide.
 EPOCHS, BATCH = 4, 10
 # In float32 throughout; in half precision the iteration itself would round by more than processes differ.
-PRECISE = {name: {"lr": 1e-3, "ns_dtype": "float32"} for name in ("base", "sync", "aga", "periodic", "random", "muon")}
+PRECISE = {name: {"lr": 1e-3, "ns_dtype": "float32"} for name in OPTIMIZERS if name != "adamw"}
 OPTIONS: dict[str, dict[str, Any]] = {"adamw": {"lr": 1e-3}, **PRECISE}
 
 

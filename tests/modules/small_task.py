@@ -27,8 +27,9 @@ OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "aga": (ARS2Neo, {"lr": 1e-2, "mode": "aga", "k": 4, "phi_lambda": 1.0}),
     "periodic": (ARS2Neo, {"lr": 1e-2, "mode": "periodic", "k": 3}),
     "random": (ARS2Neo, {"lr": 1e-2, "mode": "random", "probability": 0.4}),
+    "late": (ARS2Neo, {"lr": 1e-2, "mode": "late", "late_start": 0.5, "total_steps": 12}),
 }
-TWO_PASS = ("sync", "aga", "periodic", "random")
+TWO_PASS = ("sync", "aga", "periodic", "random", "late")
 # One of every kind, where only the kind matters: torch's, one pass, always two, and two at some steps.
 CORE = ("adamw", "muon", "sync", "aga")
 EXAMPLES, BATCH = 22, 4

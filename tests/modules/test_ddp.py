@@ -141,9 +141,9 @@ def test_a_step_makes_the_documented_operations(row: str, two: list[Results], al
 
 def test_a_step_averages_one_gradient_a_pass(two: list[Results]) -> None:
     for exchanged in (results["exchanged"] for results in two):
-        # Steps 5 to 8, of which the seventh is a third one.
-        for label in ("periodic", "votes"):
-            assert [step["all_reduce of gradients"] for step in exchanged[label]] == [1, 1, 2, 1]
+        # Steps 5 to 8, of which the seventh is a third one, and the first after half of 12.
+        for label, averaged in (("periodic", [1, 1, 2, 1]), ("votes", [1, 1, 2, 1]), ("late", [1, 1, 2, 2])):
+            assert [step["all_reduce of gradients"] for step in exchanged[label]] == averaged
         for label in ("aga", "random"):
             assert {step["all_reduce of gradients"] for step in exchanged[label]} == {1, 2}
     # Seed and step alone determine the draw.
