@@ -114,6 +114,22 @@ def test_the_example_module_is_complete() -> None:
     assert names["Regression"]().configure_optimizers().param_groups
 
 
+def test_the_optimizer_with_other_factors_is_one_and_the_weight_decay_follows_the_learning_rate() -> None:
+    import torch
+
+    names: dict[str, Any] = {}
+    for page in ("your_own_module", "choosing_settings"):
+        for code in blocks(page, "python"):
+            exec(code, names)
+    param = torch.nn.Parameter(torch.zeros(3, 4))
+    param.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    names["PolarARS2Neo"]([param], lr=1.0, weight_decay=0.0).step()
+    values = torch.linalg.svdvals(param.detach())
+    assert values.min().item() == pytest.approx(values.max().item(), rel=1e-4)
+    for group in names["optimizer"].param_groups:
+        assert 0 < group["weight_decay"] / 0.1 == pytest.approx(group["lr"] / 3e-3) and group["lr"] < 3e-3
+
+
 def test_the_sweep_shown_is_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sweep.yaml").write_text(blocks("searching", "yaml")[0])
     monkeypatch.chdir(ROOT)
