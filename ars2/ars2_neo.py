@@ -263,12 +263,7 @@ class ARS2Neo(TrackedOptimizer):
         chunks = [chunk for group in self._gather() for chunks in self._split(group) for chunk in chunks]
         if not chunks:
             return 0.0
-
-        def kernel(chunk: Chunk) -> Tensor:
-            sums: Tensor = self._maybe_compile(chunk.group)(flatness.cosine_sums)(chunk.grads, chunk.state["shear"])
-            return sums
-
-        sums = sums_of(chunks, kernel, self._layout)
+        sums = sums_of(chunks, self._pairwise(flatness.cosine_sums, "shear"), self._layout)
         self._layout.agree_(sums)
         return flatness.global_cosine(sums)
 
@@ -429,9 +424,10 @@ class ARS2Neo(TrackedOptimizer):
             if synced and schedule.keeps_shear(main):
                 self._keep_shears(groups, state.first_gradients)
             rounds = self._rounds(groups, partial(self._parts, elementwise=alpha > 0))
+            injection_sums = self._pairwise(flatness.injection_sums, "shear")
             for chunk in (chunk for chunks in rounds for chunk in chunks) if alpha == 0 else ():
                 self._move(chunk)
-            for chunk, sums in with_sums(rounds, self._injection_sums, self._layout) if alpha > 0 else ():
+            for chunk, sums in with_sums(rounds, injection_sums, self._layout) if alpha > 0 else ():
                 inject = self._maybe_compile(chunk.group)(flatness.with_shears)
                 self._move(chunk._replace(grads=inject(chunk.grads, chunk.state["shear"], sums, alpha)))
         if synced:
@@ -450,9 +446,9 @@ class ARS2Neo(TrackedOptimizer):
             return ([chunk] for chunk in self._split_matrices(group))
         return self._split(group) if elementwise else [[group]]
 
-    def _injection_sums(self, chunk: Chunk) -> Tensor:
-        sums: Tensor = self._maybe_compile(chunk.group)(flatness.injection_sums)(chunk.grads, chunk.state["shear"])
-        return sums
+    def _pairwise(self, function: Callable[..., Tensor], key: str) -> Callable[[Chunk], Tensor]:
+        """Return ``function`` of the gradients of a chunk and its tensors ``key``."""
+        return lambda chunk: self._maybe_compile(chunk.group)(function)(chunk.grads, chunk.state[key])
 
     def _keep_shears(self, groups: list[Chunk], first_gradients: dict[Tensor, Tensor]) -> None:
         """Store the shear force of each parameter that has gradients of both passes."""
@@ -466,13 +462,10 @@ class ARS2Neo(TrackedOptimizer):
             ]
             both += [chunk] if indices else []
 
-        def sums(chunk: Chunk) -> Tensor:
-            found: Tensor = self._maybe_compile(chunk.group)(flatness.shear_sums)(chunk.grads, chunk.state["first"])
-            return found
-
-        for chunk, found in with_sums(self._rounds(both, self._split), sums, self._layout):
+        shear_sums = self._pairwise(flatness.shear_sums, "first")
+        for chunk, sums in with_sums(self._rounds(both, self._split), shear_sums, self._layout):
             shear_forces = self._maybe_compile(chunk.group)(flatness.shear_forces)
-            torch._foreach_copy_(chunk.state["shear"], shear_forces(chunk.grads, chunk.state["first"], found))
+            torch._foreach_copy_(chunk.state["shear"], shear_forces(chunk.grads, chunk.state["first"], sums))
 
     @staticmethod
     def _is_orthogonal(chunk: Chunk) -> bool:

@@ -157,8 +157,7 @@ class TrackedOptimizer(Optimizer):
         validation.check_known(names, self.group_options, f"{type(self).__name__} ({group['track']} group)")
         # Comparing with the first group suffices and keeps the cost linear in the number of groups.
         validation.check_same_options([*self.param_groups[:1], group], self.defaults.keys() - OF_A_GROUP)
-        for index, item in enumerate(params):
-            name, param = item if isinstance(item, tuple) else (str(index), item)
+        for name, param in _named(group):
             validation.check_parameter(param, name, group["track"])
             validation.check_splits(param, name, group)
         layout = self._find_layout([*self.param_groups[:1], group])
@@ -241,8 +240,7 @@ class TrackedOptimizer(Optimizer):
                 self._check_counters(saved_group, index == 0)
             except ValueError as error:
                 raise ValueError(f"saved optimizer state, group {index}: {error}") from error
-            names = current.get("param_names", range(len(current["params"])))
-            for name, param, key in zip(names, current["params"], saved_group["params"], strict=True):
+            for (name, param), key in zip(_named(current), saved_group["params"], strict=True):
                 tensors = dict(saved.get(key, {}))
                 count = tensors.pop("step", saved_group["step"])  # older states have one count for each group
                 dtype, keys = torch.promote_types(param.dtype, torch.float32), self._keys_of(param, saved_group)
@@ -250,7 +248,7 @@ class TrackedOptimizer(Optimizer):
                     tensors.pop("remainder", None)
                 elif tensors:  # older states have none
                     tensors.setdefault("remainder", torch.zeros_like(param, dtype=dtype))
-                validation.check_state(tensors, str(name), param, keys)
+                validation.check_state(tensors, name, param, keys)
                 # In the memory layout of the parameter, not of the saved tensor.
                 state = {k: torch.zeros_like(param, dtype=dtype).copy_(like(param, v)) for k, v in tensors.items()}
                 if "exp_avg_sq" in state:
@@ -333,12 +331,7 @@ class TrackedOptimizer(Optimizer):
         self._layouts[0] = layout
 
     def _find_layout(self, groups: list[dict[str, Any]]) -> Local:
-        named: list[tuple[str, Tensor]] = []
-        for group in groups:
-            for index, item in enumerate(group["params"]):
-                names = group.get("param_names", {index: str(index)})
-                named.append(item if isinstance(item, tuple) else (names[index], item))
-        layout = find_layout(named)
+        layout = find_layout(pair for group in groups for pair in _named(group))
         if isinstance(layout, Sharded):
             if self._compile or self._capturable:
                 raise ValueError("compile and capturable do not support sharded parameters: leave out both options")
@@ -509,13 +502,13 @@ class TrackedOptimizer(Optimizer):
                     continue
                 found = True
                 if param.grad.layout is not torch.strided:
-                    name = group.get("param_names", {index: index})[index]
+                    name, _ = _named(group)[index]
                     raise RuntimeError(
                         f"parameter {name} has a sparse gradient, which is not supported:"
                         " make its module with sparse=False"
                     )
                 if sharded and not same_layout(param.grad, param):
-                    name = group.get("param_names", {index: index})[index]
+                    name, _ = _named(group)[index]
                     raise RuntimeError(
                         f"the gradient of parameter {name} is not sharded as the parameter is: let FSDP2 reduce it"
                         " (set_requires_gradient_sync(True) before the last backward of a step)"
@@ -549,14 +542,20 @@ def row_blocks(chunk: Chunk, tensors: Tensors) -> tuple[list[Tensor], list[torch
     return blocks, [block.shape for block in blocks]
 
 
+def _named(group: dict[str, Any]) -> list[tuple[str, Tensor]]:
+    """Return the parameters of a group with their names, or else their indices."""
+    names = [*group.get("param_names", ()), *map(str, range(len(group["params"])))]
+    pairs = zip(names, group["params"], strict=False)
+    return [item if isinstance(item, tuple) else (name, item) for name, item in pairs]
+
+
 def _by_track(group: dict[str, Any]) -> list[dict[str, Any]]:
     """Return ``group`` with its track, decided by the shapes of its parameters.
 
     The result is two groups if there are parameters for both tracks.
     """
     by_track: dict[str, list[Any]] = {}
-    for index, item in enumerate(group["params"]):
-        name, param = item if isinstance(item, tuple) else (str(index), item)
+    for (name, param), item in zip(_named(group), group["params"], strict=True):
         validation.check_parameter(param, name, "vector")
         by_track.setdefault("matrix" if is_matrix(param.shape) else "vector", []).append(item)
     return [{**group, "params": by_track[track], "track": track} for track in TRACKS if track in by_track] or [

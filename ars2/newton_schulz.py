@@ -162,16 +162,9 @@ def _apply_rounded(product: Tensor, stack: Tensor, dtype: torch.dtype) -> Tensor
 
 def _end_of_block(coefficients: Sequence[Coefficients], start: int, dtype: torch.dtype) -> int:
     """Return the end of the steps from ``start`` that share a Gram matrix."""
-    growth, end = 1.0, start + 1
-    while end < len(coefficients) and (growth := growth * coefficients[end - 1][0] ** 2) <= _most_growth(dtype):
+    # Four updates by "jordan" amplify rounding errors of A by 3.4445^8 = 2e4, which leaves three digits of float32.
+    # Where A is no wider than the result, two updates are allowed, 3.4445^4 = 141.
+    growth, most, end = 1.0, 150.0 if dtype == torch.float64 else 2e4, start + 1
+    while end < len(coefficients) and (growth := growth * coefficients[end - 1][0] ** 2) <= most:
         end += 1
     return end
-
-
-def _most_growth(dtype: torch.dtype) -> float:
-    """Return how far rounding errors of A may grow before A is computed anew.
-
-    Four updates by "jordan" amplify by 3.4445^8 = 2e4, which leaves three digits of float32. Where A is no wider than
-    the result, two updates are allowed, 3.4445^4 = 141.
-    """
-    return 150.0 if dtype == torch.float64 else 2e4
