@@ -4,6 +4,7 @@ It does the same arithmetic, its counters and learning rate are on the device, a
 """
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,14 @@ CAPTURABLE_MODES = ["base", "sync"]
 TENSORS = ("step", "lr", "sync_steps", "last_sync")
 
 
-@pytest.mark.parametrize("mode", CAPTURABLE_MODES)
-def test_a_capturable_step_does_the_same_arithmetic(mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [*((mode, {}) for mode in CAPTURABLE_MODES), ("base", {"cautious": True, "adjust_lr_fn": "match_rms_adamw"})],
+)
+def test_a_capturable_step_does_the_same_arithmetic(mode: str, options: dict[str, Any]) -> None:
     results = []
     for capturable in (False, True):
-        model, optimizer = setup(mode, capturable=capturable)
+        model, optimizer = setup(mode, capturable=capturable, **options)
         scheduler = CosineAnnealingLR(optimizer, 20)
         for step in range(20):
             train(model, optimizer, [step])
@@ -104,7 +108,7 @@ def test_a_copy_is_capturable_and_has_separate_counters() -> None:
     assert copied.param_groups[0]["step"].item() == 3
 
 
-@pytest.mark.parametrize("mode", ["aga", "random"])
+@pytest.mark.parametrize("mode", ["aga", "random", "late"])
 def test_modes_that_decide_in_python_are_refused(mode: str) -> None:
     with pytest.raises(ValueError, match=f"capturable.*got '{mode}'"):
         setup(mode, capturable=True)

@@ -116,6 +116,29 @@ def test_splits_that_do_not_fit_are_errors(cls: Any, group: dict[str, Any], mess
         cls([{"params": [nn.Parameter(torch.zeros(12, COLS))], **group}])
 
 
+def test_the_blocks_share_the_move_to_the_adversarial_point() -> None:
+    param = nn.Parameter(random(0, torch.float64))
+    optimizer = ARS2Neo([{"params": [param], "splits": 3}], mode="sync", rho=0.2)
+    before = param.detach().clone()
+    param.grad = random(1, torch.float64)
+    assert optimizer.wants_second_pass()
+    optimizer.perturb()
+    assert (param.detach() - before).norm().item() == pytest.approx(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["base", "without energy", "matched muon"])
+def test_a_compiled_step_splits_alike(name: str) -> None:
+    cls, options = OPTIMIZERS[name]
+    ends = []
+    for compile in (False, True):
+        params = [nn.Parameter(random(0, torch.float32))]
+        groups = [{"params": params, "splits": (6, 3, 3)}]
+        steps(cls(groups, ns_dtype="float32", compile=compile, **options), params, range(3))
+        ends.append(params[0].detach())
+    assert worst_difference(ends[:1], ends[1:]) <= 1e-5
+
+
 def test_a_stack_cannot_be_split() -> None:
     with pytest.raises(ValueError, match="cannot be split"):
         ARS2Neo([{"params": [nn.Parameter(torch.zeros(3, 4, 5))], "splits": 3}])
