@@ -427,14 +427,10 @@ class TrackedOptimizer(Optimizer):
         """Apply ``p <- (1 - lr*wd) p - lr * scale * NS(direction)`` to matrices."""
         group = chunk.group
         blocks, shapes = row_blocks(chunk, directions)
-        scales = self._scales(group, blocks, [stack_shape(shape, group["flatten"]) for shape in shapes])
-        factors = self._layout.orthogonalize(
-            blocks,
-            shapes,
-            group["flatten"],
-            partial(self.orthogonalize, group=group),
-            validation.DTYPES[group["ns_dtype"]],
-        )
+        stacked = [stack_shape(shape, group["flatten"]) for shape in shapes]
+        scales = self._scales(group, blocks, stacked)
+        orthogonalize, dtype = partial(self.orthogonalize, group=group), validation.DTYPES[group["ns_dtype"]]
+        factors = self._layout.orthogonalize(blocks, shapes, stacked, orthogonalize, dtype)
         torch._foreach_copy_(blocks, factors)
         self._apply(chunk, blocks, scales)
 

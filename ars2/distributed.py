@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ars2.kernels import Tensors
-from ars2.orthogonalize import stack_shape
 
+Shapes = Sequence[torch.Size]
 Orthogonalize = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
@@ -34,23 +34,18 @@ class Local:
         return list(torch._foreach_norm(tensors))
 
     def orthogonalize(
-        self,
-        directions: Tensors,
-        shapes: Sequence[torch.Size],
-        flatten: bool,
-        orthogonalize: Orthogonalize,
-        dtype: torch.dtype,
+        self, directions: Tensors, shapes: Shapes, stacked: Shapes, orthogonalize: Orthogonalize, dtype: torch.dtype
     ) -> list[Tensor]:
         """Return the orthogonal factor of each direction, in its shape.
 
         Args:
             directions: local tensors.
             shapes: of the complete tensors.
-            flatten: as for :func:`ars2.orthogonalize.stack_shape`.
-            orthogonalize: maps a list of stacks (matrices, rows, cols) to their orthogonal factors.
+            stacked: these shapes as (matrices, rows, cols).
+            orthogonalize: maps a list of stacks to their orthogonal factors.
             dtype: of these factors.
         """
-        stacks = [d.reshape(stack_shape(shape, flatten)) for d, shape in zip(directions, shapes, strict=True)]
+        stacks = [d.reshape(shape) for d, shape in zip(directions, stacked, strict=True)]
         return [f.reshape(d.shape) for f, d in zip(orthogonalize(stacks), directions, strict=True)]
 
 
@@ -70,16 +65,10 @@ class Replicated(Local):
         dist.broadcast(numbers, group=self.group, group_src=0)
 
     def orthogonalize(
-        self,
-        directions: Tensors,
-        shapes: Sequence[torch.Size],
-        flatten: bool,
-        orthogonalize: Orthogonalize,
-        dtype: torch.dtype,
+        self, directions: Tensors, shapes: Shapes, stacked: Shapes, orthogonalize: Orthogonalize, dtype: torch.dtype
     ) -> list[Tensor]:
         # One all-gather. The results are identical on all ranks, bit for bit.
         ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        stacked = [stack_shape(shape, flatten) for shape in shapes]
         owned = assign_to_ranks([newton_schulz_cost(*shape) for shape in stacked], ranks)
         factors = orthogonalize([directions[i].reshape(stacked[i]) for i in owned[rank]])
         numels = [sum(directions[i].numel() for i in indices) for indices in owned]
@@ -124,16 +113,11 @@ class Sharded(Local):
         return list(squares.sqrt().to(tensors[0].dtype).unbind())
 
     def orthogonalize(
-        self,
-        directions: Tensors,
-        shapes: Sequence[torch.Size],
-        flatten: bool,
-        orthogonalize: Orthogonalize,
-        dtype: torch.dtype,
+        self, directions: Tensors, shapes: Shapes, stacked: Shapes, orthogonalize: Orthogonalize, dtype: torch.dtype
     ) -> list[Tensor]:
         # Two all-to-alls: the rows go to the owner of the matrix, and the rows of the factor come back.
         ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        stacked, numels = [stack_shape(shape, flatten) for shape in shapes], [self.numels(shape) for shape in shapes]
+        numels = [self.numels(shape) for shape in shapes]
         owned = assign_to_ranks([newton_schulz_cost(*shape) for shape in stacked], ranks)
         order = [i for indices in owned for i in indices]
         to_owners = [sum(directions[i].numel() for i in indices) for indices in owned]

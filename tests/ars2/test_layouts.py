@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ars2.distributed import Local, Replicated, Sharded, assign_to_ranks, newton_schulz_cost
-from ars2.orthogonalize import orthogonalize_all
+from ars2.orthogonalize import orthogonalize_all, stack_shape
 from tests.helpers.launching import become, launch
 
 # Fewer tensors than ranks is a case too; 2 rows over 3 ranks leave one without any.
 SHAPES = [torch.Size(shape) for shape in ((6, 4), (3, 2, 5), (2, 9), (16, 16), (1, 1))]
+STACKED = [stack_shape(shape, flatten=False) for shape in SHAPES]
 
 
 def tensors(dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -40,13 +41,13 @@ def on_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
         return newton_schulz(matrices)
 
     exact, rounding = Replicated(group), Replicated(group, torch.bfloat16)
-    replicated = exact.orthogonalize(tensors(), SHAPES, False, count, torch.float64)
-    rounded = rounding.orthogonalize(tensors(), SHAPES, False, newton_schulz, torch.float64)
-    one = exact.orthogonalize(tensors()[:1], SHAPES[:1], False, newton_schulz, torch.float64)
+    replicated = exact.orthogonalize(tensors(), SHAPES, STACKED, count, torch.float64)
+    rounded = rounding.orthogonalize(tensors(), SHAPES, STACKED, newton_schulz, torch.float64)
+    one = exact.orthogonalize(tensors()[:1], SHAPES[:1], STACKED[:1], newton_schulz, torch.float64)
     # Uneven rows, as torch.chunk splits them; the last ranks may have none.
     parts = [tensor.chunk(ranks) for tensor in tensors()]
     shards = [part[rank] if rank < len(part) else part[0][:0] for part in parts]
-    sharded = Sharded(group).orthogonalize(shards, SHAPES, False, count, torch.float64)
+    sharded = Sharded(group).orthogonalize(shards, SHAPES, STACKED, count, torch.float64)
     numbers = torch.full((2,), float(rank + 1))
     Sharded(group).reduce_(numbers)
     agreed = torch.full((2,), float(rank + 1))
@@ -59,7 +60,7 @@ def on_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
 @pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_rank_gets_the_result_of_one_process(ranks: int, tmp_path: Path) -> None:
     found = launch(on_rank, ranks, tmp_path)
-    alone = Local().orthogonalize(tensors(), SHAPES, False, newton_schulz, torch.float64)
+    alone = Local().orthogonalize(tensors(), SHAPES, STACKED, newton_schulz, torch.float64)
     for replicated, rounded, one, *_ in found:
         for here, there, full in zip(replicated, found[0][0], alone, strict=True):
             assert torch.equal(here, there)
