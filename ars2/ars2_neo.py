@@ -480,14 +480,7 @@ class ARS2Neo(TrackedOptimizer):
             return
         group, maybe_compile = chunk.group, self._maybe_compile(chunk.group)
         if group["energy"]:
-            directions: Tensors = maybe_compile(kernels.adam_directions)(
-                chunk.grads,
-                chunk.state["exp_avg"],
-                chunk.state["exp_avg_sq"],
-                group["betas"],
-                tuple(chunk.counts),
-                group["eps"],
-            )
+            directions: Tensors = maybe_compile(kernels.adam_directions)(*chunk.adam_arguments)
         else:
             directions = maybe_compile(kernels.momentum_directions)(
                 chunk.grads, chunk.state["exp_avg"], group["betas"][0], nesterov=False

@@ -437,21 +437,13 @@ class TrackedOptimizer(Optimizer):
     def _move_vectors(self, chunk: Chunk) -> None:
         """Apply AdamW to the parameters of a chunk."""
         group, maybe_compile = chunk.group, self._maybe_compile(chunk.group)
-        adam = (
-            chunk.grads,
-            chunk.state["exp_avg"],
-            chunk.state["exp_avg_sq"],
-            group["betas"],
-            tuple(chunk.counts),
-            group["eps"],
-        )
         alike = all(
             p.dtype == g.dtype and p.stride() == g.stride() for p, g in zip(chunk.params, chunk.grads, strict=True)
         )
         if alike and not group["cautious"]:
-            maybe_compile(kernels.adamw_)(chunk.params, *adam, group["lr"], group["weight_decay"])
+            maybe_compile(kernels.adamw_)(chunk.params, *chunk.adam_arguments, group["lr"], group["weight_decay"])
         else:
-            self._apply(chunk, maybe_compile(kernels.adam_directions)(*adam), None)
+            self._apply(chunk, maybe_compile(kernels.adam_directions)(*chunk.adam_arguments), None)
 
     def _apply(self, chunk: Chunk, directions: Tensors, scales: Tensors | list[float] | None) -> None:
         """Move the parameters of a chunk with :func:`ars2.kernels.apply_update_`.

@@ -48,6 +48,12 @@ class Chunk(NamedTuple):
         """Return the unsharded shapes of the parameters."""
         return [source.shape for source in self.sources]
 
+    @property
+    def adam_arguments(self) -> tuple[Any, ...]:
+        """Return the arguments of :func:`ars2.kernels.adam_directions`."""
+        state, group = self.state, self.group
+        return self.grads, state["exp_avg"], state["exp_avg_sq"], group["betas"], tuple(self.counts), group["eps"]
+
     def subset(self, indices: Sequence[int], first: int | None = None) -> "Chunk":
         """Return the chunk of these indices; ``first`` is the index of the first one."""
         return self._replace(
