@@ -36,6 +36,14 @@ def test_only_entries_that_move_towards_zero_decay(cls: Any, track: str) -> None
 
 
 @pytest.mark.parametrize(("cls", "track"), KINDS)
+def test_entries_that_do_not_move_keep_their_value(cls: Any, track: str) -> None:
+    param = nn.Parameter(torch.ones(3, 4))
+    param.grad = torch.zeros(3, 4)
+    cls([{"params": [param], "track": track}], lr=LR, weight_decay=DECAY, cautious=True).step()
+    assert torch.equal(param, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize(("cls", "track"), KINDS)
 def test_without_weight_decay_caution_changes_nothing(cls: Any, track: str) -> None:
     moved = [one_step(cls, track, weight_decay=0.0, cautious=cautious)[1] for cautious in (True, False)]
     assert worst_difference(moved[:1], moved[1:]) <= 1e-15
