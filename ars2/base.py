@@ -567,7 +567,9 @@ def options_of(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults_of(cls: type) -> dict[str, Any]:
-    """Return the defaults of a class's group options."""
-    options = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
-    known = [name for name, default in options.items() if default is not inspect.Parameter.empty]
-    return {"splits": 1, **{name: options[name] for name in known if name not in ("compile", "capturable")}}
+    """Return the defaults of a class's group options, also of those that its bases take."""
+    options: dict[str, Any] = {"splits": 1}
+    for base in reversed(cls.__mro__):
+        parameters = inspect.signature(base.__init__).parameters if "__init__" in vars(base) else {}  # type: ignore[misc]
+        options |= {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+    return {name: default for name, default in options.items() if name not in ("compile", "capturable")}

@@ -13,8 +13,18 @@ import torch
 
 from benchmarks.newton_schulz import milliseconds
 
-# Stacks that ARS2-Neo joins: grokking's heads, its square matrices and its MLP; a wide one of ResNet-18; four of Qwen3.
-SHAPES = ((12, 32, 128), (3, 128, 128), (2, 128, 512), (1, 512, 4608), (4, 512, 512), (1, 2048, 2048))
+# Stacks that ARS2-Neo joins: grokking's heads, its square matrices with and without padding, and its MLP; a wide one of
+# ResNet-18; four of Qwen3.
+SHAPES = (
+    (12, 32, 128),
+    (3, 128, 128),
+    (2, 114, 128),
+    (1, 128, 128),
+    (2, 128, 512),
+    (1, 512, 4608),
+    (4, 512, 512),
+    (1, 2048, 2048),
+)
 
 
 def main() -> None:
