@@ -99,7 +99,7 @@ class ARS2Neo(TrackedOptimizer):
             ``"periodic"``, ``"random"``).
         adjust_lr_fn: ``"original"``, or ``"match_rms_adamw"``, which divides a matrix's step by
             sqrt(min(rows, cols)). It then has the norm of Adam's, and AdamW's learning rate is a sensible start.
-        cautious: whether weight decay is limited to entries that the update moves towards zero (Chen et al. 2025).
+        cautious: whether weight decay leaves out entries that the update moves away from zero (Chen et al. 2025).
         compile: compile the arithmetic of the step with ``torch.compile`` at its first use. Not saved.
         capturable: keep the learning rate and all counters on the device, so that a CUDA graph can capture the step
             (modes ``"base"`` and ``"sync"``). A loaded state needs a new graph. Not saved.

@@ -152,11 +152,11 @@ def apply_update_(
         params, directions: of equal shapes.
         scales: positive scalar tensors or numbers, one for each parameter; ``None`` means 1.
         lr, weight_decay: numbers, or scalar tensors where the step is compiled or captured.
-        cautious: whether to decay only entries that the update moves towards zero.
+        cautious: whether to decay only entries that the update does not move away from zero.
     """
     if cautious:
         for param, direction in zip(params, directions, strict=True):
-            param.sub_(torch.where(direction * param > 0, param, 0.0) * (lr * weight_decay))
+            param.sub_(torch.where(direction * param >= 0, param, 0.0) * (lr * weight_decay))
     elif isinstance(weight_decay, Tensor) or weight_decay != 0:
         torch._foreach_mul_(params, 1 - lr * weight_decay)
     if isinstance(lr, Tensor):

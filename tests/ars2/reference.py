@@ -239,5 +239,5 @@ class ReferenceARS2:
                 if options.get("adjust_lr_fn") == "match_rms_adamw":
                     length = length / math.sqrt(number_of_singular_values(u, options.get("flatten", False)))
                 u = length * geometry(u, options.get("flatten", False), self.ns_steps)
-            decayed = (u * p > 0).double() if options.get("cautious") else 1.0
+            decayed = (u * p >= 0).double() if options.get("cautious") else 1.0
             p.copy_((1 - lr * options["weight_decay"] * decayed) * p - lr * u)
