@@ -194,7 +194,7 @@ def report(protocol: Protocol, folder: Path) -> str:
 def line(task: Task, setting: str, row: dict[int, float], reference: dict[int, float]) -> str:
     """Return a row of a table."""
     numbers, scale = np.array(list(row.values())), 1.0 if task.ratio else 100.0
-    mean = f"{float(np.exp(np.log(numbers).mean())):.4g}" if task.ratio else f"{scale * numbers.mean():.1f} %"
+    mean = f"{float(np.exp(np.log(numbers).mean())):#.4g}" if task.ratio else f"{scale * numbers.mean():.1f} %"
     if row is reference:
         return f"| {setting} | {mean} | | |"
     compared = task.compared(row, reference)
