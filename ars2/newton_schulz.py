@@ -52,6 +52,7 @@ _FLOAT32_TO_ROWS = 64
 # benchmarks/newton_schulz.py. The ratio is higher in the middle. Matrix units (AMX) multiply bfloat16 so much faster
 # than float32 that with them Gram is the slower one above 128 rows.
 _GRAM_FROM_ROWS, _GRAM_TO_ROWS_WITH_MATRIX_UNITS = 24, 128
+_HAS_MATRIX_UNITS = bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 # Rows from which rounding the last product's factors to half precision costs less than it saves.
 _ROUNDED_FROM_ROWS = 256
 _GRAM_FROM_ASPECT, _GRAM_FROM_ASPECT_BETWEEN, _LARGE_FROM_ROWS = 3.0, 4.0, 512
@@ -96,13 +97,9 @@ def choose(
     products = torch.float32 if rows <= _FLOAT32_TO_ROWS else dtype
     if rows < _GRAM_FROM_ROWS or columns < aspect * rows or dtype != torch.bfloat16:
         return "standard", products
-    if rows > _GRAM_TO_ROWS_WITH_MATRIX_UNITS and _has_matrix_units():
+    if rows > _GRAM_TO_ROWS_WITH_MATRIX_UNITS and _HAS_MATRIX_UNITS:
         return "standard", products
     return "gram", products
-
-
-def _has_matrix_units() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
 def standard(stack: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:

@@ -49,7 +49,7 @@ def test_gram_is_as_accurate_as_standard_where_it_is_chosen(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Random, low-rank, of condition 1e6, and tiny. The means over seeds differ by chance by a few percent.
-    monkeypatch.setattr(newton_schulz, "_has_matrix_units", lambda: False)
+    monkeypatch.setattr(newton_schulz, "_HAS_MATRIX_UNITS", False)
     assert choose("auto", *shape, torch.bfloat16, CPU)[0] == "gram"
     standard, gram = (
         torch.tensor([relative_errors(*shape, torch.bfloat16, algorithm, seed) for seed in range(4)]).mean(dim=0)
@@ -126,7 +126,7 @@ def test_small_matrices_are_multiplied_in_float32(shape: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize("matrix_units", [False, True])
 def test_the_choice_is_by_shape_dtype_and_device(matrix_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(newton_schulz, "_has_matrix_units", lambda: matrix_units)
+    monkeypatch.setattr(newton_schulz, "_HAS_MATRIX_UNITS", matrix_units)
 
     def chosen(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, device: torch.device = CPU) -> str:
         return choose("auto", rows, columns, dtype, device)[0]
@@ -137,6 +137,14 @@ def test_the_choice_is_by_shape_dtype_and_device(matrix_units: bool, monkeypatch
     assert chosen(512, 512) == chosen(65, 195) == chosen(511, 1536) == chosen(8, 400) == "standard"
     assert chosen(64, 576, torch.float32) == chosen(64, 576, torch.float64) == "standard"
     assert chosen(64, 576, device=torch.device("meta")) == "standard"
+
+
+@pytest.mark.parametrize("shape", [(1, 160, 640), (2, 70, 80)])
+def test_the_choice_can_be_traced_by_the_compiler(shape: tuple[int, ...]) -> None:
+    stack = random(*shape, dtype=torch.float32)
+    traced = torch.compile(orthogonalize_all, backend="eager", fullgraph=True, dynamic=False)
+    (found,) = traced([stack], 5, "jordan", torch.bfloat16)
+    torch.testing.assert_close(found, orthogonalize(stack), rtol=0, atol=2e-2)
 
 
 @pytest.mark.parametrize("shape", [(64, 576), (576, 64)])
