@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from ars2.orthogonalize import LEAST_NORM
 from callbacks.cost_counters import CostCounters
 from callbacks.curvature import mean, random_vectors, top_eigenvalue, trace
 from callbacks.lookup import callbacks_of
@@ -194,4 +193,4 @@ class FlatnessProbe(L.Callback):
 
 def scaled(tensor: Tensor, length: Tensor | float) -> Tensor:
     """Return ``tensor`` scaled to the given length; a tensor of zeros stays zero."""
-    return tensor * (length / (tensor.norm().clamp_min(LEAST_NORM)))
+    return tensor * (length / (tensor.norm().clamp_min(torch.finfo(tensor.dtype).tiny)))
