@@ -17,7 +17,7 @@ accumulates gradients calls the parts:
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -315,7 +315,9 @@ class ARS2Neo(TrackedOptimizer):
             move = self._maybe_compile(chunk.group)(flatness.move_along_)
             move(chunk.params, offsets, squares, chunk.group["rho"] * factor)
 
-    def _rounds(self, groups: list[Chunk], split: Callable[[Chunk], Iterable[list[Chunk]]]) -> Iterable[list[Chunk]]:
+    def _rounds(
+        self, groups: Iterable[Chunk], split: Callable[[Chunk], Iterable[list[Chunk]]]
+    ) -> Iterable[list[Chunk]]:
         """Return the chunks of all groups, in lists that are reduced together.
 
         Where parameters are sharded, that is one list, which takes one all-reduce.
@@ -419,17 +421,18 @@ class ARS2Neo(TrackedOptimizer):
         synced = state.stage == "restored"
         alpha = schedule.injected_alpha(main, state.phi, synced)
         self._count_gradients()
-        groups = self._gather()
         with self._without_autocast():
             if synced and schedule.keeps_shear(main):
-                self._keep_shears(groups, state.first_gradients)
-            rounds = self._rounds(groups, partial(self._parts, elementwise=alpha > 0))
-            injection_sums = self._pairwise(flatness.injection_sums, "shear")
-            for chunk in (chunk for chunks in rounds for chunk in chunks) if alpha == 0 else ():
-                self._move(chunk)
-            for chunk, sums in with_sums(rounds, injection_sums, self._layout) if alpha > 0 else ():
-                inject = self._maybe_compile(chunk.group)(flatness.with_shears)
-                self._move(chunk._replace(grads=inject(chunk.grads, chunk.state["shear"], sums, alpha)))
+                self._keep_shears(state.first_gradients)
+            rounds = self._rounds(self._gather(), partial(self._parts, elementwise=alpha > 0))
+            if alpha == 0:
+                for chunk in (chunk for chunks in rounds for chunk in chunks):
+                    self._move(chunk)
+            else:
+                injection_sums = self._pairwise(flatness.injection_sums, "shear")
+                for chunk, sums in with_sums(rounds, injection_sums, self._layout):
+                    inject = self._maybe_compile(chunk.group)(flatness.with_shears)
+                    self._move(chunk._replace(grads=inject(chunk.grads, chunk.state["shear"], sums, alpha)))
         if synced:
             if main["rho_per_step"]:
                 main["interval"] = main["step"] - main["last_sync"]
@@ -450,20 +453,19 @@ class ARS2Neo(TrackedOptimizer):
         """Return ``function`` of the gradients of a chunk and its tensors ``key``."""
         return lambda chunk: self._maybe_compile(chunk.group)(function)(chunk.grads, chunk.state[key])
 
-    def _keep_shears(self, groups: list[Chunk], first_gradients: dict[Tensor, Tensor]) -> None:
+    def _keep_shears(self, first_gradients: dict[Tensor, Tensor]) -> None:
         """Store the shear force of each parameter that has gradients of both passes."""
-        both: list[Chunk] = []
-        for group in groups:
-            indices = [index for index, source in enumerate(group.sources) if source in first_gradients]
-            chunk = group.subset(indices)
-            chunk.state["first"] = [
-                local(first_gradients[source]).to(grad.dtype)
-                for source, grad in zip(chunk.sources, chunk.grads, strict=True)
-            ]
-            both += [chunk] if indices else []
+
+        def with_both_gradients() -> Iterator[Chunk]:
+            for group in self._gather():
+                chunk = group.subset([i for i, source in enumerate(group.sources) if source in first_gradients])
+                firsts = [local(first_gradients[source]) for source in chunk.sources]
+                chunk.state["first"] = [f.to(grad.dtype) for f, grad in zip(firsts, chunk.grads, strict=True)]
+                if firsts:
+                    yield chunk
 
         shear_sums = self._pairwise(flatness.shear_sums, "first")
-        for chunk, sums in with_sums(self._rounds(both, self._split), shear_sums, self._layout):
+        for chunk, sums in with_sums(self._rounds(with_both_gradients(), self._split), shear_sums, self._layout):
             shear_forces = self._maybe_compile(chunk.group)(flatness.shear_forces)
             torch._foreach_copy_(chunk.state["shear"], shear_forces(chunk.grads, chunk.state["first"], sums))
 

@@ -9,7 +9,7 @@ numbers in the groups.
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -343,12 +343,11 @@ class TrackedOptimizer(Optimizer):
         """Return the wrapper for functions that work on the tensors of ``group``."""
         return self._compilers.setdefault(id(group), Compiler()) if self._compile else eager
 
-    def _gather(self) -> list[Chunk]:
-        """Return the parameters of each group that have a gradient.
+    def _gather(self) -> Iterator[Chunk]:
+        """Yield the parameters of each group that have a gradient.
 
-        Gradients are in the dtype and strides of the state.
+        Gradients are in the dtype and strides of the state. Copies in another dtype exist for one group at a time.
         """
-        found: list[Chunk] = []
         first = 0
         for group in self.param_groups:
             chunk = Chunk(group, [], [], {}, [], [], first)
@@ -371,10 +370,9 @@ class TrackedOptimizer(Optimizer):
                     if tensor is not None and not isinstance(self._layout, Sharded):
                         tensor = state[key] = _laid_out_as(like, tensor)  # users may have replaced a tensor
                     chunk.state[key].append(tensor if tensor is None else local(tensor))  # type: ignore[arg-type]
+            first += len(chunk.params)
             if chunk.params:
-                found.append(chunk)
-                first += len(chunk.params)
-        return found
+                yield chunk
 
     def _split(self, chunk: Chunk) -> Iterable[list[Chunk]]:
         """Return the chunks of a group for elementwise work.
