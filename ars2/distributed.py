@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ars2 import kernels
 from ars2.kernels import Tensors
 
 Shapes = Sequence[torch.Size]
@@ -108,7 +109,7 @@ class Sharded(Local):
         dist.all_reduce(sums, group=self.group)
 
     def norms(self, tensors: Tensors) -> list[Tensor]:
-        squares = torch.stack(torch._foreach_norm(tensors)).double().square()
+        squares = kernels.norms(tensors).square()
         self.reduce_(squares)
         return list(squares.sqrt().to(tensors[0].dtype).unbind())
 

@@ -6,12 +6,12 @@ these, on the number of the step and on phi, so that a resumed run decides alike
 
 import math
 import random
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ars2 import validation
 
 Mode = Literal["base", "sync", "aga", "periodic", "random", "late"]
-MODES: tuple[Mode, ...] = ("base", "sync", "aga", "periodic", "random", "late")
+MODES: tuple[Mode, ...] = get_args(Mode)
 # In the first group only. "interval" is the number of steps from one two-pass step to the next.
 COUNTERS = {"sync_steps": 0, "last_sync": 0, "phi": 0.0, "phi_variance": 0.0, "injected_alpha": 0.0, "interval": 0}
 # With two passes at some steps only, these modes use the shear force at the others.
