@@ -264,6 +264,18 @@ def main(arguments: Sequence[str]) -> int:
     if is_rank_zero():
         leave_current()
     try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        # During Lightning's exit, between two of its steps, or while another stop is reported.
+        if RunFolder.current() is None:
+            raise
+        _print_resume_command(arguments)
+        return 128 + signal.SIGINT
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run one subcommand, and report an error or a stop."""
+    try:
         check_overlays(arguments)
         CommandLine(
             model_class=L.LightningModule,
@@ -299,12 +311,6 @@ def main(arguments: Sequence[str]) -> int:
     except SystemExit as stop:
         # Lightning exits like this when Ctrl-C comes before or after training, or twice.
         if not isinstance(stop.__context__, KeyboardInterrupt):
-            raise
-        _print_resume_command(arguments)
-        return 128 + signal.SIGINT
-    except KeyboardInterrupt:
-        # During Lightning's exit, or between two of its steps.
-        if RunFolder.current() is None:
             raise
         _print_resume_command(arguments)
         return 128 + signal.SIGINT

@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from callbacks.last_checkpoint import Stopped
+from experiment.folders import RunFolder, leave_current
+from launch import cli
 from tests.helpers.commands import AGA, ROOT, TINY, clean_environment, fit, folders, metrics, start, train_py
 from tests.helpers.marks import slow
 from tests.helpers.processes import Running, wait_until
@@ -101,6 +104,26 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     assert process.returncode == 130, err
     assert "resume with: python train.py fit" in out, err
     assert "Traceback" not in out + err
+
+
+def test_a_signal_while_a_stop_is_reported_still_names_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(**_: object) -> None:
+        RunFolder(tmp_path).make_current()
+        raise Stopped(signal.SIGINT, "last.ckpt")
+
+    def interrupted(text: str) -> None:
+        monkeypatch.delattr(cli, "print")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "CommandLine", stopped)
+    monkeypatch.setattr(cli, "print", interrupted, raising=False)
+    try:
+        assert cli.main(["fit", *AGA]) == 130
+    finally:
+        leave_current()
+    assert "resume with: python train.py fit" in capsys.readouterr().out
 
 
 def test_a_signal_during_the_start_is_no_crash(tmp_path: Path) -> None:
