@@ -1,8 +1,8 @@
 """Implement ARS2-Neo, which combines Adam's energy, Newton-Schulz and SAM.
 
 Adam's second moment sets the length of a matrix's step, Newton-Schulz its direction, and a second gradient at the
-adversarial point favours flat minima. In a plain loop ``step(closure)`` does everything. A loop that scales, clips or
-accumulates gradients calls the parts:
+adversarial point favours flat minima. :meth:`ARS2Neo.passes` makes both passes of a plain loop, which may scale, clip
+and accumulate gradients. It calls the parts, as a loop of your own can:
 
     loss.backward()                           # gradient at the parameters
     if optimizer.wants_second_pass():
@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ars2 import flatness, kernels, schedule, validation
 from ars2.base import TrackedOptimizer, options_of, row_blocks
@@ -33,6 +33,7 @@ from ars2.graphs import to_device_
 from ars2.kernels import Tensors
 from ars2.newton_schulz import Schedule
 from ars2.orthogonalize import LEAST_NORM
+from ars2.replay import frozen_statistics, random_state
 from ars2.schedule import Mode
 
 
@@ -369,6 +370,50 @@ class ARS2Neo(TrackedOptimizer):
                     param.grad = first.get(param)
         self._step_state.reset()
 
+    def passes(self, model: nn.Module) -> Iterator[int]:
+        """Yield the number of each pass of a step, 1 and, in a two-pass step, 2.
+
+        The body of the loop evaluates the loss of the same batches each time, and calls backward::
+
+            optimizer.zero_grad()
+            for _ in optimizer.passes(model):
+                loss = loss_function(model(inputs), targets)
+                loss.backward()
+            optimizer.step()
+
+        The second pass has the random numbers (dropout) of the first. It leaves buffers, such as BatchNorm's running
+        statistics, unchanged. The parameters are restored when the loop ends, also by an exception or ``break``.
+
+        Args:
+            model: where random numbers are drawn and buffers change. It is on the devices on which it is used.
+
+        Raises:
+            RuntimeError: there are gradients before the first pass, except in mode ``"base"``, which makes no second
+                pass that would have to repeat them.
+        """
+        if self.never_two_pass:
+            yield 1
+            return
+        if any(param.grad is not None for group in self.param_groups for param in group["params"]):
+            raise RuntimeError(
+                "passes(): there are gradients already, which a second pass could not repeat: call"
+                " optimizer.zero_grad() before the loop, and accumulate all micro-batches of a step in its body"
+            )
+        devices = {param.device for param in model.parameters()}
+        replay = random_state(*devices)
+        yield 1
+        if not self.wants_second_pass():
+            return
+        after = random_state(*devices)
+        self.perturb()
+        try:
+            replay()
+            with frozen_statistics(model):
+                yield 2
+        finally:
+            self.restore()
+            after()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters once.
@@ -379,8 +424,7 @@ class ARS2Neo(TrackedOptimizer):
             closure: zeroes the gradients, evaluates the loss, calls backward and returns the loss. It is evaluated once
                 or twice, depending on the mode. :func:`ars2.repeatable` gives both evaluations the same dropout. In
                 mode ``"base"`` it may add to existing gradients; a second evaluation would not repeat these. If this
-                step's passes were made through the parts, the closure is evaluated once for its other effects before
-                the update.
+                step's passes are made through the parts, before or in the closure, it is evaluated once.
 
         Returns:
             The result of the closure's first evaluation, or ``None`` without a closure.
@@ -390,19 +434,26 @@ class ARS2Neo(TrackedOptimizer):
                 first, or the parameters are still at the adversarial point.
         """
         self._refuse_while_moved("step()")
-        state, result = self._step_state, None
-        one_pass = self.never_two_pass or state.stage != "idle"
+        result = None
+        one_pass = self.never_two_pass or self._step_state.stage != "idle"
         if closure is not None and not one_pass:
             return self._step_by_closure(closure)
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        found = self._check_gradients()
-        if found and not one_pass:
+        elif not one_pass and self._check_gradients():
             raise RuntimeError(
-                f"step() in mode {self.param_groups[0]['mode']!r} needs a closure: call step(closure), or call"
-                " wants_second_pass() before it, and if that returns True perturb(), backward and restore()"
+                f"step() in mode {self.param_groups[0]['mode']!r} needs both passes: make them in a loop over"
+                " optimizer.passes(model), or with wants_second_pass(), perturb() and restore(), or call step(closure)"
+                " (in Lightning add the callback ars2.lightning.TwoPass; instead of transformers' Trainer use"
+                " ars2.transformers.TwoPassTrainer)"
             )
+        self._step_by_parts()
+        return result
+
+    def _step_by_parts(self) -> None:
+        """Update from the gradients in ``.grad``, if both passes were made."""
+        state, found = self._step_state, self._check_gradients()
         if state.stage == "decided" and state.wanted:
             raise RuntimeError("step(): the second pass is missing: call perturb(), backward and restore()")
         if not found and state.stage == "restored":
@@ -412,7 +463,6 @@ class ARS2Neo(TrackedOptimizer):
         if found:
             self._update()
         state.reset()
-        return result
 
     def _update(self) -> None:
         """Update moments and parameters from the gradients in ``.grad``; end the step."""
@@ -516,6 +566,9 @@ class ARS2Neo(TrackedOptimizer):
         before = [(p, p.grad, local(p.grad)._version) for p in params if p.grad is not None]
         with torch.enable_grad():
             result = closure()
+        if self._step_state.stage != "idle":  # the closure made the passes
+            self._step_by_parts()
+            return result
         if before and all(p.grad is grad and local(grad)._version == version for p, grad, version in before):
             raise RuntimeError(
                 "step(closure): the closure computed no gradient: zero the gradients, evaluate the loss and call"

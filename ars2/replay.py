@@ -1,11 +1,13 @@
 """Make the second pass of a step repeat the random numbers of the first.
 
-It also leaves buffers unchanged. In a plain loop :func:`repeatable` does both::
+It also leaves buffers unchanged. :meth:`ars2.ARS2Neo.passes` does both in a loop, and :func:`repeatable` in a closure::
 
     loss = optimizer.step(repeatable(closure, model))
 """
 
 import functools
+import random
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -117,13 +119,18 @@ def frozen_statistics(module: nn.Module) -> AbstractContextManager[None]:
 def random_state(*devices: torch.device) -> Callable[[], None]:
     """Save the random state of the host and of ``devices``.
 
+    On the host that is the state of torch, of Python's ``random`` and of NumPy's global generator, because training
+    steps draw from all three, such as mixup from NumPy's.
+
     Returns:
         A function that restores it.
 
     Warns:
         UserWarning: the random state of a device cannot be read, so it is not saved.
     """
-    host = torch.get_rng_state()
+    host, python = torch.get_rng_state(), random.getstate()
+    numpy = sys.modules.get("numpy")  # torch works without it
+    numpy_state = None if numpy is None else numpy.random.get_state()
     states: list[tuple[Callable[[Tensor, torch.device], None], Tensor, torch.device]] = []
     for device in dict.fromkeys(device for device in devices if device.type not in ("cpu", "meta")):
         try:
@@ -140,6 +147,9 @@ def random_state(*devices: torch.device) -> Callable[[], None]:
 
     def restore() -> None:
         torch.set_rng_state(host)
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
         for set_state, state, device in states:
             set_state(state, device)
 
@@ -150,8 +160,8 @@ def repeatable(closure: Callable[[], Result], model: nn.Module) -> Callable[[], 
     """Return a closure whose later calls repeat its first call.
 
     They use the same random numbers and leave buffers unchanged. Wrap the closure again in every step. The random
-    numbers are torch's, on the host and on the devices of the model. Later draws are the same as without the repeated
-    calls.
+    numbers are those of :func:`random_state`, on the host and on the devices of the model. Later draws are the same as
+    without the repeated calls.
 
     Args:
         closure: as for ``optimizer.step``, or any function that makes one pass.
