@@ -2,8 +2,7 @@
 
     trainer = L.Trainer(callbacks=[TwoPass()])
 
-The module keeps automatic optimization, its ``training_step`` and its ``configure_optimizers``. This file needs
-Lightning (``pip install 'ars2[lightning]'``); the rest of the package does not.
+The module keeps automatic optimization, its ``training_step`` and its ``configure_optimizers``.
 """
 
 import copy
@@ -13,15 +12,19 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
-import lightning.pytorch as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ParallelStrategy
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from ars2.base import TrackedOptimizer
 from ars2.distributed import Local
 from ars2.replay import Buffers, random_state
+
+try:
+    import lightning.pytorch as L
+    from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ParallelStrategy
+    from torchmetrics import Metric
+except ImportError as error:
+    raise ImportError("ars2.lightning needs Lightning: pip install 'ars2[lightning]'") from error
 
 
 class Call(NamedTuple):
