@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ars2.base import TrackedOptimizer
 from ars2.distributed import Local
@@ -52,6 +52,7 @@ class TwoPass(L.Callback):
 
     Attributes:
         gradient_evaluations: the passes so far. Accumulated batches count as one. Checkpoints contain it.
+        between_steps: whether the batches so far have been used in an update.
 
     Raises:
         ValueError: at the start of training, if the module or the strategy does not allow second passes.
@@ -60,6 +61,7 @@ class TwoPass(L.Callback):
 
     def __init__(self) -> None:
         self.gradient_evaluations = 0
+        self.between_steps = True  # whether no step is open, which has batches but no update yet
         self._window: list[Call] = []  # of the open step
         self._is_second_pass = False
         self._attached = ExitStack()
@@ -89,6 +91,7 @@ class TwoPass(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._window.clear()  # the last epoch may have ended within a window
+        self.between_steps = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._window.clear()
@@ -102,6 +105,7 @@ class TwoPass(L.Callback):
         training_step = pl_module.training_step
 
         def recorded(*arguments: Any) -> Any:
+            self.between_steps = False
             if self._is_second_pass or not _may_want_second_pass(optimizer):
                 return training_step(*arguments)
             tensors: list[tuple[Tensor, int]] = []
@@ -129,6 +133,7 @@ class TwoPass(L.Callback):
                     self.gradient_evaluations += 1
                     self._second_pass(trainer, pl_module, optimizer)
                 self._window.clear()
+                self.between_steps = True
                 return result
 
             optimizer_step(epoch, batch_idx, lightning_optimizer, both_passes)
@@ -142,7 +147,7 @@ class TwoPass(L.Callback):
         optimizer.perturb()
         self._is_second_pass = True
         try:
-            with self._buffers.unchanged(), _unchanged_metrics(pl_module), _replaced(pl_module, "log", _ignore):
+            with self._buffers.unchanged(), silent(pl_module):
                 for number, call in enumerate(self._window, start=1):
                     blocked = number < len(self._window) and isinstance(strategy, ParallelStrategy)
                     with strategy.block_backward_sync() if blocked else nullcontext():
@@ -159,6 +164,8 @@ def _may_want_second_pass(optimizer: Any) -> bool:
 
 def _check(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     name, strategy = type(pl_module).__name__, trainer.strategy
+    if sum(isinstance(callback, TwoPass) for callback in vars(trainer)["callbacks"]) > 1:
+        raise ValueError("the Trainer has more than one TwoPass: remove all but one (train.py adds it by itself)")
     if not pl_module.automatic_optimization:
         raise ValueError(
             f"TwoPass cannot make the passes of {name}, because it sets automatic_optimization to False: remove the"
@@ -226,8 +233,8 @@ def _replaced(pl_module: L.LightningModule, name: str, function: Callable[..., A
 
 
 @contextmanager
-def _unchanged_metrics(pl_module: nn.Module) -> Iterator[None]:
-    """Restore the metrics of a module at the end of a block.
+def silent(pl_module: L.LightningModule) -> Iterator[None]:
+    """Ignore what a module logs in a block, and restore its metrics at the end.
 
     The block works on copies of their states, because metrics of a collection may share states.
     """
@@ -236,12 +243,9 @@ def _unchanged_metrics(pl_module: nn.Module) -> Iterator[None]:
         for name, state in metric.metric_state.items():
             setattr(metric, name, list(state) if isinstance(state, list) else state.clone())
     try:
-        yield
+        with _replaced(pl_module, "log", lambda *_, **__: None):
+            yield
     finally:
         for metric, attributes in saved:
             vars(metric).clear()
             vars(metric).update(attributes)
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """Take the place of ``log``."""

@@ -7,7 +7,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from callbacks.module_protocol import TrainedModule
+from callbacks.module_protocol import trained
 from experiment.library_internals import has_validated
 
 
@@ -43,7 +43,7 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        module: TrainedModule = pl_module
+        module = trained(trainer, pl_module)
         if module.between_steps:
             # The parent reads nothing else of the module here.
             automatic = cast(L.LightningModule, SimpleNamespace(automatic_optimization=True))

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import torch
 from torch.optim import Optimizer
 
-from callbacks.module_protocol import TrainedModule
+from callbacks.module_protocol import trained
 from experiment.distributed import gather_per_rank, local_share
 
 if TYPE_CHECKING:
@@ -53,13 +53,14 @@ class CostCounters(L.Callback):
         # The counts of this rank, from a checkpoint of equally many processes.
         self._share: dict[str, Any] | None = None
 
-    def costs(self, trainer: L.Trainer, pl_module: TrainedModule) -> dict[str, float]:
+    def costs(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         """Return the current costs by log key."""
         self._count()
+        module = trained(trainer, pl_module)
         return {
             "cost/optimizer_steps": float(trainer.global_step),
-            "cost/gradient_evaluations": float(pl_module.gradient_evaluations),
-            f"cost/{pl_module.unit}": float(self.examples),
+            "cost/gradient_evaluations": float(module.gradient_evaluations),
+            f"cost/{module.unit}": float(self.examples),
             "cost/training_seconds": self.training_seconds,
             "cost/flops": float(self.flops),
         }
@@ -79,7 +80,7 @@ class CostCounters(L.Callback):
         self._mark = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        module: TrainedModule = pl_module
+        module = trained(trainer, pl_module)
         self._evaluations = module.gradient_evaluations
 
     @contextmanager
@@ -99,7 +100,7 @@ class CostCounters(L.Callback):
         self._mark = perf_counter()
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        module: TrainedModule = pl_module
+        module = trained(trainer, pl_module)
         examples = module.batch_size(batch) * trainer.world_size
         self.examples += examples
         self._window += examples
@@ -121,7 +122,7 @@ class CostCounters(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self._stop_watching()
-        module: TrainedModule = pl_module
+        module = trained(trainer, pl_module)
         passes = module.gradient_evaluations - self._evaluations
         if passes > 0:  # This batch completed a window and its update.
             if self.flops_per_example is None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning.pytorch as L
 
-from callbacks.module_protocol import TrainedModule
+from callbacks.module_protocol import trained
 
 
 class EvaluationBudget(L.Callback):
@@ -34,6 +34,6 @@ class EvaluationBudget(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         self._stop_if_spent(trainer, pl_module)
 
-    def _stop_if_spent(self, trainer: L.Trainer, module: TrainedModule) -> None:
-        if module.gradient_evaluations >= self.gradient_evaluations:
+    def _stop_if_spent(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trained(trainer, pl_module).gradient_evaluations >= self.gradient_evaluations:
             trainer.should_stop = True

@@ -17,7 +17,7 @@ from torch import Tensor
 from callbacks.cost_counters import CostCounters
 from callbacks.curvature import mean, random_vectors, top_eigenvalue, trace
 from callbacks.lookup import callbacks_of
-from callbacks.module_protocol import TrainedModule
+from callbacks.module_protocol import trained
 from callbacks.probed_loss import ProbedLoss, unchanged
 
 # Costs in gradient evaluations on one batch, by the usual count of operations: a forward pass is a third of a gradient,
@@ -124,7 +124,7 @@ class FlatnessProbe(L.Callback):
         if trainer.global_step != self._probed_at:
             self._log(trainer, pl_module, max(0, trainer.current_epoch - 1))
 
-    def _log(self, trainer: L.Trainer, pl_module: TrainedModule, epoch: int) -> None:
+    def _log(self, trainer: L.Trainer, pl_module: Any, epoch: int) -> None:
         if not self._batches or not trainer.loggers:
             return
         row = {"epoch": float(epoch)} | self.probe(trainer, pl_module)
@@ -135,7 +135,7 @@ class FlatnessProbe(L.Callback):
             # Lightning's rows of an epoch's end have the number of the last batch, too.
             logger.log_metrics(row, trainer.fit_loop.total_batch_idx)
 
-    def probe(self, trainer: L.Trainer, pl_module: TrainedModule) -> dict[str, float]:
+    def probe(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         """Return the measurements at the current parameters by log key."""
         with self._isolated(trainer, pl_module) as loss:
             start = perf_counter()
@@ -150,8 +150,9 @@ class FlatnessProbe(L.Callback):
                 stack.enter_context(counters.paused(pl_module))
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)
-            stack.enter_context(unchanged(pl_module))
-            yield ProbedLoss(trainer, pl_module, self._batches, self.seed)
+            module = trained(trainer, pl_module)
+            stack.enter_context(unchanged(module))
+            yield ProbedLoss(trainer, module, self._batches, self.seed)
 
     def _measure(self, loss: ProbedLoss) -> dict[str, float]:
         vectors = random_vectors(loss.params, torch.Generator().manual_seed(self.seed))

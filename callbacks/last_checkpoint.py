@@ -11,7 +11,7 @@ import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.lookup import callbacks_of
-from callbacks.module_protocol import TrainedModule
+from callbacks.module_protocol import trained
 from experiment.checkpoints import PARTIAL
 from experiment.folders import PREVIOUS
 from experiment.library_internals import disable_sigterm_broadcast
@@ -66,7 +66,7 @@ class StopSignals(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self._raise_if_saved()
-        module: TrainedModule = pl_module
+        module = trained(trainer, pl_module)
         module.stop_asked = self.received is not None
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -150,7 +150,7 @@ class LastCheckpoint(ModelCheckpoint):
         self._last_global_step_saved = 0  # An earlier fit with this object may have set it.
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        module: TrainedModule = pl_module
+        module = trained(trainer, pl_module)
         if not module.between_steps:
             return
         stopping = asked_to_stop(trainer, module.stop_agreed)

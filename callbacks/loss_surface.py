@@ -25,7 +25,7 @@ from ars2.orthogonalize import stack_shape
 from ars2.param_groups import assign
 from callbacks.curvature import Vector, dot, random_vectors
 from callbacks.lookup import folder_of
-from callbacks.module_protocol import TrainedModule
+from callbacks.module_protocol import TrainedModule, trained
 from callbacks.probed_loss import ProbedLoss, batch_statistics, unchanged
 
 MARGIN = 0.25  # on each side of three checkpoints, as a part of their extent
@@ -108,9 +108,10 @@ class LossSurface(L.Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.split == "train":
             self._batches = self._training_batches(trainer)
-        with unchanged(pl_module), batch_statistics(pl_module.network):
-            loss = ProbedLoss(trainer, pl_module, self._batches, self.seed)
-            plane = self._plane(loss, pl_module, label(str(trainer.ckpt_path)) if trainer.ckpt_path else "tested")
+        module = trained(trainer, pl_module)
+        with unchanged(module), batch_statistics(module.network):
+            loss = ProbedLoss(trainer, module, self._batches, self.seed)
+            plane = self._plane(loss, module, label(str(trainer.ckpt_path)) if trainer.ckpt_path else "tested")
             axes = [torch.linspace(*ends, self.points, dtype=torch.float64).tolist() for ends in plane.ranges]
             # The checkpoint must be at 0 exactly, despite rounding in the grid.
             axes = [[0.0 if abs(value) < 1e-12 * max(map(abs, axis)) else value for value in axis] for axis in axes]
@@ -212,7 +213,7 @@ def plane_through(
     Raises:
         ValueError: the three lie on one line.
     """
-    names = [f"network.{name}" for name, param in pl_module.network.named_parameters() if param.requires_grad]
+    names = [name for name, param in pl_module.named_parameters() if param.requires_grad]
     vectors = [
         [state[name].to(here.device, here.dtype) - here for name, here in zip(names, start, strict=True)]
         for _, state in others

@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as L
 from torch import Tensor
 
-from callbacks.module_protocol import TrainedModule
+from callbacks.module_protocol import trained
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class GrokkingMilestones(L.Callback):
         self._finish(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        module: TrainedModule = pl_module
+        module = trained(trainer, pl_module)
         for threshold in THRESHOLDS:
             # In an epoch without a logged mean, the old value stays here and reaches no further milestone.
             measured = trainer.callback_metrics.get(threshold.metric)

@@ -43,7 +43,7 @@ class OptimizerInternals(L.Callback):
 
     - ``optimizer/gradient_norm``: the norm of the gradient that updates, before clipping;
     - ``optimizer/update_rms_<track>``: the root mean square of the change of a track's weights (``matrix`` or
-      ``vector``), weight decay included;
+      ``vector``, or ``all`` of an optimizer without tracks), weight decay included;
     - ``optimizer/update_ratio_<track>``: that divided by the root mean square of the weights before the step;
     - ``flatness/gradient_cosine``: between first and second gradient over all parameters, in a two-pass step;
     - where the optimizer has ``diagnostics()``: its values as ``flatness/...`` (``effective_k`` after the first second
@@ -83,7 +83,7 @@ class OptimizerInternals(L.Callback):
             self._measured["flatness/gradient_cosine"] = cosine(pairs, self._layout)
         by_track: dict[str, list[Tensor]] = {}
         for group in optimizer.param_groups:
-            by_track.setdefault(group["track"], []).extend(group["params"])
+            by_track.setdefault(group.get("track", "all"), []).extend(group["params"])
         self._before = {track: (ps, [local(p).clone() for p in ps]) for track, ps in by_track.items() if ps}
 
     @torch.no_grad()

@@ -22,7 +22,8 @@ from ars2 import report
 from callbacks.cost_counters import CostCounters
 from callbacks.lookup import callbacks_of
 from callbacks.milestones import GrokkingMilestones
-from callbacks.module_protocol import TrainedModule
+from callbacks.module_protocol import trained
+from callbacks.ordinary_module import OrdinaryModule
 
 LOWER_IS_BETTER = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
 PLACES = {"best_checkpoint": "best checkpoint", "last_checkpoint": "last checkpoint", "run_folder": "run folder"}
@@ -81,15 +82,16 @@ class RunSummary(L.Callback):
         self._folder: str | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        module: TrainedModule = pl_module
+        module = trained(trainer, pl_module)
         self._mark = perf_counter()
         # log_dir is a collective, and an interrupted process may be alone.
         self._folder = trainer.log_dir if trainer.loggers else None
         if self._folder is not None and trainer.is_global_zero:
             Path(self._folder).mkdir(parents=True, exist_ok=True)
-            parameters = report(module.network, module.policy, splits=module.splits)
-            (Path(self._folder) / "parameters.txt").write_text(parameters + "\n", encoding="utf-8")
-            get_console().print(parameters.splitlines()[-1], highlight=False)
+            if not isinstance(module, OrdinaryModule):  # which makes its own groups
+                parameters = report(module.network, module.policy, splits=module.splits)
+                (Path(self._folder) / "parameters.txt").write_text(parameters + "\n", encoding="utf-8")
+                get_console().print(parameters.splitlines()[-1], highlight=False)
         if trainer.is_global_zero:
             for name, value in description(trainer).items():
                 if isinstance(value, str):
@@ -100,11 +102,11 @@ class RunSummary(L.Callback):
             return
         epoch = trainer.current_epoch + 1
         for name, tensor in trainer.callback_metrics.items():
-            if not name.startswith("val/"):
+            if not name.startswith(("val/", "val_")):  # val_loss is usual in ordinary modules
                 continue
             value = float(tensor)
             entry = self.metrics.setdefault(name, {"best": math.nan, "best_epoch": None})
-            lower = name.rsplit("/")[-1] in LOWER_IS_BETTER
+            lower = name[len("val/") :] in LOWER_IS_BETTER
             if math.isnan(entry["best"]) or (value < entry["best"] if lower else value > entry["best"]):
                 entry |= {"best": value, "best_epoch": epoch}
             entry["last"] = value

@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from callbacks.lookup import folder_of
-from callbacks.module_protocol import TrainedModule
+from callbacks.module_protocol import trained
 from callbacks.run_summary import LOWER_IS_BETTER
 
 # Files for the artifact, as far as the other callbacks have written them.
@@ -37,7 +37,7 @@ class WandbRun(L.Callback):
         self.draw = draw
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        module: TrainedModule = pl_module
+        module = trained(trainer, pl_module)
         for logger in _wandb_loggers(trainer):
             try:
                 _define(logger.experiment, module.val_metrics)

@@ -262,7 +262,7 @@ class RunIdentity:
         contents: the description of the data by dotted key; part of protocol and setting.
 
     Raises:
-        ValueError: the config names no model, data or optimizer.
+        ValueError: the config names no model or data.
     """
 
     def __init__(
@@ -280,11 +280,14 @@ class RunIdentity:
         self.options = {key: value for key, value in options.items() if not _is_neutral(key, value, neutral)}
         if isinstance(callbacks := self.options.get("trainer.callbacks"), list):
             self.options["trainer.callbacks"] = [_without_neutral(callback) for callback in callbacks]
-        for key in ("model", "data", "model.optimizer"):
+        for key in ("model", "data"):
             if not isinstance(self.options.get(key), str):
                 raise ValueError(f"the config names no {key} by its class_path")
+        # An ordinary LightningModule may make its optimizer from options with the usual names.
+        self._makes_optimizer = not isinstance(self.options.get("model.optimizer"), str)
         self.task = str(self.options.get("task") or self.options["data"].split(".")[-2].rstrip("0123456789"))
-        name, mode = self.options["model.optimizer"].rpartition(".")[2], self.options.get("model.optimizer.mode")
+        section = "model" if self._makes_optimizer else "model.optimizer"
+        name, mode = _last(self.options[section]), self.options.get(f"{section}.mode")
         off = [f"_no_{_last(key)}" for key in _SWITCHES if key in self.options]
         self.optimizer = "".join([_SHORT.get(name, name.lower()), f"_{mode}" if mode else "", *off])
         seeds = dict.fromkeys((self.options.get("seed_everything"), self.options.get("data.seed")))
@@ -319,7 +322,7 @@ class RunIdentity:
         return key in self.places
 
     def _protocol(self) -> Iterator[tuple[str, Any]]:
-        training = _signature(_TRAINING)
+        training = {*_signature(_TRAINING), *(_VERSION_ONE if self._makes_optimizer else ())}
         for key, value in self.options.items():
             section, _, rest = key.partition(".")
             if (

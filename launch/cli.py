@@ -23,6 +23,7 @@ with without_heavy_packages():
     from callbacks.cost_counters import CostCounters
     from callbacks.last_checkpoint import LastCheckpoint, Stopped, StopSignals
     from callbacks.optimizer_internals import OptimizerInternals
+    from callbacks.ordinary_module import OrdinaryModule
     from callbacks.progress_bar import ProgressBar
     from callbacks.run_summary import RunSummary
     from callbacks.save_config import SaveConfig
@@ -176,15 +177,11 @@ class CommandLine(LightningCLI):
         return folder
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a module that makes its own training step, before any object is created."""
+        """Add the callback that an ordinary LightningModule needs."""
         path = str(getattr(self.config[self.subcommand].model, "class_path", ""))
         if path and not issubclass_of(path, TwoPassModule):
-            raise ValueError(
-                f"{path} is a LightningModule with its own training step, and train.py needs a subclass of"
-                " modules.two_pass.TwoPassModule, which makes and counts the steps: derive the class from it, set"
-                " self.network, call self.set_metrics({...}) and implement compute_loss(batch, metrics) instead of"
-                " training_step() and configure_optimizers()"
-            )
+            # First, because other callbacks read what it logs.
+            self.trainer_defaults["callbacks"] = [OrdinaryModule(), *self.trainer_defaults["callbacks"]]
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]

@@ -42,19 +42,6 @@ def fit_module(
     return call("fit", "--model", f"{package}{name}.Net", *options, *given, "--runs", folder / "runs"), file
 
 
-def test_an_ordinary_module_is_refused_with_all_that_is_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    body = """
-    class Net(L.LightningModule):
-        def training_step(self, batch, index):
-            return self.layer(batch[0]).sum()
-    """
-    result, _ = fit_module(body, tmp_path, monkeypatch)
-    assert result.code == 1
-    for message in ("modules.two_pass.TwoPassModule", "self.network", "set_metrics", "compute_loss(batch, metrics)"):
-        assert message in result.err
-    assert not (tmp_path / "runs").exists()
-
-
 def test_everything_that_a_task_module_lacks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = """
     class Net(TwoPassModule):
