@@ -287,7 +287,8 @@ def value_text(value: Any) -> str:
         return " and ".join(map(value_text, value))
     if not isinstance(value, dict) or "class_path" not in value:
         return str(value)
-    options = ", ".join(f"{key} {value_text(option)}" for key, option in (value.get("init_args") or {}).items())
+    stated = {key: option for key, option in (value.get("init_args") or {}).items() if option is not None}
+    options = ", ".join(f"{key} {value_text(option)}" for key, option in stated.items())
     name = str(value["class_path"]).rpartition(".")[2]
     return f"{name} ({options})" if options else name
 

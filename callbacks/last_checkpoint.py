@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
 from callbacks.lookup import callbacks_of
 from callbacks.module_protocol import trained
@@ -167,7 +167,9 @@ class LastCheckpoint(ModelCheckpoint):
         if _ends_within_epoch(trainer):
             return
         stopping = asked_to_stop(trainer)
-        if stopping or self._is_due(trainer):
+        # When training ends, the average replaces the weights to resume from.
+        averaged = _ends_with_epoch(trainer) and callbacks_of(trainer, WeightAveraging)
+        if stopping or averaged or self._is_due(trainer):
             self._save(trainer)
             for callback in stopping:
                 callback.saved = self.best_model_path
@@ -203,3 +205,10 @@ class LastCheckpoint(ModelCheckpoint):
 def _ends_within_epoch(trainer: L.Trainer) -> bool:
     """Return whether ``max_steps`` ends training now, with batches left in the epoch."""
     return 0 <= trainer.max_steps <= trainer.global_step and not trainer.is_last_batch
+
+
+def _ends_with_epoch(trainer: L.Trainer) -> bool:
+    """Return whether training ends with this epoch, or may end with it."""
+    # Not fit_loop.done, which would count this epoch as completed before its row is logged.
+    epochs = trainer.current_epoch + 1
+    return trainer.should_stop or epochs == trainer.max_epochs or 0 <= trainer.max_steps <= trainer.global_step

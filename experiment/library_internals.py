@@ -64,6 +64,11 @@ def disable_sigterm_broadcast(trainer: "L.Trainer") -> None:
         loop._broadcast_sigterm_tensor = lambda: None
 
 
+def sets_learning_rate(finder: "L.callbacks.LearningRateFinder") -> bool:
+    """Return whether a learning-rate finder writes its suggestion to an attribute."""
+    return bool(finder._update_attr)
+
+
 def actions_of(parser: Any) -> list[Any]:
     """Return the actions of an argparse or jsonargparse parser."""
     found: list[Any] = parser._actions

@@ -185,6 +185,11 @@ class CommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
+        if config.trainer.barebones:
+            raise ValueError(
+                "trainer.barebones switches off the log and the checkpoints of the run folder: use it in Python, with"
+                " L.Trainer(barebones=True)"
+            )
         if self.subcommand == "predict":
             self.save_config_callback = None
             # Every process answers every question, because a sharded network needs all processes; rank zero prints.
@@ -197,8 +202,12 @@ class CommandLine(LightningCLI):
         if self.resumes:
             # config.yaml exists already. A process killed while rewriting it would lose the run.
             self.save_config_callback = None
-        if config.trainer.logger in (None, True):
-            kwargs["logger"] = make_loggers(folder.path, self._resolved(config), config.wandb, self.resumes)
+        if config.trainer.logger is not False:
+            # The files of the run folder come from its CSV logger, whichever others there are.
+            given = self.config_init[self.subcommand].trainer.logger
+            given = [] if given in (None, True) else _listed(given)
+            wandb = bool(config.wandb) if given else config.wandb
+            kwargs["logger"] = [*make_loggers(folder.path, self._resolved(config), wandb, self.resumes), *given]
         plugins = _listed(self.config_init[self.subcommand].trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
@@ -223,13 +232,24 @@ class CommandLine(LightningCLI):
         check_precision(str(self.config[self.subcommand].trainer.precision), self.trainer)
 
     def before_fit(self) -> None:
-        """Refuse a checkpoint callback that Lightning would never call."""
+        """Refuse a checkpoint callback that Lightning would never call, or that replaces the files of the run."""
         for callback in self.trainer.checkpoint_callbacks:
+            name, ours = type(callback).__name__, isinstance(callback, (BestCheckpoint, LastCheckpoint))
             timed = getattr(callback, "_train_time_interval", None) is not None
-            if timed and not isinstance(callback, BestCheckpoint) and not self.model.automatic_optimization:
+            if timed and not ours and not self.model.automatic_optimization:
                 raise ValueError(
-                    f"{type(callback).__name__} ignores train_time_interval, because {type(self.model).__name__} makes"
-                    " its own optimizer steps: give --checkpoint.train_time_interval"
+                    f"{name} ignores train_time_interval, because {type(self.model).__name__} makes its own optimizer"
+                    " steps: give --checkpoint.train_time_interval"
+                )
+            if getattr(callback, "save_last", None) and not ours:
+                raise ValueError(
+                    f"{name} with save_last would replace the last.ckpt of the run, which last_checkpoint.* writes:"
+                    " remove save_last"
+                )
+            if isinstance(callback, L.callbacks.OnExceptionCheckpoint):
+                raise ValueError(
+                    f"{name} would let Lightning resume from its file, even if another run wrote that: give"
+                    " --checkpoint.save_on_exception true, which writes exception.ckpt to the run's folder"
                 )
 
     def after_validate(self) -> None:

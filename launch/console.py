@@ -16,6 +16,7 @@ WARNINGS = (
     "Checkpoint directory .* exists and is not empty",
     "Encountered `nan` values in tensor",
     "Detected pickle protocol .* in the checkpoint",
+    "You're using the WeightAveraging callback",  # with a sharded network, an error of ours follows
     "You passed `Trainer\\(accelerator='cpu', precision='16-mixed'\\)`",  # an error of ours follows
 )
 LOG_LINES = (
@@ -27,6 +28,7 @@ LOG_LINES = (
     "Restoring states",
     "Restored all states",
     "Loaded model weights",
+    "Found current_model_state",
 )
 
 

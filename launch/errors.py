@@ -96,6 +96,8 @@ def explain(message: str, parser: Any) -> str:
         message: jsonargparse's nested message of many lines.
         parser: that raised it, if any; its keys are the valid names.
     """
+    if match := re.search(r"class_path '([\w.]+)':\s+Requirement '(\S+)' not met", message):
+        return f"{match[1]} needs a package that is not installed: pip install '{match[2]}'"
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     place = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     given = next((line.removeprefix("Given value: ") for line in lines if line.startswith("Given value: ")), "")

@@ -8,8 +8,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import BatchSizeFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+
+from experiment.library_internals import sets_learning_rate
 
 
 def check_complete(module: L.LightningModule, base: type[L.LightningModule]) -> None:
@@ -48,6 +59,43 @@ def check_complete(module: L.LightningModule, base: type[L.LightningModule]) -> 
         )
 
 
+# What to do instead of using a callback that cannot work.
+_INSTEAD: dict[type[L.Callback], str] = {
+    GradientAccumulationScheduler: (
+        "changes the Trainer's accumulation, which manual optimization does not have: set accumulate_grad_batches of"
+        " the module, which is the same in every epoch"
+    ),
+    ModelPruning: (
+        "replaces weights by masked copies, which a network that reads its weights directly does not update, and which"
+        " no checkpoint contains: prune the trained network with torch.nn.utils.prune"
+    ),
+    BaseFinetuning: (
+        "changes the optimizer's groups in the run, so that it could not be resumed: freeze parameters with"
+        " requires_grad_(False) before training, and unfreeze them in a second run, from load_from_checkpoint()"
+    ),
+}
+
+
+def check_trainer(module: L.LightningModule) -> None:
+    """Check for options of the Trainer that manual optimization does not have.
+
+    Raises:
+        ValueError: it clips or accumulates. The message names the module's option.
+    """
+    trainer: Any = module.trainer
+    algorithm = trainer.gradient_clip_algorithm
+    options = {
+        "gradient_clip_val": trainer.gradient_clip_val or None,  # 0 does not clip
+        "gradient_clip_algorithm": None if algorithm is None else algorithm.value,
+        "accumulate_grad_batches": None if trainer.accumulate_grad_batches == 1 else trainer.accumulate_grad_batches,
+    }
+    if given := [f"{name}={value!r}" for name, value in options.items() if value is not None]:
+        raise ValueError(
+            f"{type(module).__name__} makes its own optimizer steps, on which options of the Trainer have no effect:"
+            f" give {', '.join(given)} to {type(module).__name__} instead"
+        )
+
+
 def check_callbacks(module: L.LightningModule) -> None:
     """Check for callbacks that do not work with manual optimization.
 
@@ -56,6 +104,15 @@ def check_callbacks(module: L.LightningModule) -> None:
     """
     for callback in vars(module.trainer)["callbacks"]:
         name = type(callback).__name__
+        for kind, why in _INSTEAD.items():
+            if isinstance(callback, kind):
+                raise ValueError(f"{name} {why}")
+        if isinstance(callback, LearningRateFinder) and sets_learning_rate(callback):
+            raise ValueError(
+                f"{name} cannot set the learning rate, which is an option of the optimizer: call"
+                " Tuner(trainer).lr_find(module, update_attr=False) and give the optimizer its suggestion(), or search"
+                " settings with sweep.py"
+            )
         if isinstance(callback, StochasticWeightAveraging) and callback.pl_module_contains_batch_norm(module):
             # It skips the backward pass in an extra epoch, which manual optimization ignores.
             raise ValueError(
@@ -68,6 +125,8 @@ def check_callbacks(module: L.LightningModule) -> None:
                 " set the batch_size of the data module"
             )
         if isinstance(callback, WeightAveraging):
+            if isinstance(module.trainer.strategy, ModelParallelStrategy):
+                raise ValueError(f"{name} does not support a sharded network: use strategy ddp, or remove it")
             for other in module.trainer.checkpoint_callbacks:
                 if getattr(other, "save_weights_only", False):
                     raise ValueError(

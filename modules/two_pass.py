@@ -15,14 +15,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DistributedSampler
 
 from ars2.param_groups import Policy, Splits, param_groups
 from ars2.replay import random_state
 from ars2.validation import check_known
 from experiment.library_internals import is_compiled
-from modules.checks import check_callbacks, check_complete
+from modules.checks import check_callbacks, check_complete, check_trainer
 from modules.evaluation import EvaluatedModule
 from modules.metrics import snapshot
 from modules.nonfinite import StepRecord, lower_scale
@@ -46,7 +46,8 @@ class TwoPassModule(ResumableModule):
     Args:
         optimizer: takes parameter groups and returns the optimizer. With ``None``, the default of
             ``load_from_checkpoint()``, the module can be evaluated but not trained.
-        scheduler: takes the optimizer and returns a learning-rate scheduler.
+        scheduler: takes the optimizer and returns a learning-rate scheduler. The ``ReduceLROnPlateau`` of
+            ``lightning.pytorch.cli`` has a ``monitor``, the metric whose value it gets at the end of every epoch.
         scheduler_interval: whether the scheduler is stepped after every ``"epoch"`` or every ``"step"`` (update).
         policy: which parameters are matrices, see :func:`ars2.param_groups`. Every optimizer gets these groups.
         matrix, vector: options for the groups of that track, such as ``{"weight_decay": 0.0}``.
@@ -202,8 +203,7 @@ class TwoPassModule(ResumableModule):
         if not nonfinite:
             wrapped.step()
             self._skipped_in_a_row = 0
-            if self.scheduler_interval == "step":
-                self._step_scheduler()
+            self._step_scheduler("step")
         else:
             self._skip_step(optimizer)
         return loss.detach()
@@ -305,6 +305,13 @@ class TwoPassModule(ResumableModule):
             where = f"step {self.trainer.global_step + 1} in epoch {self.current_epoch + 1}"
             self.fatal_error = self._record.describe(self.network, optimizer, where)
 
+    def configure_callbacks(self) -> Any:
+        """Check the Trainer's options and callbacks, in the first hook of all."""
+        if self.trainer.state.fn == "fit":
+            check_trainer(self)
+            check_callbacks(self)
+        return super().configure_callbacks()
+
     def on_fit_start(self) -> None:
         # A subclass that replaces configure_optimizers() has not been checked yet.
         check_complete(self, TwoPassModule)
@@ -317,10 +324,25 @@ class TwoPassModule(ResumableModule):
         if self.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 
-    def _step_scheduler(self) -> None:
-        scheduler = self.lr_schedulers()
-        if isinstance(scheduler, LRScheduler):
-            scheduler.step()
+    def _step_scheduler(self, interval: Literal["epoch", "step"]) -> None:
+        # Lightning's learning-rate finder replaces the scheduler and its interval for a while.
+        for config in self.trainer.lr_scheduler_configs:
+            if config.interval != interval:
+                continue
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                self._reduce_on_plateau(config.scheduler)
+            else:
+                config.scheduler.step()
+
+    def _reduce_on_plateau(self, scheduler: Any) -> None:
+        logged, monitor = self.trainer.callback_metrics, scheduler.monitor
+        if monitor in logged:
+            scheduler.step(float(logged[monitor]))
+        elif self.trainer.is_last_batch:  # max_steps may end training before the first validation
+            raise ValueError(
+                f"scheduler.monitor is {monitor}, which was not logged by the end of epoch {self.current_epoch + 1}:"
+                f" give one of {', '.join(logged)}"
+            )
 
     def on_train_epoch_start(self) -> None:
         """Use the batches of the first epoch in every epoch under overfit_batches.
@@ -354,8 +376,7 @@ class TwoPassModule(ResumableModule):
             self._window.clear()
             self._restore_metrics()
         self._log_epoch()
-        if self.scheduler_interval == "epoch":
-            self._step_scheduler()
+        self._step_scheduler("epoch")
 
     def on_train_end(self) -> None:
         """Fail if nothing was trained.
@@ -387,10 +408,10 @@ class TwoPassModule(ResumableModule):
 
         Raises:
             ValueError: the task module is incomplete, ``matrix`` or ``vector`` have an option that the optimizer lacks,
-                the scheduler needs a metric, or the checkpoint to resume is of another optimizer.
+                the scheduler lacks its metric, or the checkpoint to resume is of another optimizer.
         """
         check_complete(self, TwoPassModule)
-        check_callbacks(self)
+        check_callbacks(self)  # again, because a subclass may add some in configure_callbacks()
         optimizer: Any = build_optimizer(
             self.network, self.make_optimizer, self.policy, self.matrix, self.vector, self.splits
         )
@@ -407,8 +428,12 @@ class TwoPassModule(ResumableModule):
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
-        if isinstance(scheduler, ReduceLROnPlateau):
-            raise ValueError("ReduceLROnPlateau needs a metric, which is not supported: use another scheduler")
+        complete = self.scheduler_interval == "epoch" and hasattr(scheduler, "monitor")
+        if isinstance(scheduler, ReduceLROnPlateau) and not complete:
+            raise ValueError(
+                "ReduceLROnPlateau needs a metric at the end of every epoch: use"
+                " lightning.pytorch.cli.ReduceLROnPlateau with monitor, such as val/loss, and scheduler_interval epoch"
+            )
         interval = {"scheduler": scheduler, "interval": self.scheduler_interval}
         return {"optimizer": optimizer, "lr_scheduler": interval}
 

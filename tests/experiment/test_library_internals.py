@@ -51,6 +51,7 @@ def of_the_suite(trainer: L.Trainer) -> dict[str, list[Any]]:
         "_broadcast_sigterm_tensor": [epoch_loop],
         "_actions": [ArgumentParser()],
         "_trainer": [L.LightningModule()],
+        "_update_attr": [L.callbacks.LearningRateFinder()],
         # Used or overridden by subclasses.
         "_parser": [LightningCLI],
         "_parse_ckpt_path": [LightningCLI],

@@ -1,15 +1,38 @@
 """Compare Lightning's options around two passes with hand-written loops."""
 
+import copy
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    ModelSummary,
+    OnExceptionCheckpoint,
+    RichModelSummary,
+    ThroughputMonitor,
+    Timer,
+)
+from lightning.pytorch.cli import ReduceLROnPlateau
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor
+from torch.optim import lr_scheduler
 
 from tests.modules.by_hand import Loop
-from tests.modules.small_task import SmallTask, assert_equal_states, fit, make_optimizer, state_of
+from tests.modules.small_task import CORE, SmallTask, assert_equal_states, batches, fit, make_optimizer, state_of
 
 
 @pytest.mark.parametrize(
@@ -142,3 +165,221 @@ def test_an_anomaly_in_the_second_pass_leaves_the_parameters_where_they_were() -
     with pytest.raises(RuntimeError, match="returned nan values"):
         fit(module, detect_anomaly=True)
     assert all(torch.equal(a, b) for a, b in zip(before, module.network.parameters(), strict=True))
+
+
+def trainer_of_a_user(folder: Path, **options: Any) -> L.Trainer:
+    """Return a Trainer with as few options as possible, which a test may add to."""
+    quiet = {} if options.get("barebones") else {"enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(max_epochs=2, accelerator="cpu", default_root_dir=folder, **{**quiet, **options})
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_callbacks_and_loggers_that_only_watch_change_nothing(name: str, tmp_path: Path) -> None:
+    seen: list[int] = []
+    passive: list[L.Callback] = [
+        LearningRateMonitor(log_momentum=True, log_weight_decay=True),
+        DeviceStatsMonitor(cpu_stats=True),
+        ModelSummary(),
+        RichModelSummary(),
+        Timer("00:01:00:00"),
+        ThroughputMonitor(lambda batch: len(batch[0]), window_size=2),
+        OnExceptionCheckpoint(tmp_path),
+        LambdaCallback(on_train_batch_end=lambda trainer, *_: seen.append(trainer.global_step)),
+        EarlyStopping("val/loss", patience=9),
+        ModelCheckpoint(tmp_path, "best", monitor="val/loss"),
+        ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=5, save_top_k=-1),
+    ]
+    logger = [CSVLogger(tmp_path), TensorBoardLogger(tmp_path)]
+    module = SmallTask(optimizer=make_optimizer(name))
+    module.flops_per_batch = 1
+    trainer_of_a_user(tmp_path, callbacks=passive, logger=logger, log_every_n_steps=1).fit(module, batches(), batches())
+    assert_equal_states(state_of(module), Loop(name).train())
+    assert seen == list(range(1, 13))
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"best.ckpt", "step=5.ckpt", "step=10.ckpt"}
+    (rows,) = tmp_path.glob("lightning_logs/*/metrics.csv")
+    assert f"lr-{type(trainer_optimizer(module)).__name__}/pg1" in rows.read_text().splitlines()[0]
+
+
+def trainer_optimizer(module: SmallTask) -> Any:
+    return module.optimizers().optimizer  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("callback", "instead"),
+    [
+        (GradientAccumulationScheduler({0: 2}), "set accumulate_grad_batches of the module"),
+        (ModelPruning("l1_unstructured"), "prune the trained network"),
+        (BackboneFinetuning(1), r"requires_grad_\(False\) before training"),
+        (LearningRateFinder(), "update_attr=False"),
+    ],
+)
+def test_a_callback_that_cannot_work_says_what_to_do_instead(callback: L.Callback, instead: str) -> None:
+    with pytest.raises(ValueError, match=f"^{type(callback).__name__} .*{instead}"):
+        fit(SmallTask(optimizer=make_optimizer("sync")), callbacks=[callback])  # type: ignore[arg-type]
+
+
+def test_clipping_and_accumulation_of_the_trainer_name_the_modules_options() -> None:
+    module = SmallTask(optimizer=make_optimizer("sync"))
+    with pytest.raises(ValueError, match=r"give gradient_clip_val=0.5, accumulate_grad_batches=2 to SmallTask instead"):
+        fit(module, gradient_clip_val=0.5, accumulate_grad_batches=2)
+    with pytest.raises(ValueError, match="give gradient_clip_algorithm='value' to SmallTask"):
+        fit(module, gradient_clip_algorithm="value")
+    fit(module, gradient_clip_val=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"val_check_interval": 2},
+        {"check_val_every_n_epoch": 2},
+        {"check_val_every_n_epoch": None, "val_check_interval": 4},
+        {"limit_val_batches": 0},
+        {"min_epochs": 2, "max_time": "00:01:00:00"},
+        {"profiler": "simple"},
+        {"deterministic": True},
+        {"inference_mode": False},
+        {"barebones": True},
+        {"num_sanity_val_steps": -1},
+        {"reload_dataloaders_every_n_epochs": 1},
+    ],
+    ids=str,
+)
+def test_options_that_only_concern_evaluation_or_speed_change_nothing(options: Any, tmp_path: Path) -> None:
+    module = SmallTask(optimizer=make_optimizer("aga"))
+    try:
+        trainer_of_a_user(tmp_path, **options).fit(module, batches(), batches())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_equal_states(state_of(module), Loop("aga").train())
+
+
+def test_fast_dev_run_makes_its_steps_and_saves_nothing(tmp_path: Path) -> None:
+    module = SmallTask(optimizer=make_optimizer("sync"))
+    trainer_of_a_user(tmp_path, fast_dev_run=3).fit(module, batches(), batches())
+    assert_equal_states(state_of(module), Loop("sync", epochs=1, limit=3).train())
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_exception_in_the_second_pass_saves_the_unperturbed_weights(tmp_path: Path) -> None:
+    class Fails(SmallTask):
+        def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
+            if metrics is None and self.global_step == 5:
+                raise RuntimeError("as the test wants it")
+            return super().compute_loss(batch, metrics)
+
+    callback = OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(RuntimeError, match="as the test wants it"):
+        trainer_of_a_user(tmp_path, callbacks=[callback]).fit(Fails(optimizer=make_optimizer("sync")), batches())
+    saved = torch.load(callback.ckpt_path, weights_only=True)["state_dict"]
+    expected = Loop("sync", epochs=1, limit=5).train()
+    assert torch.equal(saved["network.head.weight"], expected["head.weight"])
+
+
+class ValuesAfterSteps(L.Callback):
+    """Record the weights of the head after every step, and those that are validated."""
+
+    def __init__(self) -> None:
+        self.trained: list[Tensor] = []
+        self.validated: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.trained.append(pl_module.network.head.weight.detach().clone())
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.validated.append(pl_module.network.head.weight.detach().clone())
+
+
+@pytest.mark.parametrize("name", ["adamw", "sync", "aga"])
+def test_a_moving_average_is_of_the_weights_after_each_step(name: str, tmp_path: Path) -> None:
+    seen, best = ValuesAfterSteps(), ModelCheckpoint(tmp_path, "best", monitor="val/loss")
+    module = SmallTask(optimizer=make_optimizer(name))
+    callbacks = [seen, EMAWeightAveraging(decay=0.8), best]
+    trainer_of_a_user(tmp_path, callbacks=callbacks, num_sanity_val_steps=0).fit(module, batches(), batches())
+    assert torch.equal(seen.trained[-1], Loop(name).train()["head.weight"])
+    averages = [seen.trained[0]]
+    for weight in seen.trained[1:]:
+        averages.append(0.8 * averages[-1] + 0.2 * weight)
+    for epoch, average in enumerate((averages[5], averages[11])):
+        assert torch.allclose(seen.validated[6 * epoch], average, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(module.network.head.weight, averages[11], rtol=1e-5, atol=1e-7)
+    loaded = SmallTask.load_from_checkpoint(tmp_path / "best.ckpt").network.head.weight
+    assert any(torch.equal(loaded, validated) for validated in seen.validated)
+
+
+class Worse(SmallTask):
+    """Log 0, 0, 1, 2, 3."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("worse", float(max(0, self.current_epoch - 1)))
+        super().on_train_epoch_end()
+
+
+@pytest.mark.parametrize("name", ["muon", "sync", "aga"])
+def test_a_plateau_lowers_the_learning_rate_and_resumes(name: str, tmp_path: Path) -> None:
+    def scheduler(optimizer: Any) -> Any:
+        return ReduceLROnPlateau(optimizer, monitor="worse", patience=1, factor=0.5)
+
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    module = Worse(optimizer=make_optimizer(name), scheduler=scheduler)
+    trainer = fit(module, epochs=5, callbacks=[saving], enable_checkpointing=True)
+    by_hand = lr_scheduler.ReduceLROnPlateau(copy.deepcopy(trainer.optimizers[0]), patience=1, factor=0.5)
+    by_hand.optimizer.param_groups[0]["lr"] = 1e-2
+    for value in (0.0, 0.0, 1.0, 2.0, 3.0):
+        by_hand.step(value)
+    assert by_hand.optimizer.param_groups[0]["lr"] == trainer.optimizers[0].param_groups[0]["lr"] == 0.25e-2
+    again = Worse(optimizer=make_optimizer(name), scheduler=scheduler)
+    fit(again, epochs=5, ckpt_path=str(tmp_path / "epoch=2.ckpt"))
+    assert_equal_states(state_of(again), state_of(module))
+
+
+def test_a_plateau_without_its_metric_says_which_there_are() -> None:
+    def with_scheduler(scheduler: Any, **options: Any) -> L.Trainer:
+        return fit(SmallTask(optimizer=make_optimizer("adamw"), scheduler=scheduler), **options)
+
+    with pytest.raises(ValueError, match=r"scheduler.monitor is val_loss, .* epoch 1: give one of train/loss"):
+        with_scheduler(lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val_loss"))
+    # Training may end before the first validation.
+    with_scheduler(lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val/loss"), max_steps=3)
+    with pytest.raises(ValueError, match=r"lightning.pytorch.cli.ReduceLROnPlateau with monitor"):
+        with_scheduler(lr_scheduler.ReduceLROnPlateau)
+    options: Any = {"scheduler": lambda optimizer: ReduceLROnPlateau(optimizer, monitor="val/loss")}
+    with pytest.raises(ValueError, match="scheduler_interval epoch"):
+        fit(SmallTask(optimizer=make_optimizer("adamw"), scheduler_interval="step", **options))
+
+
+SCHEDULERS: dict[str, Any] = {
+    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=12),
+    "CosineAnnealingWarmRestarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 5),
+    "SequentialLR": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4),
+            lr_scheduler.CosineAnnealingLR(optimizer, 8),
+        ],
+        [4],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CORE)
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_a_schedule_with_a_warm_up_is_stepped_with_the_updates(kind: str, name: str) -> None:
+    module = SmallTask(optimizer=make_optimizer(name), scheduler=SCHEDULERS[kind], scheduler_interval="step")
+    fit(module)
+    assert_equal_states(state_of(module), Loop(name, scheduler=SCHEDULERS[kind], interval="step").train())
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_the_learning_rate_finder_tries_rates_and_leaves_the_run_as_it_was(interval: Any, tmp_path: Path) -> None:
+    name = "aga"
+
+    def scheduler(optimizer: Any) -> Any:
+        return lr_scheduler.CosineAnnealingLR(optimizer, 12)
+
+    module = SmallTask(optimizer=make_optimizer(name), scheduler=scheduler, scheduler_interval=interval)
+    trainer = trainer_of_a_user(tmp_path, logger=False, enable_checkpointing=False)
+    found: Any = Tuner(trainer).lr_find(module, batches(), min_lr=1e-4, max_lr=1.0, num_training=12, update_attr=False)
+    # Lightning leaves out the second rate.
+    assert found.results["lr"] == pytest.approx([1e-4 * 1e4 ** (step / 12) for step in (0, *range(2, 13))])
+    trainer.fit(module, batches())
+    assert_equal_states(state_of(module), Loop(name, scheduler=scheduler, interval=interval).train())
