@@ -15,7 +15,8 @@ import functools
 import sys
 from pathlib import Path
 
-from analysis.study import Study, Target
+from analysis.study import Study
+from experiment.target import Target
 
 EPILOG = "Runs that differ only in their seeds form a row. Rows with the same protocol form a table."
 

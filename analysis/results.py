@@ -7,8 +7,8 @@ import numpy as np
 from analysis.rows import Group, Row, matches
 from analysis.runs import AXES
 from analysis.statistics import Mean, geometric_interval, holm, mean_interval, paired, race
-from analysis.study import Target
 from analysis.tables import Table, mean_text, median_text, number
+from experiment.target import Target
 
 
 def is_share(metric: str) -> bool:

@@ -13,8 +13,8 @@ import yaml
 
 from analysis.runs import AXES, Problem, Run
 from analysis.statistics import Mean, Median, Time, mean_interval, median_time
-from analysis.study import Target
 from experiment.identity import RunIdentity
+from experiment.target import Target
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 
@@ -198,7 +198,7 @@ def group(
     Args:
         runs: of any tasks. Trials of a sweep do not become rows.
         problems: folders from which no run could be read. Trials among them count in the tuning budget.
-        targets: in place of those that ``published.yaml`` has for the task.
+        targets: in place of those that ``published.yaml`` has for the task, or else the milestones in the runs' configs.
         labels: of rows, by their names.
     """
     by_protocol: dict[tuple[str, str], list[Run]] = {}
@@ -211,17 +211,18 @@ def group(
         options = members[0].identity.options
         entries = [entry for entry in published.values() if entry["task"] == task]
         entry: dict[str, Any] = next((entry for entry in entries if matches(options, entry["protocol"])), {})
-        levels = (entry or next(iter(entries), {})).get("targets", [])
+        own = [] if entries else list(dict.fromkeys(target for run in members for target in run.milestones))
+        levels = own or [Target(**target) for target in (entry or next(iter(entries), {})).get("targets", [])]
         found = Group(
             task,
             digest,
             rows=[],
             metric=str(options.get("checkpoint.monitor") or "val/loss"),
             lower=options.get("checkpoint.mode", "min") == "min",
-            targets=list(targets) or [Target(**target) for target in levels],
+            targets=list(targets) or levels,
             published=entry,
-            borrowed=not targets and not entry,
-            milestones={target["name"]: target["metric"] for target in levels},
+            borrowed=not targets and not entry and not own,
+            milestones={target.name: target.metric for target in levels},
         )
         for identity in lost:
             if identity.sweep and (identity.task, identity.protocol_digest) == (task, digest):

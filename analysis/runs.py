@@ -19,8 +19,8 @@ import numpy as np
 import yaml
 
 from analysis.archive import Folder, find, former_folder
-from analysis.study import Target
 from experiment.identity import RunIdentity, contents_of, digest
+from experiment.target import Target
 
 # Axes over which curves can be drawn: column of the log, and label.
 AXES = {
@@ -34,6 +34,7 @@ AXES = {
 # Ten times as fast where PyYAML was built with libyaml.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+MILESTONES = "callbacks.milestones.Milestones"
 # The training step's message where the loss is not finite; the log may end before that.
 _DIVERGED = "FloatingPointError: "
 
@@ -143,6 +144,13 @@ class Run:
         callbacks = self.identity.options.get("trainer.callbacks") or []
         stops = (callback.get("init_args", {}).get("stop_at") for callback in callbacks)
         return next((str(stop) for stop in stops if stop and self.has(f"milestone/{stop}")), None)
+
+    @property
+    def milestones(self) -> list[Target]:
+        """The thresholds that its config gives to :class:`callbacks.milestones.Milestones`."""
+        callbacks = self.identity.options.get("trainer.callbacks") or []
+        given = [one["init_args"]["thresholds"] for one in callbacks if one["class_path"] == MILESTONES]
+        return [Target.parse(text, name) for thresholds in given for name, text in thresholds.items()]
 
     @property
     def so_far(self) -> str:

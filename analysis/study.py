@@ -9,7 +9,6 @@ A folder of runs may state these in a ``study.yaml``:
     note: Settings as published, none of them tuned.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -17,41 +16,9 @@ from typing import Any
 
 import yaml
 
+from experiment.target import Target
+
 FILE = "study.yaml"
-_TARGET = re.compile(r"([\w/.-]+)\s*(>=|<)\s*(\d[\d.eE+-]*)")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A level that a metric should reach.
-
-    Args:
-        name: in the report.
-        metric: column of the log.
-        level: to be met or exceeded, or to fall below if ``lower`` is better.
-        lower: whether less is better.
-    """
-
-    name: str
-    metric: str
-    level: float
-    lower: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> "Target":
-        """Read a target such as ``val/accuracy >= 0.9``.
-
-        Raises:
-            ValueError: the text is not of this form.
-        """
-        match = _TARGET.fullmatch(text.strip())
-        if match is None:
-            example = "a metric, >= or <, and a number, such as 'val/loss < 0.2'"
-            raise ValueError(f"a target is {example}; got {text!r}")
-        return cls(match[0], match[1], float(match[3]), lower=match[2] == "<")
-
-    def __str__(self) -> str:
-        return f"{self.metric} {'<' if self.lower else '>='} {self.level:g}"
 
 
 @dataclass(frozen=True)

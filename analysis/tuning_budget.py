@@ -6,8 +6,8 @@ from typing import TypeAlias
 
 from analysis.rows import Group
 from analysis.runs import Run
-from analysis.study import Target
 from analysis.tables import Table, number
+from experiment.target import Target
 
 # Options whose sensitivity is of interest: of any track, any optimizer.
 _SENSITIVE = ("lr", "weight_decay", "rho")

@@ -1,71 +1,71 @@
-"""Record when a run first passed the thresholds by which grokking is compared."""
+"""Record when a run first reached the thresholds of its task."""
 
-from dataclasses import dataclass
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as L
 from torch import Tensor
 
 from callbacks.module_protocol import trained
+from experiment.library_internals import has_validated
+from experiment.target import Target
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """Define a milestone by the logged epoch mean that it reads and the value to pass.
+def passed(target: Target, measured: Tensor) -> bool:
+    """Return whether ``measured`` reaches ``target``, compared in its own dtype.
 
-    A ``metric`` that ends in ``loss`` must fall below ``value``. Any other must be at least ``value``.
+    In float32, 95 of 100 is slightly less than the double 0.95.
     """
-
-    name: str
-    metric: str
-    value: float
-
-    def passed(self, measured: Tensor) -> bool:
-        """Return whether ``measured`` passes, compared in its own dtype.
-
-        In float32, 95 of 100 is slightly less than the double 0.95.
-        """
-        return bool(measured < self.value if self.metric.endswith("loss") else measured >= self.value)
-
-    def __str__(self) -> str:
-        return f"{self.metric} {'<' if self.metric.endswith('loss') else '>='} {self.value:g}"
+    return bool(measured < target.level if target.lower else measured >= target.level)
 
 
 THRESHOLDS = (
-    Threshold("train_loss_0.5", "train/loss", 0.5),
-    Threshold("train_loss_0.1", "train/loss", 0.1),
-    Threshold("fit", "train/accuracy", 0.99),
-    Threshold("val_10", "val/accuracy", 0.10),
-    Threshold("val_50", "val/accuracy", 0.50),
-    Threshold("val_80", "val/accuracy", 0.80),
-    Threshold("grok", "val/accuracy", 0.90),
-    Threshold("val_95", "val/accuracy", 0.95),
-    Threshold("converge", "val/accuracy", 0.98),
-    Threshold("full", "val/accuracy", 0.99),
+    Target("train_loss_0.5", "train/loss", 0.5, lower=True),
+    Target("train_loss_0.1", "train/loss", 0.1, lower=True),
+    Target("fit", "train/accuracy", 0.99),
+    Target("val_10", "val/accuracy", 0.10),
+    Target("val_50", "val/accuracy", 0.50),
+    Target("val_80", "val/accuracy", 0.80),
+    Target("grok", "val/accuracy", 0.90),
+    Target("val_95", "val/accuracy", 0.95),
+    Target("converge", "val/accuracy", 0.98),
+    Target("full", "val/accuracy", 0.99),
 )
 
 
-class GrokkingMilestones(L.Callback):
+class Milestones(L.Callback):
     """Record the epoch, the steps and the gradient evaluations at each milestone.
+
+    In a config:
+
+        class_path: callbacks.milestones.Milestones
+        init_args:
+          thresholds: {learned: val/accuracy >= 0.9, sure: val/loss < 0.1}
+          stop_at: sure
 
     The epoch is the number of completed epochs, so the first one is 1. Thresholds are checked when an epoch ends. A
     milestone is logged once, as ``milestone/<name>`` with the epoch as its value, in the row of that epoch. The
     progress bar names the latest one. A milestone stays reached if the metric falls back later or the run is resumed.
 
     Args:
+        thresholds: by the name of the milestone: a logged metric, ``>=`` or ``<``, and a number.
         stop_at: the milestone at which training stops; ``None`` does not stop.
 
     Raises:
-        ValueError: ``stop_at`` is not a milestone.
+        ValueError: a threshold is not of this form, or ``stop_at`` is not a milestone.
     """
 
     changes_training = "stop_at"
 
-    def __init__(self, stop_at: str | None = "full") -> None:
-        names = [threshold.name for threshold in THRESHOLDS]
+    def __init__(self, thresholds: dict[str, str], stop_at: str | None = None) -> None:
+        self._set([Target.parse(text, name) for name, text in thresholds.items()], stop_at)
+
+    def _set(self, thresholds: Sequence[Target], stop_at: str | None) -> None:
+        names = [threshold.name for threshold in thresholds]
         if stop_at is not None and stop_at not in names:
             raise ValueError(f"stop_at must be null or one of {', '.join(names)}, got {stop_at!r}")
-        self.stop_at = stop_at
+        self.thresholds, self.stop_at = thresholds, stop_at
         self.reached: dict[str, dict[str, int]] = {}
 
     @property
@@ -79,12 +79,14 @@ class GrokkingMilestones(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         module = trained(trainer, pl_module)
-        for threshold in THRESHOLDS:
+        for threshold in self.thresholds:
             # In an epoch without a logged mean, the old value stays here and reaches no further milestone.
             measured = trainer.callback_metrics.get(threshold.metric)
+            if measured is None and has_validated(trainer):
+                raise ValueError(_not_logged(threshold, trainer.callback_metrics))
             if threshold.name in self.reached or measured is None:
                 continue
-            if threshold.passed(measured):
+            if passed(threshold, measured):
                 epoch = trainer.current_epoch + 1
                 self.reached[threshold.name] = {
                     "epoch": epoch,
@@ -115,7 +117,7 @@ class GrokkingMilestones(L.Callback):
             ``"not within 800 steps"``.
         """
         rows: dict[str, dict[str, Any]] = {}
-        for threshold in THRESHOLDS:
+        for threshold in self.thresholds:
             at = self.reached.get(threshold.name)
             row: dict[str, Any] = {"threshold": str(threshold)}
             row |= at or dict.fromkeys(("epoch", "optimizer_steps", "gradient_evaluations"))
@@ -128,3 +130,25 @@ class GrokkingMilestones(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.reached = {name: dict(at) for name, at in state_dict["reached"].items()}
+
+
+class GrokkingMilestones(Milestones):
+    """Record the milestones by which grokking is compared.
+
+    Args:
+        stop_at: the milestone at which training stops; ``None`` does not stop.
+
+    Raises:
+        ValueError: ``stop_at`` is not a milestone.
+    """
+
+    changes_training = "stop_at"
+
+    def __init__(self, stop_at: str | None = "full") -> None:
+        self._set(THRESHOLDS, stop_at)
+
+
+def _not_logged(threshold: Target, logged: Mapping[str, Tensor]) -> str:
+    nearest = difflib.get_close_matches(threshold.metric, logged, n=1, cutoff=0.0)
+    hint = "".join(f"; did you mean {name}?" for name in nearest)
+    return f"the milestone {threshold.name} reads {threshold.metric}, which is not logged{hint}"

@@ -21,7 +21,7 @@ from rich.table import Table
 from ars2 import report
 from callbacks.cost_counters import CostCounters
 from callbacks.lookup import callbacks_of
-from callbacks.milestones import GrokkingMilestones
+from callbacks.milestones import Milestones
 from callbacks.module_protocol import trained
 from callbacks.ordinary_module import OrdinaryModule
 
@@ -113,7 +113,7 @@ class RunSummary(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         status = "finished"
-        if any(milestones.stopped for milestones in callbacks_of(trainer, GrokkingMilestones)):
+        if any(milestones.stopped for milestones in callbacks_of(trainer, Milestones)):
             status = "stopped early (milestone)"
         elif trainer.should_stop:
             status = "stopped early"
@@ -140,8 +140,8 @@ class RunSummary(L.Callback):
         }
         if data := description(trainer):
             summary["data"] = data
-        for milestones in callbacks_of(trainer, GrokkingMilestones):
-            summary["milestones"] = milestones.report(trainer.global_step)
+        for milestones in callbacks_of(trainer, Milestones):
+            summary["milestones"] = summary.get("milestones", {}) | milestones.report(trainer.global_step)
         for counters in callbacks_of(trainer, CostCounters):
             costs = counters.costs(trainer, pl_module)
             seconds = costs.pop("cost/training_seconds")

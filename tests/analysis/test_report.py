@@ -30,9 +30,10 @@ from analysis.results import (
 from analysis.rows import Group, group, value_text
 from analysis.runs import AXES, Problem, Run, read
 from analysis.statistics import geometric_interval, mean_interval
-from analysis.study import Study, Target
+from analysis.study import Study
 from analysis.tables import Table
 from analysis.tuning_budget import best_of, sensitivities, tuning_budgets
+from experiment.target import Target
 from tests.analysis.runs import SEEDS, copy, cut, unpack
 
 

@@ -1,12 +1,14 @@
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 
 from callbacks.last_checkpoint import LastCheckpoint
-from callbacks.milestones import THRESHOLDS, GrokkingMilestones, Threshold
+from callbacks.milestones import THRESHOLDS, GrokkingMilestones, Milestones, passed
+from experiment.target import Target
 from tests.callbacks.fits import MemorisedSums, ars2, data, fit, module, rows
 
 LIMITS = {
@@ -118,11 +120,11 @@ def test_the_progress_bar_names_the_last_milestone() -> None:
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS, ids=lambda threshold: threshold.name)
-def test_a_threshold_is_exact_in_single_precision(threshold: Threshold) -> None:
+def test_a_threshold_is_exact_in_single_precision(threshold: Target) -> None:
     key, limit = LIMITS[threshold.name]
     at = torch.tensor(limit, dtype=torch.float32)
     below, above = torch.nextafter(at, torch.tensor(0.0)), torch.nextafter(at, torch.tensor(1.0))
-    assert [threshold.passed(value) for value in (below, at, above)] == (
+    assert [passed(threshold, value) for value in (below, at, above)] == (
         [True, False, False] if key == "train/loss" else [False, True, True]
     )
 
@@ -130,3 +132,24 @@ def test_a_threshold_is_exact_in_single_precision(threshold: Threshold) -> None:
 def test_an_unknown_milestone_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stop_at must be null or one of .*converge, full, got 'half'"):
         GrokkingMilestones(stop_at="half")
+
+
+def test_a_task_sets_its_own_milestones() -> None:
+    limits = {"half": "val/accuracy >= 0.5", "fit": "train/loss < 0.5", "never": "val/accuracy < -1"}
+    milestones = Milestones(limits, stop_at="half")
+    trainer = fit(module(), data(MemorisedSums), [milestones], None, epochs=100)
+    report = milestones.report(trainer.global_step)
+    assert {name: row["threshold"] for name, row in report.items()} == limits
+    assert report["half"]["epoch"] == trainer.current_epoch < 100
+    assert milestones.stopped and milestones.reached.keys() <= {"half", "fit"}
+
+
+@pytest.mark.parametrize("text", ["val/accuracy > 0.9", "0.9", "val/loss < 1e", 0.9])
+def test_a_threshold_that_cannot_be_read_is_refused(text: Any) -> None:
+    with pytest.raises(ValueError, match=r"a metric, >= or <, and a number, such as 'val/loss < 0.2'; got"):
+        Milestones({"good": text})
+
+
+def test_a_metric_that_is_not_logged_is_an_error_with_the_nearest_name() -> None:
+    with pytest.raises(ValueError, match="good reads val/acuracy, which is not logged; did you mean val/accuracy"):
+        fit(module(), data(), [Milestones({"good": "val/acuracy >= 0.9"})], None, epochs=2)
