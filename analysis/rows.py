@@ -198,7 +198,7 @@ def group(
     Args:
         runs: of any tasks. Trials of a sweep do not become rows.
         problems: folders from which no run could be read. Trials among them count in the tuning budget.
-        targets: in place of those that ``published.yaml`` has for the task, or else the milestones in the runs' configs.
+        targets: in place of those of the task in ``published.yaml``, or else of the milestones in the runs' configs.
         labels: of rows, by their names.
     """
     by_protocol: dict[tuple[str, str], list[Run]] = {}

@@ -1,16 +1,17 @@
-r"""Define a task in one file, with its network, loss, metrics and data.
+"""Define a task in one file, with its network, loss, metrics and data.
 
-    python train.py fit --experiment spirals \
-        --model examples.your_task.Spirals --data examples.your_task.SpiralData \
-        --model.optimizer ars2.ARS2Neo --model.optimizer.lr 3e-3 --model.optimizer.mode base \
-        --checkpoint.monitor val/accuracy --checkpoint.mode max --trainer.max_epochs 30
+    python train.py fit --config examples/your_task.yaml
+    python train.py fit --config examples/your_task.yaml --seed_everything 1 --data.seed 1
+    python train.py test --config examples/your_task.yaml --ckpt_path best
+    python train.py predict --config examples/your_task.yaml --ckpt_path best --data.questions "[0, 7, 42]"
+    python sweep.py examples/your_task_sweep.yaml --folder runs/digits_sweep
+    python compare.py runs/digits_sweep
 
-Nothing is registered: the command line imports classes by their path. Seeds, resuming, accumulation, clipping and
-second passes come from TwoPassModule. Every argument of the two classes is an option, such as --model.width 32. Once
-the options settle, put them into a YAML file as in configs/; --print_config prints it.
+Nothing is registered: the config names both classes by their import path, and every argument of theirs is an option,
+such as --model.width 32. The data needs scikit-learn (pip install scikit-learn). docs/your_own_task.md explains this
+file.
 """
 
-import math
 from typing import Any
 
 import lightning.pytorch as L
@@ -22,70 +23,73 @@ from datamodules.batches import TensorBatches
 from modules.metrics import Metrics
 from modules.two_pass import TwoPassModule
 
-ARMS = 3
+Batch = tuple[Tensor, Tensor]
 
 
-class Spirals(TwoPassModule):
-    """Classify points of the plane by the spiral arm on which they lie.
+class Digits(L.LightningDataModule):
+    """Load scikit-learn's 1,797 handwritten digits, as images (batch, 8, 8) and labels (batch,).
 
     Args:
-        width: size of the hidden layers.
-        options: options of the training step, such as the optimizer, see :class:`modules.two_pass.TwoPassModule`.
+        seed: of the training order. The split is the same for every seed.
+        batch_size: images in a training batch.
+        questions: numbers of test images for ``predict``.
+
+    Raises:
+        ValueError: scikit-learn is not installed, or a question is not the number of a test image.
+    """
+
+    task = "digits"  # the name of the task in reports
+
+    def __init__(self, seed: int = 0, batch_size: int = 64, questions: list[int] | None = None) -> None:
+        super().__init__()
+        try:
+            from sklearn.datasets import load_digits
+        except ModuleNotFoundError as error:
+            raise ValueError("Digits needs the package scikit-learn: install it (pip install scikit-learn)") from error
+        loaded = load_digits()
+        images, labels = torch.tensor(loaded.images, dtype=torch.float32) / 16, torch.tensor(loaded.target)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        self.train, self.val, self.test = ((images[part], labels[part]) for part in order.split([1197, 300, 300]))
+        self.seed, self.batch_size, self.questions = seed, batch_size, questions or [0, 1, 2]
+        if not all(0 <= number < 300 for number in self.questions):
+            raise ValueError(f"data.questions must be numbers from 0 to 299, got {self.questions}")
+
+    def train_dataloader(self) -> TensorBatches:
+        return TensorBatches(self.train, self.batch_size, self.seed)
+
+    def val_dataloader(self) -> TensorBatches:
+        return TensorBatches(self.val, 300, None)  # None keeps the order
+
+    def test_dataloader(self) -> TensorBatches:
+        return TensorBatches(self.test, 300, None)
+
+    def predict_dataloader(self) -> TensorBatches:
+        images, labels = self.test
+        return TensorBatches((images[self.questions], labels[self.questions]), 300, None, shared=False)
+
+
+class DigitClassifier(TwoPassModule):
+    """Classify images with one hidden layer.
+
+    Args:
+        width: of the hidden layer.
+        options: of the training step, such as the optimizer, see :class:`modules.two_pass.TwoPassModule`.
     """
 
     def __init__(self, width: int = 64, **options: Any) -> None:
         super().__init__(**options)
-        self.network = nn.Sequential(
-            nn.Linear(2, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, ARMS)
-        )
-        # Logged as train/accuracy, val/accuracy and test/accuracy; the mean loss is logged automatically.
-        self.set_metrics({"accuracy": MulticlassAccuracy(ARMS, average="micro", validate_args=False)})
+        self.network = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+        self.set_metrics({"accuracy": MulticlassAccuracy(10, average="micro")})
 
-    def compute_loss(self, batch: tuple[Tensor, Tensor], metrics: Metrics | None) -> Tensor:
-        """Return the mean loss of a batch; there are no metrics in a second pass."""
-        points, arms = batch
-        logits = self.network(points)
-        if metrics is not None:
-            metrics["accuracy"].update(logits.detach(), arms)
-        return nn.functional.cross_entropy(logits, arms)
+    def compute_loss(self, batch: Batch, metrics: Metrics | None) -> Tensor:
+        images, labels = batch
+        logits = self.network(images)
+        if metrics is not None:  # there are none in a second pass
+            metrics["accuracy"].update(logits.detach(), labels)
+        return nn.functional.cross_entropy(logits, labels)
 
-
-class SpiralData(L.LightningDataModule):
-    """Provide points (batch, 2) and the arms on which they lie (batch,).
-
-    Args:
-        examples: number of training examples, and of validation examples.
-        noise: standard deviation of a point's distance from its arm.
-        seed: seed of the points and of the training order.
-        batch_size: examples per batch.
-    """
-
-    task = "spirals"  # the name of the task in reports
-
-    def __init__(self, examples: int = 960, noise: float = 0.05, seed: int = 0, batch_size: int = 64) -> None:
-        super().__init__()
-        self.seed, self.batch_size = seed, batch_size
-        generator = torch.Generator().manual_seed(seed)
-        arms = torch.arange(2 * examples) % ARMS
-        radius = torch.rand(2 * examples, generator=generator).sqrt()
-        angle = 2 * math.pi * (radius + arms / ARMS)
-        points = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
-        points += noise * torch.randn(points.shape, generator=generator)
-        self.train_examples, self.val_examples = (
-            (points[:examples], arms[:examples]),
-            (points[examples:], arms[examples:]),
-        )
-
-    def train_dataloader(self) -> TensorBatches:
-        """Return batches that are reshuffled every epoch.
-
-        Any loader works. This one can also resume from the middle of an epoch."""
-        return TensorBatches(self.train_examples, self.batch_size, self.seed)
-
-    def val_dataloader(self) -> TensorBatches:
-        """Return batches in a fixed order."""
-        return TensorBatches(self.val_examples, 1024, None)
-
-    def test_dataloader(self) -> TensorBatches:
-        """Return the validation batches, because there is no third split."""
-        return self.val_dataloader()
+    def predict_step(self, batch: Batch, batch_index: int) -> list[str]:
+        images, labels = batch
+        guesses = self.network(images).argmax(dim=1)
+        pairs = zip(guesses.tolist(), labels.tolist(), strict=True)
+        return [f"{guess}: {'right' if guess == label else f'wrong, it is {label}'}" for guess, label in pairs]
