@@ -129,20 +129,15 @@ def test_the_plain_loops_run_one_after_the_other_and_learn() -> None:
     assert torch.nn.functional.mse_loss(model(inputs), targets).item() < 0.5 * targets.var().item()
 
 
-def test_the_loops_of_the_documentation_run_one_after_the_other_and_learn(capsys: pytest.CaptureFixture[str]) -> None:
-    loop, parts = blocks(INDEX, "python")
+def test_the_loop_of_the_documentation_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    (loop,) = blocks(INDEX, "python")
     names: dict[str, Any] = {}
     exec(loop, names)
     printed = capsys.readouterr().out
     match = re.search(r"loss ([\d.]+) after (\d+) gradient evaluations", printed)
     assert match is not None and int(match[2]) == 400
-    model, inputs, targets = names["model"], names["inputs"], names["targets"]
-    assert float(match[1]) < 0.5 * targets.var().item()
+    assert float(match[1]) < 0.5 * names["targets"].var().item()
     assert "policy hidden leaves out every output head" in printed
-    before = [param.clone() for param in model.parameters()]
-    exec(parts, names)
-    moved = [not before[i].equal(param) for i, param in enumerate(model.parameters())]
-    assert all(moved) and model(inputs).shape == targets.shape
 
 
 class Recording(torch.nn.Dropout):
@@ -170,7 +165,7 @@ def test_both_passes_drop_the_same_and_the_first_updates_running_statistics(page
         if 'mode="base"' not in code:
             first, second = Recording.masks
             assert torch.equal(first, second) and first.any() and not first.all()
-    assert steps == 2
+    assert steps == {"README.md": 2, "docs/index.md": 1}[page]
 
 
 def anchors(page: Path) -> set[str]:
