@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ars2 import flatness, kernels, schedule, validation
 from ars2.base import TrackedOptimizer, options_of, row_blocks
 from ars2.chunks import Chunk, sums_of, with_sums
-from ars2.distributed import Local, Sharded, local
+from ars2.distributed import Local, Sharded, is_data_parallel, local
 from ars2.graphs import to_device_
 from ars2.kernels import Tensors
 from ars2.newton_schulz import Schedule
@@ -389,11 +389,18 @@ class ARS2Neo(TrackedOptimizer):
 
         Raises:
             RuntimeError: there are gradients before the first pass, except in mode ``"base"``, which makes no second
-                pass that would have to repeat them.
+                pass that would have to repeat them; or processes under DDP could decide differently, which
+                :meth:`distribute` prevents.
         """
         if self.never_two_pass:
             yield 1
             return
+        if not self.decides_alike and is_data_parallel(model):
+            raise RuntimeError(
+                f"passes(): in mode {self.param_groups[0]['mode']!r} the processes of DistributedDataParallel could"
+                " decide differently, and would wait for each other: call"
+                " optimizer.distribute(torch.distributed.group.WORLD) once before the loop"
+            )
         if any(param.grad is not None for group in self.param_groups for param in group["params"]):
             raise RuntimeError(
                 "passes(): there are gradients already, which a second pass could not repeat: call"

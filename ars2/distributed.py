@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ars2 import kernels
 from ars2.kernels import Tensors
@@ -188,6 +188,13 @@ def like(param: Tensor, value: Tensor) -> Tensor:
 def same_layout(tensor: Any, param: Any) -> bool:
     """Return whether ``tensor`` is a DTensor with mesh and placements of ``param``."""
     return is_sharded(tensor) and (tensor.device_mesh, tensor.placements) == (param.device_mesh, param.placements)
+
+
+def is_data_parallel(model: nn.Module) -> bool:
+    """Return whether a part of ``model`` is wrapped in DistributedDataParallel."""
+    if not dist.is_available() or not dist.is_initialized():
+        return False
+    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
 
 
 def find_layout(named: Iterable[tuple[str, Tensor]]) -> Local:

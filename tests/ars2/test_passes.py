@@ -12,6 +12,7 @@ from torch.nn import functional
 from ars2 import ARS2Neo, param_groups
 from tests.ars2.training import MODES, SHEAR_MODES, assert_identical, copies, parameters_of, same, setup, snapshot
 from tests.ars2.training import step_by_parts as by_parts
+from tests.helpers.launching import alone
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -123,6 +124,21 @@ def test_the_passes_accumulate_the_same_micro_batches() -> None:
         other_optimizer.step(closure)
     for a, b in zip(parameters_of(optimizer), parameters_of(other_optimizer), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)  # sums in another order
+
+
+@pytest.mark.parametrize("mode", ["base", "sync", "aga"])
+def test_processes_that_could_decide_differently_are_refused(mode: str) -> None:
+    with alone():
+        model, optimizer = setup(mode)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        if mode == "aga":
+            with pytest.raises(RuntimeError, match=r"optimizer.distribute\(torch.distributed.group.WORLD\) once"):
+                next(optimizer.passes(parallel))
+            optimizer.distribute(torch.distributed.group.WORLD)
+        for _ in optimizer.passes(nn.ModuleList([parallel])):
+            parallel(model.images[:4], model.tokens[:4]).square().mean().backward()
+        optimizer.step()
+        assert optimizer.diagnostics()["steps"] == 1
 
 
 def test_a_loop_without_a_backward_pass_makes_no_step() -> None:
