@@ -63,7 +63,7 @@ class TwoPass(L.Callback):
         self.gradient_evaluations = 0
         self.between_steps = True  # whether no step is open, which has batches but no update yet
         self._window: list[Call] = []  # of the open step
-        self._is_second_pass = False
+        self._has_gradient = self._is_second_pass = False
         self._attached = ExitStack()
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,6 +92,9 @@ class TwoPass(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._window.clear()  # the last epoch may have ended within a window
         self.between_steps = True
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._has_gradient = True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._window.clear()
@@ -127,7 +130,13 @@ class TwoPass(L.Callback):
             epoch: int, batch_idx: int, lightning_optimizer: Any, optimizer_closure: Callable[[], Any]
         ) -> None:
             def both_passes() -> Any:
+                self._has_gradient = False
                 result = optimizer_closure()
+                if self._window and not self._has_gradient:
+                    raise RuntimeError(
+                        "training_step() was called without a backward pass, as StochasticWeightAveraging does for the"
+                        " statistics of BatchNorm: use WeightAveraging, which averages them"
+                    )
                 self.gradient_evaluations += 1
                 if self._window and optimizer.wants_second_pass():
                     self.gradient_evaluations += 1

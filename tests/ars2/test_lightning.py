@@ -7,7 +7,12 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
@@ -247,6 +252,38 @@ def test_what_cannot_be_is_an_error(kind: type[Ordinary], message: str) -> None:
 def test_a_strategy_that_makes_its_own_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"TwoPass does not support OwnSteps.*use ddp"):
         fit(Ordinary("sync"), strategy=OwnSteps("cpu"))
+
+
+def test_averages_that_would_be_trained_on_are_refused() -> None:
+    average = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    with pytest.raises(RuntimeError, match=r"called without a backward pass.*use WeightAveraging"):
+        fit(Ordinary("sync"), callbacks=[average])
+
+
+def test_an_average_is_taken_once_a_step() -> None:
+    average, module, plain = EMAWeightAveraging(decay=0.5), Ordinary("sync"), Ordinary("sync")
+    expected: dict[str, Tensor] = {}
+
+    class Average(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            for name, param in pl_module.named_parameters():
+                now = param.detach().clone()
+                expected[name] = 0.5 * expected[name] + 0.5 * now if name in expected else now
+
+    fit(module, callbacks=[average])
+    fit(plain, callbacks=[Average()])
+    for name, param in module.named_parameters():  # at the end the module has the averages
+        assert torch.allclose(param, expected[name], atol=1e-6), name
+
+
+@pytest.mark.slow
+def test_a_compiled_module_trains_the_same_and_keeps_its_methods() -> None:
+    module, other = Ordinary("sync", 0.3), Ordinary("sync", 0.3)
+    module.training_step = other_step = torch.compile(module.training_step, backend="eager")  # type: ignore[method-assign]
+    for each in (module, other):
+        fit(each)
+    assert_equal_states(state_of(module), state_of(other))  # type: ignore[arg-type]
+    assert vars(module)["training_step"] is other_step and "optimizer_step" not in vars(module)
 
 
 def test_a_batch_without_a_loss_is_skipped() -> None:
