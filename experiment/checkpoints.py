@@ -84,9 +84,11 @@ def check_checkpoint(path: Path, resume: bool, sharded: bool = False) -> None:
     """
     if not path.exists():
         if resume and str(path) == "best":
-            raise ValueError("best.ckpt contains only weights and no state to resume from: give --ckpt_path last")
+            raise ValueError("training resumes from the last checkpoint, not the best one: give --ckpt_path last")
         raise FileNotFoundError(f"there is no checkpoint {path}{_offer(path, resume, sharded)}")
     parts = path.is_dir()
+    if (path / "checkpoints").is_dir():
+        raise ValueError(f"{path} is the folder of a run: give a file in {path / 'checkpoints'}")
     if parts and not sharded:
         raise ValueError(
             f"{path} is a sharded checkpoint: add --config configs/overlays/fsdp.yaml, or make one file of it with"

@@ -136,7 +136,7 @@ class CommandLine(LightningCLI):
                 return str(path)
         raise ValueError(
             f"{parent} has no run with a {config.ckpt_path} checkpoint and the model, optimizer and seed of this"
-            " command: name its file, or give the options that it was trained with"
+            " command: name its file, give the options that it was trained with, or --runs if the runs were moved"
         )
 
     def _resume(self, config: Any) -> str | None:

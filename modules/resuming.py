@@ -37,11 +37,17 @@ class ResumableModule(EvaluatedModule):
             arguments: as in Lightning, and arguments of the module, which replace those in the file.
 
         Raises:
-            ValueError: the file lacks an argument of the module, or is of another network.
+            ValueError: the file lacks an argument of the module, or is of another module or network.
         """
         try:
             return super().load_from_checkpoint(checkpoint_path, *args, **arguments)
         except TypeError as error:
+            if "__init__() got an unexpected keyword argument" in str(error):
+                unknown = str(error).rpartition(" ")[2]
+                raise ValueError(
+                    f"{cls.__name__} has no argument {unknown}, which {checkpoint_path} or the call gives: load the"
+                    " file with the class that wrote it"
+                ) from error
             if "__init__() missing" not in str(error):
                 raise
             missing = str(error).rpartition(": ")[2]

@@ -315,6 +315,9 @@ class TwoPassModule(ResumableModule):
     def on_fit_start(self) -> None:
         # A subclass that replaces configure_optimizers() has not been checked yet.
         check_complete(self, TwoPassModule)
+        # An evaluation before training left inference tensors, which cannot be updated in training.
+        for metric in self.val_metrics.values():
+            metric.reset()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clip the gradient of the update.

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,19 @@ def test_last_and_best_are_those_of_the_newest_run_of_the_config(learned: Path) 
         assert answered.out == call("predict", *options, "--ckpt_path", path).out
     result = call("validate", *ADAMW, *TINY, "--model.optimizer.lr", 0.5, "--runs", runs, "--ckpt_path", "last")
     assert f"checkpoint: {other / LAST}" in result.out
+
+
+def test_last_and_best_are_found_in_a_folder_that_was_moved(learned: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved" / learned.parent.name / learned.name
+    shutil.copytree(learned, moved)
+    config = ("--config", moved / "config.yaml")
+    for word in ("last", "best"):
+        answered = call("predict", *config, "--runs", tmp_path / "moved", "--ckpt_path", word)
+        assert answered.err == f"checkpoint: {moved}/checkpoints/{word}.ckpt\n"
+    for subcommand in ("validate", "test", "predict"):
+        error = call(subcommand, *config, "--runs", tmp_path / "elsewhere", "--ckpt_path", "best").error
+        assert "elsewhere" in error and "or --runs if the runs were moved" in error
+    assert f"give a file in {moved / 'checkpoints'}" in call("test", *config, "--ckpt_path", moved).error
 
 
 def test_predict_answers_as_the_network_does(learned: Path) -> None:

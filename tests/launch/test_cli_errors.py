@@ -62,7 +62,7 @@ def refused(runs: Path, subcommand: str, *arguments: object, config: tuple[str, 
             ["--trainer.accumulate_grad_batches", "2", "--model.accumulate_grad_batches", "3"],
             ["trainer.accumulate_grad_batches is 2 and model.accumulate_grad_batches is 3"],
         ),
-        (["--ckpt_path", "best"], ["best.ckpt contains only weights", "--ckpt_path last"]),
+        (["--ckpt_path", "best"], ["from the last checkpoint, not the best one", "--ckpt_path last"]),
     ],
     ids=lambda value: " ".join(value) if value[0].startswith("--") else "",
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.cifar10 import CLASSES, CIFAR10Data
+from datamodules.modular_addition import ModularAdditionData
 from modules.image_classifier import ImageClassifier
 from modules.language_model import LanguageModel
 from modules.modular_addition import ModularAddition
@@ -19,7 +20,7 @@ from modules.saved_arguments import is_plain
 from modules.two_pass import TwoPassModule
 from tests.callbacks import fits
 from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
-from tests.helpers.commands import AGA, TINY
+from tests.helpers.commands import AGA, TINY, metrics
 from tests.helpers.commands import fit as fit_by_command
 from tests.modules import language
 from tests.modules.small_task import SmallTask, batches, fit, make_optimizer
@@ -54,6 +55,27 @@ def test_the_best_checkpoint_of_a_command_predicts(best: Path) -> None:
     # It has the plain arguments of training; the others, and the optimizer, are in the config.
     assert (module.policy, module.vector) == ("all", {"betas": [0.9, 0.999], "weight_decay": 0.01})
     assert module.gradient_evaluations == 0
+
+
+@pytest.mark.parametrize("name", ["best", "last"])
+@pytest.mark.parametrize("options", [{}, {"optimizer": ADAMW}], ids=["without", "with an optimizer"])
+def test_a_loaded_module_is_evaluated_by_a_plain_trainer(name: str, options: Any, best: Path) -> None:
+    module = ModularAddition.load_from_checkpoint(best.with_name(f"{name}.ckpt"), **options)
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
+    (values,) = trainer.validate(module, ModularAdditionData(p=7, batch_size=8), verbose=False)
+    logged = [row["val/loss"] for row in metrics(best.parent.parent) if "val/loss" in row]
+    assert values["val/loss"] == pytest.approx(float(logged[0 if name == "best" else -1]), rel=1e-5)
+    (answers,) = trainer.predict(module, ModularAdditionData(p=7, questions=["3+5"])) or []
+    assert str(answers[0]).startswith("3 + 5 = ")
+    if options:  # training after an evaluation
+        trainer.fit(module, fits.data())
+        assert trainer.global_step == 4
+
+
+def test_a_checkpoint_of_another_class_is_refused(best: Path) -> None:
+    with pytest.raises(ValueError, match=r"SmallTask has no argument 'p', .* with the class that wrote it"):
+        SmallTask.load_from_checkpoint(best)
 
 
 def test_a_loaded_module_can_be_trained_once_it_has_an_optimizer(best: Path) -> None:
