@@ -63,7 +63,7 @@ class TwoPass(L.Callback):
         self.gradient_evaluations = 0
         self.between_steps = True  # whether no step is open, which has batches but no update yet
         self._window: list[Call] = []  # of the open step
-        self._has_gradient = self._is_second_pass = False
+        self._has_gradient = self._is_silent = False
         self._attached = ExitStack()
 
     def state_dict(self) -> dict[str, Any]:
@@ -108,8 +108,10 @@ class TwoPass(L.Callback):
         training_step = pl_module.training_step
 
         def recorded(*arguments: Any) -> Any:
+            if self._is_silent:
+                return training_step(*arguments)
             self.between_steps = False
-            if self._is_second_pass or not _may_want_second_pass(optimizer):
+            if not _may_want_second_pass(optimizer):
                 return training_step(*arguments)
             tensors: list[tuple[Tensor, int]] = []
             call = Call(_copied(arguments, tensors), tensors, random_state(pl_module.device))
@@ -154,17 +156,35 @@ class TwoPass(L.Callback):
         strategy: Any = trainer.strategy
         after = random_state(pl_module.device)
         optimizer.perturb()
-        self._is_second_pass = True
         try:
-            with self._buffers.unchanged(), silent(pl_module):
+            with self._buffers.unchanged(), self.silent(pl_module):
                 for number, call in enumerate(self._window, start=1):
                     blocked = number < len(self._window) and isinstance(strategy, ParallelStrategy)
                     with strategy.block_backward_sync() if blocked else nullcontext():
                         strategy.backward(_repeat(call, trainer), optimizer)
         finally:
-            self._is_second_pass = False
             optimizer.restore()
             after()
+
+    @contextmanager
+    def silent(self, pl_module: L.LightningModule) -> Iterator[None]:
+        """Neither repeat nor log what ``training_step`` does in a block, and restore its metrics at the end.
+
+        The block works on copies of their states, because metrics of a collection may share states.
+        """
+        saved = [(metric, dict(vars(metric))) for metric in pl_module.modules() if isinstance(metric, Metric)]
+        for metric, _ in saved:
+            for name, state in metric.metric_state.items():
+                setattr(metric, name, list(state) if isinstance(state, list) else state.clone())
+        self._is_silent = True
+        try:
+            with _replaced(pl_module, "log", lambda *_, **__: None):
+                yield
+        finally:
+            self._is_silent = False
+            for metric, attributes in saved:
+                vars(metric).clear()
+                vars(metric).update(attributes)
 
 
 def _may_want_second_pass(optimizer: Any) -> bool:
@@ -239,22 +259,3 @@ def _replaced(pl_module: L.LightningModule, name: str, function: Callable[..., A
         yield
     finally:
         delattr(pl_module, name) if before is None else setattr(pl_module, name, before)
-
-
-@contextmanager
-def silent(pl_module: L.LightningModule) -> Iterator[None]:
-    """Ignore what a module logs in a block, and restore its metrics at the end.
-
-    The block works on copies of their states, because metrics of a collection may share states.
-    """
-    saved = [(metric, dict(vars(metric))) for metric in pl_module.modules() if isinstance(metric, Metric)]
-    for metric, _ in saved:
-        for name, state in metric.metric_state.items():
-            setattr(metric, name, list(state) if isinstance(state, list) else state.clone())
-    try:
-        with _replaced(pl_module, "log", lambda *_, **__: None):
-            yield
-    finally:
-        for metric, attributes in saved:
-            vars(metric).clear()
-            vars(metric).update(attributes)

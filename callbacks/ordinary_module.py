@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 
-from ars2.lightning import TwoPass, silent
+from ars2.lightning import TwoPass
 
 
 class OrdinaryModule(TwoPass):
@@ -60,7 +60,7 @@ class OrdinaryModule(TwoPass):
         """Return the loss of ``training_step``, without its logs and metrics."""
         step = self.network.training_step
         arguments = (batch, 0)[: len(inspect.signature(step).parameters)]
-        with silent(self.network):
+        with self.silent(self.network):
             output: Any = step(*arguments)
         loss: Tensor = output["loss"] if isinstance(output, dict) else output
         return loss

@@ -114,6 +114,8 @@ def test_its_flatness_is_probed_and_its_surface_drawn(tmp_path: Path) -> None:
     with (folder / "metrics.csv").open() as file:
         (row,) = [row for row in csv.DictReader(file) if row["flatness/probe_loss"]]
     assert float(row["flatness/hessian_top"]) > 0
+    for name, value in weights(fit(tmp_path / "without")).items():
+        assert torch.equal(value, weights(folder)[name]), name
     surface = ("--trainer.callbacks+=callbacks.loss_surface.LossSurface", "--trainer.callbacks.points", "3")
     result = call("test", *options(), *surface, "--ckpt_path", "last", "--runs", tmp_path)
     assert result.code == 0 and "loss surface:" in result.out
