@@ -13,6 +13,7 @@ and the names of the rows, see analysis/study.py. The report lists folders witho
 import argparse
 import functools
 import sys
+import traceback
 from pathlib import Path
 
 from analysis.study import Study
@@ -42,6 +43,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--unfinished", action="store_true", help="include runs that did not finish")
     parser.add_argument("--wandb", metavar="PROJECT", help="also send the report to this Weights & Biases project")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error before its line")
     return parser.parse_args()
 
 
@@ -67,6 +69,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         from launch.errors import one_line  # imports torch
 
+        if options.debug:
+            traceback.print_exception(error)
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0

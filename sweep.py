@@ -10,6 +10,7 @@ trial is an ordinary run with its own folder; `python compare.py runs/grok` make
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 
 
@@ -21,12 +22,14 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="concurrent runs (default: all cores)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each run (default: 1)")
     parser.add_argument("--wandb-files", type=Path, help="write W&B sweep files to this folder, and run nothing")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error before its line")
     options = parser.parse_args()
     if min(options.workers, options.threads) < 1:
         parser.error("--workers and --threads must be at least 1")
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch is imported
     try:
         from launch import sweep_progress, sweep_specification, wandb_sweep
+        from launch.errors import one_line
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         print(f"error: a sweep needs the package {package}: install it (pip install {package})", file=sys.stderr)
@@ -38,7 +41,9 @@ def main() -> int:
         else:
             sweep_progress.run(sweep, options.folder or Path("runs/sweeps") / sweep.name, options.workers)
     except (ValueError, OSError, KeyError) as error:
-        print(f"error: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        if options.debug:
+            traceback.print_exception(error)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"interrupted; resume with: python {' '.join(sys.argv)}", file=sys.stderr)

@@ -28,10 +28,15 @@ def _rank_and_size() -> tuple[int, int] | None:
     return found if found[1] > 1 else None
 
 
+def launched_rank() -> int:
+    """Return this process' rank as its launcher states it, without a process group."""
+    started = _rank_and_size()
+    return int(os.environ.get("LOCAL_RANK", 0)) if started is None else started[0]
+
+
 def is_rank_zero() -> bool:
     """Return whether this process creates the run's folder and prints for all."""
-    started = _rank_and_size()
-    return (int(os.environ.get("LOCAL_RANK", 0)) if started is None else started[0]) == 0
+    return launched_rank() == 0
 
 
 def broadcast_from_rank_zero(name: str, decide: Callable[[], Any]) -> Any:

@@ -4,6 +4,7 @@ import shlex
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -36,10 +37,12 @@ with without_heavy_packages():
     from experiment.loggers import make_loggers
     from launch.config_guard import check_overlays, check_values
     from launch.console import silence_libraries
-    from launch.error_report import report, user_code_location
-    from launch.errors import explain
+    from launch.error_report import locate, report
+    from launch.errors import explain, one_line
     from launch.trainer_options import check_precision, issubclass_of, move_update_options
     from modules.two_pass import TwoPassModule
+
+DEBUG = "--debug"
 
 
 class Parser(LightningArgumentParser):
@@ -47,12 +50,16 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs["allow_abbrev"] = False
+        # main() removes this option, so that it may come anywhere and is no part of the config.
+        kwargs["epilog"] = f"{DEBUG} anywhere in the command prints the traceback of an error before its line."
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print the error and exit with code 2."""
-        place = "" if ex is None else user_code_location(ex)
-        print(f"error: {explain(message, self)}{place}", file=sys.stderr)
+        source, place = (None, "") if ex is None else locate(ex)
+        # The parser would describe what it tried with an exception of the user's code.
+        text = one_line(source) if source and place else explain(message, self)
+        print(f"error: {text}{place}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -97,7 +104,11 @@ class CommandLine(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
         check_values(self.config[self.config.subcommand].as_dict())
-        for callback in _listed(self.config[self.config.subcommand].trainer.callbacks):
+        trainer = self.config[self.config.subcommand].trainer
+        if trainer.callbacks:
+            # The parser hides the exception of a single callback, because it tries a list first.
+            trainer.callbacks = _listed(trainer.callbacks)
+        for callback in _listed(trainer.callbacks):
             # Lightning's Timer has an enum as a default, which YAML cannot represent.
             for name, value in vars(callback.get("init_args") or Namespace()).items():
                 if isinstance(value, Enum) and isinstance(value, str):
@@ -275,13 +286,15 @@ def main(arguments: Sequence[str]) -> int:
     """Run one subcommand and return the exit code.
 
     It is 0 only if everything succeeded. Every error is one line on standard error, which names the file with the
-    traceback.
+    traceback, or prints it with ``--debug``.
     """
+    debug = DEBUG in arguments
+    arguments = [argument for argument in arguments if argument != DEBUG]
     silence_libraries()
     if is_rank_zero():
         leave_current()
     try:
-        return _run(arguments)
+        return _run(arguments, debug)
     except KeyboardInterrupt:
         # During Lightning's exit, between two of its steps, or while another stop is reported.
         if RunFolder.current() is None:
@@ -290,7 +303,7 @@ def main(arguments: Sequence[str]) -> int:
         return 128 + signal.SIGINT
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(arguments: Sequence[str], debug: bool) -> int:
     """Run one subcommand, and report an error or a stop."""
     try:
         check_overlays(arguments)
@@ -328,11 +341,13 @@ def _run(arguments: Sequence[str]) -> int:
     except SystemExit as stop:
         # Lightning exits like this when Ctrl-C comes before or after training, or twice.
         if not isinstance(stop.__context__, KeyboardInterrupt):
+            if debug and stop.__context__ is not None:
+                traceback.print_exception(stop.__context__)
             raise
         _print_resume_command(arguments)
         return 128 + signal.SIGINT
     except Exception as error:
-        return report(error)
+        return report(error, debug)
     finally:
         unlock_all()
     return 0

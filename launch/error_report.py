@@ -9,9 +9,9 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-from experiment.distributed import is_rank_zero
+from experiment.distributed import is_rank_zero, launched_rank
 from experiment.folders import RunFolder
-from launch.errors import one_line, worker_traceback
+from launch.errors import LOST_PROCESS, REFUSED_VALUE, one_line, worker_traceback
 
 # The project's packages; users may add their own modules to those of the tasks.
 _PROJECT = {"analysis", "ars2", "callbacks", "datamodules", "experiment", "launch", "modules", "studies", "__main__"}
@@ -19,15 +19,19 @@ _TASKS = ("modules", "datamodules")
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
-def report(error: Exception) -> int:
+def report(error: Exception, debug: bool = False) -> int:
     """Print ``error``, save its traceback, and return the exit code.
 
     A run folder in which nothing was trained yet is removed. The traceback goes into ``error.txt`` in the run folder,
     or in the data cache where there is none. No file is written if the line suffices.
+
+    Args:
+        error: the exception that ended the command.
+        debug: whether to print the traceback before the line.
     """
-    place = user_code_location(error)
+    source, place = locate(error)
     folder = RunFolder.current()
-    message = one_line(error, folder) + place
+    message = one_line(source if REFUSED_VALUE in str(error) else error, folder) + place
     if folder is not None and is_rank_zero() and not folder.has_results():
         shutil.rmtree(folder.path, ignore_errors=True)
         folder = None
@@ -35,23 +39,31 @@ def report(error: Exception) -> int:
         # Imported here because only errors need it.
         from datamodules.token_cache import default_cache
 
-        details = (default_cache() if folder is None else folder.path) / "error.txt"
+        # Each process has a file, because the others fail too when they lose the connection to the first that fails.
+        name = "error.txt" if is_rank_zero() else f"error-rank{launched_rank()}.txt"
+        details = (default_cache() if folder is None else folder.path) / name
         with contextlib.suppress(OSError):
             details.parent.mkdir(parents=True, exist_ok=True)
             details.write_text("".join(traceback.format_exception(error)))
             message += f" (details in {details})"
-    print(f"error: {message}", file=sys.stderr)
+    if debug:
+        traceback.print_exception(error)
+    # In one piece, because several processes may write at the same time.
+    sys.stderr.write(f"error: {message}\n")
     return 1
 
 
-def user_code_location(error: BaseException) -> str:
-    """Return `` (file, line n)`` of the user's code in the traceback, if any.
+def locate(error: BaseException) -> tuple[BaseException, str]:
+    """Return the exception raised in the user's code, and `` (file, line n)``.
 
-    A user's class may be among the suite's tasks, in modules/ or datamodules/. There, a line that raises the exception
-    itself is a deliberate error message, and any other line is a bug.
+    Without such an exception, return ``error`` and an empty string. A user's class may be among the suite's tasks, in
+    modules/ or datamodules/. There, a line that raises the exception itself is a deliberate error message, and any
+    other line is a bug.
     """
-    cause: BaseException | None = error
+    cause: BaseException | None = None if LOST_PROCESS.search(str(error)) else error
     while cause is not None:
+        if isinstance(cause, SyntaxError) and cause.filename and Path(cause.filename).is_file():
+            return cause, f" ({cause.filename}, line {cause.lineno})"
         places = _places(cause)
         project = [(name, file, line) for name, file, line in places if not file.startswith(_LIBRARIES)]
         for name, file, line in reversed(project):
@@ -60,15 +72,15 @@ def user_code_location(error: BaseException) -> str:
             is_message = is_last and source.startswith("raise ")
             is_refused_value = isinstance(cause, (ValueError, OSError)) and not is_last
             if package not in _PROJECT or (package in _TASKS and not is_message and not is_refused_value):
-                return f" ({file}, line {line})"
+                return cause, f" ({file}, line {line})"
         cause = cause.__cause__ or cause.__context__
-    return ""
+    return error, ""
 
 
 def _places(error: BaseException) -> list[tuple[str, str, int]]:
     """Return module, file and line of the traceback's frames, outermost first."""
     names = {getattr(module, "__file__", None): name for name, module in list(sys.modules.items())}
-    # A worker of a data loader leaves only the text of its traceback.
+    # Another process leaves only the text of its traceback.
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     frames += [(file, int(line)) for file, line in re.findall(r'File "(.+)", line (\d+)', worker_traceback(error))]
     return [(names.get(file) or Path(file).stem, file, line) for file, line in frames if Path(file).is_file()]

@@ -11,9 +11,14 @@ from typing import Any, Literal
 
 from experiment.library_internals import actions_of
 
+REFUSED_VALUE = "Does not validate against"  # jsonargparse, also if a valid value's class raised an exception
 _NOISE = re.compile(
-    r"Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value type:|Problem with given"
+    rf"{REFUSED_VALUE}|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value type:|Problem with given"
+    r"|Not a valid subclass of|Subclass types expect|a class path \(str\)|a dict with"
 )
+# gloo and NCCL
+LOST_PROCESS = re.compile(r"Connection (?:closed|reset) by peer \[|remote process exited")
+_OTHER_PROCESS = re.compile(r"Caught \w+ in DataLoader worker process|-- Process \d+ terminated with the following")
 _MAX_LENGTH = 500
 _REQUIRED = "the following arguments are required"
 _NO_CLASS = r"Expected a dot import path string: (.+)"
@@ -28,10 +33,16 @@ def one_line(error: BaseException, folder: Any = None) -> str:
     """
     text = str(error)
     if written := worker_traceback(error):
-        return written.splitlines()[-1]
+        # The lines after the last frame and its indented source.
+        text = re.sub(r'(?s).*\n  File "[^\n]*\n(?:    [^\n]*\n)*', "", written)
+        return " ".join(text.split())[:_MAX_LENGTH]
+    if LOST_PROCESS.search(text):
+        return "another process of the run has ended; its error says why"
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {error.msg}"  # its text also has the file, but without the folder
     if isinstance(error, KeyError) and " " in text:
         text = str(error.args[0])  # a sentence, not a key
-    elif "Does not validate against" in text:
+    elif REFUSED_VALUE in text:
         text = explain(text, None)
         # The value was valid, and creating the object from it failed.
         if made := next((e for e in _before(error) if " ".join(str(e).split()) == text), None):
@@ -55,9 +66,9 @@ def one_line(error: BaseException, folder: Any = None) -> str:
 
 
 def worker_traceback(error: BaseException) -> str:
-    """Return the traceback text of a data loader's worker; empty for any other error."""
-    text = str(error).rstrip()
-    return text if re.match(r"Caught \w+ in DataLoader worker process", text) else ""
+    """Return the traceback text of another process; empty for any other error."""
+    text = str(error).strip()
+    return text if _OTHER_PROCESS.match(text) else ""
 
 
 def _before(error: BaseException) -> Iterator[BaseException]:
@@ -114,7 +125,9 @@ def explain(message: str, parser: Any) -> str:
     ]
     messages = [line for line in messages if line and not line.startswith("Expected a path but")]
     text = "; ".join(dict.fromkeys(messages)).replace("; expected ", " or ")
-    names_value = "; got " in text or "there is no class" in text or given.startswith(("{", "NestedArg", "Namespace"))
+    names_value = (
+        "; got " in text or "there is no class" in text or given.startswith(("{", "NestedArg")) or "Namespace(" in given
+    )
     if given and not names_value:
         text += f"; got {given}"
     if re.search(rf"{_REQUIRED}.*\bmodel\b", text) or (text.startswith("Option ") and _keys(parser) == {"help"}):

@@ -9,7 +9,7 @@ import torch
 
 import modules
 from modules.evaluation import EvaluatedModule
-from tests.helpers.commands import TINY, Result, call
+from tests.helpers.commands import TINY, Result, call, fresh_python
 from tests.helpers.marks import slow
 
 NUMBERS = itertools.count()
@@ -156,3 +156,110 @@ def test_batches_of_any_structure_are_counted_by_their_first_tensor() -> None:
     for batch in ({}, "text", ["text"]):
         with pytest.raises(TypeError, match=r"override batch_size\(batch\) in EvaluatedModule"):
             module.batch_size(batch)
+
+
+WORKING = BROKEN % ("pass", "pass")
+WORKING = WORKING.replace("batch[0].float()", "batch[0].float()[:, :2]")
+CALLBACK = """
+    class Callback(L.Callback):
+        def {method}(self, *arguments):
+            {bug}  # BUG
+    """
+METRIC = """
+    import torchmetrics
+
+    class Broken(torchmetrics.SumMetric):
+        def compute(self):
+            {bug}  # BUG
+    """
+SCHEDULER = """
+    class Scheduler(torch.optim.lr_scheduler.LRScheduler):
+        def get_lr(self):
+            {bug}  # BUG
+    """
+DATA_MODULE = """
+    class Data(L.LightningDataModule):
+        def setup(self, stage):
+            {bug}  # BUG
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.ones(4, 1, 2))
+    """
+STEPS = """
+        def validation_step(self, batch, index):
+            {bug}  # BUG
+    """
+KEY, VALUE = ("{}['a']", "KeyError: 'a'"), ("int('abc')", "invalid literal for int() with base 10: 'abc'")
+
+
+@pytest.mark.parametrize(
+    ("code", "bug", "message", "options"),
+    [
+        ("{bug}  # BUG", "x = = 3", "SyntaxError: invalid syntax", ()),
+        ("{bug}  # BUG", "import nothing_here", "No module named 'nothing_here'", ()),
+        slow("{bug}  # BUG", *KEY, ()),
+        (CALLBACK.replace("{method}", "__init__"), *KEY, ("--trainer.callbacks", "Callback")),
+        (CALLBACK.replace("{method}", "on_train_epoch_end"), *VALUE, ("--trainer.callbacks", "Callback")),
+        (SCHEDULER, *VALUE, ("--model.scheduler", "Scheduler")),
+        (DATA_MODULE, *VALUE, ("--data", "Data")),
+        slow(DATA_MODULE, "open('/nothing/here')", "/nothing/here: No such file or directory", ("--data", "Data")),
+        (STEPS, *VALUE, ()),
+        (METRIC, *KEY, ("Broken()",)),
+    ],
+    ids=[
+        "syntax",
+        "import",
+        "import of a bug",
+        "callback is made",
+        "callback",
+        "schedule",
+        "data",
+        "data's file",
+        "validation",
+        "metric",
+    ],
+)
+def test_a_bug_of_any_kind_is_located(
+    code: str, bug: str, message: str, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Find the line with the comment BUG in the line of the error."""
+    body = textwrap.dedent(WORKING)
+    if options == ("Broken()",):
+        body, options = body.replace("{})", "{'broken': Broken()})"), ()
+        body = body.replace("return self.network", "metrics['broken'].update(1.0)\n        return self.network")
+    more = textwrap.dedent(code.replace("{bug}", bug))
+    body += textwrap.indent(more, "    ") if code is STEPS else more
+    name = f"users_kind_{next(NUMBERS)}"
+    file = tmp_path / f"{name}.py"
+    file.write_text(HEAD + body)
+    (number,) = [number for number, line in enumerate(file.read_text().splitlines(), 1) if "# BUG" in line]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = [f"{name}.{option}" if option in ("Callback", "Scheduler", "Data") else option for option in options]
+    data = DATA[6:] if "--data" in given else DATA
+    result = call("fit", "--model", f"{name}.Net", *OPTIMIZER, *data, *given, "--runs", tmp_path / "runs")
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {message} ({file}, line {number})"), line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_bug_in_one_process_is_located_and_the_other_one_blames_that_process(rank: int, tmp_path: Path) -> None:
+    body = WORKING.replace("class Net", "import os\n    class Net").replace(
+        "return",
+        f"""{{}} if os.environ.get(
+                "LOCAL_RANK", "0") != "{rank}" else {{}}["a"]
+            return""",
+    )
+    file = tmp_path / "users_process.py"
+    file.write_text(HEAD + textwrap.dedent(body))
+    options = (*OPTIMIZER, *DATA, "--trainer.devices", 2, "--trainer.strategy", "ddp", "--runs", tmp_path / "runs")
+    result = fresh_python(
+        "train.py", "fit", "--model", "users_process.Net", *options, home=tmp_path, PYTHONPATH=str(tmp_path)
+    )
+    lines = sorted(line for line in result.err.splitlines() if line.startswith("error: "))
+    assert lines[0].startswith(f"error: KeyError: 'a' ({file}, line "), result.err
+    assert lines[1].startswith("error: another process of the run has ended; its error says why (details in ")
+    details = {path.name: path.read_text() for path in tmp_path.rglob("error*.txt")}
+    assert set(details) == {"error.txt", "error-rank1.txt"}
+    assert "KeyError" in details["error-rank1.txt" if rank else "error.txt"]
