@@ -103,10 +103,11 @@ def test_heads_beside_each_other_are_all_found() -> None:
 
 # --- transformers ---
 
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
 
 def bert(name: str, **options: Any) -> Any:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.BertConfig(vocab_size=50, **sizes, **options)
+    config = transformers.BertConfig(vocab_size=50, **SIZES, **options)
     return getattr(transformers, name)(config)
 
 
@@ -124,6 +125,42 @@ def bert(name: str, **options: Any) -> Any:
 def test_a_classifier_of_transformers_has_its_head_outside_of_its_base(name: str, expected: set[str]) -> None:
     model = bert(name)
     assert heads(model) == expected and find_heads(model).guessed is None
+
+
+DISTILBERT = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32, "vocab_size": 50}
+GPT2 = {
+    "n_embd": 16,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_positions": 8,
+    "vocab_size": 50,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+LLAMA, VIT = {"vocab_size": 50, **SIZES}, {"image_size": 8, "patch_size": 4, **SIZES}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("DistilBertForSequenceClassification", ("DistilBertConfig", DISTILBERT), {"classifier.weight"}),
+        ("GPT2ForSequenceClassification", ("GPT2Config", GPT2), {"score.weight"}),
+        ("GPT2LMHeadModel", ("GPT2Config", GPT2), {"transformer.wte.weight"}),
+        ("LlamaForCausalLM", ("LlamaConfig", LLAMA | {"tie_word_embeddings": True}), {"model.embed_tokens.weight"}),
+        ("LlamaForCausalLM", ("LlamaConfig", LLAMA), {"lm_head.weight"}),
+        ("ViTForImageClassification", ("ViTConfig", VIT | {"num_labels": 3}), {"classifier.weight"}),
+    ],
+)
+def test_heads_and_embeddings_of_transformers_are_vectors_and_hidden_layers_matrices(
+    name: str, config: tuple[str, dict[str, Any]], expected: set[str]
+) -> None:
+    model = getattr(transformers, name)(getattr(transformers, config[0])(**config[1]))
+    items = assign(model, "hidden")
+    assert {item.name for item in items if item.role in ("output head", "tied embedding")} == expected
+    assert {item.role for item in items if item.track == "matrix"} <= {"hidden", "convolution"}
+    vectors = {item.role for item in items if item.track == "vector" and item.param.ndim > 1}
+    assert vectors <= {"output head", "tied embedding", "embedding", "token or position"}
+    assert find_heads(model).guessed is None
 
 
 class WithPart(nn.Module):
@@ -161,8 +198,7 @@ def test_a_head_inside_of_a_model_that_declares_none_is_found() -> None:
 
 
 def test_a_classifier_of_two_layers_has_its_last_as_head() -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.RobertaConfig(vocab_size=50, num_labels=3, **sizes)
+    config = transformers.RobertaConfig(vocab_size=50, num_labels=3, **SIZES)
     assert heads(transformers.RobertaForSequenceClassification(config)) == {"classifier.out_proj.weight"}
 
 
