@@ -116,6 +116,17 @@ def test_the_example_modules_are_complete(tmp_path: Path, monkeypatch: pytest.Mo
     assert names["trainer"].callback_metrics["train_loss_epoch"] < 1
 
 
+def test_the_program_that_fine_tunes_learns_and_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    first, *others = blocks("huggingface", "python")
+    exec(first, names)
+    assert names["trainer"].evaluate()["eval_accuracy"] > 0.9
+    for code in others:
+        exec(code.replace("trainer.train()", "trainer.args.max_steps = 4; trainer.train()"), names)
+    assert names["trainer"].train().global_step == 4
+
+
 def test_the_optimizer_with_other_factors_is_one_and_the_weight_decay_follows_the_learning_rate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -371,6 +371,22 @@ def test_options_of_the_optimizer_and_groups_of_its_user_come_first(tmp_path: Pa
     assert "classifier.weight" in groups[0]["param_names"]
 
 
+def test_trainer_itself_groups_by_shape_and_makes_the_schedule_of_an_optimizer(tmp_path: Path) -> None:
+    args, model = arguments(tmp_path, weight_decay=0.03, lr_scheduler_type="linear", warmup_steps=2), bert()
+    trainer = Trainer(model, args, optimizer_cls_and_kwargs=(ARS2Neo, {"lr": 0.5}))
+    with pytest.warns(UserWarning, match="their shapes decide"):
+        groups = trainer.create_optimizer().param_groups
+    assert {(group["lr"], group["weight_decay"]) for group in groups} == {(0.5, 0.03), (0.5, 0.0)}
+    assert any(model.classifier.weight is param for param in groups[0]["params"]) and groups[0]["track"] == "matrix"
+    optimizer = ARS2Neo(param_groups(model, "hidden"), lr=0.5)
+    trainer = Trainer(model, args, optimizers=(optimizer, None))
+    trainer.create_optimizer_and_scheduler(10)
+    assert trainer.optimizer is optimizer
+    assert {(group["lr"], group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
+        (0.0, 0.5, 0.1)
+    }
+
+
 def without_noise() -> CountingNetwork:
     model = CountingNetwork()
     model.dropout.p, model.statistics = 0.0, nn.Identity()
