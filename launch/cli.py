@@ -23,6 +23,7 @@ with without_heavy_packages():
     from callbacks.best_checkpoint import BestCheckpoint
     from callbacks.cost_counters import CostCounters
     from callbacks.last_checkpoint import LastCheckpoint, Stopped, StopSignals
+    from callbacks.lookup import callbacks_of
     from callbacks.optimizer_internals import OptimizerInternals
     from callbacks.ordinary_module import OrdinaryModule
     from callbacks.progress_bar import ProgressBar
@@ -40,6 +41,7 @@ with without_heavy_packages():
     from launch.error_report import locate, report
     from launch.errors import explain, one_line
     from launch.trainer_options import check_precision, issubclass_of, move_update_options
+    from modules.checks import check_saves_average
     from modules.two_pass import TwoPassModule
 
 DEBUG = "--debug"
@@ -243,7 +245,9 @@ class CommandLine(LightningCLI):
         check_precision(str(self.config[self.subcommand].trainer.precision), self.trainer)
 
     def before_fit(self) -> None:
-        """Refuse a checkpoint callback that Lightning would never call, or that replaces the files of the run."""
+        """Refuse checkpoint callbacks that would lose something without a message."""
+        for average in callbacks_of(self.trainer, L.callbacks.WeightAveraging):
+            check_saves_average(self.trainer, type(average).__name__)
         for callback in self.trainer.checkpoint_callbacks:
             name, ours = type(callback).__name__, isinstance(callback, (BestCheckpoint, LastCheckpoint))
             timed = getattr(callback, "_train_time_interval", None) is not None

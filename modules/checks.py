@@ -127,12 +127,21 @@ def check_callbacks(module: L.LightningModule) -> None:
         if isinstance(callback, WeightAveraging):
             if isinstance(module.trainer.strategy, ModelParallelStrategy):
                 raise ValueError(f"{name} does not support a sharded network: use strategy ddp, or remove it")
-            for other in module.trainer.checkpoint_callbacks:
-                if getattr(other, "save_weights_only", False):
-                    raise ValueError(
-                        f"{name} saves its average only in full checkpoints, and {type(other).__name__} saves only"
-                        " weights: set its save_weights_only to false (--checkpoint.save_weights_only false)"
-                    )
+            check_saves_average(module.trainer, name)
+
+
+def check_saves_average(trainer: L.Trainer, name: str) -> None:
+    """Check that every checkpoint has the average of a :class:`WeightAveraging` callback.
+
+    Raises:
+        ValueError: a checkpoint callback saves only weights, and would save those that were not averaged.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "save_weights_only", False):
+            raise ValueError(
+                f"{name} saves its average only in full checkpoints, and {type(callback).__name__} saves only"
+                " weights: set its save_weights_only to false (--checkpoint.save_weights_only false)"
+            )
 
 
 def _replaces(kind: type, base: type, name: str) -> bool:

@@ -36,16 +36,24 @@ def commands(program: str) -> list[list[str]]:
     return [line[line.index(program) + 1 :] for line in words if program in line]
 
 
-@pytest.mark.parametrize("page", ["precision_and_faults", "several_processes"])
+@pytest.mark.parametrize("page", ["precision_and_faults", "several_processes", "lightning_features"])
 def test_every_feature_in_a_table_names_the_file_that_tests_it(page: str) -> None:
-    table = re.search(r"^\| feature[^\n]*\| tested how[^\n]*\|\n(.*?)\n\n", PAGES[page], re.M | re.S)
-    assert table is not None
-    paths = re.findall(r"\]\(\.\./(tests/[\w/]+\.py)\)", table[1])
+    tables = re.findall(r"^\| feature[^\n]*\| tested how[^\n]*\|\n(.*?)\n\n", PAGES[page], re.M | re.S)
+    paths = re.findall(r"\]\(\.\./(tests/[\w/]+\.py)\)", "".join(tables))
     assert len(paths) >= 3
     for path in paths:
         assert "def test_" in (ROOT / path).read_text(), path
-    for row in table[1].splitlines()[1:] if page == "precision_and_faults" else ():
+    for row in (row for table in tables for row in table.splitlines()[1:] if page != "several_processes"):
         assert "](../tests/" in row, row
+
+
+def test_the_schedules_shown_are_those_that_are_tested() -> None:
+    names: dict[str, Any] = {}
+    exec(blocks("lightning_features", "python")[0], names)
+    tested = (ROOT / "tests/launch/test_lightning_callbacks.py").read_text()
+    shown = re.findall(r"^ +(?:parts|super).*", blocks("lightning_features", "python")[0], re.M)
+    assert shown and all(line in tested for line in shown)
+    assert names["WarmUp"] and names["from_transformers"]
 
 
 def test_commands_of_train_have_valid_options_and_configs(tmp_path: Path) -> None:

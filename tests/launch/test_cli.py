@@ -14,6 +14,7 @@ import torch
 import torchmetrics
 import yaml
 
+from analysis.runs import Run
 from experiment.folders import RunFolder
 from experiment.identity import RunIdentity
 from launch import cli, console
@@ -217,6 +218,22 @@ def test_last_and_best_are_those_of_the_newest_run_of_the_config(learned: Path) 
         assert answered.out == call("predict", *options, "--ckpt_path", path).out
     result = call("validate", *ADAMW, *TINY, "--model.optimizer.lr", 0.5, "--runs", runs, "--ckpt_path", "last")
     assert f"checkpoint: {other / LAST}" in result.out
+
+
+def test_epochs_count_from_0_in_what_lightning_writes_and_from_1_elsewhere(tmp_path: Path) -> None:
+    options = (*ADAMW, *TINY, *LEARN, "--data.train_fraction", 0.5, "--checkpoint.filename", "best-{epoch}")
+    folder = fit(tmp_path, *options)
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = [row for row in metrics(folder) if "val/accuracy" in row]
+    accuracies = [float(row["val/accuracy"]) for row in rows]
+    best = accuracies.index(max(accuracies))
+    assert [int(row["epoch"]) for row in rows] == list(range(60))
+    assert (folder / f"checkpoints/best-epoch={best}.ckpt").exists()
+    assert (summary["epochs"], summary["metrics"]["val/accuracy"]["best_epoch"]) == (60, best + 1)
+    (fitted,) = [row for row in metrics(folder) if "milestone/fit" in row]
+    assert int(fitted["epoch"]) + 1 == float(fitted["milestone/fit"]) == summary["milestones"]["fit"]["epoch"]
+    run = Run(folder)
+    assert (run.epochs, run.log["epoch"].min(), run.log["epoch"].max()) == (60, 1, 60)
 
 
 def test_last_and_best_are_found_in_a_folder_that_was_moved(learned: Path, tmp_path: Path) -> None:

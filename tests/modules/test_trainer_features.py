@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor
 from torch.optim import lr_scheduler
@@ -287,6 +288,12 @@ class ValuesAfterSteps(L.Callback):
 
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         self.validated.append(pl_module.network.head.weight.detach().clone())
+
+
+def test_a_moving_average_of_a_sharded_network_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"callbacks": [EMAWeightAveraging()], "strategy": ModelParallelStrategy()}
+    with pytest.raises(ValueError, match="does not support a sharded network"):
+        trainer_of_a_user(tmp_path, **options).fit(SmallTask(optimizer=make_optimizer("sync")), batches())
 
 
 @pytest.mark.parametrize("name", ["adamw", "sync", "aga"])
