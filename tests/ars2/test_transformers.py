@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
@@ -331,6 +332,15 @@ def test_what_is_not_supported_is_an_error_before_the_first_step(tmp_path: Path)
     trainer = trainer_of(tmp_path, model, optimizer_of(model, **MODES["base"]))
     trainer.args._n_gpu = 2
     trainer.train()
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "XLA"])
+def test_sharded_models_are_an_error(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = CountingNetwork()
+    trainer = trainer_of(tmp_path, model, optimizer_of(model, **MODES["sync"]))
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", DistributedType[kind])
+    with pytest.raises(ValueError, match=f"not with {kind}: .* torchrun"):
+        trainer.training_step(model, next(batches()))
 
 
 def bert() -> BertForSequenceClassification:
