@@ -1,65 +1,50 @@
-"""Train a small network with ARS2-Neo in a plain loop.
+"""Train with ARS2-Neo in a plain loop: gradient scaling, clipping, accumulation and second passes.
 
-    python examples/plain_loop.py
+    python -m examples.plain_loop
 
-The loop has gradient scaling, clipping, accumulation and two passes. It needs only torch and ars2. With mode="base" a
-step makes one pass, and you can remove the block of the second pass.
+The loop needs only torch and ars2. It is the same in all modes; with mode="base" every step makes one pass.
 """
 
-import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ars2 import ARS2Neo, param_groups, repeatable
+from ars2 import ARS2Neo, param_groups
+from examples.tiny_task import loader, network, windows
 
-STEPS, MICRO_BATCHES, MICRO_BATCH, CLIP = 150, 4, 64, 1.0
+ACCUMULATE, CLIP = 4, 1.0
 
 
-def train(steps: int = STEPS, **options: Any) -> list[float]:
-    """Return the first-pass loss of each step; the options are those of ARS2Neo."""
+def train(epochs: int = 20, **options: Any) -> tuple[nn.Module, list[float]]:
+    """Return the network and the first-pass loss of each step; the options are those of ARS2Neo."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    half = torch.float16 if device == "cuda" else torch.bfloat16
-    model = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 1))
-    model.to(device)
+    model = network().to(device)
     # Biases, gains and, under policy "hidden", the output head are vectors. They get AdamW, here with separate options.
     groups = param_groups(model, policy="hidden", vector={"lr": 1e-2, "weight_decay": 0.0})
     optimizer = ARS2Neo(groups, lr=2e-3, weight_decay=0.1, **options)
     scaler = torch.amp.GradScaler(device)
 
-    def backward(inputs: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(device, half):
-            loss = nn.functional.mse_loss(model(inputs).float(), targets) / MICRO_BATCHES
-        scaler.scale(loss).backward()
-        return loss.detach()
-
     losses = []
-    for _ in range(steps):
-        passes = []
-        for _ in range(MICRO_BATCHES):
-            inputs = torch.randn(MICRO_BATCH, 16, device=device)
-            targets = inputs[:, :2].prod(dim=1, keepdim=True)
-            # The second call uses the same dropout masks and does not update BatchNorm's running statistics.
-            passes.append(repeatable(functools.partial(backward, inputs, targets), model))
-
-        optimizer.zero_grad()
-        losses.append(sum(one_pass().item() for one_pass in passes))
-        if optimizer.wants_second_pass():  # it does not need unscaled gradients
-            optimizer.perturb()
-            try:
-                for one_pass in passes:
-                    one_pass()
-            finally:
-                optimizer.restore()  # bit for bit
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        scaler.step(optimizer)  # skips a step whose gradient is not finite
-        scaler.update()
-    print(f"mean loss: {sum(losses[:10]) / 10:.3f} in the first ten steps, {sum(losses[-10:]) / 10:.3f} in the last")
-    print(f"gradient evaluations: {optimizer.diagnostics()['gradient_evaluations']:.0f} in {steps} steps")
-    return losses
+    for epoch in range(epochs):
+        for window in windows(loader(), ACCUMULATE):
+            losses.append(0.0)
+            optimizer.zero_grad()
+            for number in optimizer.passes(model):  # 1 and, in a two-pass step, 2
+                for inputs, targets in window:
+                    with torch.autocast(device, torch.float16):
+                        outputs = model(inputs.to(device))
+                        loss = nn.functional.mse_loss(outputs.float(), targets.to(device)) / len(window)
+                    scaler.scale(loss).backward()
+                    losses[-1] += loss.item() if number == 1 else 0.0
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            scaler.step(optimizer)  # skips a step whose gradient is not finite
+            scaler.update()
+        print(f"epoch {epoch + 1}: loss {losses[-1]:.3f}")
+    print(f"gradient evaluations: {optimizer.diagnostics()['gradient_evaluations']:.0f} in {len(losses)} steps")
+    return model, losses
 
 
 if __name__ == "__main__":
