@@ -17,6 +17,7 @@ import yaml
 import compare
 from launch import sweep_specification
 from tests.helpers.commands import ROOT, call
+from tests.helpers.launching import alone
 
 PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
 
@@ -152,6 +153,24 @@ def test_the_optimizer_with_other_factors_is_one_and_the_weight_decay_follows_th
     assert values.min().item() == pytest.approx(values.max().item(), rel=1e-4)
     for group in names["optimizer"].param_groups:
         assert 0 < group["weight_decay"] / 0.1 == pytest.approx(group["lr"] / 3e-3) and group["lr"] < 3e-3
+
+
+def test_the_loops_of_ones_own_run_one_after_the_other() -> None:
+    import torch
+
+    names: dict[str, Any] = {}
+    loop, closure, processes = blocks("your_own_loop", "python")
+    torch.manual_seed(0)
+    exec(loop, names)
+    counters = names["optimizer"].diagnostics()
+    assert 35 <= counters["steps"] <= 40  # the scaler may skip some
+    assert 0 < counters["sync_steps"] < counters["steps"]
+    exec(closure, names)
+    assert names["optimizer"].diagnostics()["steps"] == counters["steps"] + 1
+    assert not names["optimizer"].decides_alike
+    with alone():
+        exec(processes, names)
+    assert names["optimizer"].decides_alike
 
 
 def test_the_sweep_shown_is_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,10 @@ class ShardingAccelerator(Accelerator):
     """Shard with FSDP2 on CPUs, where Accelerate ignores the plugin and replicates."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        super().__init__(fsdp_plugin=plugin, **options)
+        assert self.distributed_type == DistributedType.MULTI_CPU
+        self.state.fsdp_plugin = plugin
         AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
 
 

@@ -89,6 +89,7 @@ def accumulate(**options: Any) -> float:
     model = network()
     optimizer = ARS2Neo(param_groups(model, policy="hidden"), **options)
     model, prepared, batches = accelerator.prepare(model, optimizer, loader())
+    assert prepared.optimizer is optimizer and not hasattr(prepared, "passes")
     for inputs, targets in batches:
         with accelerator.accumulate(model):
             for _ in optimizer.passes(model):
