@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.ars2.training import assert_identical, closure_of, setup, snapshot
+from tests.ars2.training import assert_identical, setup, snapshot
 
 
 @pytest.mark.parametrize("mode", ["base", "sync", "aga", "periodic"])
@@ -39,9 +39,3 @@ def test_a_step_that_overflows_in_one_pass_is_as_if_it_had_not_been(mode: str, i
     assert skipped > 0 or (mode, in_pass) == ("base", 2)
     after, expected = snapshot(optimizer), snapshot(other_optimizer)
     assert_identical({**after, "grads": None}, {**expected, "grads": None})
-
-
-def test_torch_refuses_closures_under_a_gradient_scaler() -> None:
-    model, optimizer = setup("sync")
-    with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
-        torch.amp.GradScaler("cpu").step(optimizer, closure_of(model, optimizer, 0))
