@@ -74,6 +74,13 @@ class CommandLine(LightningCLI):
         self.requested = args[0] if args else ""
         super().__init__(args=list(args), **options)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CommandLine":
+        """Return itself, for callbacks that copy the module.
+
+        The function that makes the module's optimizer refers to this object.
+        """
+        return self
+
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Return only the requested subcommand, because building each takes 0.1 s."""
         subcommands = LightningCLI.subcommands()

@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.commands import ROOT, TINY, Result, clean_environment, folders, metrics, start, train_py
-from tests.helpers.resuming import STOP_AT
+from tests.helpers.resuming import STOP_AT, checkpoint
 
 PAGE = (ROOT / "docs/several_processes.md").read_text()
 TASK = ("--config", "configs/grok_aga.yaml", *TINY, "--data.train_fraction", "0.6", "--trainer.callbacks", "null")
@@ -50,6 +51,36 @@ def by_lightning(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.out.count("Run finished after 2 epochs") == 1
     (folder,) = folders(home / "runs")
     return folder
+
+
+@pytest.mark.slow
+def test_an_average_a_plateau_and_another_logger_are_those_of_one_process(tmp_path: Path) -> None:
+    plateau = (
+        "--model.scheduler.monitor",
+        "val/loss",
+        "--model.scheduler.patience",
+        0,
+        "--model.scheduler.threshold",
+        0.9,
+    )
+    options = (
+        *(*TASK, "--config", "configs/overlays/ema.yaml", "--trainer.callbacks.decay", 0.5),
+        *("--model.scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", *plateau),
+        *("--trainer.logger", "lightning.pytorch.loggers.TensorBoardLogger", "--trainer.logger.save_dir", tmp_path),
+    )
+    saved = []
+    for devices in (1, 2):
+        result = train_py(
+            "fit", *options, *OVERLAY, "--trainer.devices", devices, "--runs", tmp_path / f"{devices}", home=tmp_path
+        )
+        assert result.code == 0, result.err
+        saved.append(checkpoint(folders(tmp_path / f"{devices}")[0]))
+    for key in ("state_dict", "current_model_state"):
+        for name, tensor in saved[0][key].items():
+            assert torch.allclose(saved[1][key][name].float(), tensor.float(), atol=1e-6), name
+    rates = [part["optimizer_states"][0]["param_groups"][0]["lr"] for part in saved]
+    assert rates == pytest.approx([1e-4, 1e-4])
+    assert len([*tmp_path.rglob("events.out.tfevents.*")]) == 2
 
 
 def test_lightning_starts_them_and_one_folder_has_it_all(by_lightning: Path) -> None:

@@ -4,9 +4,11 @@ The error is one sentence with the reason.
 """
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 import transformers
@@ -52,8 +54,15 @@ def test_a_run_with_one_is_complete(name: str, options: tuple[object, ...], stat
     assert f"{MODULE}{name}" in (folder / "config.yaml").read_text()
 
 
+class Locked(L.Callback):
+    """Have a part that cannot be copied, as loggers and launchers have."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
 def test_the_best_checkpoint_has_the_average_that_was_validated(tmp_path: Path) -> None:
-    one_epoch = (*AGA, *TINY, "--trainer.max_epochs", 1)
+    one_epoch = (*AGA, *TINY, "--trainer.max_epochs", 1, f"--trainer.callbacks+={__name__}.Locked")
     average = (f"--trainer.callbacks+={MODULE}EMAWeightAveraging", "--trainer.callbacks.decay", 0.5)
     folder = fit(tmp_path, *one_epoch, *average, *FULL_CHECKPOINTS)
     saved = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
