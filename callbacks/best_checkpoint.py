@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import lightning.pytorch as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from callbacks.module_protocol import trained
@@ -20,7 +21,8 @@ class BestCheckpoint(ModelCheckpoint):
     class does none of that. The checkpoint of an exception is ``exception.ckpt``, so that the best one stays.
 
     Raises:
-        ValueError: several checkpoints would have one name, or one would have that of the last checkpoint.
+        ValueError: several checkpoints would have one name, one would have that of the last checkpoint, or a validation
+            metric is monitored and there is no validation.
     """
 
     changes_training = False
@@ -41,6 +43,15 @@ class BestCheckpoint(ModelCheckpoint):
                 "checkpoint.save_last would overwrite last.ckpt, which last_checkpoint.* writes: remove it"
             )
         super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if str(self.monitor).startswith("val/") and trainer.limit_val_batches != 0 and not trainer.enable_validation:
+            raise ValueError(
+                f"checkpoint.monitor is {self.monitor}, but there is no validation: add val_dataloader() to the data"
+                f"{'' if is_overridden('validation_step', pl_module) else ' and validation_step() to the module'}, or"
+                " monitor another metric, such as --checkpoint.monitor train/loss"
+            )
+        super().on_train_start(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         module = trained(trainer, pl_module)

@@ -23,6 +23,7 @@ with without_heavy_packages():
     from callbacks.best_checkpoint import BestCheckpoint
     from callbacks.cost_counters import CostCounters
     from callbacks.last_checkpoint import LastCheckpoint, Stopped, StopSignals
+    from callbacks.loader_checks import LoaderChecks
     from callbacks.lookup import callbacks_of
     from callbacks.optimizer_internals import OptimizerInternals
     from callbacks.ordinary_module import OrdinaryModule
@@ -283,8 +284,8 @@ class CommandLine(LightningCLI):
 
     def after_predict(self) -> None:
         """Print the lines that the module's ``predict_step`` returned."""
-        for batch in self.trainer.predict_loop.predictions if self.trainer.is_global_zero else ():
-            for line in batch:
+        for answers in self.trainer.predict_loop.predictions if self.trainer.is_global_zero else ():
+            for line in [answers] if isinstance(answers, str) else () if answers is None else answers:
                 print(line)
 
 
@@ -332,6 +333,7 @@ def _run(arguments: Sequence[str], debug: bool) -> int:
             trainer_defaults={
                 "enable_model_summary": False,
                 "callbacks": [
+                    LoaderChecks(),
                     ProgressBar(),
                     CostCounters(),
                     RunSummary(),

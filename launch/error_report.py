@@ -66,15 +66,19 @@ def locate(error: BaseException) -> tuple[BaseException, str]:
             return cause, f" ({cause.filename}, line {cause.lineno})"
         places = _places(cause)
         project = [(name, file, line) for name, file, line in places if not file.startswith(_LIBRARIES)]
+        is_message = any(_is_message(*place) for place in places[-1:])
         for name, file, line in reversed(project):
-            package, source = name.partition(".")[0], linecache.getline(file, line).strip()
-            is_last = (name, file, line) == places[-1]
-            is_message = is_last and source.startswith("raise ")
-            is_refused_value = isinstance(cause, (ValueError, OSError)) and not is_last
+            package = name.partition(".")[0]
+            is_refused_value = isinstance(cause, (ValueError, OSError)) and (name, file, line) != places[-1]
             if package not in _PROJECT or (package in _TASKS and not is_message and not is_refused_value):
                 return cause, f" ({file}, line {line})"
         cause = cause.__cause__ or cause.__context__
     return error, ""
+
+
+def _is_message(name: str, file: str, line: int) -> bool:
+    """Return whether the line raises an error of the project itself."""
+    return name.partition(".")[0] in _PROJECT and linecache.getline(file, line).strip().startswith("raise ")
 
 
 def _places(error: BaseException) -> list[tuple[str, str, int]]:

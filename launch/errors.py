@@ -51,6 +51,10 @@ def one_line(error: BaseException, folder: Any = None) -> str:
         text = _other_network(text)
     elif "could not find the monitored key" in text:
         text = _not_logged(text)
+    elif "`Trainer.predict` requires `forward`" in text:
+        text = "the module answers nothing: implement predict_step(batch, batch_index), which returns a list of lines"
+    elif match := re.search(r"multiple `(\w+)_dataloader`, but no `dataloader_idx`", text):
+        text = f"the data has several loaders for {match[1]}, whose metrics would be mixed: return one loader"
     elif isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     elif isinstance(error, OSError) and error.strerror:
@@ -118,6 +122,7 @@ def explain(message: str, parser: Any) -> str:
     messages = [re.sub(r"\.? Got value: Namespace\(.*$", "", line) for line in messages]
     messages = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in messages]
     messages = [re.sub(r"\. Got value: ", "; got ", line) for line in messages]
+    messages = [re.sub(r"Import path does not correspond to a sub", "it must name a sub", line) for line in messages]
     messages = [re.sub(r"Expected a <class '(\w+)'>", r"expected \1", line) for line in messages]
     messages = [re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", line) for line in messages]
     messages = [
@@ -132,6 +137,13 @@ def explain(message: str, parser: Any) -> str:
         text += f"; got {given}"
     if re.search(rf"{_REQUIRED}.*\bmodel\b", text) or (text.startswith("Option ") and _keys(parser) == {"help"}):
         text += "; first name a config, such as --config configs/grok_aga.yaml"
+    elif text == "Option 'optimizer' is not accepted":
+        text += (
+            ": the __init__() of a TwoPassModule takes **options and calls super().__init__(**options); any other"
+            " LightningModule makes its optimizer in configure_optimizers()"
+        )
+    elif text == f"{_REQUIRED}: optimizer":
+        text += "; name its class, such as --model.optimizer ars2.ARS2Neo"
     elif hint := _nearest(message, parser):
         text += f"; did you mean {hint}?"
     text = " ".join(text.split())[:_MAX_LENGTH]

@@ -40,6 +40,7 @@ def check_complete(module: L.LightningModule, base: type[L.LightningModule]) -> 
         ),
         "implement compute_loss(batch, metrics), which returns the mean loss of a batch": (
             inspect.getattr_static(kind, "compute_loss") is not inspect.getattr_static(base, "compute_loss")
+            and _takes(getattr(kind, "compute_loss", None), module, "batch", "metrics")
         ),
         "set self.network in __init__()": isinstance(network, nn.Module),
         "call self.set_metrics({...}) in __init__()": hasattr(module, "train_metrics"),
@@ -144,6 +145,14 @@ def check_saves_average(trainer: L.Trainer, name: str) -> None:
             )
 
 
+def _takes(function: Any, *arguments: Any) -> bool:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
 def _replaces(kind: type, base: type, name: str) -> bool:
     """Return whether a subclass of ``base`` replaces a method without calling it."""
     between = kind.__mro__[: kind.__mro__.index(base)]
@@ -151,14 +160,14 @@ def _replaces(kind: type, base: type, name: str) -> bool:
     return any(inspect.isfunction(method) and name not in method.__code__.co_names for method in methods)
 
 
-def examples_in(batch: Any) -> int | None:
-    """Return the length of the first tensor with a dimension in ``batch``.
+def examples_in(batch: Any) -> set[int]:
+    """Return the lengths of the tensors with a dimension in ``batch``.
 
-    Nested mappings and sequences are searched. Without such a tensor the result is ``None``.
+    Nested mappings and sequences are searched.
     """
     if isinstance(batch, Tensor):
-        return len(batch) if batch.ndim else None
+        return {len(batch)} if batch.ndim else set()
     parts = batch.values() if isinstance(batch, Mapping) else batch
     if not isinstance(batch, (Mapping, Sequence)) or isinstance(batch, str):
-        return None
-    return next((count for count in map(examples_in, parts) if count is not None), None)
+        return set()
+    return set().union(*map(examples_in, parts))

@@ -37,36 +37,57 @@ class EvaluatedModule(L.LightningModule):
         """Return the result of :meth:`compute_loss`.
 
         Raises:
-            TypeError: it is not a scalar tensor.
+            TypeError: it is not a scalar tensor, or has no gradient in training.
         """
         loss: Any = self.compute_loss(batch, metrics)
+        name = type(self).__name__
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            name = type(self).__name__
             raise TypeError(f"{name}.compute_loss() must return the mean loss, a scalar tensor, and returned {got}")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise TypeError(
+                f"{name}.compute_loss() returned a loss that depends on no parameter of self.network: compute it from"
+                " the network's output, without detach(), item() or torch.no_grad()"
+            )
         return loss
 
     def batch_size(self, batch: Any) -> int:
         """Return the number of examples, or other units, in ``batch``.
 
-        By default this is the length of its first tensor.
+        By default this is the length of all its tensors with a dimension.
 
         Raises:
-            TypeError: its sequences and mappings contain no tensor with a dimension.
+            TypeError: its sequences and mappings contain no such tensor, or some of other lengths.
         """
-        count = examples_in(batch)
-        if count is None:
+        counts = examples_in(batch)
+        if len(counts) != 1:
+            found = f"tensors of lengths {', '.join(map(str, sorted(counts)))}" if counts else "no tensor with a length"
             raise TypeError(
-                f"a batch of type {type(batch).__name__} has no tensor whose length is its number of examples: override"
-                f" batch_size(batch) in {type(self).__name__}"
+                f"a batch of type {type(batch).__name__} has {found}, so that its number of examples is not known:"
+                f" override batch_size(batch) in {type(self).__name__}"
             )
-        return count
+        return next(iter(counts))
 
     def set_metrics(self, metrics: Mapping[str, Metric]) -> None:
         """Set the metrics of the task, by log name.
 
         Every stage gets copies and a mean loss.
+
+        Raises:
+            TypeError: it is not a mapping of metrics.
+            ValueError: a name is that of the mean loss, or contains a dot.
         """
+        what = f"{type(self).__name__}.set_metrics() takes a dictionary of torchmetrics by name"
+        if not isinstance(metrics, Mapping):
+            raise TypeError(f"{what}, such as {{'accuracy': BinaryAccuracy()}}, and got a {type(metrics).__name__}")
+        for name, metric in metrics.items():
+            if not isinstance(metric, Metric):
+                got = f"the class {metric.__name__}: make an object of it" if isinstance(metric, type) else repr(metric)
+                raise TypeError(f"{what}, and {name!r} is {got}")
+            if name == "loss" or "." in name:
+                raise ValueError(
+                    f"{what}, and {name!r} cannot be a name: the mean loss is 'loss', and dots are reserved"
+                )
 
         def stage() -> nn.ModuleDict:
             return nn.ModuleDict({"loss": MeanLoss(), **{name: metric.clone() for name, metric in metrics.items()}})

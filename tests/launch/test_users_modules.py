@@ -139,6 +139,8 @@ def test_a_bug_in_a_process_of_a_data_loader_is_located(tmp_path: Path, monkeypa
     class Data(L.LightningDataModule):
         def train_dataloader(self):
             return torch.utils.data.DataLoader(Failing(), num_workers=1)
+
+        val_dataloader = train_dataloader
     """
     result, file = fit_module(body, tmp_path, monkeypatch, *OPTIMIZER, data="Data")
     assert result.err.startswith(f"error: KeyError: 'label' ({file}, line 12) (details in "), result.err
@@ -149,7 +151,7 @@ def test_an_error_raised_by_the_suite_names_no_file(tmp_path: Path) -> None:
     assert result.code != 0 and ", line " not in result.err
 
 
-def test_batches_of_any_structure_are_counted_by_their_first_tensor() -> None:
+def test_batches_of_any_structure_are_counted_by_their_tensors() -> None:
     module, examples = EvaluatedModule(), torch.ones(5, 2)
     for batch in (examples, (examples, examples), {"image": examples, "label": examples}, [{"x": [examples]}]):
         assert module.batch_size(batch) == 5
