@@ -85,9 +85,7 @@ class EvaluatedModule(L.LightningModule):
                 got = f"the class {metric.__name__}: make an object of it" if isinstance(metric, type) else repr(metric)
                 raise TypeError(f"{what}, and {name!r} is {got}")
             if name == "loss" or "." in name:
-                raise ValueError(
-                    f"{what}, and {name!r} cannot be a name: the mean loss is 'loss', and dots are reserved"
-                )
+                raise ValueError(f"{what}, and {name!r} is no valid name: it is that of the mean loss, or has a dot")
 
         def stage() -> nn.ModuleDict:
             return nn.ModuleDict({"loss": MeanLoss(), **{name: metric.clone() for name, metric in metrics.items()}})

@@ -1,6 +1,7 @@
 """A user's module is checked at once, and a bug in it is located."""
 
 import itertools
+import re
 import textwrap
 from pathlib import Path
 
@@ -27,9 +28,15 @@ from modules.two_pass import TwoPassModule
 
 
 def fit_module(
-    body: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str, package: str = "", data: str = ""
+    body: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *options: str,
+    package: str = "",
+    data: str = "",
+    subcommand: str = "fit",
 ) -> tuple[Result, Path]:
-    """Run fit with the class ``Net`` of a file with this ``body``.
+    """Run a subcommand with the class ``Net`` of a file with this ``body``.
 
     Return the result and the file.
     """
@@ -39,7 +46,7 @@ def fit_module(
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     given = ("--data", f"{name}.{data}", *DATA[6:]) if data else DATA
-    return call("fit", "--model", f"{package}{name}.Net", *options, *given, "--runs", folder / "runs"), file
+    return call(subcommand, "--model", f"{package}{name}.Net", *options, *given, "--runs", folder / "runs"), file
 
 
 def test_everything_that_a_task_module_lacks_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +151,72 @@ def test_a_bug_in_a_process_of_a_data_loader_is_located(tmp_path: Path, monkeypa
     """
     result, file = fit_module(body, tmp_path, monkeypatch, *OPTIMIZER, data="Data")
     assert result.err.startswith(f"error: KeyError: 'label' ({file}, line 12) (details in "), result.err
+
+
+COMPLETE = """
+    class Net(TwoPassModule):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.network = nn.Linear(2, 1)
+            self.set_metrics({})
+
+        def compute_loss(self, batch, metrics):
+            return self.network(batch).square().mean()
+
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=4)
+
+        def val_dataloader(self):
+            return self.train_dataloader()
+    """
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("def val_data", "def dev_data", "monitor is val/loss, but there is no validation: add val_dataloader"),
+        ("return self.train_dataloader()", "return [self.train_dataloader()] * 2", "several loaders for val"),
+        ("return torch.utils.data.DataLoader(torch.ones(8, 2), batch_size=4)", "yield torch.ones(8, 2)", "a generator"),
+        ("**options", "lr=0.1", r"'optimizer' is not accepted: the __init__\(\) of a TwoPassModule"),
+        ("mean()", "sum(1)", r"must return the mean loss, .* returned one of shape \(4,\) \(details in"),
+    ],
+)
+def test_a_task_that_cannot_be_trained_says_what_to_do(
+    old: str, new: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result, _ = fit_module(COMPLETE.replace(old, new), tmp_path, monkeypatch, *OPTIMIZER, data="Data")
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert result.code in (1, 2) and re.search(message, line), result.err
+
+
+@pytest.mark.parametrize(
+    ("part", "other", "kind"),
+    [
+        ("model", "datamodules.modular_addition.ModularAdditionData", "LightningModule"),
+        ("data", "modules.modular_addition.ModularAddition", "LightningDataModule"),
+    ],
+)
+def test_model_and_data_that_are_mixed_up_are_refused(part: str, other: str, kind: str) -> None:
+    error = call("fit", "--config", "configs/grok_adamw.yaml", f"--{part}", other).error
+    assert error == f"error: {part}: it must name a subclass of {kind}; got {other}"
+
+
+def test_predictions_are_printed_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def predict(step: str) -> Result:
+        asked = "    def predict_dataloader(self):\n            return self.train_dataloader()\n"
+        step = f"\n        def predict_step(self, batch, index):\n            return {step}\n" if step else ""
+        body = COMPLETE.replace("mean()\n", f"mean()\n{step}") + "\n    " + asked
+        options = (*OPTIMIZER, "--ckpt_path", saved)
+        return fit_module(body, tmp_path, monkeypatch, *options, data="Data", subcommand="predict")[0]
+
+    trained, _ = fit_module(COMPLETE, tmp_path, monkeypatch, *OPTIMIZER, data="Data")
+    assert trained.code == 0, trained.err
+    (saved,) = map(str, tmp_path.rglob("last.ckpt"))
+    assert "implement predict_step(batch, batch_index), which returns a list of lines" in predict("").err
+    assert predict("'a line'").out == "a line\na line\n"
+    assert predict("[str(len(batch)), 'b']").out == "4\nb\n4\nb\n"
+    assert predict("None").out == ""
 
 
 def test_an_error_raised_by_the_suite_names_no_file(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 from modules.two_pass import TwoPassModule
 from tests.modules.small_task import SmallTask, batches, fit, make_optimizer
@@ -93,10 +94,43 @@ def test_examples_are_counted_in_any_nested_batch(batch: Any) -> None:
     assert Linear().batch_size(batch) == 8
 
 
-@pytest.mark.parametrize("batch", [[1, 2], torch.tensor(1.0), object()])
-def test_a_batch_that_cannot_be_counted_asks_for_batch_size(batch: Any) -> None:
-    with pytest.raises(TypeError, match=r"override batch_size\(batch\) in Linear"):
+@pytest.mark.parametrize(
+    ("batch", "found"),
+    [
+        ([1, 2], "no tensor with a length"),
+        (torch.tensor(1.0), "no tensor with a length"),
+        (object(), "no tensor with a length"),
+        ({"mask": torch.ones(2, 2), "images": IMAGES}, "tensors of lengths 2, 8"),
+        ({"temperature": torch.ones(1), "images": IMAGES}, "tensors of lengths 1, 8"),
+    ],
+)
+def test_a_batch_that_cannot_be_counted_asks_for_batch_size(batch: Any, found: str) -> None:
+    with pytest.raises(TypeError, match=rf"has {found}, .*override batch_size\(batch\) in Linear"):
         Linear().batch_size(batch)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ([MeanMetric()], r"dictionary of torchmetrics by name, .* got a list"),
+        ({"accuracy": nn.L1Loss()}, r"'accuracy' is L1Loss\(\)"),
+        ({"accuracy": MeanMetric}, "'accuracy' is the class MeanMetric: make an object of it"),
+        ({"loss": MeanMetric()}, "'loss' is no valid name"),
+        ({"top.5": MeanMetric()}, "'top.5' is no valid name"),
+    ],
+)
+def test_metrics_that_cannot_be_logged_are_refused(metrics: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"^Linear.set_metrics\(\) .*{message}"):
+        Linear().set_metrics(metrics)
+
+
+def test_a_loss_with_other_arguments_is_refused() -> None:
+    class NoMetrics(SmallTask):
+        def compute_loss(self, batch: Any) -> Tensor:  # type: ignore[override]
+            return super().compute_loss(batch, None)
+
+    with pytest.raises(ValueError, match=r"NoMetrics cannot be trained yet: implement compute_loss\(batch, metrics\)"):
+        fit(NoMetrics(optimizer=ADAMW))
 
 
 def test_a_module_trains_on_batches_that_are_dicts() -> None:
@@ -125,6 +159,15 @@ class OfEachExample(SmallTask):
 class Nothing(SmallTask):
     def compute_loss(self, batch: Any, metrics: Any) -> Any:
         super().compute_loss(batch, metrics)
+
+
+def test_a_loss_without_a_gradient_is_refused() -> None:
+    class Detached(SmallTask):
+        def compute_loss(self, batch: Any, metrics: Any) -> Tensor:
+            return super().compute_loss(batch, metrics).detach()
+
+    with pytest.raises(TypeError, match=r"Detached.compute_loss\(\) .* no parameter of self.network.* detach\(\)"):
+        fit(Detached(optimizer=ADAMW))
 
 
 @pytest.mark.parametrize(
