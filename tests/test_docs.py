@@ -3,9 +3,12 @@
 Features and their tests, commands and configs are checked; tests/test_rooms.py checks the map of the rooms.
 """
 
+import ast
 import importlib.util
 import re
 import shlex
+import subprocess
+import textwrap
 import zipfile
 from itertools import pairwise
 from pathlib import Path
@@ -58,7 +61,7 @@ def test_the_schedules_shown_are_those_that_are_tested() -> None:
 
 
 def test_commands_of_train_have_valid_options_and_configs(tmp_path: Path) -> None:
-    found = [line for line in commands("train.py") if "spirals.yaml" not in line]
+    found = [line for line in commands("train.py") if "my_task.yaml" not in line]
     assert len(found) > 15
     for line in found:
         files = [value for name, value in pairwise(line) if name == "--config"]
@@ -94,21 +97,35 @@ def test_environment_variables_named_are_read_somewhere() -> None:
         assert name in sources, name
 
 
-@pytest.mark.slow
-def test_the_example_task_trains_with_each_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_docstrings(code: str) -> str:
+    """Return a module's syntax tree without docstrings, as text."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return ast.dump(tree)
+
+
+def test_the_page_of_a_task_shows_the_example() -> None:
+    page, example = "your_own_task", ROOT / "examples/your_task.py"
+    (code,), configs, (run, copy) = (blocks(page, language) for language in ("python", "yaml", "bash"))
+    assert without_docstrings(code) == without_docstrings(example.read_text())
+    for shown, name in zip(configs, ("your_task", "your_task_sweep"), strict=True):
+        assert yaml.safe_load(shown) == yaml.safe_load((ROOT / f"examples/{name}.yaml").read_text())
+    assert textwrap.indent(run, "    ") in example.read_text()
+    assert "my_task.yaml" in copy
+
+
+def test_a_copy_of_the_example_task_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    *copies, train = blocks("your_own_task", "bash")[1].splitlines()
+    subprocess.run("\n".join(copies), shell=True, check=True, cwd=tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (tmp_path / "spirals.py").write_text(blocks("your_own_task", "python")[0])
-    names = ("spirals.yaml", "adamw.yaml")
-    for name, content in zip(names, blocks("your_own_task", "yaml"), strict=True):
-        (tmp_path / name).write_text(content)
-    few = ("--trainer.max_epochs", "2", "--wandb", "false", "--runs", str(tmp_path / "runs"))
-    lines = [line for line in commands("train.py") if "spirals.yaml" in line]
-    lines.append(["fit", "--config", names[0], "--config", names[1]])
-    for subcommand, *options in lines:
-        options = [str(tmp_path / word) if word in names else word for word in options]
-        result = call(subcommand, *options, *few)
-        assert result.code == 0, result.err
-    assert len([*tmp_path.glob("runs/spirals/*/summary.json")]) == len(lines) == 4
+    monkeypatch.chdir(tmp_path)
+    assert sweep_specification.read(tmp_path / "my_sweep.yaml").optimizers["base"].configs == ("my_task.yaml",)
+    options = train.replace("my_task.yaml", str(tmp_path / "my_task.yaml")).split()[2:]
+    result = call(*options, "--trainer.max_epochs", "1", "--wandb", "false", "--runs", tmp_path / "runs")
+    assert result.code == 0, result.err
 
 
 def test_the_example_modules_are_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
