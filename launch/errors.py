@@ -113,6 +113,11 @@ def explain(message: str, parser: Any) -> str:
     """
     if match := re.search(r"class_path '([\w.]+)':\s+Requirement '(\S+)' not met", message):
         return f"{match[1]} needs a package that is not installed: pip install '{match[2]}'"
+    if match := re.search(r"'([\w.]+)' to be a function that returns Union\[LRScheduler", message):
+        return (
+            f"scheduler: {match[1]} does not declare that it returns a scheduler: call it in a function of yours that"
+            " does, see docs/lightning_features.md"
+        )
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     place = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     given = next((line.removeprefix("Given value: ") for line in lines if line.startswith("Given value: ")), "")

@@ -21,6 +21,7 @@ from analysis.runs import read
 from tests.helpers.commands import ADAMW, AGA, TINY, call, fit, metrics
 from tests.helpers.marks import slow
 from tests.helpers.resuming import checkpoint, differences
+from tests.launch.test_ordinary_modules import options as ordinary_options
 from tests.modules.small_task import SmallTask, make_optimizer
 from tests.modules.small_task import fit as fit_module
 
@@ -71,6 +72,17 @@ def test_the_best_checkpoint_has_the_average_that_was_validated(tmp_path: Path) 
     error = call("fit", *one_epoch, *average, "--runs", tmp_path / "others").error
     assert "EMAWeightAveraging saves its average only in full checkpoints" in error
     assert "--checkpoint.save_weights_only false" in error
+
+
+def test_weights_without_the_average_are_refused_for_an_ordinary_module_too(tmp_path: Path) -> None:
+    average = f"--trainer.callbacks+={MODULE}EMAWeightAveraging"
+    error = call("fit", *ordinary_options("LitAddition", average), "--runs", tmp_path).error
+    assert "EMAWeightAveraging saves its average only in full checkpoints" in error
+    folder = fit(
+        tmp_path, *ordinary_options("LitAddition", average, "--trainer.callbacks.decay", "0.5"), *FULL_CHECKPOINTS
+    )
+    saved = checkpoint(folder, "best")
+    assert any(not torch.equal(saved["current_model_state"][name], t) for name, t in saved["state_dict"].items())
 
 
 EMA = ("--config", "configs/overlays/ema.yaml", "--trainer.callbacks.decay", 0.5)
@@ -155,6 +167,10 @@ def test_a_logger_without_its_package_says_what_to_install(name: str, package: s
         ),
         ((f"--trainer.callbacks+={MODULE}LearningRateFinder",), "sweep.py"),
         (("--trainer.barebones", "true"), "in Python, with L.Trainer(barebones=True)"),
+        (
+            ("--model.scheduler", "transformers.get_cosine_schedule_with_warmup"),
+            "scheduler: transformers.get_cosine_schedule_with_warmup does not declare that it returns a scheduler",
+        ),
         (
             ("--model.scheduler", "torch.optim.lr_scheduler.ReduceLROnPlateau"),
             "lightning.pytorch.cli.ReduceLROnPlateau",
