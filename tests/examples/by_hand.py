@@ -34,7 +34,12 @@ def every_nth_example(ranks: int) -> list[list[Batch]]:
 
 
 class Replicas:
-    """Compute the mean gradient of several replicas, each with its random numbers and buffers."""
+    """Compute the mean gradient of several replicas, each with its random numbers and buffers.
+
+    ``unexchanged`` counts the micro-batches after which DDP need not exchange gradients.
+    """
+
+    unexchanged = 0
 
     def __init__(self, ranks: int, dtype: torch.dtype, scale: Callable[[Tensor], Tensor]) -> None:
         self.dtype, self.scale, self.models, self.random = dtype, scale, [], []
@@ -53,6 +58,7 @@ class Replicas:
     def one_pass(self, batches: list[list[Batch]]) -> list[float]:
         """Leave the mean gradient in the first replica; return the loss of each."""
         first, losses = self.models[0], []
+        self.unexchanged += len(batches[0]) - 1
         for rank, model in enumerate(self.models):
             for param, source in zip(model.parameters(), first.parameters(), strict=True):
                 param.data.copy_(source.data)
@@ -88,8 +94,8 @@ def train(
     seed_epochs: bool = False,
     scaler: torch.amp.GradScaler | None = None,
     **options: Any,
-) -> tuple[nn.Module, list[list[float]]]:
-    """Return the network of the first process and the losses of each step and process."""
+) -> tuple[nn.Module, list[list[float]], int]:
+    """Return the network of the first process, the losses of each step and process, and ``Replicas.unexchanged``."""
     replicas = Replicas(ranks, dtype, (lambda loss: loss) if scaler is None else scaler.scale)
     model = replicas.models[0]
     groups = param_groups(model, policy="hidden", vector={"lr": 1e-2, "weight_decay": 0.0})
@@ -115,4 +121,4 @@ def train(
             else:
                 scaler.step(optimizer)
                 scaler.update()
-    return model, losses
+    return model, losses, replicas.unexchanged

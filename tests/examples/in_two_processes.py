@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from examples import accelerate_loop, fabric_loop
 from tests.examples.by_hand import EPOCHS
@@ -43,16 +44,30 @@ def train(loop: str, folder: Path, **options: Any) -> tuple[nn.Module, list[floa
     return model, losses
 
 
+def count_no_sync() -> list[None]:
+    """Return a list that gets an item whenever DDP is about to leave out an exchange."""
+    calls: list[None] = []
+    no_sync = DistributedDataParallel.no_sync
+
+    def counted(model: DistributedDataParallel) -> Any:
+        calls.append(None)
+        return no_sync(model)
+
+    DistributedDataParallel.no_sync = counted
+    return calls
+
+
 def together(rank: int, ranks: int, port: int, folder: Path, runs: dict[str, dict[str, Any]]) -> None:
     """Run loops with options as one of several processes."""
     become(rank, ranks, port)
     # As "fabric run --devices 2 --strategy ddp" sets them.
     os.environ |= {"LT_CLI_USED": "1", "LT_ACCELERATOR": "cpu", "LT_DEVICES": str(ranks), "LT_STRATEGY": "ddp"}
-    results = {}
+    results, calls = {}, count_no_sync()
     for loop, options in runs.items():
+        calls.clear()
         model, losses = train(loop, folder, **options)
         params = {name: complete(param) for name, param in model.named_parameters()}
-        results[loop] = {"params": params, "losses": losses}
+        results[loop] = {"params": params, "losses": losses, "unexchanged": len(calls)}
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

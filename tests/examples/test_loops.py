@@ -1,7 +1,13 @@
 """The loops of the examples make the steps of a loop whose passes are made by hand."""
 
+import os
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +22,7 @@ from examples.tiny_task import loader, network
 from tests.examples import by_hand
 from tests.examples.by_hand import EPOCHS, MODES
 from tests.examples.in_two_processes import together
+from tests.helpers.commands import ROOT
 from tests.helpers.launching import launch
 from tests.helpers.marks import slow
 
@@ -30,7 +37,9 @@ def new_accelerate_state() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def assert_same(model: nn.Module, losses: list[float], expected: nn.Module, expected_losses: list[list[float]]) -> None:
+def assert_same(
+    model: nn.Module, losses: list[float], expected: nn.Module, expected_losses: list[list[float]], _: int
+) -> None:
     for name, value in expected.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert losses == [loss for (loss,) in expected_losses][-len(losses) :]
@@ -72,7 +81,7 @@ def test_two_processes_equal_the_loop_by_hand(mode: str, tmp_path: Path) -> None
         shares = by_hand.every_nth_example if loop == "fabric" else by_hand.every_nth_batch
         dtype = torch.float32 if loop == "fsdp2" else torch.bfloat16
         options = {name: value for name, value in options.items() if name != "precision"}
-        model, losses = by_hand.train(dtype, 2, shares, seed_epochs=True, **options)
+        model, losses, unexchanged = by_hand.train(dtype, 2, shares, seed_epochs=True, **options)
         # Shards are summed in another order than complete tensors.
         tolerance = 1e-4 if loop == "fsdp2" else 0.0
         for name, param in model.named_parameters():
@@ -80,6 +89,22 @@ def test_two_processes_equal_the_loop_by_hand(mode: str, tmp_path: Path) -> None
             torch.testing.assert_close(first[loop]["params"][name], param.detach(), rtol=0.0, atol=tolerance)
         for result, expected in zip((first, second), zip(*losses, strict=True), strict=True):
             assert result[loop]["losses"] == pytest.approx(expected, rel=tolerance, abs=0.0)
+            assert result[loop]["unexchanged"] == (0 if loop == "fsdp2" else unexchanged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", [plain_loop, accelerate_loop, fabric_loop])
+def test_the_command_of_its_docstring_trains_it(example: ModuleType, tmp_path: Path) -> None:
+    assert example.__doc__ is not None
+    command = example.__doc__.split("\n\n")[1].strip()
+    assert f"```bash\n{command}\n```" in (ROOT / "docs/your_own_loop.md").read_text()
+    words = shlex.split(command.replace(" examples/", f" {ROOT}/examples/").removeprefix("PYTHONPATH=. "))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words[0] = str(Path(sys.executable).parent / words[0])
+    shown = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert shown.returncode == 0, shown.stderr
+    final = re.findall(r"epoch 20: loss ([\d.]+)", shown.stdout)
+    assert [float(loss) < 0.2 for loss in final] == [True]
 
 
 def accumulate(**options: Any) -> float:
