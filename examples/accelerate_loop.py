@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 -m examples.accelerate_loop
 
-Accelerator(gradient_accumulation_steps=...) and accelerator.accumulate() are for one pass a step: they count calls, and
-would count those of the second pass too. This loop therefore takes the micro-batches of a step together.
+accelerator.accumulate() spreads a step over iterations of the loop over batches, which a second pass could not repeat.
+This loop therefore takes the micro-batches of a step together.
 """
 
 from contextlib import nullcontext
