@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from experiment.distributed import gather_per_rank
 from experiment.library_internals import is_within_epoch
 
-RESUMABLE = "datamodules.batches.TensorBatches, or a loader with state_dict(), load_state_dict() and __len__()"
+RESUMABLE = "TensorBatches or DatasetBatches of datamodules.batches, or add state_dict(), load_state_dict() and __len__()"
 
 
 class LoaderChecks(L.Callback):
@@ -52,8 +52,8 @@ class LoaderChecks(L.Callback):
         if digests[0] is not None and len(set(digests)) == 1:
             raise ValueError(
                 f"all {replicas} processes got the same first batch from {_source(trainer)}.train_dataloader(), so"
-                " they would repeat each other's work: return datamodules.batches.TensorBatches or a DataLoader of a"
-                " map-style Dataset, which are shared among processes, or read another part of the data in each"
+                " they would repeat each other's work: return datamodules.batches.TensorBatches, or a DataLoader of"
+                " a map-style Dataset, which are shared among processes, or read another part of the data in each"
                 " (torch.distributed.get_rank())"
             )
 

@@ -1,4 +1,4 @@
-"""Form batches from tensors in memory.
+"""Form batches from tensors in memory, or from a dataset.
 
 Batches are selected by index, in a seeded order. Loaders resume in the middle of an epoch.
 """
@@ -11,6 +11,7 @@ import lightning.pytorch as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 
 def world() -> tuple[int, int]:
@@ -67,6 +68,8 @@ class TensorBatches:
             processes.
     """
 
+    empty_shares = True  # whether the share of a process may be empty in the given order
+
     def __init__(
         self,
         tensors: tuple[Tensor, ...],
@@ -95,7 +98,8 @@ class TensorBatches:
 
     def _bounds(self) -> list[int]:
         """Return the start of each batch in the order, and the end of the last one."""
-        examples, ranks = len(self.tensors[0]), 1 if self.seed is None or not self.shared else world()[1]
+        may_be_empty = self.seed is None and self.empty_shares
+        examples, ranks = len(self.tensors[0]), 1 if may_be_empty or not self.shared else world()[1]
         if min(self.batch_size, examples) < ranks:
             raise ValueError(
                 f"a batch of {min(self.batch_size, examples)} cannot be shared among {ranks} processes:"
@@ -109,19 +113,27 @@ class TensorBatches:
             del bounds[-2]
         return bounds
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[Any]:
+        order, bounds = self._begin()
+        while self.done < len(bounds) - 1:
+            yield self._batch(*self._next(order, bounds))
+
+    def _begin(self) -> tuple[Tensor, list[int]]:
+        """Begin or resume an epoch, and return its order and bounds."""
         resumes = self._resuming and self.done < len(self) and self._announced in (None, self.epoch)
         if not resumes:
             self.epoch, self.done = self.epoch + 1 if self._announced is None else self._announced, 0
         self._resuming, self._announced = False, None
         # Moved once an epoch, because an index on the host would synchronise with the device in every batch.
-        order, bounds = self._order().to(self.tensors[0].device), self._bounds()
-        while self.done < len(bounds) - 1:
-            self.done += 1
-            batch = order[bounds[self.done - 1] : bounds[self.done]]
-            local = share(len(batch)) if self.shared else slice(0, len(batch))
-            self.share_weight = (local.stop - local.start) * (world()[1] if self.shared else 1) / len(batch)
-            yield self._batch(batch, local)
+        return self._order().to(self.tensors[0].device), self._bounds()
+
+    def _next(self, order: Tensor, bounds: list[int]) -> tuple[Tensor, slice]:
+        """Count the next batch, and return its examples and the slice of this process."""
+        self.done += 1
+        batch = order[bounds[self.done - 1] : bounds[self.done]]
+        local = share(len(batch)) if self.shared else slice(0, len(batch))
+        self.share_weight = (local.stop - local.start) * (world()[1] if self.shared else 1) / len(batch)
+        return batch, local
 
     def _batch(self, examples: Tensor, local: slice) -> tuple[Tensor, ...]:
         """Return this process' part of a batch.
@@ -132,11 +144,11 @@ class TensorBatches:
 
     def _order(self) -> Tensor:
         examples = len(self.tensors[0])
-        if self.seed is None:
-            return torch.arange(examples)
+        return torch.arange(examples) if self.seed is None else torch.randperm(examples, generator=self._generator())
+
+    def _generator(self) -> torch.Generator:
         # Mixed so that neighbouring seeds and epochs share no permutation.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        return torch.randperm(examples, generator=generator)
+        return torch.Generator().manual_seed(((self.seed or 0) * 1_000_003 + self.epoch) % 2**63)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the number of the epoch that the next iteration starts or resumes."""
@@ -152,3 +164,41 @@ class TensorBatches:
         At the end of an epoch, resume with the next epoch.
         """
         self.epoch, self.done, self._resuming = state["epoch"], state["done"], True
+
+
+class DatasetBatches(TensorBatches):
+    """Load batches of a map-style dataset, such as images in files, by torch's ``DataLoader``.
+
+    The order of an epoch, its shares and how it resumes are those of :class:`TensorBatches`. No share is empty. Random
+    numbers that the dataset draws in worker processes differ after resuming in the middle of an epoch.
+
+    Args:
+        dataset: has a length, and an example for each number below it.
+        batch_size, seed, drop_last, shared: see :class:`TensorBatches`.
+        options: of torch's ``DataLoader``, such as ``num_workers`` and ``collate_fn``.
+    """
+
+    empty_shares = False
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        seed: int | None,
+        drop_last: bool = False,
+        shared: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__((torch.arange(len(dataset)),), batch_size, seed, drop_last, shared)
+        self.dataset, self.options = dataset, options
+
+    def __iter__(self) -> Iterator[Any]:
+        order, bounds = self._begin()
+        done = self.done
+        parts = [self._next(order, bounds) for _ in range(done, len(bounds) - 1)]
+        self.done = done  # workers read ahead, and only delivered batches count
+        numbers = [batch[local].tolist() for batch, local in parts]
+        # The loader would draw from the global generator, also when it resumes.
+        for batch in DataLoader(self.dataset, batch_sampler=numbers, generator=self._generator(), **self.options):
+            self._next(order, bounds)
+            yield batch

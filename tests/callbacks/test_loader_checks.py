@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.loader_checks import LoaderChecks
 from callbacks.training_state import RandomStates
+from datamodules.batches import DatasetBatches
 from modules.two_pass import TwoPassModule
 from tests.callbacks.fits import adamw, fit
 from tests.helpers.launching import become, launch
@@ -142,8 +143,11 @@ def resume(loaders: list[Any], folder: Path) -> tuple[list[list[int]], list[list
     return complete.batches[6:], [*stopped.batches[6:], *resumed.batches]
 
 
-def test_a_loader_with_its_state_is_resumed_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    complete, resumed = resume([Sized(), Sized(), Sized()], tmp_path)
+@pytest.mark.parametrize("make", [Sized, lambda: DatasetBatches(DATASET, 4, seed=0)], ids=["own", "DatasetBatches"])
+def test_a_loader_with_its_state_is_resumed_exactly(
+    make: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    complete, resumed = resume([make(), make(), make()], tmp_path)
     assert resumed == complete and len(complete) == 6
     assert "resumed" not in capsys.readouterr().out
 
@@ -151,7 +155,7 @@ def test_a_loader_with_its_state_is_resumed_exactly(tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     ("make", "batches", "change"),
     [
-        (lambda: DataLoader(DATASET, 4, shuffle=True), 6, "some examples come twice and others not at all; use data"),
+        (lambda: DataLoader(DATASET, 4, shuffle=True), 6, "some examples come twice and others not at all; use Tensor"),
         (lambda: DataLoader(Stream(), 4), 9, "it starts anew, so that the batches before the stop come twice; use"),
         (Stateful, 5, "one batch is left out"),
     ],

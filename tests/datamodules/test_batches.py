@@ -7,7 +7,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 
-from datamodules.batches import TensorBatches, device_of
+from datamodules.batches import DatasetBatches, TensorBatches, device_of
 
 
 def epoch(loader: TensorBatches) -> list[list[int]]:
@@ -174,3 +174,34 @@ def test_data_is_on_the_training_device_only_if_requested(on_device: bool, expec
     strategy = SimpleNamespace(root_device=torch.device("meta"))
     data.trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
     assert device_of(data, on_device).type == expected
+
+
+@pytest.mark.parametrize(("seed", "done"), [(3, 0), (3, 2), (None, 1)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_of_a_dataset_are_those_of_its_tensors(seed: int | None, done: int, workers: int) -> None:
+    numbers = torch.arange(10)
+    loaders = TensorBatches((numbers,), 4, seed), DatasetBatches(numbers, 4, seed, num_workers=workers)
+    generator = torch.get_rng_state()
+    for loader in loaders:
+        loader.load_state_dict({"epoch": 1, "done": done})
+    expected, found = iter(loaders[0]), iter(loaders[1])
+    for (batch,) in expected:
+        assert torch.equal(batch, next(found))
+        assert loaders[1].state_dict() == loaders[0].state_dict()  # however far the worker has read ahead
+    assert next(found, None) is None
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("seed", [3, None])
+def test_processes_share_the_batches_of_a_dataset_and_none_is_empty(
+    seed: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares, weights = [], []
+    for rank in range(4):
+        monkeypatch.setattr("datamodules.batches.world", lambda rank=rank: (rank, 4))
+        loader = DatasetBatches(torch.arange(22), 5, seed)
+        shares.append([batch.tolist() for batch in loader])
+        weights.append([loader.share_weight for _ in loader])
+    assert sorted(number for part in shares for batch in part for number in batch) == list(range(22))
+    assert min(len(batch) for part in shares for batch in part) == 1
+    assert [sum(parts) for parts in zip(*weights, strict=True)] == pytest.approx([4.0] * 4)
