@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from experiment.distributed import gather_per_rank
 from experiment.library_internals import is_within_epoch
 
-RESUMABLE = "TensorBatches or DatasetBatches of datamodules.batches, or add state_dict(), load_state_dict() and __len__()"
+RESUMABLE = "TensorBatches or DatasetBatches of datamodules.batches, or add state_dict(), load_state_dict(), __len__()"
 
 
 class LoaderChecks(L.Callback):

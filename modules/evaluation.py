@@ -122,10 +122,17 @@ class EvaluatedModule(L.LightningModule):
         Nothing is logged if there was no batch.
 
         Raises:
+            ValueError: :meth:`compute_loss` has not updated a metric in an evaluation.
             FloatingPointError: the training loss is not finite.
         """
         if not metrics["loss"].update_called:
             return
+        unused = [name for name, metric in metrics.items() if not metric.update_called]
+        if unused and stage != "train" and self.trainer.world_size == 1 and metrics["loss"].examples:
+            raise ValueError(
+                f"{type(self).__name__}.compute_loss() did not update the metric {unused[0]}: call"
+                f" metrics[{unused[0]!r}].update(...) in it, or remove the metric from set_metrics()"
+            )
         # A metric without updates has no value. All processes skip the same training steps, but in evaluation some may
         # have had no example. They must call compute() too, which is a collective.
         same_updates = stage == "train" or self.trainer.world_size == 1

@@ -124,6 +124,13 @@ def test_metrics_that_cannot_be_logged_are_refused(metrics: Any, message: str) -
         Linear().set_metrics(metrics)
 
 
+def test_a_metric_that_is_never_updated_is_an_error() -> None:
+    module = SmallTask(optimizer=ADAMW)
+    module.set_metrics({"accuracy": MeanMetric()})
+    with pytest.raises(ValueError, match=r"SmallTask.compute_loss\(\) did not update the metric accuracy"):
+        fit(module).validate(module, batches(), verbose=False)
+
+
 def test_a_loss_with_other_arguments_is_refused() -> None:
     class NoMetrics(SmallTask):
         def compute_loss(self, batch: Any) -> Tensor:  # type: ignore[override]
