@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from analysis.study import FILE as STUDY
+from experiment.quantities import count
 
 ARCHIVE = "runs.zip"
 # Read by reports or by people; no weights.
@@ -129,7 +130,7 @@ def main() -> int:
                 )
             if not any(run.is_dir() for run in found):
                 raise ValueError(f"there is no run in {folder}")
-            print(f"{pack(folder, file)} runs are in {file} ({file.stat().st_size / 2**20:.1f} MiB)")
+            print(f"{count(pack(folder, file), 'run')} in {file} ({file.stat().st_size / 2**20:.1f} MiB)")
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

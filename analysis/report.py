@@ -18,8 +18,9 @@ from analysis.results import baseline, milestones, pairs, published, results, st
 from analysis.rows import Group, Row, check_names, group
 from analysis.runs import AXES, Problem, Run, read
 from analysis.study import Study
-from analysis.tables import Table, median_text, number
+from analysis.tables import Table, median_text
 from analysis.tuning_budget import tuning_budgets
+from experiment.quantities import count
 
 _CSS = Path(__file__).with_name("report.css")
 # Markdown has no choice of axes, so it shows these alone.
@@ -184,7 +185,7 @@ def _headlines(group: Group) -> Iterator[str]:
     """State the result in sentences that claim no more than the tables."""
     seeds = {len(row.runs) for row in group.rows}
     if group.rows and max(seeds) < 3:
-        yield f"At most {max(seeds)} seed{'s' if max(seeds) > 1 else ''} a row: nothing here is settled."
+        yield f"At most {count(max(seeds), 'seed')} a row: nothing here is settled."
     axis = "cost/gradient_evaluations"
     target = group.goal
     if target is None or axis not in group.axes:
@@ -265,7 +266,8 @@ def _html(study: Study, sections: Sequence[Section], left_out: Table) -> str:
     body = "".join(_section_html(section) for section in sections)
     if problems:
         body += f'<section id="left-out">{_wide(left_out.html())}</section>'
-    counts = f"{runs} runs in {rows} rows; {problems} folders are in no table, and listed with the reason."
+    counts = f"{count(runs, 'run')} in {count(rows, 'row')}; "
+    counts += f"{count(problems, 'folder')} in no table, listed with the reason."
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -350,8 +352,9 @@ def summary(groups: Sequence[Group], problems: Sequence[Problem]) -> str:
     """Return the result in words, for the terminal."""
     lines = []
     for entry in groups:
-        lines.append(f"{entry.title}, protocol {entry.digest}: {_count(entry)} runs in {len(entry.rows)} rows")
+        counts = f"{count(_count(entry), 'run')} in {count(len(entry.rows), 'row')}"
+        lines.append(f"{entry.title}, protocol {entry.digest}: {counts}")
         lines += [f"  {line}" for line in _headlines(entry)]
     if problems:
-        lines.append(f"{number(len(problems))} folders are in no table; the report has the reasons")
+        lines.append(f"{count(len(problems), 'folder')} in no table; the report has the reasons")
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from analysis.rows import Group, Row, matches
 from analysis.runs import AXES
 from analysis.statistics import Mean, geometric_interval, holm, mean_interval, paired, race
 from analysis.tables import Table, mean_text, median_text, number
+from experiment.quantities import count, quantity
 from experiment.target import Target
 
 
@@ -81,7 +82,7 @@ def _measured(group: Group, row: Row, name: str, targets: dict[str, Target]) -> 
 def _epochs(row: Row) -> str:
     options = row.any.identity.options
     limit = options.get("trainer.max_epochs") or -1
-    return str(limit) if limit > 0 else f"{options.get('trainer.max_steps')} steps"
+    return str(limit) if limit > 0 else count(options.get("trainer.max_steps") or 0, "step")
 
 
 def results(group: Group) -> Table:
@@ -143,12 +144,20 @@ def to_target(group: Group) -> Table | None:
     for row in group.rows:
         medians = [row.median(target, axis) for axis in group.axes]
         counts = next((f"{m.reached} of {m.n}" for m in medians if m is not None), "-")
-        lines.append([row.label, counts, *("-" if median is None else median_text(median) for median in medians)])
+        texts = [
+            "-" if median is None else median_text(median, _flop if axis == "cost/flops" else number)
+            for axis, median in zip(group.axes, medians, strict=True)
+        ]
+        lines.append([row.label, counts, *texts])
     notes = [
         "Median over seeds and its 95 % interval. Seconds are of training alone, and compare only between runs on one "
         "machine that did nothing else."
     ]
     return Table(f"Cost of reaching {target}", ["row", "reached", *(AXES[axis] for axis in group.axes)], lines, notes)
+
+
+def _flop(number: float | None) -> str:
+    return "-" if number is None else quantity(number, "FLOP")
 
 
 def baseline(group: Group, wanted: str | None) -> Row | None:
@@ -246,7 +255,7 @@ def step_cost(group: Group, reference: Row | None) -> Table | None:
                 number(step.mean / base.mean, 3),
                 number(ratio(row, "cost/gradient_evaluations", "cost/optimizer_steps").mean, 3),
                 number(ratio(row, "cost/training_seconds", "cost/gradient_evaluations", 1000).mean, 3),
-                number(ratio(row, "cost/flops", "cost/optimizer_steps").mean, 3),
+                _flop(ratio(row, "cost/flops", "cost/optimizer_steps").mean),
                 _machines(row),
             ]
         )

@@ -20,6 +20,7 @@ import yaml
 
 from analysis.archive import Folder, find, former_folder
 from experiment.identity import RunIdentity, contents_of, digest
+from experiment.quantities import count
 from experiment.target import Target
 
 # Axes over which curves can be drawn: column of the log, and label.
@@ -162,8 +163,8 @@ class Run:
         """How far it was to go, in words."""
         options = self.identity.options
         if (options.get("trainer.max_epochs") or -1) > 0:
-            return f"{options['trainer.max_epochs']} epochs"
-        return f"{options.get('trainer.max_steps')} steps"
+            return count(options["trainer.max_epochs"], "epoch")
+        return count(options.get("trainer.max_steps") or 0, "step")
 
     def has(self, column: str) -> bool:
         """Return whether anything was logged under ``column``."""
@@ -261,7 +262,7 @@ def read(
         if (place := _resolved(run.folder)) in continued:
             problems.append(Problem(run.shown, f"it was resumed in {continued[place]}, which has its rows"))
         elif not counts:
-            problems.append(Problem(run.shown, f"half-finished: {run.epochs} epochs of {run.limit}"))
+            problems.append(Problem(run.shown, f"half-finished: {count(run.epochs, 'epoch')} of {run.limit}"))
         else:
             key = (run.identity.setting_digest, run.identity.seed, sweep)
             if former := kept.get(key):

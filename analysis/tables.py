@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from analysis.statistics import Mean, Median
@@ -126,14 +126,14 @@ def mean_text(mean: Mean, digits: int = 4) -> str:
     return number(mean.mean, digits) + interval
 
 
-def median_text(median: Median) -> str:
+def median_text(median: Median, text_of: Callable[[float | None], str] = number) -> str:
     """Return the median with its interval, or "not within" the time watched."""
     if median.median is None:
         if median.horizon != median.horizon:  # not watched at all: every run diverged
             return "not reached"
-        text = f"not within {number(median.horizon)}"
-        return text if not median.reached else f"{text} [{number(median.low)}, -]"
+        text = f"not within {text_of(median.horizon)}"
+        return text if not median.reached else f"{text} [{text_of(median.low)}, -]"
     if median.n < 2:
-        return number(median.median)
-    high = f"> {number(median.horizon)}" if median.high is None else number(median.high)
-    return f"{number(median.median)} [{number(median.low)}, {high}]"
+        return text_of(median.median)
+    high = f"> {text_of(median.horizon)}" if median.high is None else text_of(median.high)
+    return f"{text_of(median.median)} [{text_of(median.low)}, {high}]"

@@ -7,6 +7,7 @@ from typing import TypeAlias
 from analysis.rows import Group
 from analysis.runs import Run
 from analysis.tables import Table, number
+from experiment.quantities import count, duration
 from experiment.target import Target
 
 # Options whose sensitivity is of interest: of any track, any optimizer.
@@ -31,13 +32,14 @@ def tuning_budgets(group: Group) -> Iterator[Table]:
                     str(len(trials) - ended - diverged),
                     str(diverged + failed),
                     number(_total(trials, "cost/gradient_evaluations"), 6),
-                    number(_total(trials, "cost/training_seconds"), 6),
+                    duration(_total(trials, "cost/training_seconds")),
                 ]
             )
-        heads = ["optimizer", "trials", "ended", "cut short", "diverged or failed", "gradient evaluations", "seconds"]
+        heads = ["optimizer", "trials", "ended", "cut short", "diverged or failed"]
+        heads += ["gradient evaluations", "training time"]
         notes = ["Every trial that was begun is counted, however it ended."]
         if len(budgets) > 1:
-            counts = f"from {min(budgets)} to {max(budgets)} trials"
+            counts = f"from {min(budgets)} to {count(max(budgets), 'trial')}"
             notes.append(f"UNEQUAL BUDGETS: {counts}; the winners of this search are not comparable.")
         yield Table(f"Tuning budget of {name}", heads, lines, notes)
 

@@ -195,7 +195,8 @@ def report(model: nn.Module, policy: Policy = "all", head: Head | None = None, s
     for track in sorted({item.track for item in items}):
         numels = [item.param.numel() for item in items if item.track == track]
         percent = 100 * sum(numels) / sum(item.param.numel() for item in items)
-        shares.append(f"{track} {len(numels)} tensors, {sum(numels):,} numbers ({percent:.1f} %)")
+        tensors = "1 tensor" if len(numels) == 1 else f"{len(numels)} tensors"
+        shares.append(f"{track} {tensors}, {sum(numels):,} numbers ({percent:.1f} %)")
     return "\n".join([*lines, f"policy {policy}: {', '.join(shares)}"])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from callbacks.module_protocol import trained
 from experiment.library_internals import has_validated
+from experiment.quantities import count
 from experiment.target import Target
 
 
@@ -121,7 +122,7 @@ class Milestones(L.Callback):
             at = self.reached.get(threshold.name)
             row: dict[str, Any] = {"threshold": str(threshold)}
             row |= at or dict.fromkeys(("epoch", "optimizer_steps", "gradient_evaluations"))
-            row["text"] = f"epoch {at['epoch']}" if at else f"not within {steps} steps"
+            row["text"] = f"epoch {at['epoch']}" if at else f"not within {count(steps, 'step')}"
             rows[threshold.name] = row
         return rows
 

@@ -24,6 +24,7 @@ from callbacks.lookup import callbacks_of
 from callbacks.milestones import Milestones
 from callbacks.module_protocol import trained
 from callbacks.ordinary_module import OrdinaryModule
+from experiment.quantities import count, duration, quantity
 
 LOWER_IS_BETTER = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
 PLACES = {"best_checkpoint": "best checkpoint", "last_checkpoint": "last checkpoint", "run_folder": "run folder"}
@@ -69,8 +70,8 @@ class RunSummary(L.Callback):
     paths are included if the data module and the callbacks that know them are in use.
 
     The run folder is that of the first logger. Without a logger no file is written. Numbers that are not finite are
-    ``null`` in the file. At the start the description of the data is printed, and ``parameters.txt`` lists the track of
-    every parameter and why.
+    ``null`` in the file. At the start the size of the network and the description of the data are printed, and
+    ``parameters.txt`` lists the track of every parameter and why.
     """
 
     changes_training = False
@@ -93,6 +94,8 @@ class RunSummary(L.Callback):
                 (Path(self._folder) / "parameters.txt").write_text(parameters + "\n", encoding="utf-8")
                 get_console().print(parameters.splitlines()[-1], highlight=False)
         if trainer.is_global_zero:
+            size = quantity(sum(parameter.numel() for parameter in pl_module.parameters()), "").strip()
+            get_console().print(f"network: {size} parameters", highlight=False)
             for name, value in description(trainer).items():
                 if isinstance(value, str):
                     get_console().print(f"{name}: {value}", highlight=False, soft_wrap=True)
@@ -201,7 +204,9 @@ class RunSummary(L.Callback):
 def table(summary: dict[str, Any]) -> Table:
     """Return the result of :meth:`RunSummary.summary` as a table."""
     rows = Table(
-        title=f"Run {summary['status']} after {summary['epochs']} epochs", show_header=False, title_justify="left"
+        title=f"Run {summary['status']} after {count(summary['epochs'], 'epoch')}",
+        show_header=False,
+        title_justify="left",
     )
     rows.add_column(no_wrap=True)
     rows.add_column()
@@ -213,9 +218,14 @@ def table(summary: dict[str, Any]) -> Table:
         for name, milestone in milestones.items():
             rows.add_row(f"{name}: {milestone['threshold']}", milestone["text"])
     rows.add_section()
-    for name, count in summary.get("costs", {}).items():
-        rows.add_row(name.replace("_", " "), f"{count:,}" if isinstance(count, int) else f"{count:.1f}")
-    rows.add_row("wall seconds", f"{summary['wall_seconds']:.1f}")
+    for name, cost in summary.get("costs", {}).items():
+        if name == "flops":
+            rows.add_row("compute", quantity(cost, "FLOP"))
+        elif name == "training_seconds":
+            rows.add_row("training time", duration(cost))
+        else:
+            rows.add_row(name.replace("_", " "), f"{cost:,}")
+    rows.add_row("wall time", duration(summary["wall_seconds"]))
     return rows
 
 

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from experiment.quantities import duration
 from launch.trial import Trial
 
 # Seconds for the runs to save and exit, and seconds left to the caller; together at most a third of the time.
@@ -208,17 +208,16 @@ class Schedule:
             time.sleep(POLLING / 5)
 
     def _print(self, text: str) -> None:
-        elapsed, seconds = (timedelta(seconds=round(value)) for value in (self.elapsed, self.seconds))
-        print(f"{elapsed} of {seconds}  {text}", flush=True)
+        print(f"{duration(self.elapsed)} of {duration(self.seconds)}  {text}", flush=True)
 
     def _progress(self, part: Part) -> str:
         values, done = self.values[part.run], sum(map(self.is_done, self.parts))
         best = min(values) if part.lower else max(values)
         rest = self.remaining_seconds()
         return (
-            f"{part}: epoch {len(values)} of {part.total_epochs}, {self.seconds_an_epoch[part.row]:.1f} s an epoch,"
+            f"{part}: epoch {len(values)} of {part.total_epochs}, {duration(self.seconds_an_epoch[part.row])} an epoch,"
             f" {part.metric} {values[-1]:.4g} (best {best:.4g}); all: {done} of {len(self.parts)} parts done"
-            f"{'' if rest is None else f', the rest in about {timedelta(seconds=round(rest))}'}"
+            f"{'' if rest is None else f', the rest in about {duration(rest)}'}"
         )
 
     def remaining_seconds(self) -> float | None:

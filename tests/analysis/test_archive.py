@@ -127,7 +127,7 @@ def test_the_command_packs_a_search_with_its_configs_and_never_drops_a_run(
     for name in ("trials.journal", "aga-winner.yaml", "study.yaml"):
         (tmp_path / name).write_text("a: 1\n")
     assert archive.main() == 0
-    assert f"13 runs are in {tmp_path / ARCHIVE}" in capsys.readouterr().out
+    assert f"13 runs in {tmp_path / ARCHIVE}" in capsys.readouterr().out
     with zipfile.ZipFile(tmp_path / ARCHIVE) as file:
         assert [name for name in file.namelist() if "/" not in name] == ["aga-winner.yaml"]
     former = (tmp_path / ARCHIVE).read_bytes()

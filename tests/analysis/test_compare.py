@@ -51,7 +51,7 @@ def test_a_fresh_run_becomes_a_report(wandb: tuple[str, ...], tmp_path: Path, mo
     result = compare(*folders, "--target", "train/loss < 1000", "--title", "One seed", *wandb)
     assert result.code == 0
     assert "reading runs" in result.err and "writing tables and pictures" in result.err
-    assert "1 runs in 1 rows" in result.out
+    assert "1 run in 1 row" in result.out
     assert "At most 1 seed a row: nothing here is settled." in result.out
     assert re.search(r"train/loss < 1000 after [\d,]+ gradient evaluations \(its one run reached it", result.out)
     assert f"report: {tmp_path / 'out' / 'report.html'}" in result.out.splitlines()
@@ -76,7 +76,7 @@ def test_two_seeds_and_a_target_are_summed_up(runs: Path, tmp_path: Path) -> Non
     shutil.rmtree(next((tmp_path / "grok_aga").glob("*seed2")))
     result = compare(tmp_path, "--target", "train/loss < 1000", "--output", tmp_path / "out")
     assert result.code == 0
-    assert "2 runs in 1 rows" in result.out
+    assert "2 runs in 1 row" in result.out
     assert "At most 2 seeds a row: nothing here is settled." in result.out
     assert re.search(
         r"train/loss < 1000 after [\d,]+ \[[\d,]+, [\d,]+\] gradient evaluations \(2 of 2 runs", result.out

@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from callbacks.cost_counters import CostCounters
 from callbacks.last_checkpoint import LastCheckpoint
 from callbacks.milestones import GrokkingMilestones
 from callbacks.run_summary import RunSummary
+from experiment.quantities import duration
 from modules.modular_addition import ModularAddition
 from tests.callbacks.fits import MemorisedSums, ars2, data, fit, module, rows
 
@@ -51,7 +53,8 @@ def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (got["status"], got["epochs"]) == ("finished", 3)
     assert got["metrics"] == expected_metrics(tmp_path / "run")
     assert got["milestones"]["full"]["text"] == "not within 12 steps"
-    assert got["costs"].pop("training_seconds") <= got["wall_seconds"] <= wall
+    training = got["costs"].pop("training_seconds")
+    assert training <= got["wall_seconds"] <= wall
     assert got["costs"].pop("flops") > 0
     assert got["costs"] == {"optimizer_steps": 12, "gradient_evaluations": 24, "examples": 87}
     assert got["run_folder"] == str(tmp_path / "run")
@@ -62,6 +65,10 @@ def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
     printed = capsys.readouterr().out
     assert "Run finished after 3 epochs" in printed
+    assert "network: 2.4 k parameters" in printed
+    assert re.search(r"compute +│ [\d.]+ [kMG]FLOP ", printed)
+    for name, seconds in (("training", training), ("wall", got["wall_seconds"])):
+        assert re.search(rf"{name} time +│ {duration(seconds)} ", printed)
     assert "not within 12 steps" in printed
     assert "fail" not in printed
     accuracy = got["metrics"]["val/accuracy"]
@@ -127,7 +134,8 @@ def test_an_error_before_fitting_has_no_summary(tmp_path: Path, capsys: pytest.C
 
 def test_without_a_logger_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fit(module(), data(), [RunSummary()], None, epochs=1, default_root_dir=str(tmp_path))
-    assert "run folder: none" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "run folder: none" in printed and "Run finished after 1 epoch\n" in re.sub(" +\n", "\n", printed)
     assert list(tmp_path.iterdir()) == []
 
 
