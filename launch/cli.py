@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 import traceback
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -36,6 +37,7 @@ with without_heavy_packages():
     from experiment.distributed import broadcast_from_rank_zero, is_rank_zero
     from experiment.folders import RunFolder, find_runs, find_unfinished, leave_current, lock, unlock_all
     from experiment.identity import Sweep, resolve_config
+    from experiment.library_internals import actions_of
     from experiment.loggers import make_loggers
     from launch.config_guard import check_overlays, check_values
     from launch.console import silence_libraries
@@ -56,6 +58,17 @@ class Parser(LightningArgumentParser):
         # main() removes this option, so that it may come anywhere and is no part of the config.
         kwargs["epilog"] = f"{DEBUG} anywhere in the command prints the traceback of an error before its line."
         super().__init__(*args, **kwargs)
+
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        """Add the options of a class, and leave defaults that no config can contain to the class."""
+        added = super().add_class_arguments(*args, **kwargs)
+        for action in actions_of(self):
+            # heavyball has a bare object for "not given". pytorch-optimizer has lambdas, whose address would make each
+            # run a setting of its own, and enums for numbers.
+            number = isinstance(action.default, Enum) and isinstance(action.default, int)
+            if number or type(action.default) is object or getattr(action.default, "__name__", "") == "<lambda>":
+                action.default = SUPPRESS
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print the error and exit with code 2."""

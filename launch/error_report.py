@@ -16,6 +16,7 @@ from launch.errors import LOST_PROCESS, REFUSED_VALUE, one_line, worker_tracebac
 # The project's packages; users may add their own modules to those of the tasks.
 _PROJECT = {"analysis", "ars2", "callbacks", "datamodules", "experiment", "launch", "modules", "studies", "__main__"}
 _TASKS = ("modules", "datamodules")
+_BASES = ("modules.optimizers", "modules.resuming", "modules.two_pass")
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 
@@ -70,7 +71,8 @@ def locate(error: BaseException) -> tuple[BaseException, str]:
         for name, file, line in reversed(project):
             package = name.partition(".")[0]
             is_refused_value = isinstance(cause, (ValueError, OSError)) and (name, file, line) != places[-1]
-            if package not in _PROJECT or (package in _TASKS and not is_message and not is_refused_value):
+            is_task = package in _TASKS and name not in _BASES
+            if package not in _PROJECT or (is_task and not is_message and not is_refused_value):
                 return cause, f" ({file}, line {line})"
         cause = cause.__cause__ or cause.__context__
     return error, ""

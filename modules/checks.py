@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from experiment.library_internals import sets_learning_rate
+from modules.optimizers import moves_parameters
 
 
 def check_complete(module: L.LightningModule, base: type[L.LightningModule]) -> None:
@@ -129,6 +130,20 @@ def check_callbacks(module: L.LightningModule) -> None:
             if isinstance(module.trainer.strategy, ModelParallelStrategy):
                 raise ValueError(f"{name} does not support a sharded network: use strategy ddp, or remove it")
             check_saves_average(module.trainer, name)
+
+
+def check_average(module: L.LightningModule, optimizer: Any) -> None:
+    """Check that the weights are not averaged twice.
+
+    Raises:
+        ValueError: a callback would average the parameters to train on of a schedule-free optimizer.
+    """
+    for callback in vars(module.trainer)["callbacks"]:
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)) and moves_parameters(optimizer):
+            raise ValueError(
+                f"{type(callback).__name__} would average parameters that {type(optimizer).__name__} does not evaluate,"
+                " since it averages them itself: remove the callback, or use another optimizer"
+            )
 
 
 def check_saves_average(trainer: L.Trainer, name: str) -> None:

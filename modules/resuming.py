@@ -7,6 +7,7 @@ from torch import nn
 
 from experiment.library_internals import is_attached
 from modules.evaluation import EvaluatedModule
+from modules.optimizers import moves_parameters
 from modules.saved_arguments import check_same_network, is_plain
 
 
@@ -58,12 +59,9 @@ class ResumableModule(EvaluatedModule):
             ) from error
 
     def _move_optimizers(self, to: Literal["train", "eval"]) -> None:
-        """Switch optimizers between parameters to train and to evaluate.
-
-        Schedule-free ones (Defazio et al. 2024) have the methods ``train()`` and ``eval()`` for this.
-        """
+        """Switch schedule-free optimizers between parameters to train and to evaluate."""
         for optimizer in self.trainer.optimizers:
-            if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+            if moves_parameters(optimizer):
                 getattr(optimizer, to)()
                 self._at_training_parameters = to == "train"
 

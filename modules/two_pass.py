@@ -6,7 +6,7 @@ the first pass. :mod:`modules.evaluation` logs metrics, and :mod:`modules.nonfin
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -18,14 +18,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DistributedSampler
 
-from ars2.param_groups import Policy, Splits, param_groups
+from ars2.param_groups import Policy
 from ars2.replay import random_state
-from ars2.validation import check_known
 from experiment.library_internals import is_compiled
-from modules.checks import check_callbacks, check_complete, check_trainer
+from modules.checks import check_average, check_callbacks, check_complete, check_trainer
 from modules.evaluation import EvaluatedModule
 from modules.metrics import snapshot
 from modules.nonfinite import StepRecord, lower_scale
+from modules.optimizers import build_optimizer, first_step
 from modules.resuming import ResumableModule
 from modules.saved_arguments import arguments_of
 from modules.sharding import shard
@@ -125,6 +125,7 @@ class TwoPassModule(ResumableModule):
         self._is_second_pass = False
         self._restore_metrics: Callable[[], None] = lambda: None
         self._has_exchanged = False
+        self._has_updated = False  # in this process
 
     def configure_model(self) -> None:
         """Shard the network over the processes under ModelParallelStrategy.
@@ -201,7 +202,12 @@ class TwoPassModule(ResumableModule):
         if self.trainer.world_size > 1:
             self.stop_agreed = stop
         if not nonfinite:
-            wrapped.step()
+            if self._has_updated:
+                wrapped.step()
+            else:
+                saves = bool(self.trainer.checkpoint_callbacks)
+                first_step(wrapped, self.network, self.gradient_clip_val is not None, saves)
+                self._has_updated = True
             self._skipped_in_a_row = 0
             self._step_scheduler("step")
         else:
@@ -418,6 +424,7 @@ class TwoPassModule(ResumableModule):
         optimizer: Any = build_optimizer(
             self.network, self.make_optimizer, self.policy, self.matrix, self.vector, self.splits
         )
+        check_average(self, optimizer)
         self._record = StepRecord()  # the old record may be on another device
         self._has_exchanged = False
         sharded = self.device_mesh is not None
@@ -439,24 +446,3 @@ class TwoPassModule(ResumableModule):
             )
         interval = {"scheduler": scheduler, "interval": self.scheduler_interval}
         return {"optimizer": optimizer, "lr_scheduler": interval}
-
-
-def build_optimizer(
-    network: nn.Module,
-    make_optimizer: OptimizerCallable,
-    policy: Policy,
-    matrix: Mapping[str, Any] | None,
-    vector: Mapping[str, Any] | None,
-    splits: Splits | None = None,
-) -> Optimizer:
-    """Return the optimizer of the network's groups, where a track may have options.
-
-    Raises:
-        ValueError: the optimizer lacks one of these options.
-    """
-    groups: Iterable[Any] = param_groups(network, policy, matrix, vector, splits=splits)
-    optimizer = make_optimizer(groups)
-    for track, options in (("matrix", matrix), ("vector", vector)):
-        known = getattr(optimizer, "group_options", optimizer.defaults)
-        check_known(options or {}, known, f"{type(optimizer).__name__} ({track} group)")
-    return optimizer
