@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -137,6 +138,22 @@ def test_milestones_are_medians_over_seeds(groups: list[Group], runs: Path) -> N
     assert cells[1].startswith(f"{reached[1]} [{reached[0]}, ")
     never = Group(**{**vars(groups[0]), "targets": [Target("never", "train/loss", 0.0, lower=True)], "borrowed": False})
     assert {line[1] for line in milestones(never).rows} == {"not within 6"}  # type: ignore[union-attr]
+
+
+def test_the_targets_of_a_task_of_ones_own_are_the_milestones_of_its_config(runs: Path, tmp_path: Path) -> None:
+    folder = copy(min((runs / "grok_aga").iterdir()), tmp_path, "mine")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    thresholds = {"any": "val/accuracy >= 0.01", "never": "val/loss < -1"}
+    callback = {"class_path": "callbacks.milestones.Milestones", "init_args": {"thresholds": thresholds}}
+    config |= {"task": "mine", "trainer": {**config["trainer"], "callbacks": [callback]}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (entry,) = group(read([tmp_path])[0])
+    assert [(target.name, str(target)) for target in entry.aims] == [*thresholds.items()]
+    assert entry.goal == Target("never", "val/loss", -1.0, lower=True)
+    table = milestones(entry)
+    assert table is not None and table.columns == ["row", *thresholds.values()]
+    (given,) = group(read([tmp_path])[0], targets=[Target("other", "val/loss", 1.0, lower=True)])
+    assert [target.name for target in given.targets] == ["other"]
 
 
 def test_pairs_are_scipys_paired_t_test(groups: list[Group], runs: Path) -> None:
