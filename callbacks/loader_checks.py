@@ -44,10 +44,12 @@ class LoaderChecks(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
-        if self._compared or replicas != trainer.world_size or replicas == 1:
+        if self._compared:
             return
         self._compared = True
+        replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+        if replicas == 1 or replicas != trainer.world_size:  # tensor parallelism needs the same batch
+            return
         digests = gather_per_rank(trainer, _digest(batch))
         if digests[0] is not None and len(set(digests)) == 1:
             raise ValueError(
