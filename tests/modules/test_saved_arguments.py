@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 
 from datamodules.cifar10 import CLASSES, CIFAR10Data
@@ -170,6 +171,28 @@ def test_arguments_are_those_of_the_outermost_class_and_plain(tmp_path: Path) ->
     assert tutorial.hparams["width"] == 5
     around = Around(0.25, inner=0.75)
     assert around.inner._arguments == {"dropout": 0.75, "optimizer": None}
+
+
+class Saving(ModularAddition):
+    """Save the optimizer's options too, as a LightningCLI of one's own needs them."""
+
+    def __init__(self, p: int = 7, width: int = 8, **options: Any) -> None:
+        super().__init__(p=p, width=width, **options)
+        self.save_hyperparameters()
+
+
+def test_a_plain_lightning_cli_tests_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    network = ["--model.heads", "2", "--model.mlp_width", "16", "--data.p", "7", "--data.batch_size", "8"]
+    sync = ["--model.optimizer", "ars2.ARS2Neo", "--model.optimizer.lr", "1e-3", "--model.optimizer.mode", "sync"]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+    options = [*network, *sync, *quiet, "--trainer.accelerator", "cpu", "--trainer.max_epochs"]
+    LightningCLI(Saving, ModularAdditionData, args=["fit", *options, "1"])
+    (path,) = map(str, tmp_path.glob("lightning_logs/*/checkpoints/*.ckpt"))
+    tested = LightningCLI(Saving, ModularAdditionData, args=["test", *options, "1", "--ckpt_path", path])
+    assert "test/loss" in tested.trainer.callback_metrics
+    resumed = LightningCLI(Saving, ModularAdditionData, args=["fit", *options, "2", "--ckpt_path", path])
+    assert (resumed.trainer.global_step, resumed.model.gradient_evaluations) == (4, 8)
 
 
 def test_saved_arguments_do_not_affect_resuming(tmp_path: Path) -> None:
