@@ -33,12 +33,12 @@ FULL_CHECKPOINTS = ("--checkpoint.save_weights_only", "false")
 @pytest.mark.parametrize(
     ("name", "options", "status"),
     [
-        ("LearningRateMonitor", (), "finished"),
+        slow("LearningRateMonitor", (), "finished"),
         slow("ModelSummary", (), "finished"),
         slow("TQDMProgressBar", (), "finished"),
         ("StochasticWeightAveraging", ("--trainer.callbacks.swa_lrs", 0.01), "finished"),
         slow("WeightAveraging", FULL_CHECKPOINTS, "finished"),
-        ("LambdaCallback", (), "finished"),
+        slow("LambdaCallback", (), "finished"),
         ("Timer", ("--trainer.callbacks.duration", "{minutes: 10}"), "finished"),
         (
             "EarlyStopping",
@@ -211,17 +211,30 @@ def test_a_scheduler_by_class_path_changes_the_learning_rate(options: Any, tmp_p
     assert len(rates) == 4 and len(set(rates)) >= 3
 
 
+PLATEAU = (
+    *("--model.scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.scheduler.monitor", "val/loss"),
+    *("--model.scheduler.threshold", 0.9, "--model.scheduler.patience", 0),  # nothing is good enough
+)
+
+
+def learning_rate(folder: Path) -> float:
+    (state,) = checkpoint(folder)["optimizer_states"]
+    return float(state["param_groups"][0]["lr"])
+
+
+def test_a_plateau_by_class_path_lowers_the_learning_rate(tmp_path: Path) -> None:
+    assert learning_rate(fit(tmp_path, *AGA, *TINY, *PLATEAU)) == pytest.approx(1e-3 / 10)
+
+
+@pytest.mark.slow
 def test_a_plateau_by_class_path_resumes_exactly(tmp_path: Path) -> None:
-    plateau = ("lightning.pytorch.cli.ReduceLROnPlateau", "--model.scheduler.monitor", "val/loss")
-    never_good_enough = ("--model.scheduler.threshold", 0.9, "--model.scheduler.patience", 0)
-    options = (*AGA, *TINY, "--model.scheduler", *plateau, *never_good_enough)
+    options = (*AGA, *TINY, *PLATEAU)
     uninterrupted = fit(tmp_path / "uninterrupted", *options, "--trainer.max_epochs", 3)
     begun = fit(tmp_path / "begun", *options) / "checkpoints/last.ckpt"
     resumed = fit(tmp_path / "resumed", *options, "--trainer.max_epochs", 3, "--ckpt_path", begun)
     for key in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert list(differences(checkpoint(resumed)[key], checkpoint(uninterrupted)[key])) == [], key
-    (state,) = checkpoint(resumed)["optimizer_states"]
-    assert state["param_groups"][0]["lr"] == pytest.approx(1e-3 / 100)
+    assert learning_rate(resumed) == pytest.approx(1e-3 / 100)
 
 
 def test_an_average_that_would_be_trained_on_is_refused() -> None:
