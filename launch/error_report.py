@@ -16,7 +16,8 @@ from launch.errors import LOST_PROCESS, REFUSED_VALUE, one_line, worker_tracebac
 # The project's packages; users may add their own modules to those of the tasks.
 _PROJECT = {"analysis", "ars2", "callbacks", "datamodules", "experiment", "launch", "modules", "studies", "__main__"}
 _TASKS = ("modules", "datamodules")
-_BASES = ("modules.optimizers", "modules.resuming", "modules.two_pass")
+# The suite's code that calls tasks; an operation of the task may fail in its backward pass.
+_BASES = ("modules.evaluation", "modules.optimizers", "modules.resuming", "modules.two_pass")
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 

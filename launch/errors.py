@@ -19,6 +19,7 @@ _NOISE = re.compile(
 # gloo and NCCL
 LOST_PROCESS = re.compile(r"Connection (?:closed|reset) by peer \[|remote process exited")
 _OTHER_PROCESS = re.compile(r"Caught \w+ in DataLoader worker process|-- Process \d+ terminated with the following")
+_ANOMALY = "--trainer.detect_anomaly true prints the traceback of the operation"
 _MAX_LENGTH = 500
 _REQUIRED = "the following arguments are required"
 _NO_CLASS = r"Expected a dot import path string: (.+)"
@@ -62,10 +63,12 @@ def one_line(error: BaseException, folder: Any = None) -> str:
         named = (e for e in _before(error) if isinstance(e, OSError) and e.filename and e.strerror)
         return one_line(next(named, OSError(error.errno, error.strerror, str(folder or "a file of the run"))))
     text = " ".join(text.split())
+    # The backward pass fails in no line of the user's code.
+    text = re.sub(r"Hint: enable anomaly detection.*", _ANOMALY, text)
     if len(text) > _MAX_LENGTH:
         text = text[:_MAX_LENGTH] + " ..."
     if " " not in text or isinstance(error, (AttributeError, AssertionError, IndexError, TypeError)):
-        return f"{type(error).__name__}: {text}"
+        return f"{type(error).__name__}: {text}".removesuffix(": ")
     return text
 
 

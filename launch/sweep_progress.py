@@ -4,12 +4,24 @@ from pathlib import Path
 
 from optuna.trial import TrialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
+from rich.text import Text
 
+from experiment.quantities import duration
 from launch import trial
 from launch.search import Runner, Search, run_jobs
 from launch.sweep_specification import Sweep
+
+
+class TimeColumn(ProgressColumn):
+    """Show the time since the start, and the time that may be left."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        left = "" if task.time_remaining is None else f", {duration(task.time_remaining)} left"
+        return Text(f"{duration(round(task.elapsed or 0.0))}{left}")
 
 
 def run(sweep: Sweep, folder: Path, workers: int, runner: Runner = trial.run) -> None:
@@ -22,8 +34,8 @@ def run(sweep: Sweep, folder: Path, workers: int, runner: Runner = trial.run) ->
         runner: see :class:`launch.search.Search`.
     """
     console = Console(highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+    columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeColumn())
+    with Progress(*columns, console=console) as bar:
         search = Search(sweep, folder, trial.server(), lambda line: bar.console.print(line), runner)
         for what, jobs in (("trials", list(search.trials())), ("winners", None)):
             todo = list(search.finals()) if jobs is None else jobs

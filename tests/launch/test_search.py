@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -386,3 +387,12 @@ def test_an_optimizer_without_the_milestone_uses_the_fallback_metric(
     assert lr(runner.commands[4]) == min(losses, key=lambda rate: losses[rate])
     (final,) = found["adamw-final"]
     assert saved(final)["model"]["model.optimizer.lr"] == runner.commands[4]["model.optimizer.lr"]
+
+
+def test_the_progress_has_times_for_people_and_no_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_fake(tmp_path, {**SWEEP, "trials": 2}, FakeRunner(accuracy))
+    printed = capsys.readouterr().out
+    assert re.search(r"small: trials +━+ +4/4 +\d+ s, 0 s left", printed), printed
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", printed)

@@ -317,6 +317,29 @@ def test_a_bug_of_any_kind_is_located(
     assert line.startswith(f"error: {message} ({file}, line {number})"), line
 
 
+def test_an_error_in_the_backward_pass_names_the_option_that_locates_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = WORKING.replace("return self.network", "output = self.network").replace(
+        ").sum()",
+        """).exp()
+            output += 1  # BUG
+            return output.sum()""",
+    )
+    result, file = fit_module(body, tmp_path, monkeypatch, *OPTIMIZER)
+    assert "modified by an inplace operation" in result.err and "two_pass.py" not in result.err
+    assert "--trainer.detect_anomaly true prints the traceback of the operation (details in " in result.err
+    with pytest.warns(UserWarning, match="Error detected in ExpBackward0") as printed:
+        _, file = fit_module(body, tmp_path, monkeypatch, *OPTIMIZER, "--trainer.detect_anomaly", "true")
+    (number,) = [number for number, line in enumerate(file.read_text().splitlines(), 1) if "exp()" in line]
+    assert any(f'File "{file}", line {number}' in str(warning.message) for warning in printed)
+
+
+def test_an_assertion_without_a_message_is_located(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result, file = fit_module(BROKEN % ("pass", "assert batch is None"), tmp_path, monkeypatch, *OPTIMIZER)
+    assert result.err.startswith(f"error: AssertionError ({file}, line 15)"), result.err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_bug_in_one_process_is_located_and_the_other_one_blames_that_process(rank: int, tmp_path: Path) -> None:
