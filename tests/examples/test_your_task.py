@@ -29,8 +29,8 @@ def run(command: str, folder: Path) -> Result:
 
 
 def test_it_is_trained_tested_and_asked(tmp_path: Path) -> None:
-    results = [run(command, tmp_path) for command in COMMANDS if "train.py" in command]
-    assert [result.code for result in results] == [0] * 4, [result.err for result in results]
+    results = [run(command, tmp_path) for command in COMMANDS if "train.py" in command and "--seed" not in command]
+    assert [result.code for result in results] == [0] * 3, [result.err for result in results]
     assert "good: val/accuracy >= 0.95 │ epoch" in results[0].out
     answers = results[-1].out.splitlines()
     assert len(answers) == 3 and all(": right" in line or ": wrong" in line for line in answers)
@@ -40,7 +40,7 @@ def test_it_is_trained_tested_and_asked(tmp_path: Path) -> None:
 def test_its_settings_are_searched_and_compared(tmp_path: Path) -> None:
     server()  # the trials are forked from it
     for command in COMMANDS:
-        if "train.py" not in command:
+        if "train.py" not in command or "--seed" in command:
             result = run(command, tmp_path)
             assert result.code == 0, result.err
     report = (tmp_path / "report/report.md").read_text()
