@@ -276,6 +276,12 @@ def _tell_apart(rows: list[Row]) -> None:
         if len(same) == 1:
             continue
         settings = [row.any.identity.setting for row in same]
+        if _differs("model.optimizer", settings):
+            # Optimizers of different classes differ in most of their options, which would fill the label.
+            for row, setting in zip(same, settings, strict=True):
+                row.label = f"{label}, optimizer {setting.get('model.optimizer')}"
+            _tell_apart(same)
+            continue
         keys = [key for key in dict.fromkeys(key for s in settings for key in s) if _differs(key, settings)]
         for row, setting in zip(same, settings, strict=True):
             options = [f"{key.partition('.')[2]} {value_text(setting.get(key))}" for key in keys]

@@ -82,7 +82,7 @@ def small(config: Path, folder: Path) -> tuple[object, ...]:
 
 
 # Of each task and each optimizer one; the published settings of grokking take a step below.
-QUICK = ("grok_random", "cifar_aga", "cifar_mini_muon", "wikitext2_sync", "wikitext2_nano_adamw")
+QUICK = ("grok_random", "cifar_aga", "cifar_mini_schedulefree", "wikitext2_sync", "wikitext2_nano_soap")
 
 
 @pytest.mark.parametrize(
@@ -152,3 +152,24 @@ def test_the_two_muons_differ_in_weight_decay_only() -> None:
     assert with_decay["model"]["init_args"]["optimizer"]["init_args"].pop("weight_decay") == 1.0
     assert muon["model"]["init_args"]["optimizer"]["init_args"].pop("weight_decay") == 0.0
     assert with_decay == muon
+
+
+@pytest.mark.parametrize("task", ["grok", "cifar_mini", "wikitext2_nano"])
+@pytest.mark.parametrize("name", ["soap", "schedulefree"])
+def test_optimizers_of_other_libraries_replace_adamw_alone(task: str, name: str) -> None:
+    adamw, other = (read(ROOT / f"configs/{task}_{row}.yaml") for row in ("adamw", name))
+    assert (adamw.pop("experiment"), other.pop("experiment")) == (f"{task}_adamw", f"{task}_{name}")
+    optimizers = [config["model"]["init_args"].pop("optimizer") for config in (adamw, other)]
+    assert len({optimizer["init_args"]["weight_decay"] for optimizer in optimizers}) == 1
+    if name == "schedulefree":
+        for key in ("scheduler", "scheduler_interval"):
+            adamw["model"]["init_args"].pop(key, None)
+    assert other == adamw
+
+
+@pytest.mark.parametrize("task", ["grok", "cifar_mini", "wikitext2_nano"])
+def test_sweeps_of_other_libraries_have_the_budget_of_the_first(task: str) -> None:
+    first, others = (read(ROOT / f"configs/sweeps/{task}{suffix}.yaml") for suffix in ("", "_others"))
+    for sweep in (first, others):
+        del sweep["name"], sweep["optimizers"]
+    assert others == first

@@ -10,7 +10,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_optimizer import ScheduleFreeAdamW
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ from tests.modules.small_task import (
 
 
 def make(params: Any) -> torch.optim.Optimizer:
-    return ScheduleFreeAdamW([{**group, "params": [p for _, p in group["params"]]} for group in params], lr=1e-2)
+    return ScheduleFreeAdamW(params, lr=1e-2)
 
 
 def by_hand(epochs: int) -> tuple[nn.Module, list[float]]:
@@ -116,3 +116,8 @@ def test_a_checkpoint_within_an_epoch_has_evaluation_parameters_and_resumes_exac
 def test_checkpoints_of_other_optimizers_have_no_extra_weights(tmp_path: Path) -> None:
     fit(SmallTask(optimizer=make_optimizer("sync")), callbacks=[SavesWithinAnEpoch(tmp_path / "run.ckpt")])  # type: ignore[arg-type]
     assert "training_parameters" not in torch.load(tmp_path / "run.ckpt", weights_only=True)
+
+
+def test_parameters_that_are_averaged_already_are_not_averaged_by_a_callback() -> None:
+    with pytest.raises(ValueError, match="WeightAveraging would average parameters that ScheduleFreeAdamW does not"):
+        fit(SmallTask(optimizer=make), callbacks=[WeightAveraging()])
