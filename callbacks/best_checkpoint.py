@@ -46,9 +46,12 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if str(self.monitor).startswith("val/") and trainer.limit_val_batches != 0 and not trainer.enable_validation:
+            data: Any = getattr(trainer, "datamodule", None) or pl_module
+            parts = {"validation_step() to the module": ("validation_step", pl_module)}
+            parts["val_dataloader() to the data"] = ("val_dataloader", data)
+            missing = [part for part, (name, owner) in parts.items() if not is_overridden(name, owner)]
             raise ValueError(
-                f"checkpoint.monitor is {self.monitor}, but there is no validation: add val_dataloader() to the data"
-                f"{'' if is_overridden('validation_step', pl_module) else ' and validation_step() to the module'}, or"
+                f"checkpoint.monitor is {self.monitor}, but there is no validation: add {' and '.join(missing)}, or"
                 " monitor another metric, such as --checkpoint.monitor train/loss"
             )
         super().on_train_start(trainer, pl_module)

@@ -143,7 +143,11 @@ def explain(message: str, parser: Any) -> str:
     )
     if given and not names_value:
         text += f"; got {given}"
-    if re.search(rf"{_REQUIRED}.*\bmodel\b", text) or (text.startswith("Option ") and _keys(parser) == {"help"}):
+    if text.startswith("Option ") and _keys(parser) == {"help"}:
+        text += (
+            ": the class has no options; first name a config or another class, such as --config configs/grok_aga.yaml"
+        )
+    elif re.search(rf"{_REQUIRED}.*\bmodel\b", text):
         text += "; first name a config, such as --config configs/grok_aga.yaml"
     elif text == "Option 'optimizer' is not accepted":
         text += (
