@@ -14,7 +14,7 @@ import yaml
 
 from analysis.rows import group
 from analysis.runs import read
-from tests.helpers.commands import ROOT, SMALL, Result, call, fit, folders, metrics
+from tests.helpers.commands import ROOT, SMALL, TINY, Result, call, fit, folders, metrics
 from tests.helpers.marks import slow
 
 MUON = {"matrix": {"use_muon": True}, "vector": {"use_muon": False, "lr": 2e-3}}
@@ -164,3 +164,35 @@ def test_rows_of_one_experiment_are_named_by_their_optimizers(tmp_path: Path) ->
         "other, optimizer torch.optim.AdamW": ["1.42"],
         "other, optimizer pytorch_optimizer.ADOPT": ["2.42", "3.42"],
     }
+
+
+PAGE = (ROOT / "docs/other_optimizers.md").read_text()
+
+
+def table(heading: str) -> list[list[str]]:
+    """Return the names of each row of the table below a heading of the page."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return [re.findall(r"`([\w.]+)`", line) for line in section.splitlines() if line.startswith("| `")]
+
+
+def test_the_page_lists_what_is_tested() -> None:
+    works = {f"{library}.{name}" for library, *names in table("What works") for name in names}
+    assert works == OPTIMIZERS.keys()
+    tested = {getattr(case, "values", case)[0] for case in REFUSED}
+    names = {line.split(" | ")[0] for line in PAGE.split("## What does not\n")[1].splitlines() if line[:3] == "| `"}
+    shown = {name.rpartition(".")[2] for cell in names for name in re.findall(r"`([\w.]+)`", cell)}
+    assert shown == {path.rpartition(".")[2] for path in tested} - {"Lion"}
+
+
+def test_the_overlay_of_the_page_replaces_the_optimizer(tmp_path: Path) -> None:
+    overlay, entry = re.findall(r"^```yaml\n(.*?)^```", PAGE, re.M | re.S)
+    (tmp_path / "overlay.yaml").write_text(overlay)
+    folder = fit(
+        tmp_path / "runs", "--config", ROOT / "configs/grok_adamw.yaml", "--config", tmp_path / "overlay.yaml", *TINY
+    )
+    (state,) = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
+    decays = {group["track"]: group["weight_decay"] for group in state["param_groups"]}
+    assert decays == {"matrix": 1.0, "vector": 0.0} and "precondition_frequency" in state["param_groups"][0]
+    (shown,) = yaml.safe_load(entry)["optimizers"].items()
+    committed = yaml.safe_load((ROOT / "configs/sweeps/grok_others.yaml").read_text())["optimizers"][shown[0]]
+    assert shown[1]["configs"] == committed["configs"] and shown[1]["space"].items() <= committed["space"].items()
