@@ -128,8 +128,8 @@ def test_an_epoch_without_batches_is_an_error(loader: Any, message: str) -> None
         fit(Seen(), Data(loader), [LoaderChecks()], None, 3)
 
 
-def resume(loaders: list[Any], folder: Path) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the batches of epoch 2 of a complete run, and of one that is stopped within it."""
+def resume(loaders: list[Any], folder: Path, steps: int = 9) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the batches of epoch 2 of a complete run, and of one that is stopped after some steps."""
 
     def run(loader: Any, **options: Any) -> Seen:
         model = Seen()
@@ -138,7 +138,7 @@ def resume(loaders: list[Any], folder: Path) -> tuple[list[list[int]], list[list
         fit(model, Data(loader), callbacks, None, 2, enable_checkpointing=True, **options)
         return model
 
-    complete, stopped = run(loaders[0]), run(loaders[1], max_steps=9)
+    complete, stopped = run(loaders[0]), run(loaders[1], max_steps=steps)
     resumed = run(loaders[2], ckpt_path=str(folder / "last.ckpt"))
     return complete.batches[6:], [*stopped.batches[6:], *resumed.batches]
 
@@ -150,6 +150,13 @@ def test_a_loader_with_its_state_is_resumed_exactly(
     complete, resumed = resume([make(), make(), make()], tmp_path)
     assert resumed == complete and len(complete) == 6
     assert "resumed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_loader_is_resumed_exactly_between_epochs(workers: int, tmp_path: Path) -> None:
+    loaders = [DataLoader(DATASET, 4, shuffle=True, num_workers=workers) for _ in range(3)]
+    complete, resumed = resume(loaders, tmp_path, steps=6)
+    assert resumed == complete and len(complete) == 6
 
 
 @pytest.mark.parametrize(
