@@ -83,7 +83,8 @@ class Milestones(L.Callback):
         for threshold in self.thresholds:
             # In an epoch without a logged mean, the old value stays here and reaches no further milestone.
             measured = trainer.callback_metrics.get(threshold.metric)
-            if measured is None and has_validated(trainer):
+            # An epoch that max_steps has ended is logged later.
+            if measured is None and has_validated(trainer) and trainer.is_last_batch:
                 raise ValueError(_not_logged(threshold, trainer.callback_metrics))
             if threshold.name in self.reached or measured is None:
                 continue

@@ -153,3 +153,8 @@ def test_a_threshold_that_cannot_be_read_is_refused(text: Any) -> None:
 def test_a_metric_that_is_not_logged_is_an_error_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match="good reads val/acuracy, which is not logged; did you mean val/accuracy"):
         fit(module(), data(), [Milestones({"good": "val/acuracy >= 0.9"})], None, epochs=2)
+
+
+def test_an_epoch_that_is_cut_short_lacks_no_metric() -> None:
+    trainer = fit(module(), data(), [GrokkingMilestones()], None, epochs=2, max_steps=3, val_check_interval=0.5)
+    assert trainer.global_step == 3 and "val/accuracy" in trainer.callback_metrics
