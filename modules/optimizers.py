@@ -19,7 +19,7 @@ from ars2.validation import check_known
 
 
 def name_of(optimizer: Optimizer) -> str:
-    """Return the class path of an optimizer, without private modules of torch."""
+    """Return the library and the class of an optimizer."""
     return f"{type(optimizer).__module__.partition('.')[0]}.{type(optimizer).__name__}"
 
 
