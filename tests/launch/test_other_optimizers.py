@@ -36,8 +36,8 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "heavyball.PSGDKron": ({}, {}),
     "heavyball.SFAdamW": ({}, {}),
 }
-# Those with the simplest states.
-RARE = ("AdamW", "SGD", "NAdam", "Lion", "AdEMAMix", "Shampoo")
+# A kind of each is enough for every day.
+QUICK = ("Adafactor", "pytorch_optimizer.SOAP", "ADOPT", "ScheduleFreeAdamW", "Muon", "PSGDKron", "SFAdamW")
 SCHEDULER = {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.5}}
 EPOCHS, STEPS = 4, 8
 
@@ -91,7 +91,7 @@ def assert_same(actual: Any, expected: Any, place: str) -> None:
         assert actual == expected, place
 
 
-@pytest.mark.parametrize("class_path", [slow(path) if path.rpartition(".")[2] in RARE else path for path in OPTIMIZERS])
+@pytest.mark.parametrize("class_path", [path if path.endswith(QUICK) else slow(path) for path in OPTIMIZERS])
 def test_trains_by_its_class_path_and_resumes_exactly(class_path: str, tmp_path: Path) -> None:
     options, model = OPTIMIZERS[class_path]
     options = {"lr": 0.01, **options}
@@ -153,17 +153,16 @@ def test_what_cannot_be_used_is_refused_with_a_sentence(
 
 
 def test_rows_of_one_experiment_are_named_by_their_optimizers(tmp_path: Path) -> None:
-    for class_path in ("heavyball.AdamW", "torch.optim.AdamW", "pytorch_optimizer.ADOPT", "pytorch_optimizer.ADOPT"):
+    for class_path in ("heavyball.AdamW", "pytorch_optimizer.ADOPT", "pytorch_optimizer.ADOPT"):
         config(tmp_path, class_path, {"lr": 0.01}, {})
-        train(tmp_path, "--seed_everything", len(folders(tmp_path / "runs")))
+        train(tmp_path, "--seed_everything", len(folders(tmp_path / "runs")), "--trainer.max_epochs", 1)
     runs, problems = read([tmp_path / "runs"])
     (table,) = group(runs)
     assert not problems
     # ADOPT's default is a lambda, whose address is different in each run.
     assert {row.label: sorted(row.runs) for row in table.rows} == {
         "other, optimizer heavyball.AdamW": ["0.42"],
-        "other, optimizer torch.optim.AdamW": ["1.42"],
-        "other, optimizer pytorch_optimizer.ADOPT": ["2.42", "3.42"],
+        "other, optimizer pytorch_optimizer.ADOPT": ["1.42", "2.42"],
     }
 
 
