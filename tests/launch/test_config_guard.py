@@ -192,6 +192,7 @@ def commands(tmp_path: Path, tiny_cifar10: Path) -> dict[str, tuple[object, ...]
     return {
         "cifar_gpu": ("--config", "configs/cifar_sync.yaml", *TINY_CIFAR, *cpu),
         "compiled_optimizer": grok,
+        "ema": grok,
         "fsdp": (*grok, *cpu, "--trainer.devices", 2, "--trainer.strategy.data_parallel_size", 2),
         "wikitext2_gpu": ("--config", "configs/wikitext2_sync.yaml", *text.SMALL_TEXT, *short_text, *cpu),
     }
