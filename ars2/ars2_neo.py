@@ -17,6 +17,7 @@ and accumulate gradients. It calls the parts, as a loop of your own can:
 import inspect
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,6 +112,7 @@ class ARS2Neo(TrackedOptimizer):
 
     fixed_options = ("mode", "energy", "geometry")
     main_counters = schedule.COUNTERS
+    _warned_of_lightning = False
 
     def __init__(
         self,
@@ -165,6 +167,8 @@ class ARS2Neo(TrackedOptimizer):
     def _check_counters(self, group: dict[str, Any], first: bool) -> None:
         super()._check_counters(group, first)
         if first:
+            if "sync_steps" not in group:
+                raise ValueError("it is of another optimizer than ARS2Neo, such as Muon: load it into that one")
             group.setdefault("interval", 0)  # older states have none
             for name in ("sync_steps", "last_sync", "interval"):
                 validation.check_integer(group, name, 0)
@@ -579,13 +583,14 @@ class ARS2Neo(TrackedOptimizer):
         if before and all(p.grad is grad and local(grad)._version == version for p, grad, version in before):
             raise RuntimeError(
                 "step(closure): the closure computed no gradient: zero the gradients, evaluate the loss and call"
-                " backward() in it (a loop that makes the passes itself calls wants_second_pass() before step())"
+                " backward() in it, or make the passes in a loop over optimizer.passes(model) before step()"
             )
         if not self._check_gradients():
             return result
         # Gradients that the closure zeroed in place or added to. With create_graph adding makes a new tensor.
         reused = [p for p, grad, _ in before if p.grad is not None and (p.grad is grad or p.grad.requires_grad)]
         if self.wants_second_pass():
+            self._warn_of_lightning(closure)
             try:
                 self.perturb()
                 for param in reused:
@@ -605,6 +610,18 @@ class ARS2Neo(TrackedOptimizer):
                 raise
         self._update()
         return result
+
+    def _warn_of_lightning(self, closure: Any) -> None:
+        """Warn once if Lightning's automatic optimization made the closure, which does not repeat its first call."""
+        module = str(getattr(getattr(closure, "func", None), "__module__", ""))
+        if module.startswith(("lightning.pytorch.", "pytorch_lightning.")) and not self._warned_of_lightning:
+            self._warned_of_lightning = True
+            warnings.warn(
+                "Lightning calls training_step() twice in a two-pass step: dropout differs between the passes, and"
+                " logged values and BatchNorm's statistics are of both. Give the Trainer"
+                " callbacks=[ars2.lightning.TwoPass()]",
+                stacklevel=2,
+            )
 
     def diagnostics(self) -> dict[str, float]:
         """Return counters and AGA quantities of the last step as plain numbers.
@@ -631,8 +648,9 @@ def _check_not_added_to(params: list[Tensor]) -> None:
     if any(torch.stack([grad.isnan().all() for grad in grads]).tolist()):
         raise RuntimeError(
             "step(closure): the closure adds to gradients of earlier backward passes, which its second evaluation"
-            " cannot repeat: zero the gradients and evaluate all micro-batches in the closure, or make the passes"
-            " with wants_second_pass(), perturb() and restore() (Lightning's accumulate_grad_batches does neither)"
+            " cannot repeat: zero the gradients and evaluate all micro-batches in the closure, or in a loop over"
+            " optimizer.passes(model) (for Lightning's accumulate_grad_batches, give the Trainer"
+            " callbacks=[ars2.lightning.TwoPass()])"
         )
 
 

@@ -143,7 +143,8 @@ class TrackedOptimizer(Optimizer):
             warnings.warn(
                 f"{type(self).__name__} got parameters without a track, so their shapes decide: those of two dimensions"
                 f" or more, all below {LARGEST_MATRIX_DIMENSION}, are matrices, the others vectors, and a group with"
-                " both becomes two. Use ars2.param_groups(model) to build groups by the modules of a model",
+                " both becomes two. Use ars2.param_groups(model) to build groups by the modules of a model, or"
+                " ars2.transformers.TwoPassTrainer, which does so",
                 stacklevel=2,
             )
 
@@ -234,9 +235,12 @@ class TrackedOptimizer(Optimizer):
         for index, (current, saved_group) in enumerate(zip(self.param_groups, groups, strict=True)):
             try:
                 self._check_options(saved_group)
-                validation.check_choice(saved_group, "track", (current["track"],))
-                for name in self.fixed_options:
-                    validation.check_choice(saved_group, name, (current[name],))
+                for name in ("track", *self.fixed_options):
+                    if saved_group.get(name) != current[name]:
+                        raise ValueError(
+                            f"{name} is {saved_group.get(name)!r} there and {current[name]!r} in this optimizer: make"
+                            " the optimizer as it was when saved, or continue from the weights alone"
+                        )
                 self._check_counters(saved_group, index == 0)
             except ValueError as error:
                 raise ValueError(f"saved optimizer state, group {index}: {error}") from error

@@ -32,7 +32,9 @@ def check_options(group: dict[str, Any]) -> None:
     validation.check_number(group, "probability", 0.0, 1.0, closed_maximum=True)
     validation.check_integer(group, "seed", 0)
     validation.check_number(group, "late_start", 0.0, 1.0, closed_maximum=True)
-    validation.check_integer(group, "total_steps", 1 if mode == "late" else 0)
+    validation.check_integer(group, "total_steps", 0)
+    if mode == "late" and group["total_steps"] < 1:
+        raise ValueError('mode "late" needs total_steps, the number of optimizer steps of the training')
     validation.check_choice(group, "rho_per_step", (False, True))
     if group["rho_per_step"] and mode not in _MODES_BETWEEN:
         raise ValueError(f"rho_per_step needs one of the modes {', '.join(_MODES_BETWEEN)}, got {mode!r}: leave it out")

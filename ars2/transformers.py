@@ -58,7 +58,11 @@ class TwoPassTrainer(Trainer):
     _window: list[MicroBatch]
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Make the optimizer, with groups by the roles of the parameters if it has tracks."""
+        """Make the optimizer, with groups by the roles of the parameters if it has tracks.
+
+        Raises:
+            ValueError: it would train no parameter of the model.
+        """
         if self.optimizer is None and self.optimizer_cls_and_kwargs is not None:
             optimizer_class, options = self.optimizer_cls_and_kwargs
             tracked = isinstance(optimizer_class, type) and issubclass(optimizer_class, TrackedOptimizer)
@@ -68,6 +72,13 @@ class TwoPassTrainer(Trainer):
                 self.optimizer = optimizer_class(groups, **options)
         # Early versions of transformers 5 do not pass the model.
         optimizer: Optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        found = {param for group in optimizer.param_groups for param in group["params"]}
+        trainable = (param for param in (model or self.model).parameters() if param.requires_grad)  # type: ignore[union-attr]
+        if not self.is_fsdp_enabled and found.isdisjoint(trainable):  # FSDP replaces the parameters
+            raise ValueError(
+                "the optimizer has no trainable parameter of the model: make its groups (params) after every change of"
+                " the model, such as get_peft_model(), or leave them out, as with model_init"
+            )
         return optimizer
 
     def _groups(self, model: Any, weight_decay: float) -> list[dict[str, Any]]:

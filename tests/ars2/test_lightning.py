@@ -1,5 +1,6 @@
 """An ordinary LightningModule with TwoPass makes the suite's steps."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.ars2.ordinary import Ordinary, both, fit, fit_sharded
 from tests.ars2.training import copies, same
 from tests.helpers.launching import launch
 from tests.modules.small_task import CORE, OPTIMIZERS, assert_equal_states, state_of
+from tests.modules.small_task import fit as fit_without
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -252,6 +254,18 @@ def test_what_cannot_be_is_an_error(kind: type[Ordinary], message: str) -> None:
 def test_a_strategy_that_makes_its_own_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"TwoPass does not support OwnSteps.*use ddp"):
         fit(Ordinary("sync"), strategy=OwnSteps("cpu"))
+
+
+def test_a_trainer_without_the_callback_is_warned_once() -> None:
+    with pytest.warns(UserWarning, match=r"callbacks=\[ars2.lightning.TwoPass\(\)\]") as caught:
+        fit_without(Ordinary("sync"), 1)
+    assert len([warning for warning in caught if "twice" in str(warning.message)]) == 1
+    with pytest.raises(RuntimeError, match=r"for Lightning's accumulate_grad_batches, give the Trainer callbacks"):
+        fit_without(Ordinary("sync"), 1, accumulate_grad_batches=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*twice")
+        fit(Ordinary("sync"), 1)
+        fit_without(Ordinary("base"), 1)
 
 
 def test_averages_that_would_be_trained_on_are_refused() -> None:

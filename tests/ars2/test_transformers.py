@@ -317,6 +317,17 @@ def test_an_optimizer_without_second_passes_trains_as_in_trainer(make: Any, tmp_
     assert_same(model, expected)
 
 
+@pytest.mark.parametrize("change", ["another model", "frozen"])
+def test_an_optimizer_that_would_train_nothing_is_refused(change: str, tmp_path: Path) -> None:
+    model = Network()
+    optimizer = optimizer_of(Network() if change == "another model" else model)
+    if change == "frozen":
+        model.requires_grad_(False)
+        model.extra = nn.Linear(2, 2)  # as a library that adapts a model does
+    with pytest.raises(ValueError, match=r"no trainable parameter of the model: make its groups"):
+        trainer_of(tmp_path, model, optimizer).train()
+
+
 def test_trainer_itself_names_the_subclass_for_second_passes(tmp_path: Path) -> None:
     model = CountingNetwork()
     with pytest.raises(RuntimeError, match=r"ars2\.transformers\.TwoPassTrainer"):
