@@ -14,7 +14,7 @@ from experiment.target import Target
 
 def is_share(metric: str) -> bool:
     """Return whether a metric is a part of 1, to be shown in percent."""
-    return metric.rpartition("/")[2] == "accuracy"
+    return metric.rpartition("/")[2] in ("accuracy", "acc")
 
 
 def metric_text(metric: str, mean: Mean, digits: int = 4) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from analysis.runs import AXES, Problem, Run
+from analysis.runs import AXES, Problem, Run, with_slash
 from analysis.statistics import Mean, Median, Time, mean_interval, median_time
 from experiment.identity import RunIdentity
 from experiment.target import Target
@@ -217,7 +217,7 @@ def group(
             task,
             digest,
             rows=[],
-            metric=str(options.get("checkpoint.monitor") or "val/loss"),
+            metric=with_slash(str(options.get("checkpoint.monitor") or "val/loss")),
             lower=options.get("checkpoint.mode", "min") == "min",
             targets=list(targets) or levels,
             published=entry,

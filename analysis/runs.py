@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +35,8 @@ AXES = {
 
 # Ten times as fast where PyYAML was built with libyaml.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+_STAGE = re.compile(r"(train|val|test)_(?=\w)")
 
 MILESTONES = "callbacks.milestones.Milestones"
 # The training step's message where the loss is not finite; the log may end before that.
@@ -69,7 +72,8 @@ class Run:
         self.summary = _summary(folder / "summary.json")
         self.identity = _identify(folder, config, self.summary)
         self.diverged = _DIVERGED in _text(folder / "error.txt")
-        self.log = self._read()
+        # Only validate and test have the option verbose.
+        self.log = self._read(evaluates="verbose" in config)
         self.resumed_from = self._join(config.get("ckpt_path"))
         done = self.log["epoch"][~np.isnan(self.log["train/loss"])]
         self.epochs = int(done.max()) if len(done) else 0
@@ -77,14 +81,15 @@ class Run:
         self.diverged = self.diverged and not ended
         self.finished = ended or self.diverged
 
-    def _read(self) -> Log:
+    def _read(self, evaluates: bool) -> Log:
         path = self.folder / "metrics.csv"
         if not path.exists():
             if self.diverged:  # before anything was logged
                 return {"epoch": np.empty(0), "train/loss": np.empty(0)}
             raise ValueError("it has no metrics.csv, because it ended within its first epoch")
         cells = _cells(path.read_bytes())
-        if "train/loss" not in cells and any(column.startswith("test/") for column in cells):
+        cells = {name if (name := with_slash(key)) not in cells else key: values for key, values in cells.items()}
+        if "train/loss" not in cells and (evaluates or any(column.startswith("test/") for column in cells)):
             raise ValueError("it is an evaluation, not a training run")
         log = _numbers(cells)
         if self.diverged:  # maybe before anything of these was logged
@@ -223,6 +228,11 @@ class Problem:
     folder: Path
     reason: str
     identity: RunIdentity | None = None
+
+
+def with_slash(metric: str) -> str:
+    """Return the name of a metric as the suite writes it, such as ``val/loss`` for ``val_loss``."""
+    return _STAGE.sub(r"\1/", metric, count=1) if _STAGE.match(metric) else metric
 
 
 def read(

@@ -77,7 +77,9 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if self.monitor not in (None, *trainer.callback_metrics) and trainer.is_global_zero:
+        if self.monitor is None and trainer.is_global_zero:
+            print("no best checkpoint: give --checkpoint.monitor a logged metric; best.ckpt is of the last epoch")
+        elif self.monitor not in trainer.callback_metrics and trainer.is_global_zero:
             print(f"no best checkpoint: {self.monitor} was not logged")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

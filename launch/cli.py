@@ -1,5 +1,6 @@
 """Run Lightning's CLI with run folders, checked configs and one-line errors."""
 
+import os
 import shlex
 import signal
 import sys
@@ -316,6 +317,8 @@ def main(arguments: Sequence[str]) -> int:
     debug = DEBUG in arguments
     arguments = [argument for argument in arguments if argument != DEBUG]
     silence_libraries()
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the user's modules; Python itself adds the folder of train.py
     if is_rank_zero():
         leave_current()
     try:

@@ -22,6 +22,7 @@ _OTHER_PROCESS = re.compile(r"Caught \w+ in DataLoader worker process|-- Process
 _ANOMALY = "--trainer.detect_anomaly true prints the traceback of the operation"
 _MAX_LENGTH = 500
 _REQUIRED = "the following arguments are required"
+_SEARCHED = " in the checkout, in the current folder or on PYTHONPATH"
 _NO_CLASS = r"Expected a dot import path string: (.+)"
 
 
@@ -131,6 +132,8 @@ def explain(message: str, parser: Any) -> str:
     messages = [re.sub(r'^Parser key "[^"]+":\s*', "", line) for line in messages]
     messages = [re.sub(r"\. Got value: ", "; got ", line) for line in messages]
     messages = [re.sub(r"Import path does not correspond to a sub", "it must name a sub", line) for line in messages]
+    messages = [re.sub(r"subclass of (Lightning\w+)", r"subclass of lightning.pytorch.\1", line) for line in messages]
+    messages = [re.sub(r"^No module named '\S+'", r"\g<0>" + _SEARCHED, line) for line in messages]
     messages = [re.sub(r"Expected a <class '(\w+)'>", r"expected \1", line) for line in messages]
     messages = [re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", line) for line in messages]
     messages = [

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from analysis.results import results
 from analysis.rows import group
 from analysis.runs import read
 from experiment.identity import RunIdentity
@@ -58,7 +60,29 @@ def test_its_runs_are_rows_of_one_table(tmp_path: Path) -> None:
     runs, problems = read([tmp_path])
     (table,) = group(runs)
     assert not problems and {row.name for row in table.rows} == {"base", "sync"}
-    assert table.metric == "val_accuracy" and not table.lower
+    # Names such as val_loss are read as those of the suite.
+    assert table.metric == "val/accuracy" and not table.lower
+    shown = results(table)
+    assert {"best val/loss", "last val/loss"} <= set(shown.columns)
+    assert "-" not in [cell for line in shown.rows for cell in line]
+
+
+def test_an_evaluation_is_not_a_broken_run(tmp_path: Path) -> None:
+    fit(tmp_path)
+    assert call("test", *options(), "--ckpt_path", "last", "--runs", tmp_path).code == 0
+    runs, problems = read([tmp_path])
+    assert len(runs) == 1
+    assert [problem.reason for problem in problems] == ["it is an evaluation, not a training run"]
+
+
+def test_a_module_in_the_current_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_lit.py").write_text("from tests.launch.lit import LitAddition as Mine\n")
+    monkeypatch.setattr("tests.helpers.commands.ROOT", tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    result = call("fit", "--model", "my_lit.Mine", *DATA, "--runs", tmp_path / "runs")
+    assert result.code == 0, result.err
+    missing = call("fit", "--model", "no_such_file.Mine", *DATA, "--runs", tmp_path / "runs").error
+    assert "No module named 'no_such_file' in the checkout, in the current folder or on PYTHONPATH" in missing
 
 
 def test_its_training_options_are_settings_and_the_others_protocol() -> None:

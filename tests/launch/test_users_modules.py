@@ -199,7 +199,7 @@ def test_a_task_that_cannot_be_trained_says_what_to_do(
 )
 def test_model_and_data_that_are_mixed_up_are_refused(part: str, other: str, kind: str) -> None:
     error = call("fit", "--config", "configs/grok_adamw.yaml", f"--{part}", other).error
-    assert error == f"error: {part}: it must name a subclass of {kind}; got {other}"
+    assert error == f"error: {part}: it must name a subclass of lightning.pytorch.{kind}; got {other}"
 
 
 def test_predictions_are_printed_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
