@@ -189,6 +189,7 @@ def shared(rank: int, ranks: int, port: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_processes_share_a_data_loader_and_refuse_to_repeat_each_others_batches(tmp_path: Path) -> None:
     parts = launch(shared, 2, tmp_path / "two")
     assert [len(batch) for part in parts for batch in part] == [4] * 6

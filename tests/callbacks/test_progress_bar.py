@@ -13,6 +13,12 @@ from tests.callbacks.fits import fit as trained
 from tests.helpers.commands import AGA, TINY, call, fit
 
 
+def set_width(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Let the console, which an earlier test may have made, have a width."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(rich, "_console", None)
+
+
 def lines(*arguments: object) -> list[str]:
     """Return the progress lines of a run of six epochs without a terminal."""
     result = call("fit", *AGA, *TINY, "--trainer.max_epochs", 6, *arguments)
@@ -26,7 +32,7 @@ def test_lines_are_rare(tmp_path: Path) -> None:
 
 
 def test_a_line_has_metrics_rate_and_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    set_width(monkeypatch, 200)
     monkeypatch.setattr(progress_bar, "_SECONDS_BETWEEN_LINES", 0.0)
     shown = lines("--runs", tmp_path)
     assert [line.split(",")[0] for line in shown] == [f"epoch {number}" for number in range(1, 7)]
@@ -52,7 +58,7 @@ def test_time_left_counts_from_where_the_run_was_resumed(tmp_path: Path, monkeyp
 
     It starts after the resumed epoch.
     """
-    monkeypatch.setenv("COLUMNS", "200")
+    set_width(monkeypatch, 200)
     folder = fit(tmp_path, *AGA, *TINY, "--trainer.max_epochs", 4)
     monkeypatch.setattr(progress_bar, "_SECONDS_BETWEEN_LINES", 0.0)
     now = iter(range(10**9))
@@ -116,7 +122,7 @@ def test_the_bar_and_its_metrics_fit_the_terminal(
 @pytest.mark.parametrize("width", [60, 80])
 def test_lines_without_a_terminal_fit_too(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress_bar, "_SECONDS_BETWEEN_LINES", 0.0)
-    monkeypatch.setenv("COLUMNS", str(width))
+    set_width(monkeypatch, width)
     logs = "tests.callbacks.test_progress_bar.LogsEveryMetric"
     result = call("fit", *AGA, *TINY, "--trainer.callbacks+", logs, "--runs", tmp_path)
     assert result.code == 0, result.err

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from datamodules.text_corpus import SPLITS, open_corpus
-from tests.helpers.commands import train_py
+from tests.helpers.commands import fresh_python
 from tests.helpers.text import FILES, lines, write_corpus
 
 
@@ -78,9 +78,18 @@ def test_a_saved_copy_without_a_split_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_network_and_copy_one_line_names_the_remedy(tmp_path: Path) -> None:
-    """The real loader is offline, as on a machine without a network."""
-    result = train_py(
-        *("fit", "--config", "configs/wikitext2_nano_base.yaml", "--runs", tmp_path / "runs", "--wandb", "false"),
+    """The real loader is offline, as on a machine without a network, which it reads from the environment on import."""
+    result = fresh_python(
+        *(
+            "train.py",
+            "fit",
+            "--config",
+            "configs/wikitext2_nano_base.yaml",
+            "--runs",
+            tmp_path / "runs",
+            "--wandb",
+            "false",
+        ),
         home=tmp_path,
         **{"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")},
     )
