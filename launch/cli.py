@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 import traceback
-from argparse import SUPPRESS
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -26,7 +25,6 @@ with without_heavy_packages():
     from callbacks.cost_counters import CostCounters
     from callbacks.last_checkpoint import LastCheckpoint, Stopped, StopSignals
     from callbacks.loader_checks import LoaderChecks
-    from callbacks.lookup import callbacks_of
     from callbacks.optimizer_internals import OptimizerInternals
     from callbacks.ordinary_module import OrdinaryModule
     from callbacks.progress_bar import ProgressBar
@@ -38,46 +36,13 @@ with without_heavy_packages():
     from experiment.distributed import broadcast_from_rank_zero, is_rank_zero
     from experiment.folders import RunFolder, find_runs, find_unfinished, leave_current, lock, unlock_all
     from experiment.identity import Sweep, resolve_config
-    from experiment.library_internals import actions_of
     from experiment.loggers import make_loggers
     from launch.config_guard import check_overlays, check_values
     from launch.console import silence_libraries
-    from launch.error_report import locate, report
-    from launch.errors import explain, one_line
-    from launch.trainer_options import check_precision, issubclass_of, move_update_options
-    from modules.checks import check_saves_average
+    from launch.error_report import report
+    from launch.parser import DEBUG, Parser
+    from launch.trainer_options import check_checkpoints, check_precision, issubclass_of, move_update_options
     from modules.two_pass import TwoPassModule
-
-DEBUG = "--debug"
-
-
-class Parser(LightningArgumentParser):
-    """Report errors in one line, and refuse abbreviated options."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs["allow_abbrev"] = False
-        # main() removes this option, so that it may come anywhere and is no part of the config.
-        kwargs["epilog"] = f"{DEBUG} anywhere in the command prints the traceback of an error before its line."
-        super().__init__(*args, **kwargs)
-
-    def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
-        """Add the options of a class, and leave defaults that no config can contain to the class."""
-        added = super().add_class_arguments(*args, **kwargs)
-        for action in actions_of(self):
-            # heavyball has a bare object for "not given". pytorch-optimizer has lambdas, whose address would make each
-            # run a setting of its own, and enums for numbers.
-            number = isinstance(action.default, Enum) and isinstance(action.default, int)
-            if number or type(action.default) is object or getattr(action.default, "__name__", "") == "<lambda>":
-                action.default = SUPPRESS
-        return added
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Print the error and exit with code 2."""
-        source, place = (None, "") if ex is None else locate(ex)
-        # The parser would describe what it tried with an exception of the user's code.
-        text = one_line(source) if source and place else explain(message, self)
-        print(f"error: {text}{place}", file=sys.stderr)
-        raise SystemExit(2)
 
 
 class CommandLine(LightningCLI):
@@ -268,26 +233,7 @@ class CommandLine(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuse checkpoint callbacks that would lose something without a message."""
-        for average in callbacks_of(self.trainer, L.callbacks.WeightAveraging):
-            check_saves_average(self.trainer, type(average).__name__)
-        for callback in self.trainer.checkpoint_callbacks:
-            name, ours = type(callback).__name__, isinstance(callback, (BestCheckpoint, LastCheckpoint))
-            timed = getattr(callback, "_train_time_interval", None) is not None
-            if timed and not ours and not self.model.automatic_optimization:
-                raise ValueError(
-                    f"{name} ignores train_time_interval, because {type(self.model).__name__} makes its own optimizer"
-                    " steps: give --checkpoint.train_time_interval"
-                )
-            if getattr(callback, "save_last", None) and not ours:
-                raise ValueError(
-                    f"{name} with save_last would replace the last.ckpt of the run, which last_checkpoint.* writes:"
-                    " remove save_last"
-                )
-            if isinstance(callback, L.callbacks.OnExceptionCheckpoint):
-                raise ValueError(
-                    f"{name} would let Lightning resume from its file, even if another run wrote that: give"
-                    " --checkpoint.save_on_exception true, which writes exception.ckpt to the run's folder"
-                )
+        check_checkpoints(self.trainer, self.model)
 
     def after_validate(self) -> None:
         """Print the run folder."""

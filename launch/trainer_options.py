@@ -1,4 +1,4 @@
-"""Check the trainer's options, and move some to a two-pass module."""
+"""Check the trainer's options and checkpoints, and move some options to a two-pass module."""
 
 import importlib
 import inspect
@@ -6,6 +6,10 @@ from typing import Any
 
 import lightning.pytorch as L
 
+from callbacks.best_checkpoint import BestCheckpoint
+from callbacks.last_checkpoint import LastCheckpoint
+from callbacks.lookup import callbacks_of
+from modules.checks import check_saves_average
 from modules.two_pass import TwoPassModule
 
 # Lightning's names of precisions, the short ones included.
@@ -78,3 +82,31 @@ def check_precision(requested: str, trainer: L.Trainer) -> None:
             f"trainer.precision {requested} is not available on a {device}, where Lightning would use"
             f" {trainer.precision}: give --trainer.precision {trainer.precision}, or 32-true"
         )
+
+
+def check_checkpoints(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Check the trainer's checkpoint callbacks.
+
+    Raises:
+        ValueError: one would lose something without a message.
+    """
+    for average in callbacks_of(trainer, L.callbacks.WeightAveraging):
+        check_saves_average(trainer, type(average).__name__)
+    for callback in trainer.checkpoint_callbacks:
+        name, ours = type(callback).__name__, isinstance(callback, (BestCheckpoint, LastCheckpoint))
+        timed = getattr(callback, "_train_time_interval", None) is not None
+        if timed and not ours and not module.automatic_optimization:
+            raise ValueError(
+                f"{name} ignores train_time_interval, because {type(module).__name__} makes its own optimizer steps:"
+                " give --checkpoint.train_time_interval"
+            )
+        if getattr(callback, "save_last", None) and not ours:
+            raise ValueError(
+                f"{name} with save_last would replace the last.ckpt of the run, which last_checkpoint.* writes: remove"
+                " save_last"
+            )
+        if isinstance(callback, L.callbacks.OnExceptionCheckpoint):
+            raise ValueError(
+                f"{name} would let Lightning resume from its file, even if another run wrote that: give"
+                " --checkpoint.save_on_exception true, which writes exception.ckpt to the run's folder"
+            )
