@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from callbacks.direction import higher_is_better
 from callbacks.module_protocol import trained
 from experiment.library_internals import has_validated
 
@@ -21,8 +22,8 @@ class BestCheckpoint(ModelCheckpoint):
     class does none of that. The checkpoint of an exception is ``exception.ckpt``, so that the best one stays.
 
     Raises:
-        ValueError: several checkpoints would have one name, one would have that of the last checkpoint, or a validation
-            metric is monitored and there is no validation.
+        ValueError: several checkpoints would have one name, one would have that of the last checkpoint, a validation
+            metric is monitored and there is no validation, or the mode would take its worst value for the best.
     """
 
     changes_training = False
@@ -41,6 +42,13 @@ class BestCheckpoint(ModelCheckpoint):
         if self.save_last:
             raise ValueError(
                 "checkpoint.save_last would overwrite last.ckpt, which last_checkpoint.* writes: remove it"
+            )
+        # A module without metrics gets an error that lists everything it lacks.
+        higher = higher_is_better(self.monitor or "", getattr(trained(trainer, pl_module), "val_metrics", {}))
+        if stage == "fit" and higher is not None and self.mode != ("max" if higher else "min"):
+            more, mode = ("more", "max") if higher else ("less", "min")
+            raise ValueError(
+                f"checkpoint.mode is {self.mode}, but {more} of {self.monitor} is better: give --checkpoint.mode {mode}"
             )
         super().setup(trainer, pl_module, stage)
 

@@ -20,13 +20,13 @@ from rich.table import Table
 
 from ars2 import report
 from callbacks.cost_counters import CostCounters
+from callbacks.direction import lower_is_better
 from callbacks.lookup import callbacks_of
 from callbacks.milestones import Milestones
 from callbacks.module_protocol import trained
 from callbacks.ordinary_module import OrdinaryModule
 from experiment.quantities import count, duration, quantity
 
-LOWER_IS_BETTER = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
 PLACES = {"best_checkpoint": "best checkpoint", "last_checkpoint": "last checkpoint", "run_folder": "run folder"}
 
 
@@ -81,10 +81,11 @@ class RunSummary(L.Callback):
         self.wall_seconds = 0.0
         self._mark: float | None = None
         self._folder: str | None = None
+        self._has_failed = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         module = trained(trainer, pl_module)
-        self._mark = perf_counter()
+        self._mark, self._has_failed = perf_counter(), False
         # log_dir is a collective, and an interrupted process may be alone.
         self._folder = trainer.log_dir if trainer.loggers else None
         if self._folder is not None and trainer.is_global_zero:
@@ -109,9 +110,9 @@ class RunSummary(L.Callback):
                 continue
             value = float(tensor)
             entry = self.metrics.setdefault(name, {"best": math.nan, "best_epoch": None})
-            lower = name[len("val/") :] in LOWER_IS_BETTER
+            lower = lower_is_better(trainer, name, trained(trainer, pl_module).val_metrics)
             if math.isnan(entry["best"]) or (value < entry["best"] if lower else value > entry["best"]):
-                entry |= {"best": value, "best_epoch": epoch}
+                entry |= {"best": value, "best_epoch": epoch, "lower_is_better": lower}
             entry["last"] = value
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -124,6 +125,7 @@ class RunSummary(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._mark is not None:
+            self._has_failed = isinstance(exception, Exception)
             self._close(trainer, pl_module, "interrupted")
 
     def _close(self, trainer: L.Trainer, pl_module: L.LightningModule, status: str) -> None:
@@ -180,7 +182,8 @@ class RunSummary(L.Callback):
         bar = getattr(trainer.progress_bar_callback, "progress", None)
         if bar is not None:
             bar.stop()
-        get_console().print(table(summary))
+        # For the file both are runs that may be resumed.
+        get_console().print(table({**summary, "status": "failed"} if self._has_failed else summary))
         print(*places(summary), sep="\n", flush=True)
 
     def _count(self) -> None:

@@ -1,6 +1,6 @@
 """Draw a finished run, and send its pictures and files to Weights & Biases."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,9 @@ import lightning.pytorch as L
 import yaml
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
+from callbacks.direction import higher_is_better
 from callbacks.lookup import folder_of
 from callbacks.module_protocol import trained
-from callbacks.run_summary import LOWER_IS_BETTER
 
 # Files for the artifact, as far as the other callbacks have written them.
 FILES = ("config.yaml", "protocol.yaml", "parameters.txt", "metrics.csv", "summary.json", "samples.txt")
@@ -81,13 +81,13 @@ def _wandb_loggers(trainer: L.Trainer) -> list[WandbLogger]:
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
 
 
-def _define(run: Any, metrics: Iterable[str]) -> None:
+def _define(run: Any, metrics: Mapping[str, Any]) -> None:
     for axis in ("trainer/global_step", *AXES):
         run.define_metric(axis)
     for pattern, axis in STEP_AXES.items():
         run.define_metric(pattern, step_metric=axis)
     for name in metrics:
-        best = "min" if name in LOWER_IS_BETTER else "max"
+        best = "min" if higher_is_better(f"val/{name}", metrics) is False else "max"
         run.define_metric(f"val/{name}", step_metric="epoch", summary=f"{best},last")
 
 

@@ -17,7 +17,7 @@ from launch.errors import LOST_PROCESS, REFUSED_VALUE, one_line, worker_tracebac
 _PROJECT = {"analysis", "ars2", "callbacks", "datamodules", "experiment", "launch", "modules", "studies", "__main__"}
 _TASKS = ("modules", "datamodules")
 # The suite's code that calls tasks; an operation of the task may fail in its backward pass.
-_BASES = ("modules.evaluation", "modules.optimizers", "modules.resuming", "modules.two_pass")
+_BASES = ("datamodules.batches", "modules.evaluation", "modules.optimizers", "modules.resuming", "modules.two_pass")
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")})
 
 

@@ -152,7 +152,7 @@ def explain(message: str, parser: Any) -> str:
         )
     elif re.search(rf"{_REQUIRED}.*\bmodel\b", text):
         text += "; first name a config, such as --config configs/grok_aga.yaml"
-    elif text == "Option 'optimizer' is not accepted":
+    elif re.fullmatch(r"Option 'optimizer(\.\S+)?' is not accepted", text):
         text += (
             ": the __init__() of a TwoPassModule takes **options and calls super().__init__(**options); any other"
             " LightningModule makes its optimizer in configure_optimizers()"

@@ -122,7 +122,9 @@ class Objective:
         if self.fallback_metric is None or not summary:
             return None
         found = self._read(summary, "metrics", self.fallback_metric, "best")
-        lower = self.fallback_metric.endswith(("loss", "perplexity", "bits_per_byte"))
+        entry = summary["metrics"][self.fallback_metric]
+        # Older summaries do not say it.
+        lower = entry.get("lower_is_better", self.fallback_metric.endswith(("loss", "perplexity", "bits_per_byte")))
         return -found if found is not None and lower else found
 
     @staticmethod

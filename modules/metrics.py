@@ -22,6 +22,7 @@ class MeanLoss(Metric):
 
     total: Tensor
     examples: Tensor
+    higher_is_better = False
 
     def __init__(self) -> None:
         super().__init__()

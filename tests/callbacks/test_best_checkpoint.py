@@ -44,7 +44,7 @@ def test_an_epoch_without_validation_has_no_best_and_no_warning(
 ) -> None:
     warning_cache.clear()  # of the warnings of other tests
     named = {"filename": "{step}", "auto_insert_metric_name": False, "save_on_train_epoch_end": True}
-    checkpoint = BestCheckpoint(str(tmp_path), monitor="val/accuracy", **named)
+    checkpoint = BestCheckpoint(str(tmp_path), monitor="val/accuracy", mode="max", **named)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(module(), data(), [checkpoint], None, 3, enable_checkpointing=True, **options)

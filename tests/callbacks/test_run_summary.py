@@ -38,6 +38,7 @@ def expected_metrics(*folders: Path) -> dict[str, dict[str, float]]:
     for key, pick in (("val/loss", min), ("val/accuracy", max)):
         best = pick(logged, key=lambda row: row[key])
         expected[key] = {"best": best[key], "best_epoch": best["epoch"] + 1, "last": logged[-1][key]}
+        expected[key]["lower_is_better"] = pick is min
     return expected
 
 

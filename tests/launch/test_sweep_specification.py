@@ -88,6 +88,9 @@ def test_runs_that_missed_the_milestone_are_judged_by_the_fallback_metric() -> N
     }
     assert Objective(milestone="full", fallback_metric="val/accuracy").fallback_value(summary) == 0.4
     assert Objective(milestone="full", fallback_metric="val/loss").fallback_value(summary) == -2.0
+    summary["metrics"]["val/mae"] = {"best": 3.0, "lower_is_better": True}
+    assert Objective(milestone="full", fallback_metric="val/mae").fallback_value(summary) == -3.0
+    del summary["metrics"]["val/mae"]
     assert Objective(milestone="full").fallback_value(summary) is None
     assert Objective(milestone="full", fallback_metric="val/loss").fallback_value({}) is None
     with pytest.raises(KeyError, match="no metric val/perplexity: it has val/accuracy, val/loss"):
