@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from analysis.runs import AXES, Problem, Run, with_slash
+from analysis.runs import AXES, Problem, Run
 from analysis.statistics import Mean, Median, Time, mean_interval, median_time
 from experiment.identity import RunIdentity
+from experiment.metric_names import with_slash
 from experiment.target import Target
 
 PUBLISHED = Path(__file__).with_name("published.yaml")

@@ -8,7 +8,6 @@ import functools
 import io
 import json
 import math
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +20,7 @@ import yaml
 
 from analysis.archive import Folder, find, former_folder
 from experiment.identity import RunIdentity, contents_of, digest
+from experiment.metric_names import with_slash
 from experiment.quantities import count
 from experiment.target import Target
 
@@ -35,8 +35,6 @@ AXES = {
 
 # Ten times as fast where PyYAML was built with libyaml.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-_STAGE = re.compile(r"(train|val|test)_(?=\w)")
 
 MILESTONES = "callbacks.milestones.Milestones"
 # The training step's message where the loss is not finite; the log may end before that.
@@ -228,11 +226,6 @@ class Problem:
     folder: Path
     reason: str
     identity: RunIdentity | None = None
-
-
-def with_slash(metric: str) -> str:
-    """Return the name of a metric as the suite writes it, such as ``val/loss`` for ``val_loss``."""
-    return _STAGE.sub(r"\1/", metric, count=1) if _STAGE.match(metric) else metric
 
 
 def read(

@@ -11,6 +11,7 @@ from torch import Tensor
 from callbacks.direction import higher_is_better
 from callbacks.module_protocol import trained
 from experiment.library_internals import has_validated
+from experiment.metric_names import with_slash
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -53,7 +54,8 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if str(self.monitor).startswith("val/") and trainer.limit_val_batches != 0 and not trainer.enable_validation:
+        validation = with_slash(str(self.monitor)).startswith("val/")
+        if validation and trainer.limit_val_batches != 0 and not trainer.enable_validation:
             data: Any = getattr(trainer, "datamodule", None) or pl_module
             parts = {"validation_step() to the module": ("validation_step", pl_module)}
             parts["val_dataloader() to the data"] = ("val_dataloader", data)

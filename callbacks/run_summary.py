@@ -25,6 +25,7 @@ from callbacks.lookup import callbacks_of
 from callbacks.milestones import Milestones
 from callbacks.module_protocol import trained
 from callbacks.ordinary_module import OrdinaryModule
+from experiment.metric_names import with_slash
 from experiment.quantities import count, duration, quantity
 
 PLACES = {"best_checkpoint": "best checkpoint", "last_checkpoint": "last checkpoint", "run_folder": "run folder"}
@@ -106,7 +107,7 @@ class RunSummary(L.Callback):
             return
         epoch = trainer.current_epoch + 1
         for name, tensor in trainer.callback_metrics.items():
-            if not name.startswith(("val/", "val_")):  # val_loss is usual in ordinary modules
+            if not with_slash(name).startswith("val/"):
                 continue
             value = float(tensor)
             entry = self.metrics.setdefault(name, {"best": math.nan, "best_epoch": None})

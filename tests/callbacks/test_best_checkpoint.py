@@ -3,6 +3,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -10,10 +11,12 @@ from lightning.pytorch.callbacks.model_checkpoint import warning_cache
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks.best_checkpoint import BestCheckpoint
+from callbacks.ordinary_module import OrdinaryModule
 from modules.modular_addition import ModularAddition
 from tests.callbacks.fits import data, fit, module
 from tests.helpers.commands import AGA, TINY, call
 from tests.helpers.commands import fit as run
+from tests.launch.lit import LitAddition
 
 EVERY = {"save_top_k": -1, "filename": "{step}", "auto_insert_metric_name": False}
 
@@ -58,6 +61,17 @@ def test_a_metric_that_no_validation_logs_is_an_error(tmp_path: Path) -> None:
     checkpoint = BestCheckpoint(str(tmp_path), monitor="val/accurasy")
     with pytest.raises(MisconfigurationException, match="could not find the monitored key"):
         fit(module(), data(), [checkpoint], None, 3, enable_checkpointing=True, check_val_every_n_epoch=2)
+
+
+@pytest.mark.parametrize("name", ["val/loss", "val_loss"])
+def test_a_metric_of_a_missing_validation_is_an_error_before_training(name: str, tmp_path: Path) -> None:
+    class Unvalidated(LitAddition):
+        validation_step = L.LightningModule.validation_step
+
+    checkpoint = BestCheckpoint(str(tmp_path), monitor=name)
+    message = f"checkpoint.monitor is {name}, but there is no validation: add validation_step"
+    with pytest.raises(ValueError, match=message):
+        fit(Unvalidated(), data(), [OrdinaryModule(), checkpoint], None, 1, enable_checkpointing=True)
 
 
 def test_a_time_interval_saves(tmp_path: Path) -> None:

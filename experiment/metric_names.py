@@ -1,0 +1,10 @@
+"""Read the names of metrics."""
+
+import re
+
+_STAGE = re.compile(r"(train|val|test)_(?=\w)")
+
+
+def with_slash(metric: str) -> str:
+    """Return the name of a metric as the suite writes it, such as ``val/loss`` for ``val_loss``."""
+    return _STAGE.sub(r"\1/", metric, count=1) if _STAGE.match(metric) else metric
