@@ -1,14 +1,15 @@
 """Define the levels that a metric should reach, for milestones and reports."""
 
+import math
 import re
 from dataclasses import dataclass
 
-_TARGET = re.compile(r"([\w/.-]+)\s*(>=|<)\s*(-?\d[\d.eE+-]*)")
+_TARGET = re.compile(r"([^\s<>=]+)\s*(>=|<)\s*(\S+)")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A level that a metric should reach.
+    """Describe a level that a metric should reach.
 
     Args:
         name: in the report.
@@ -31,8 +32,8 @@ class Target:
         """
         match = _TARGET.fullmatch(str(text).strip())
         try:
-            if match is not None:
-                return cls(name or match[0], match[1], float(match[3]), lower=match[2] == "<")
+            if match is not None and math.isfinite(level := float(match[3])):
+                return cls(name or match[0], match[1], level, lower=match[2] == "<")
         except ValueError:
             pass  # such as 1e
         example = "a metric, >= or <, and a number, such as 'val/loss < 0.2'"
