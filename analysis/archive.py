@@ -116,7 +116,7 @@ def pack(folder: Path, file: Path) -> int:
 
 
 def main() -> int:
-    """Pack the runs of folders; returns the exit code."""
+    """Pack the runs of folders, and return the exit code."""
     parser = argparse.ArgumentParser(prog="analysis.archive", description="Pack the runs of a folder into runs.zip.")
     parser.add_argument("folders", nargs="+", type=Path, help="folders that contain run folders")
     for folder in parser.parse_args().folders:

@@ -22,7 +22,7 @@ PUBLISHED = Path(__file__).with_name("published.yaml")
 
 @dataclass
 class Row:
-    """The runs of one setting, by seed.
+    """Collect the runs of one setting, by seed.
 
     Attributes:
         label: its name in every table and picture.
@@ -87,7 +87,7 @@ class Row:
 
 @dataclass
 class Group:
-    """The rows of one table, of one task and protocol.
+    """Collect the rows of one table, of one task and protocol.
 
     Attributes:
         metric, lower: the metric that the runs' checkpoints monitor, and whether less of it is better.

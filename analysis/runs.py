@@ -46,7 +46,7 @@ _DAMAGE = (ValueError, OSError, zipfile.BadZipFile, zlib.error)
 
 
 class Run:
-    """A training run.
+    """Describe a training run.
 
     Args:
         folder: with ``config.yaml`` and ``metrics.csv``, on disk or in an archive.
@@ -151,7 +151,7 @@ class Run:
 
     @property
     def milestones(self) -> list[Target]:
-        """The thresholds that its config gives to :class:`callbacks.milestones.Milestones`."""
+        """The thresholds of :class:`callbacks.milestones.Milestones` in its config."""
         callbacks = self.identity.options.get("trainer.callbacks") or []
         given = [one["init_args"]["thresholds"] for one in callbacks if one["class_path"] == MILESTONES]
         return [Target.parse(text, name) for thresholds in given for name, text in thresholds.items()]
@@ -215,7 +215,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Problem:
-    """A folder that is in no table, with the reason.
+    """Describe why a folder is in no table.
 
     Args:
         folder: its path.

@@ -23,7 +23,7 @@ FILE = "study.yaml"
 
 @dataclass(frozen=True)
 class Study:
-    """The options of a report.
+    """Define the options of a report.
 
     Args:
         title: of the report.

@@ -25,7 +25,7 @@ _MANY = 9
 
 @dataclass
 class Table:
-    """Text in rows and columns, the first of which names the row.
+    """Arrange text in rows and columns, the first of which names the row.
 
     Args:
         title: its heading.

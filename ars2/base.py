@@ -522,7 +522,7 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def row_blocks(chunk: Chunk, tensors: Tensors) -> tuple[list[Tensor], list[torch.Size]]:
-    """Return the row blocks of each tensor, which are views, and the shapes of the complete blocks."""
+    """Return views of each tensor's row blocks, and the shapes of the complete blocks."""
     splits = chunk.group["splits"]
     if splits == 1:
         return list(tensors), chunk.shapes
@@ -569,7 +569,7 @@ def options_of(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _defaults_of(cls: type) -> dict[str, Any]:
-    """Return the defaults of a class's group options, also of those that its bases take."""
+    """Return the defaults of the group options of a class and its bases."""
     options: dict[str, Any] = {"splits": 1}
     for base in reversed(cls.__mro__):
         parameters = inspect.signature(base.__init__).parameters if "__init__" in vars(base) else {}  # type: ignore[misc]

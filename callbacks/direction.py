@@ -26,7 +26,10 @@ def higher_is_better(name: str, metrics: Mapping[str, Any]) -> bool | None:
 
 
 def lower_is_better(trainer: L.Trainer, name: str, metrics: Mapping[str, Any]) -> bool:
-    """Return whether less is better, as the checkpoint that monitors the metric says, or the metric itself."""
+    """Return whether less is better.
+
+    The checkpoint that monitors the metric has precedence over the metric itself.
+    """
     for checkpoint in callbacks_of(trainer, ModelCheckpoint):
         if checkpoint.monitor == name:
             return checkpoint.mode == "min"

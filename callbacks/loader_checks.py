@@ -108,7 +108,7 @@ def _has_tensors(part: Any) -> bool:
 
 
 def _change_on_resuming(loaders: list[Any]) -> str:
-    """Return the effect of resuming in the middle of an epoch; empty where it is exact."""
+    """Return the effect of resuming within an epoch, or "" if resuming is exact."""
     stateful = all(hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict") for loader in loaders)
     sized = all(sized_len(loader) is not None for loader in loaders)
     if stateful and sized:

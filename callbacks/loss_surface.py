@@ -32,7 +32,7 @@ MARGIN = 0.25  # on each side of three checkpoints, as a part of their extent
 
 
 class Plane(NamedTuple):
-    """Describe a plane: directions, range of each coordinate, and marked checkpoints."""
+    """Describe a plane by directions, ranges of coordinates and marked checkpoints."""
 
     directions: tuple[Vector, Vector]
     ranges: tuple[tuple[float, float], tuple[float, float]]

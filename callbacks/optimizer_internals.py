@@ -1,4 +1,4 @@
-"""Measure what an optimizer does to the weights: norms, updates, AGA's state."""
+"""Measure norms of weights and updates, and the state of AGA."""
 
 import math
 from typing import Any

@@ -21,7 +21,10 @@ _BESIDE_BAR, _SPEED = 60, 12
 
 
 def folded(items: Iterable[str], width: int) -> list[str]:
-    """Join items by commas, in lines that break between items and are indented after the first."""
+    """Join items by commas, and break lines between items.
+
+    Lines after the first are indented.
+    """
     text = ", ".join(item.replace(" ", "\xa0") for item in items)
     lines = textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False)
     return [line.replace("\xa0", " ") for line in lines]
@@ -80,7 +83,7 @@ class ProgressBar(RichProgressBar):
         return (time.monotonic() - self._start) / here * (trainer.max_epochs - epochs_done)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Return the metrics shown by the bar: the time left, but no version number."""
+        """Return the metrics shown by the bar, with the time left but no version number."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         total = trainer.num_training_batches

@@ -167,10 +167,11 @@ class TensorBatches:
 
 
 class DatasetBatches(TensorBatches):
-    """Load batches of a map-style dataset, such as images in files, by torch's ``DataLoader``.
+    """Load batches of a map-style dataset by torch's ``DataLoader``.
 
-    The order of an epoch, its shares and how it resumes are those of :class:`TensorBatches`. No share is empty. Random
-    numbers that the dataset draws in worker processes differ after resuming in the middle of an epoch.
+    The dataset may be images in files. The order of an epoch, its shares and how it resumes are those of
+    :class:`TensorBatches`. No share is empty. Random numbers that the dataset draws in worker processes differ after
+    resuming in the middle of an epoch.
 
     Args:
         dataset: has a length, and an example for each number below it.

@@ -1,9 +1,9 @@
-"""Train with ARS2-Neo in a loop of Hugging Face Accelerate: bf16, clipping, accumulation and second passes.
+"""Train with ARS2-Neo in a loop of Hugging Face Accelerate.
 
     torchrun --nproc_per_node 2 -m examples.accelerate_loop
 
-accelerator.accumulate() spreads a step over iterations of the loop over batches, which a second pass could not repeat.
-This loop therefore takes the micro-batches of a step together.
+The loop has bf16, clipping, accumulation and second passes. accelerator.accumulate() spreads a step over iterations of
+the loop over batches, which a second pass could not repeat. This loop takes the micro-batches of a step together.
 """
 
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ ACCUMULATE, CLIP = 4, 1.0
 
 
 def train(epochs: int = 20, precision: str = "bf16", **options: Any) -> tuple[nn.Module, list[float]]:
-    """Return the network and this process's first-pass loss of each step; the options are those of ARS2Neo."""
+    """Return the network and this process's first-pass loss of each step."""
     # Without cpu=True, processes on CPUs would each train alone.
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
     torch.manual_seed(0)

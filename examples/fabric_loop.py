@@ -1,8 +1,9 @@
-"""Train with ARS2-Neo in a loop of Lightning Fabric: bf16, clipping, accumulation, second passes and checkpoints.
+"""Train with ARS2-Neo in a loop of Lightning Fabric.
 
     PYTHONPATH=. fabric run --devices 2 --strategy ddp examples/fabric_loop.py
 
-Repeat the command to continue after the last complete epoch.
+The loop has bf16, clipping, accumulation, second passes and checkpoints. Repeat the command to continue after
+the last complete epoch.
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ ACCUMULATE, CLIP = 4, 1.0
 
 
 def train(checkpoint: Path, epochs: int = 20, **options: Any) -> tuple[nn.Module, list[float]]:
-    """Return the network and this process's first-pass loss of each new step; the options are those of ARS2Neo."""
+    """Return the network and this process's first-pass loss of each new step."""
     fabric = Fabric(precision="bf16-mixed")
     torch.manual_seed(0)
     model = network()

@@ -1,4 +1,4 @@
-"""Fine-tune a text classifier with ARS2-Neo in the Trainer of Hugging Face transformers.
+"""Fine-tune a text classifier with ARS2-Neo in the Trainer of transformers.
 
     python examples/huggingface_trainer.py sync
 

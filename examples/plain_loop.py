@@ -1,8 +1,9 @@
-"""Train with ARS2-Neo in a plain loop: gradient scaling, clipping, accumulation and second passes.
+"""Train with ARS2-Neo in a plain loop.
 
     python -m examples.plain_loop
 
-The loop needs only torch and ars2. It is the same in all modes; with mode="base" every step makes one pass.
+The loop has gradient scaling, clipping, accumulation and second passes. It needs only torch and ars2. It is the same
+in all modes; with mode="base" every step makes one pass.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ ACCUMULATE, CLIP = 4, 1.0
 
 
 def train(epochs: int = 20, **options: Any) -> tuple[nn.Module, list[float]]:
-    """Return the network and the first-pass loss of each step; the options are those of ARS2Neo."""
+    """Return the network and the first-pass loss of each step."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = network().to(device)

@@ -1,4 +1,4 @@
-"""Provide the network and the data of all loops in this folder, so that you can compare the loops."""
+"""Provide one network and one dataset, so that you can compare the loops."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -12,19 +12,19 @@ MICRO_BATCHES, MICRO_BATCH = 10, 32
 
 
 def network() -> nn.Sequential:
-    """Return a small network with dropout and BatchNorm, which a second pass must treat with care."""
+    """Return a small network with BatchNorm and dropout."""
     first = (nn.Linear(16, 64, bias=False), nn.BatchNorm1d(64), nn.GELU(), nn.Dropout(0.1))
     return nn.Sequential(*first, nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 1))
 
 
 def loader() -> DataLoader[Any]:
-    """Return the micro-batches of an epoch: random inputs, whose target is the product of the first two entries."""
+    """Return the micro-batches of an epoch. The first two inputs make the target."""
     inputs = torch.randn(MICRO_BATCHES * MICRO_BATCH, 16, generator=torch.Generator().manual_seed(0))
     return DataLoader(TensorDataset(inputs, inputs[:, :2].prod(dim=1, keepdim=True)), MICRO_BATCH)
 
 
 def windows(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Yield the micro-batches of each step. An epoch's last step may have fewer than ``size``."""
+    """Yield the micro-batches of each step. The last step may have fewer."""
     iterator = iter(batches)
     while window := list(islice(iterator, size)):
         yield window

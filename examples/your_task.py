@@ -27,7 +27,9 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Digits(L.LightningDataModule):
-    """Load scikit-learn's 1,797 handwritten digits, as images (batch, 8, 8) and labels (batch,).
+    """Load the 1,797 handwritten digits of scikit-learn.
+
+    Batches are images (batch, 8, 8) and labels (batch,).
 
     Args:
         seed: of the training order. The split is the same for every seed.

@@ -244,7 +244,7 @@ def _without_neutral(callback: Any) -> Any:
 
 
 class RunIdentity:
-    """The identity of the run of a resolved config.
+    """Identify the run of a resolved config.
 
     Args:
         config: nested mappings, as ``config.yaml`` has them.

@@ -24,7 +24,7 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> Any:
-        """Add the options of a class, and leave defaults that no config can contain to the class."""
+        """Add the options of a class, without defaults that no config can contain."""
         added = super().add_class_arguments(*args, **kwargs)
         for action in actions_of(self):
             # heavyball has a bare object for "not given". pytorch-optimizer has lambdas, whose address would make each

@@ -13,7 +13,7 @@ from scipy.stats import qmc
 
 @dataclass(frozen=True)
 class Dimension:
-    """One searched option, with a linear or logarithmic range or a list of choices.
+    """Describe a searched option, with a range or a list of choices.
 
     Args:
         low, high: of a range, ``low < high``.
@@ -48,7 +48,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """One optimizer of a sweep.
+    """Describe one optimizer of a sweep.
 
     Args:
         configs: of its runs.
@@ -63,7 +63,7 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class Objective:
-    """The objective of trials, the cost of a milestone or a value of a metric.
+    """Describe the objective, the cost of a milestone or a value of a metric.
 
     Args:
         milestone: a milestone of the run's summary; a lower ``cost`` is better, and a run without it is pruned.
@@ -142,7 +142,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Sweep:
-    """The specification of a sweep.
+    """Specify a sweep.
 
     Args:
         name: of the sweep, a folder's name.
@@ -248,7 +248,7 @@ def _converted(value: Any, kind: Any) -> Any:
 
 
 def _build(kind: type, content: Any, where: str) -> Any:
-    """Build a dataclass from a mapping; errors name the place and the key."""
+    """Build a dataclass from a mapping, with errors that name the key."""
     if isinstance(content, dict):
         content = {_FORMER_KEYS.get(key, key): value for key, value in content.items()}
     types = {field.name: field.type for field in fields(kind)}

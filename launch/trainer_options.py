@@ -1,4 +1,4 @@
-"""Check the trainer's options and checkpoints, and move some options to a two-pass module."""
+"""Check the trainer's options, and move some of them to a two-pass module."""
 
 import importlib
 import inspect

@@ -22,7 +22,7 @@ STOPPED = (0, 128 + signal.SIGTERM, -1)
 
 @dataclass(frozen=True)
 class Part:
-    """A run and the epochs of it to complete before the next part starts.
+    """Describe a run and its epochs to complete before the next part starts.
 
     Args:
         row: name of the experiment; a run folder is ``<runs>/<row>/<time>-seed<seed>``.
@@ -57,7 +57,7 @@ class Part:
 
 @dataclass
 class _Running:
-    """The process of a part.
+    """Track the process of a part.
 
     ``epochs`` were completed at the time ``mark``; ``printed`` is the time of the last printed line.
     """

@@ -147,7 +147,7 @@ def check_average(module: L.LightningModule, optimizer: Any) -> None:
 
 
 def check_saves_average(trainer: L.Trainer, name: str) -> None:
-    """Check that every checkpoint has the average of a :class:`WeightAveraging` callback.
+    """Check that every checkpoint has the average of :class:`WeightAveraging`.
 
     Raises:
         ValueError: a checkpoint callback saves only weights, and would save those that were not averaged.

@@ -1,4 +1,4 @@
-"""Make any optimizer from its class path, and say in a sentence where one cannot be used.
+"""Make any optimizer from its class path, or say why it cannot be used.
 
 torch's optimizers and those of other libraries share a constructor and ``step()``, and little else. Some accept only
 groups of plain parameters, some keep objects in their state that no checkpoint can contain, and some evaluate the loss
@@ -102,7 +102,10 @@ _ADVICE = {
 
 
 def _make_of_plain_groups(make_optimizer: OptimizerCallable, groups: list[dict[str, Any]]) -> Optimizer:
-    """Make an optimizer that rejects named parameters or unknown keys, and add these keys to its groups."""
+    """Make an optimizer of plain parameters, and add the suite's keys to its groups.
+
+    Some optimizers reject named parameters or unknown keys.
+    """
     extra = ("track", "flatten", "splits")
     keys: list[dict[str, Any]] = [{key: group.pop(key) for key in extra if key in group} for group in groups]
     optimizer = make_optimizer(groups)
@@ -114,7 +117,7 @@ def _make_of_plain_groups(make_optimizer: OptimizerCallable, groups: list[dict[s
 def _needs(
     make: Callable[[dict[str, dict[str, Any]]], Optimizer], tracks: dict[str, dict[str, Any]], track: str, name: str
 ) -> bool:
-    """Return whether the optimizer cannot be made without an option of a track, or sets it itself."""
+    """Return whether the optimizer needs an option of a track, or sets it itself."""
     options = {key: value for key, value in tracks[track].items() if key != name}
     try:
         optimizer = make({**tracks, track: options})

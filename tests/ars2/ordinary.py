@@ -73,7 +73,7 @@ def fit(module: L.LightningModule, epochs: int = 2, callbacks: Any = (), **optio
 def both(
     name: str, dropout: float = 0.0, suite: dict[str, Any] | None = None, trainer: Any = dict, **options: Any
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the states of an ordinary module and of the suite's after the same training.
+    """Return the states of an ordinary and a suite module after the same training.
 
     Args:
         name: of the optimizer.

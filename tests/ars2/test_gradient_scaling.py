@@ -1,4 +1,4 @@
-"""A gradient scaler skips a step in which either pass overflows, and the step leaves no trace."""
+"""A scaler skips a step in which either pass overflows, without a trace."""
 
 import pytest
 import torch

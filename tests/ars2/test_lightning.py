@@ -104,7 +104,7 @@ class Values(L.Callback):
 
 
 class Collected(Ordinary):
-    """Log a collection whose metrics share a state, and a metric that stores every value."""
+    """Log metrics that share a state, and a metric that stores every value."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -173,7 +173,10 @@ class WithPart(nn.Module):
 
 
 class HeadlessWrapper(nn.Module):
-    """Declare no head, around a model that declares one, as a subclass of PreTrainedModel may."""
+    """Declare no head, around a model that declares one.
+
+    A subclass of PreTrainedModel may do so.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

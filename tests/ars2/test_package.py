@@ -132,7 +132,7 @@ def test_the_wheel_requires_only_torch(wheel: zipfile.ZipFile) -> None:
 
 
 def test_the_description_needs_no_file_of_the_repository(wheel: zipfile.ZipFile) -> None:
-    """A page of a package index has no other files, so that a relative link or picture would be broken."""
+    """A package index shows no other files, so relative links would be broken."""
     description = str(metadata(wheel).get_payload())
     assert description.strip() == PAGE.strip()
     assert metadata(wheel)["Description-Content-Type"] == "text/markdown"

@@ -1,4 +1,4 @@
-"""The Trainer of transformers makes the steps of a loop over ``passes``, bit for bit."""
+"""The Trainer makes the steps of a loop over ``passes``, bit for bit."""
 
 import importlib
 import sys

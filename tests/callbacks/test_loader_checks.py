@@ -1,4 +1,4 @@
-"""A user's loader is refused, resumed exactly, or resumed with a sentence about the change."""
+"""A loader is refused, resumed exactly, or resumed with a warning."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,7 +129,7 @@ def test_an_epoch_without_batches_is_an_error(loader: Any, message: str) -> None
 
 
 def resume(loaders: list[Any], folder: Path, steps: int = 9) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the batches of epoch 2 of a complete run, and of one that is stopped after some steps."""
+    """Return the batches of epoch 2 of a complete and of a resumed run."""
 
     def run(loader: Any, **options: Any) -> Seen:
         model = Seen()
@@ -178,7 +178,7 @@ def test_a_loader_that_cannot_resume_exactly_says_so(
 
 
 def shared(rank: int, ranks: int, port: int, folder: Path) -> None:
-    """Train on the share of a DataLoader, and then fail on a stream that is not shared."""
+    """Train on a share of a DataLoader, and then fail on a stream without shares."""
     become(rank, ranks, port)
     model, options = Seen(), {"devices": ranks, "strategy": "ddp", "num_sanity_val_steps": 0}
     fit(model, Data(DataLoader(DATASET, 4, shuffle=True)), [LoaderChecks()], None, 1, **options)

@@ -1,4 +1,7 @@
-"""Train the task of the examples with passes made by hand, for any number of processes in one."""
+"""Train the task of the examples with passes made by hand.
+
+One process computes any number of processes.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,9 +37,10 @@ def every_nth_example(ranks: int) -> list[list[Batch]]:
 
 
 class Replicas:
-    """Compute the mean gradient of several replicas, each with its random numbers and buffers.
+    """Compute the mean gradient of several replicas.
 
-    ``unexchanged`` counts the micro-batches after which DDP need not exchange gradients.
+    Each has its random numbers and buffers. ``unexchanged`` counts the micro-batches after which DDP need not
+    exchange gradients.
     """
 
     unexchanged = 0
@@ -95,7 +99,7 @@ def train(
     scaler: torch.amp.GradScaler | None = None,
     **options: Any,
 ) -> tuple[nn.Module, list[list[float]], int]:
-    """Return the network of the first process, the losses of each step and process, and ``Replicas.unexchanged``."""
+    """Return the first network, the losses by step and process, and ``unexchanged``."""
     replicas = Replicas(ranks, dtype, (lambda loss: loss) if scaler is None else scaler.scale)
     model = replicas.models[0]
     groups = param_groups(model, policy="hidden", vector={"lr": 1e-2, "weight_decay": 0.0})

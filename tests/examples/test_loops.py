@@ -1,4 +1,4 @@
-"""The loops of the examples make the steps of a loop whose passes are made by hand."""
+"""The loops of the examples make the steps of a loop with passes by hand."""
 
 import os
 import re
@@ -108,7 +108,7 @@ def test_the_command_of_its_docstring_trains_it(example: ModuleType, tmp_path: P
 
 
 def accumulate(**options: Any) -> float:
-    """Accumulate two of ten micro-batches with Accelerate's context; return the number of steps."""
+    """Accumulate two of ten micro-batches with Accelerate, and count the steps."""
     torch.manual_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
     model = network()

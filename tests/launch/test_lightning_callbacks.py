@@ -190,7 +190,7 @@ class WarmUp(SequentialLR):
 
 
 def from_transformers(optimizer: Optimizer) -> LRScheduler:
-    """Return a schedule of transformers, whose functions do not declare what they return."""
+    """Return a schedule of transformers, from a function without annotations."""
     schedule: LRScheduler = transformers.get_cosine_schedule_with_warmup(optimizer, 2, 4)
     return schedule
 

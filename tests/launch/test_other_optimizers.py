@@ -1,6 +1,7 @@
-"""Optimizers of torch, pytorch-optimizer and heavyball train by their class path alone.
+"""Optimizers of other libraries train by their class path alone.
 
-Each trains, resumes exactly, and has its options by track, a scheduler and a row. Others are refused with a sentence.
+The libraries are torch, pytorch-optimizer and heavyball. Each optimizer trains, resumes exactly, and has its options by
+track, a scheduler and a row. Others are refused with a sentence.
 """
 
 import json

@@ -15,7 +15,10 @@ from tests.modules.small_task import SmallNetwork, SmallTask, fit
 
 
 class Strict(torch.optim.SGD):
-    """Accept only plain parameters and known keys, and sort them by size as Keller Jordan's Muon does."""
+    """Accept only plain parameters and known keys, and sort parameters by size.
+
+    Keller Jordan's Muon does the same.
+    """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:

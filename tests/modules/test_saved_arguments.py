@@ -174,7 +174,7 @@ def test_arguments_are_those_of_the_outermost_class_and_plain(tmp_path: Path) ->
 
 
 class Saving(ModularAddition):
-    """Save the options of the optimizer too, which Lightning's CLI takes from a checkpoint."""
+    """Save the options of the optimizer too, for Lightning's CLI to read."""
 
     def __init__(self, p: int = 7, width: int = 8, **options: Any) -> None:
         super().__init__(p=p, width=width, **options)
