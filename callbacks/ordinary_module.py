@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from ars2.lightning import TwoPass
@@ -16,7 +17,9 @@ class OrdinaryModule(TwoPass):
     """Provide what other callbacks need of a module with automatic optimization.
 
     It has the members of :class:`callbacks.module_protocol.TrainedModule`, and makes second passes. It logs the mean
-    training loss of every epoch as ``train/loss``, which reports read.
+    training loss of every epoch as ``train/loss``, which reports read. Checkpoints contain the sums behind it, so that
+    the mean of an epoch resumed in its middle includes the batches before the stop. Of several processes they contain
+    those of the first, which stand for the others'.
     """
 
     changes_training = False
@@ -53,8 +56,26 @@ class OrdinaryModule(TwoPass):
     def buffers(self) -> Iterator[Tensor]:
         return self.network.buffers()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "loss": float(self._loss), "examples": self._examples}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # Older checkpoints lack them.
+        self._loss, self._examples = state_dict.get("loss", 0.0), state_dict.get("examples", 0)
+
     def batch_size(self, batch: Any) -> int:
-        return extract_batch_size(batch)
+        counted: Any = getattr(self.network, "batch_size", None)  # of many modules it is a number
+        if callable(counted):
+            return int(counted(batch))
+        try:
+            return extract_batch_size(batch)
+        except (MisconfigurationException, RecursionError) as error:
+            name = type(self.network).__name__
+            raise ValueError(
+                f"the number of examples in a batch of {name}, a {type(batch).__name__}, is not known, because it has"
+                f" no tensors: add the method batch_size(batch) to {name}"
+            ) from error
 
     def compute_loss(self, batch: Any, metrics: None) -> Tensor:
         """Return the loss of ``training_step``, without its logs and metrics."""
@@ -76,13 +97,18 @@ class OrdinaryModule(TwoPass):
         if trainer.is_last_batch:
             self._log_loss(trainer, pl_module)
 
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        self._loss, self._examples = 0.0, 0  # not where an epoch is resumed
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log_loss(trainer, pl_module)  # of an epoch that max_steps has ended
+        if not trainer.is_last_batch:  # max_steps has ended it
+            self._log_loss(trainer, pl_module)
 
     def _log_loss(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._examples:
             return
-        loss, self._loss, self._examples = self._loss / self._examples, 0.0, 0
+        loss = self._loss / self._examples
         if not torch.isfinite(torch.as_tensor(loss)):
             raise FloatingPointError(
                 f"the training loss is {float(loss)} in epoch {trainer.current_epoch + 1}: lower the learning rate,"

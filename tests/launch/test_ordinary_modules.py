@@ -122,6 +122,9 @@ def test_a_run_that_ends_within_an_epoch_resumes_exactly(steps: int, tmp_path: P
     counted = [json.loads((folder / "summary.json").read_text())["costs"] for folder in (whole, rest)]
     assert counted[0]["gradient_evaluations"] == counted[1]["gradient_evaluations"]
     assert counted[0]["optimizer_steps"] == counted[1]["optimizer_steps"] == 16
+    # The mean of the resumed epoch includes the batches before the stop.
+    losses = [[row["train/loss"] for row in metrics(folder) if row.get("train/loss")] for folder in (whole, rest)]
+    assert len(losses[1]) == 3 and losses[0][1:] == losses[1]
 
 
 def test_its_checkpoint_is_tested_and_loaded(tmp_path: Path) -> None:
