@@ -5,6 +5,7 @@ groups of plain parameters, some keep objects in their state that no checkpoint 
 or differentiate the gradient themselves.
 """
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -191,7 +192,10 @@ def first_step(wrapped: Any, network: nn.Module, clips: bool, saves: bool) -> No
                 f"{name_of(optimizer)} differentiates the gradient (backward(create_graph=True)), which the modules"
                 " here do not compute: use another optimizer"
             ) from error
-        if isinstance(error, TypeError):
+        # Hooks run within the step, too.
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if isinstance(error, TypeError) and package in ("torch", type(optimizer).__module__.partition(".")[0]):
             raise ValueError(
                 f"{name_of(optimizer)} needs more than the gradient for its step, such as the loss ({error}): use"
                 " another optimizer"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modules.optimizers import build_optimizer
-from tests.modules.small_task import SmallNetwork, SmallTask, fit
+from tests.modules.small_task import SmallNetwork, SmallTask, fit, make_optimizer
 
 
 class Strict(torch.optim.SGD):
@@ -49,6 +49,17 @@ def test_a_step_after_which_nothing_can_clip_is_an_error_where_it_should_clip() 
     fit(SmallTask(optimizer=make), epochs=1)
     with pytest.raises(ValueError, match=r"Deaf does not call the closure .*, or remove gradient_clip_val"):
         fit(SmallTask(optimizer=make, gradient_clip_val=1.0), epochs=1)
+
+
+class BrokenHook(SmallTask):
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        len(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sync"])
+def test_an_error_in_a_hook_is_not_blamed_on_the_optimizer(name: str) -> None:
+    with pytest.raises(TypeError, match=r"has no len\(\)"):
+        fit(BrokenHook(optimizer=make_optimizer(name)), epochs=1)
 
 
 class Accurate(torch.optim.SGD):
