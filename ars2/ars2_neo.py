@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from ars2 import flatness, kernels, schedule, validation
 from ars2.base import TrackedOptimizer, options_of, row_blocks
 from ars2.chunks import Chunk, sums_of, with_sums
-from ars2.distributed import Local, Sharded, is_data_parallel, local
+from ars2.distributed import Sharded, has_several_processes, local
 from ars2.graphs import to_device_
 from ars2.kernels import Tensors
 from ars2.newton_schulz import Schedule
 from ars2.orthogonalize import LEAST_NORM
-from ars2.replay import frozen_statistics, random_state
+from ars2.replay import devices_of, frozen_statistics, random_state, second_pass
 from ars2.schedule import Mode
 
 
@@ -227,7 +227,7 @@ class ARS2Neo(TrackedOptimizer):
         AGA's decision depends on the rounding of phi. Ranks share it after :meth:`distribute`, and always where
         parameters are sharded.
         """
-        return bool(self.param_groups[0]["mode"] != "aga" or type(self._layout) is not Local)
+        return bool(self.param_groups[0]["mode"] != "aga" or self.is_distributed)
 
     @property
     def first_gradients(self) -> dict[Tensor, Tensor]:
@@ -377,7 +377,8 @@ class ARS2Neo(TrackedOptimizer):
     def passes(self, model: nn.Module) -> Iterator[int]:
         """Yield the number of each pass of a step, 1 and, in a two-pass step, 2.
 
-        The body of the loop evaluates the loss of the same batches each time, and calls backward::
+        Use it directly in a ``for`` statement, which restores the parameters when it ends, also by an exception or
+        ``break``. The body of the loop evaluates the loss of the same batches each time, and calls backward::
 
             optimizer.zero_grad()
             for _ in optimizer.passes(model):
@@ -386,44 +387,38 @@ class ARS2Neo(TrackedOptimizer):
             optimizer.step()
 
         The second pass has the random numbers (dropout) of the first. It leaves buffers, such as BatchNorm's running
-        statistics, unchanged. The parameters are restored when the loop ends, also by an exception or ``break``.
+        statistics, unchanged.
 
         Args:
             model: where random numbers are drawn and buffers change. It is on the devices on which it is used.
 
         Raises:
             RuntimeError: there are gradients before the first pass, except in mode ``"base"``, which makes no second
-                pass that would have to repeat them; or processes under DDP could decide differently, which
-                :meth:`distribute` prevents.
+                pass that would have to repeat them; or processes could decide differently, which :meth:`distribute`
+                prevents.
         """
         if self.never_two_pass:
             yield 1
             return
-        if not self.decides_alike and is_data_parallel(model):
+        if not self.decides_alike and has_several_processes():
             raise RuntimeError(
-                f"passes(): in mode {self.param_groups[0]['mode']!r} the processes of DistributedDataParallel could"
-                " decide differently, and would wait for each other: call"
-                " optimizer.distribute(torch.distributed.group.WORLD) once before the loop"
+                f"passes(): in mode {self.param_groups[0]['mode']!r} processes could decide differently, and would wait"
+                " for each other: call optimizer.distribute(group) once before the loop, with the group of the"
+                " processes that train this model, such as torch.distributed.group.WORLD"
             )
         if any(param.grad is not None for group in self.param_groups for param in group["params"]):
             raise RuntimeError(
                 "passes(): there are gradients already, which a second pass could not repeat: call"
-                " optimizer.zero_grad() before the loop, and accumulate all micro-batches of a step in its body"
+                " optimizer.zero_grad() before the loop, without set_to_none=False, and accumulate all micro-batches of"
+                " a step in its body"
             )
-        devices = {param.device for param in model.parameters()}
+        devices = devices_of(model)
         replay = random_state(*devices)
         yield 1
-        if not self.wants_second_pass():
-            return
-        after = random_state(*devices)
-        self.perturb()
-        try:
-            replay()
-            with frozen_statistics(model):
+        if self.wants_second_pass():
+            with second_pass(self, frozen_statistics(model), devices):
+                replay()
                 yield 2
-        finally:
-            self.restore()
-            after()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -612,7 +607,10 @@ class ARS2Neo(TrackedOptimizer):
         return result
 
     def _warn_of_lightning(self, closure: Any) -> None:
-        """Warn once if Lightning's automatic optimization made the closure, which does not repeat its first call."""
+        """Warn once if Lightning's automatic optimization made the closure.
+
+        Its second call does not repeat the first.
+        """
         module = str(getattr(getattr(closure, "func", None), "__module__", ""))
         if module.startswith(("lightning.pytorch.", "pytorch_lightning.")) and not self._warned_of_lightning:
             self._warned_of_lightning = True

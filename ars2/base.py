@@ -326,6 +326,11 @@ class TrackedOptimizer(Optimizer):
             self._layout = Replicated(group, dtype)
 
     @property
+    def is_distributed(self) -> bool:
+        """Return whether processes share the Newton-Schulz iterations, see :meth:`distribute`."""
+        return type(self._layout) is not Local
+
+    @property
     def _layout(self) -> Local:
         """Return the layout of the parameters, from a list that wrappers share."""
         return self._layouts[0]

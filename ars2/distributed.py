@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ars2 import kernels
 from ars2.kernels import Tensors
@@ -190,11 +190,9 @@ def same_layout(tensor: Any, param: Any) -> bool:
     return is_sharded(tensor) and (tensor.device_mesh, tensor.placements) == (param.device_mesh, param.placements)
 
 
-def is_data_parallel(model: nn.Module) -> bool:
-    """Return whether a part of ``model`` is wrapped in DistributedDataParallel."""
-    if not dist.is_available() or not dist.is_initialized():
-        return False
-    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules())
+def has_several_processes() -> bool:
+    """Return whether this process is one of several in a process group."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def find_layout(named: Iterable[tuple[str, Tensor]]) -> Local:

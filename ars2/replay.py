@@ -10,9 +10,9 @@ import random
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,34 @@ def random_state(*devices: torch.device) -> Callable[[], None]:
     return restore
 
 
+def devices_of(model: nn.Module) -> set[torch.device]:
+    """Return the devices on which a model draws random numbers."""
+    return {param.device for param in model.parameters()}
+
+
+@contextmanager
+def second_pass(
+    optimizer: Any, statistics: AbstractContextManager[None], devices: Iterable[torch.device]
+) -> Iterator[None]:
+    """Make a block the second pass of a step, at the adversarial point.
+
+    At its end the parameters are restored, also after an exception. Random draws after it are those without it.
+
+    Args:
+        optimizer: whose ``wants_second_pass()`` has returned True.
+        statistics: leaves buffers unchanged, such as :func:`frozen_statistics`.
+        devices: where the block draws random numbers.
+    """
+    after = random_state(*devices)
+    optimizer.perturb()
+    try:
+        with statistics:
+            yield
+    finally:
+        optimizer.restore()
+        after()
+
+
 def repeatable(closure: Callable[[], Result], model: nn.Module) -> Callable[[], Result]:
     """Return a closure whose later calls repeat its first call.
 
@@ -167,7 +195,7 @@ def repeatable(closure: Callable[[], Result], model: nn.Module) -> Callable[[], 
         closure: as for ``optimizer.step``, or any function that makes one pass.
         model: only the first call changes its buffers, such as BatchNorm's running statistics.
     """
-    devices = {param.device for param in model.parameters()}
+    devices = devices_of(model)
     replay: Callable[[], None] | None = None
 
     @functools.wraps(closure)

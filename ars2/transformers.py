@@ -10,9 +10,8 @@ from torch.optim import Optimizer
 
 from ars2.ars2_neo import ARS2Neo
 from ars2.base import TrackedOptimizer
-from ars2.distributed import Local
 from ars2.param_groups import param_groups
-from ars2.replay import frozen_statistics, random_state
+from ars2.replay import devices_of, frozen_statistics, random_state, second_pass
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -98,7 +97,7 @@ class TwoPassTrainer(Trainer):
         """
         optimizer = _inner(self.optimizer)
         is_ddp = self.accelerator.distributed_type.name.startswith("MULTI_")
-        if is_ddp and isinstance(optimizer, TrackedOptimizer) and type(optimizer._layout) is Local:
+        if is_ddp and isinstance(optimizer, TrackedOptimizer) and not optimizer.is_distributed:
             optimizer.distribute(dist.group.WORLD)
         if not isinstance(optimizer, ARS2Neo) or optimizer.never_two_pass:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -106,7 +105,7 @@ class TwoPassTrainer(Trainer):
         if not any(param.grad is not None for group in optimizer.param_groups for param in group["params"]):
             self._check_support()
             self._window = []  # not cleared before, if an error ended the last update
-        replay = random_state(*{param.device for param in model.parameters()})
+        replay = random_state(*devices_of(model))
         self._window.append(MicroBatch(inputs, num_items_in_batch, self.current_gradient_accumulation_steps, replay))
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
@@ -116,11 +115,9 @@ class TwoPassTrainer(Trainer):
         return loss
 
     def _second_pass(self, model: nn.Module, optimizer: ARS2Neo) -> None:
-        after = random_state(*{param.device for param in model.parameters()})
-        optimizer.perturb()
         self.is_second_pass = True
         try:
-            with frozen_statistics(model):
+            with second_pass(optimizer, frozen_statistics(model), devices_of(model)):
                 for number, batch in enumerate(self._window, start=1):
                     batch.replay()
                     self.current_gradient_accumulation_steps = batch.micro_batches
@@ -129,8 +126,6 @@ class TwoPassTrainer(Trainer):
                         super().training_step(model, batch.inputs, batch.items)
         finally:
             self.is_second_pass = False
-            optimizer.restore()
-            after()
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log as Trainer does, but nothing from a second pass."""

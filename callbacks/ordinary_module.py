@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from ars2.lightning import TwoPass
+from ars2.lightning import TwoPass, loss_of, silent
 
 
 class OrdinaryModule(TwoPass):
@@ -81,10 +81,8 @@ class OrdinaryModule(TwoPass):
         """Return the loss of ``training_step``, without its logs and metrics."""
         step = self.network.training_step
         arguments = (batch, 0)[: len(inspect.signature(step).parameters)]
-        with self.silent(self.network):
-            output: Any = step(*arguments)
-        loss: Tensor = output["loss"] if isinstance(output, dict) else output
-        return loss
+        with silent(self.network):
+            return loss_of(step(*arguments), self.network)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

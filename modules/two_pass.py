@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DistributedSampler
 
 from ars2.param_groups import Policy
-from ars2.replay import random_state
+from ars2.replay import random_state, second_pass
 from experiment.library_internals import is_compiled
 from modules.checks import check_average, check_callbacks, check_complete, check_trainer
 from modules.evaluation import EvaluatedModule
@@ -223,11 +223,9 @@ class TwoPassModule(ResumableModule):
             super().log(*args, **options)
 
     def _second_pass(self, optimizer: Any) -> None:
-        after = random_state(self.device)
-        optimizer.perturb()
         self._is_second_pass = True
         try:
-            with self._record.frozen_statistics(self.network):
+            with second_pass(optimizer, self._record.frozen_statistics(self.network), [self.device]):
                 for number, (batch, weight, replay) in enumerate(self._window, start=1):
                     replay()
                     loss = self.compute_loss(batch, None)
@@ -235,8 +233,6 @@ class TwoPassModule(ResumableModule):
                     self._backward(loss * weight, sync=number == len(self._window))
         finally:
             self._is_second_pass = False
-            optimizer.restore()
-            after()
 
     def _backward(self, loss: Tensor, sync: bool) -> None:
         """Add the gradient of one batch of a window.

@@ -1,8 +1,9 @@
 """An ordinary LightningModule with TwoPass makes the suite's steps."""
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as L
 import pytest
@@ -20,11 +21,12 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from ars2.lightning import TwoPass
 from tests.ars2 import ordinary
 from tests.ars2.ordinary import Ordinary, both, fit, fit_sharded
 from tests.ars2.training import copies, same
 from tests.helpers.launching import launch
-from tests.modules.small_task import CORE, OPTIMIZERS, assert_equal_states, state_of
+from tests.modules.small_task import CORE, OPTIMIZERS, assert_equal_states, batches, state_of
 from tests.modules.small_task import fit as fit_without
 
 
@@ -189,7 +191,7 @@ def test_an_exception_in_the_second_pass_restores_the_parameters(error: type[Bas
     with pytest.raises((ValueError, SystemExit)):
         fit(module)
     assert same(module.before, module.network.parameters())
-    assert not {"training_step", "optimizer_step", "log"} & set(vars(module))
+    assert not {"training_step", "optimizer_step", "log"} & {*vars(module), *vars(module.trainer.strategy)}
     module.error, module.losses = ValueError, [0.0] * 6
     fit(module)  # again, with the same module
 
@@ -209,6 +211,94 @@ def test_a_training_step_may_take_items_out_of_its_batch() -> None:
     for each in (module, other):
         fit(each)
     assert_equal_states(state_of(module), state_of(other))  # type: ignore[arg-type]
+
+
+class Pair(NamedTuple):
+    images: Tensor
+    classes: Tensor
+
+
+@dataclass
+class Example:
+    images: Tensor
+    classes: Tensor
+
+
+@pytest.mark.parametrize("kind", [Pair, Example])
+def test_batches_of_any_kind_are_repeated_or_refused(kind: Any) -> None:
+    class Typed(Ordinary):
+        in_place = False
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return kind(*batch)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.in_place:
+                batch.images.mul_(2)
+            elif kind is Example:
+                batch.images = batch.images * 2  # of this copy of the batch only
+            return super().training_step((batch.images, batch.classes), batch_idx)
+
+    class Doubled(Ordinary):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            factor = 2 if kind is Example else 1
+            return super().training_step((batch[0] * factor, batch[1]), batch_idx)
+
+    module, other, in_place = Typed("sync"), Doubled("sync"), Typed("sync")
+    for each in (module, other):
+        fit(each)
+    assert_equal_states(state_of(module), state_of(other))  # type: ignore[arg-type]
+    in_place.in_place = True
+    with pytest.raises(RuntimeError, match="changed a tensor of its batch in place"):
+        fit(in_place)
+
+
+def test_calls_from_elsewhere_are_not_repeated() -> None:
+    class Validates(Ordinary):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.training_step(batch, batch_idx=batch_idx)
+
+    module, other = Validates("aga"), Ordinary("aga")
+    _, two_pass = fit(other)
+    states = [state_of(other)]  # type: ignore[arg-type]
+    again = TwoPass()
+    validated = L.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        val_check_interval=2,
+        callbacks=[again],
+    )
+    torch.manual_seed(7)
+    validated.fit(module, batches(), batches())
+    assert again.gradient_evaluations == two_pass.gradient_evaluations
+    assert_equal_states(without_statistics(state_of(module)), without_statistics(states[0]))  # type: ignore[arg-type]
+
+
+def test_a_window_whose_last_batch_has_no_loss_is_repeated_without_it() -> None:
+    class Skips(Ordinary):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+    module = Skips("sync")
+    trainer, two_pass = fit(module, accumulate_grad_batches=2)
+    assert trainer.global_step == 6 and two_pass.gradient_evaluations == 12
+
+
+def test_training_that_ends_within_a_window_leaves_nothing_for_the_next() -> None:
+    class Stops(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.fit_loop.total_batch_idx == 3
+
+    module, two_pass = Ordinary("sync"), TwoPass()
+    options = {"accumulate_grad_batches": 3, "callbacks": [two_pass, Stops()]}
+    fit_without(module, 1, **options)  # type: ignore[arg-type]
+    fit_without(module, 1, **options)  # type: ignore[arg-type]
+    assert two_pass.gradient_evaluations % 2 == 0
 
 
 class InPlace(Ordinary):
@@ -243,7 +333,7 @@ class OwnSteps(SingleDeviceStrategy):
         (InPlace, r"InPlace.training_step\(\) changed a tensor of its batch in place.*x = x.div\(255\)"),
         (Manual, r"Manual, because it sets automatic_optimization to False.*loop over optimizer.passes\(self\)"),
         (Draws, r"batches of Draws, whose training_step\(dataloader_iter\) draws them itself"),
-        (Forgets, r"Forgets.training_step\(\) returned no loss in the second pass"),
+        (Forgets, r"Forgets.training_step\(\) returned no loss when its batch was evaluated again"),
     ],
 )
 def test_what_cannot_be_is_an_error(kind: type[Ordinary], message: str) -> None:

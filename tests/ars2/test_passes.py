@@ -63,6 +63,20 @@ def test_the_second_pass_repeats_draws_of_every_generator(draw: Callable[[], flo
     assert drawn[0] == drawn[1] != draw()
 
 
+def test_draws_after_an_abandoned_second_pass_are_those_without_it() -> None:
+    drawn = []
+    for abandoned in (False, True):
+        model, optimizer = setup("sync" if abandoned else "base")
+        torch.manual_seed(3)
+        for number in optimizer.passes(model):
+            if number == 2:
+                break
+            torch.rand(5)
+            model.loss(0).backward()
+        drawn.append(torch.rand(()))
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.parametrize("leave", ["break", "error", "interrupt"])
 def test_the_parameters_are_restored_however_the_loop_ends(leave: str) -> None:
     model, optimizer = setup("sync")
@@ -127,16 +141,17 @@ def test_the_passes_accumulate_the_same_micro_batches() -> None:
 
 
 @pytest.mark.parametrize("mode", ["base", "sync", "aga"])
-def test_processes_that_could_decide_differently_are_refused(mode: str) -> None:
+def test_processes_that_could_decide_differently_are_refused(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with alone():
         model, optimizer = setup(mode)
-        parallel = nn.parallel.DistributedDataParallel(model)
         if mode == "aga":
-            with pytest.raises(RuntimeError, match=r"optimizer.distribute\(torch.distributed.group.WORLD\) once"):
-                next(optimizer.passes(parallel))
+            with monkeypatch.context() as patched:
+                patched.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+                with pytest.raises(RuntimeError, match=r"call optimizer.distribute\(group\) once before the loop"):
+                    next(optimizer.passes(model))
             optimizer.distribute(torch.distributed.group.WORLD)
-        for _ in optimizer.passes(nn.ModuleList([parallel])):
-            parallel(model.images[:4], model.tokens[:4]).square().mean().backward()
+        for _ in optimizer.passes(model):
+            model.loss(0).backward()
         optimizer.step()
         assert optimizer.diagnostics()["steps"] == 1
 
