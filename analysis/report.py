@@ -266,13 +266,15 @@ def _html(study: Study, sections: Sequence[Section], left_out: Table) -> str:
     body = "".join(_section_html(section) for section in sections)
     if problems:
         body += f'<section id="left-out">{_wide(left_out.html())}</section>'
-    counts = f"{count(runs, 'run')} in {count(rows, 'row')}; "
-    counts += f"{count(problems, 'folder')} in no table, listed with the reason."
+    counts = f"{count(runs, 'run')} in {count(rows, 'row')}"
+    if problems:
+        verb = "is" if problems == 1 else "are"
+        counts += f"; {count(problems, 'folder')} {verb} in no table and listed below"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{title}</title><style>\n{_CSS.read_text(encoding='utf-8')}{_choices(sections)}</style></head>"
-        f'<body><header><h1>{title}</h1>{note}<p class="soft">{counts}</p>'
+        f'<body><header><h1>{title}</h1>{note}<p class="soft">{counts}.</p>'
         f"<nav><ul>{''.join(links)}</ul></nav></header><main>{body}</main></body></html>\n"
     )
 

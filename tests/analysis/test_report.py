@@ -453,6 +453,7 @@ def test_the_page_has_every_axis_every_table_and_every_problem(page: Path, group
     for title in ("Results", "Milestones", "Step cost", "Tuning budget of search", "Cost of reaching"):
         assert title in text
     assert "runs/&lt;lost&gt;" in text
+    assert re.search(r">\d+ runs in \d+ rows; 1 folder is in no table and listed below\.</p>", text)
     for entry in groups:
         assert entry.digest in text
         for found in entry.rows:
@@ -489,7 +490,7 @@ def test_a_report_replaces_its_pictures_and_keeps_those_of_a_user(
     assert after and before - after
     assert {picture.name for picture in (folder / "pictures").iterdir()} == after | {"user.svg"}
     assert (folder / "user.txt").read_text() == "kept"
-    assert "In no table" not in (folder / "report.html").read_text()
+    assert "no table" not in (folder / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["pictures/user.png", "runs.csv", "report.md", "thesis.tex"])
