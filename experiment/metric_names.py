@@ -6,5 +6,5 @@ _STAGE = re.compile(r"(train|val|test)_(?=\w)")
 
 
 def with_slash(metric: str) -> str:
-    """Return the name of a metric as the suite writes it, such as ``val/loss`` for ``val_loss``."""
+    """Return a metric's name with a slash, such as ``val/loss`` for ``val_loss``."""
     return _STAGE.sub(r"\1/", metric, count=1) if _STAGE.match(metric) else metric
