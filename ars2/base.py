@@ -327,7 +327,7 @@ class TrackedOptimizer(Optimizer):
 
     @property
     def is_distributed(self) -> bool:
-        """Return whether processes share the Newton-Schulz iterations, see :meth:`distribute`."""
+        """Return whether processes share iterations, see :meth:`distribute`."""
         return type(self._layout) is not Local
 
     @property

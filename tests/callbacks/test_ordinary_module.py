@@ -1,4 +1,4 @@
-"""An ordinary module's batches are counted, and its training loss is logged for other callbacks."""
+"""An ordinary module's batches are counted, and its training loss is logged."""
 
 from pathlib import Path
 from types import SimpleNamespace
