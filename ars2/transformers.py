@@ -90,7 +90,9 @@ class TwoPassTrainer(Trainer):
         return [group for group in groups if group["params"]]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Make the passes of a micro-batch; the last one of an update also makes the second pass.
+        """Make the first pass of a micro-batch.
+
+        The last micro-batch of an update also makes the second pass of all.
 
         Returns:
             The loss of the first pass.
