@@ -1,7 +1,9 @@
 """A loader is refused, resumed exactly, or resumed with a warning."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as L
@@ -175,6 +177,21 @@ def test_a_loader_that_cannot_resume_exactly_says_so(
     assert resumed != complete and len(resumed) == batches
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "resumed" in line]
     assert line.startswith("epoch 2 is not resumed exactly: ") and change in line
+
+
+@pytest.mark.parametrize(("processes", "refused"), [(2, True), (4, False)])
+def test_only_processes_that_share_the_data_need_other_batches(
+    processes: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two replicas of two processes each, under tensor parallelism, get two batches.
+    monkeypatch.setattr("callbacks.loader_checks.gather_per_rank", lambda trainer, value: [value] * trainer.world_size)
+    trainer: Any = SimpleNamespace(
+        world_size=processes,
+        distributed_sampler_kwargs={"num_replicas": 2, "rank": 0},
+        datamodule=Data(None),
+    )
+    with pytest.raises(ValueError, match="all 2 processes got the same") if refused else nullcontext():
+        LoaderChecks().on_train_batch_start(trainer, Seen(), BATCHES[0], 0)
 
 
 def shared(rank: int, ranks: int, port: int, folder: Path) -> None:
