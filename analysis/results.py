@@ -1,6 +1,6 @@
 """Build the tables of one task."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -141,11 +141,13 @@ def to_target(group: Group) -> Table | None:
     if target is None:
         return None
     lines = []
+    found = [row.median(target, "cost/flops") for row in group.rows if "cost/flops" in group.axes]
+    flop = _flop([part for m in found if m is not None for part in (m.median, m.low, m.high or m.horizon)])
     for row in group.rows:
         medians = [row.median(target, axis) for axis in group.axes]
         counts = next((f"{m.reached} of {m.n}" for m in medians if m is not None), "-")
         texts = [
-            "-" if median is None else median_text(median, _flop if axis == "cost/flops" else number)
+            "-" if median is None else median_text(median, flop if axis == "cost/flops" else number)
             for axis, median in zip(group.axes, medians, strict=True)
         ]
         lines.append([row.label, counts, *texts])
@@ -156,8 +158,10 @@ def to_target(group: Group) -> Table | None:
     return Table(f"Cost of reaching {target}", ["row", "reached", *(AXES[axis] for axis in group.axes)], lines, notes)
 
 
-def _flop(number: float | None) -> str:
-    return "-" if number is None else quantity(number, "FLOP")
+def _flop(column: Iterable[float | None]) -> Callable[[float | None], str]:
+    """Return a function that writes the numbers of a column with one prefix."""
+    largest = max((value for value in column if value is not None and value == value), default=0.0)
+    return lambda value: "-" if value is None else quantity(value, "FLOP", largest)
 
 
 def baseline(group: Group, wanted: str | None) -> Row | None:
@@ -245,7 +249,9 @@ def step_cost(group: Group, reference: Row | None) -> Table | None:
         return geometric_interval([factor * a / b for a, b in ends if a and b])
 
     lines = []
-    for row in group.rows:
+    flops = [ratio(row, "cost/flops", "cost/optimizer_steps").mean for row in group.rows]
+    flop = _flop(flops)
+    for row, flops_per_step in zip(group.rows, flops, strict=True):
         step = ratio(row, "cost/training_seconds", "cost/optimizer_steps", 1000)
         base = ratio(reference, "cost/training_seconds", "cost/optimizer_steps", 1000) if reference else step
         lines.append(
@@ -255,7 +261,7 @@ def step_cost(group: Group, reference: Row | None) -> Table | None:
                 number(step.mean / base.mean, 3),
                 number(ratio(row, "cost/gradient_evaluations", "cost/optimizer_steps").mean, 3),
                 number(ratio(row, "cost/training_seconds", "cost/gradient_evaluations", 1000).mean, 3),
-                _flop(ratio(row, "cost/flops", "cost/optimizer_steps").mean),
+                flop(flops_per_step),
                 _machines(row),
             ]
         )

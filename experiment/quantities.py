@@ -20,11 +20,14 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def quantity(number: float, unit: str) -> str:
-    """Return three digits with the unit's prefix, such as "5.17 TFLOP"; "-" for NaN."""
+def quantity(number: float, unit: str, largest: float | None = None) -> str:
+    """Return three digits with the unit's prefix, such as "5.17 TFLOP"; "-" for NaN.
+
+    The prefix is that of ``largest``, if given, so that the numbers of a column have the same.
+    """
     if number != number:
         return "-"
-    rounded, power = float(f"{number:.3g}"), 0
+    rounded, power = float(f"{number if largest is None else largest:.3g}"), 0
     while abs(rounded) >= 1000 and power < len(_PREFIXES) - 1:
         rounded, power = rounded / 1000, power + 1
-    return f"{rounded:.3g} {_PREFIXES[power]}{unit}"
+    return f"{number / 1000**power:.3g} {_PREFIXES[power]}{unit}"

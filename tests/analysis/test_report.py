@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -216,6 +217,17 @@ def test_step_costs_are_ratios_of_the_logs_last_row(groups: list[Group]) -> None
     assert float(lines["aga of search"][3]) == pytest.approx(last["cost/gradient_evaluations"] / steps, rel=5e-3)
     assert (lines["grok_adamw"][2], lines["grok_adamw"][3]) == ("1", "1")
     assert "threads" in lines["grok_adamw"][6]
+
+
+def test_a_column_of_flops_has_one_prefix(groups: list[Group]) -> None:
+    entry = deepcopy(groups[0])
+    entry.targets, entry.borrowed = [Target("any", "train/loss", 100.0, lower=True)], False
+    for run in entry.rows[0].runs.values():
+        run.log["cost/flops"] = 1000 * run.log["cost/flops"]
+    for table, head in ((step_cost(entry, None), "FLOPs a step"), (to_target(entry), "FLOPs")):
+        assert table is not None
+        cells = [line[table.columns.index(head)] for line in table.rows]
+        assert len(cells) > 1 and len({prefix for cell in cells for prefix in re.findall(r"[kMGTPE]?FLOP", cell)}) == 1
 
 
 def test_the_baseline_can_be_chosen(groups: list[Group]) -> None:

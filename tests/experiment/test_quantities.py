@@ -43,3 +43,8 @@ def test_counts(number: int, text: str) -> None:
 )
 def test_quantities(number: float, text: str) -> None:
     assert quantity(number, "FLOP") == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(5.17e12, "5.17 TFLOP"), (2e10, "0.02 TFLOP"), (float("nan"), "-")])
+def test_a_column_has_one_prefix(number: float, text: str) -> None:
+    assert quantity(number, "FLOP", largest=5.17e12) == text
