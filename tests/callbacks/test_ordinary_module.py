@@ -69,3 +69,9 @@ def test_early_stopping_reads_the_training_loss_of_the_epoch(tmp_path: Path) -> 
     trainer = fit(LitAddition(), data(), [stopping, OrdinaryModule()], tmp_path / "run", 3)
     assert trainer.current_epoch == 2  # the second epoch is not better by 100
     assert float(stopping.best_score) == pytest.approx(rows(tmp_path / "run", "train/loss")[0]["epoch_loss"])
+
+
+def test_a_checkpoint_that_is_older_than_the_sums_is_loaded() -> None:
+    module = OrdinaryModule()
+    module.load_state_dict({"gradient_evaluations": 3})
+    assert module.state_dict() == {"gradient_evaluations": 3, "loss": 0.0, "examples": 0}
