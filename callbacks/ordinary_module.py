@@ -1,4 +1,4 @@
-"""Let an ordinary LightningModule be trained, counted and probed like a task module."""
+"""Train, count and probe an ordinary LightningModule like a task module."""
 
 import inspect
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class OrdinaryModule(TwoPass):
         self.stop_asked = False
         self.val_metrics: dict[str, Any] = {}
         self._loss: Tensor | float = 0.0
-        self._examples = 0
+        self._examples = self._in_batch = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.network = pl_module
@@ -84,13 +84,17 @@ class OrdinaryModule(TwoPass):
         with silent(self.network):
             return loss_of(step(*arguments), self.network)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._in_batch = self.batch_size(batch)  # before the training step, which may take the tensors out
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if outputs:  # a step without a loss has none
-            examples = self.batch_size(batch)
-            self._loss = self._loss + outputs["loss"].detach() * (trainer.accumulate_grad_batches * examples)
-            self._examples += examples
+            self._loss = self._loss + outputs["loss"].detach() * (trainer.accumulate_grad_batches * self._in_batch)
+            self._examples += self._in_batch
         # Not in on_train_epoch_end, because other callbacks read the loss there.
         if trainer.is_last_batch:
             self._log_loss(trainer, pl_module)

@@ -159,7 +159,7 @@ def _restored(loaded: Any, saved: Any) -> Any:
 
 
 def first_step(wrapped: Any, network: nn.Module, clips: bool, saves: bool) -> None:
-    """Make the first update of a run, and check that the optimizer makes it from the gradient that it has.
+    """Make the first update of a run, and check how the optimizer makes it.
 
     Args:
         wrapped: the optimizer, wrapped by Lightning.

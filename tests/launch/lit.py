@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from ars2 import ARS2Neo, param_groups
+from datamodules.modular_addition import ModularAdditionData
 
 
 class LitAddition(L.LightningModule):
@@ -67,3 +68,19 @@ class Diverging(LitAddition):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) * torch.tensor(math.nan)
+
+
+class Pops(LitAddition):
+    """Take the tensors out of a batch that is a dictionary."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        pairs, sums = (batch.pop("pairs"), batch.pop("sums")) if isinstance(batch, dict) else batch
+        return F.cross_entropy(self(pairs), sums)
+
+
+class ByName(ModularAdditionData):
+    """Provide training batches that are dictionaries."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        training = self.trainer is not None and self.trainer.training
+        return {"pairs": batch[0], "sums": batch[1]} if training else batch

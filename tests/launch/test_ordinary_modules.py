@@ -54,6 +54,12 @@ def test_its_costs_are_counted_and_summarised(mode: str, passes: float | None, t
     )
 
 
+def test_its_training_step_may_empty_the_batch(tmp_path: Path) -> None:
+    expected = metrics(fit(tmp_path / "tuples", name="Pops"))
+    found = metrics(fit(tmp_path / "names", "--data", "tests.launch.lit.ByName", name="Pops"))
+    assert [row.get("train/loss") for row in found] == [row.get("train/loss") for row in expected]
+
+
 def test_its_runs_are_rows_of_one_table(tmp_path: Path) -> None:
     for mode in ("base", "sync"):
         fit(tmp_path, "--model.mode", mode, "--experiment", mode)
