@@ -5,7 +5,6 @@
 The module keeps automatic optimization, its ``training_step`` and its ``configure_optimizers``.
 """
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -212,10 +211,8 @@ def loss_of(output: Any, module: L.LightningModule) -> Tensor:
     """
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor):
-        raise RuntimeError(
-            f"{type(module).__name__}.training_step() returned no loss when its batch was evaluated again, but did"
-            " before"
-        )
+        name = type(module).__name__
+        raise RuntimeError(f"{name}.training_step() returned no loss when its batch was evaluated again")
     return loss
 
 
@@ -223,7 +220,7 @@ def loss_of(output: Any, module: L.LightningModule) -> Tensor:
 def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Replace a method of one object in a block."""
     before = vars(owner).get(name)
-    setattr(owner, name, functools.update_wrapper(function, getattr(owner, name)))
+    setattr(owner, name, function)
     try:
         yield
     finally:

@@ -9,8 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.lookup import callbacks_of
 
 # For metrics that do not say it themselves.
-_LOWER = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
-_HIGHER = ("accuracy", "acc")
+_HIGHER_IS_BETTER = {
+    **dict.fromkeys(("loss", "perplexity", "word_perplexity", "bits_per_byte"), False),
+    **dict.fromkeys(("accuracy", "acc"), True),
+}
 
 
 def higher_is_better(name: str, metrics: Mapping[str, Any]) -> bool | None:
@@ -22,7 +24,7 @@ def higher_is_better(name: str, metrics: Mapping[str, Any]) -> bool | None:
     """
     short = name[len("val/") :]
     known: bool | None = getattr(metrics[short], "higher_is_better", None) if short in metrics else None
-    return known if known is not None else {**dict.fromkeys(_LOWER, False), **dict.fromkeys(_HIGHER, True)}.get(short)
+    return _HIGHER_IS_BETTER.get(short) if known is None else known
 
 
 def lower_is_better(trainer: L.Trainer, name: str, metrics: Mapping[str, Any]) -> bool:

@@ -2,9 +2,7 @@
 
 import re
 
-_STAGE = re.compile(r"(train|val|test)_(?=\w)")
-
 
 def with_slash(metric: str) -> str:
     """Return a metric's name with a slash, such as ``val/loss`` for ``val_loss``."""
-    return _STAGE.sub(r"\1/", metric, count=1) if _STAGE.match(metric) else metric
+    return re.sub(r"^(train|val|test)_(?=\w)", r"\1/", metric)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torchmetrics.classification import MulticlassAccuracy
 
-from ars2 import param_groups
+from ars2 import ARS2Neo, param_groups
 from ars2.lightning import TwoPass
 from tests.ars2.sharded_training import full
 from tests.helpers.launching import become
@@ -53,6 +53,18 @@ class Shardable(Ordinary):
     def configure_model(self) -> None:
         if self.device_mesh is not None:
             fully_shard(self.network, mesh=self.device_mesh["data_parallel"])
+
+
+class Disagreeing(ARS2Neo):
+    """Want second passes in the first process only, as rounding could have it."""
+
+    decides_alike = always_two_pass = False  # type: ignore[assignment]
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, mode="sync")
+
+    def wants_second_pass(self, grad_scale: float = 1.0) -> bool:
+        return super().wants_second_pass() and torch.distributed.get_rank() == 0
 
 
 def fit_sharded(name: str, ranks: int) -> dict[str, Tensor]:
@@ -99,6 +111,10 @@ def together(rank: int, ranks: int, port: int, folder: Path, names: list[str]) -
         trainer = {"strategy": "ddp", "devices": ranks}
         results[name] = both(name, 0.3, {"accumulate_grad_batches": 2}, lambda t=trainer: t, accumulate_grad_batches=2)
     results["sharded"] = {name: fit_sharded(name, ranks) for name in names}
+    disagreeing = Ordinary("sync")
+    disagreeing.make_optimizer = Disagreeing
+    _, two_pass = fit(disagreeing, strategy="ddp", devices=ranks)
+    results["disagreeing"] = two_pass.gradient_evaluations
     torch.save(results, folder / f"{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
