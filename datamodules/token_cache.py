@@ -20,7 +20,7 @@ from rich import get_console
 from rich.progress import Progress
 
 from datamodules.text_corpus import SPLITS, Corpus
-from datamodules.token_rows import PAD, Protocol, SplitTokens, split_tokens
+from datamodules.token_rows import PAD, Protocol, SplitTokens, run_of_lines, split_tokens
 
 _FORMAT = 3  # version of the cache and of the code in this folder that determines its contents
 _SPECIAL_TOKENS = ["<|endoftext|>", "<pad>"]
@@ -41,7 +41,15 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ars2"
 
 
-def cached_tokens(corpus: Corpus, vocabulary: int, protocol: Protocol, context: int, cache: Path) -> Tokens:
+def cached_tokens(
+    corpus: Corpus,
+    vocabulary: int,
+    protocol: Protocol,
+    context: int,
+    cache: Path,
+    train_fraction: float = 1.0,
+    fraction_seed: int = 0,
+) -> Tokens:
     """Load the tokens of ``corpus``, making the cache if missing or damaged.
 
     Args:
@@ -49,9 +57,12 @@ def cached_tokens(corpus: Corpus, vocabulary: int, protocol: Protocol, context: 
         vocabulary: size of the byte-level BPE tokenizer, special tokens included. It is trained on the training split.
         protocol, context: of the rows, see :func:`datamodules.token_rows.split_tokens`.
         cache: folder of all caches.
+        train_fraction, fraction_seed: of the training lines, see :func:`datamodules.token_rows.run_of_lines`. The
+            tokenizer is trained on all of them.
 
     Raises:
-        ValueError: a vocabulary larger than the corpus allows, an empty split, or one without a full row.
+        ValueError: a vocabulary larger than the corpus allows, an empty split, one without a full row, or a fraction
+            of the training lines without text.
     """
     import tokenizers
 
@@ -63,13 +74,15 @@ def cached_tokens(corpus: Corpus, vocabulary: int, protocol: Protocol, context: 
         "protocol": protocol,
         "context": context if protocol == "packed" else None,
     }
+    if train_fraction < 1:  # later options, so that older caches keep their names
+        options |= {"train_fraction": train_fraction, "fraction_seed": fraction_seed}
     digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:24]
     folder = cache / digest
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{digest}.lock"):
         found = _load(folder)
         if found is None:
-            _make(folder, corpus, vocabulary, protocol, context)
+            _make(folder, corpus, vocabulary, protocol, context, train_fraction, fraction_seed)
             found = _load(folder)
     if found is None:
         raise OSError(f"the cache {folder} cannot be read after writing it: check the disk")
@@ -101,7 +114,15 @@ def _load(folder: Path) -> Tokens | None:
         return None
 
 
-def _make(folder: Path, corpus: Corpus, vocabulary: int, protocol: Protocol, context: int) -> None:
+def _make(
+    folder: Path,
+    corpus: Corpus,
+    vocabulary: int,
+    protocol: Protocol,
+    context: int,
+    train_fraction: float,
+    fraction_seed: int,
+) -> None:
     lines = corpus.read()
     for split in SPLITS:
         if not any(line.strip() for line in lines[split]):
@@ -112,12 +133,15 @@ def _make(folder: Path, corpus: Corpus, vocabulary: int, protocol: Protocol, con
             tokenizer = _train_tokenizer(lines["train"], vocabulary, every_byte=protocol == "contiguous")
             meta: dict[str, Any] = {"sizes": {}, "checksums": {}}
             tokenizer.save(str(temporary / "tokenizer.json"))
+            run = run_of_lines(lines["train"], train_fraction, fraction_seed)
+            if not any(line.strip() for line in run):
+                raise ValueError(f"train_fraction {train_fraction} leaves no text: raise data.train_fraction")
             for split in SPLITS:
 
                 def encode(texts: Sequence[str], split: str = split) -> Iterator[list[int]]:
                     return progress.encode(tokenizer, texts, split)
 
-                tokens, *sizes = split_tokens(lines[split], encode, protocol, context)
+                tokens, *sizes = split_tokens(run if split == "train" else lines[split], encode, protocol, context)
                 if len(tokens) == 0 or tokens.size < 2:
                     raise ValueError(f"the {split} split has no sentence of 2 to {context + 1} tokens: raise context")
                 np.save(temporary / f"{split}.npy", tokens)

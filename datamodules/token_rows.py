@@ -3,7 +3,10 @@
 In a row, ``row[:-1]`` predicts ``row[1:]``.
 """
 
+import random
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -29,6 +32,21 @@ class SplitTokens(NamedTuple):
     words: int
     utf8_bytes: int
     unknown_words: int
+
+
+def run_of_lines(lines: Sequence[str], fraction: float, seed: int) -> Sequence[str]:
+    """Return consecutive lines with about ``fraction`` of the bytes of ``lines``.
+
+    ``seed`` places a window of that many bytes so that it fits into the text, without wrapping around. The lines that
+    start in the window are returned. With the same seed, a smaller fraction is part of a larger one.
+    """
+    *starts, total = accumulate((_utf8_bytes(line) for line in lines), initial=0)
+    first = random.Random(seed).random() * (1 - fraction) * total
+    return lines[bisect_left(starts, first) : bisect_left(starts, first + fraction * total)]
+
+
+def _utf8_bytes(line: str) -> int:
+    return len(line.encode()) + 1
 
 
 def pieces(lines: Iterable[str]) -> Iterator[str]:
@@ -79,5 +97,5 @@ def split_tokens(lines: Sequence[str], encode: Encode, protocol: Protocol, conte
     """
     tokens = packed(lines, encode, context) if protocol == "packed" else contiguous(lines, encode)
     words = [word for line in lines for word in line.split()]
-    utf8_bytes = sum(len(line.encode()) + 1 for line in lines)
+    utf8_bytes = sum(map(_utf8_bytes, lines))
     return SplitTokens(tokens, len(words) + len(lines), utf8_bytes, words.count(UNKNOWN))

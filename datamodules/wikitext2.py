@@ -44,10 +44,14 @@ class WikiText2Data(L.LightningDataModule):
         on_device: store the rows on the training device instead of copying every batch to it.
         cache: folder for tokenizers and tokens. ``None`` is ``ars2`` in the user's cache folder.
         prompts: texts to continue for ``predict``. ``None`` is the beginnings of three validation rows.
+        train_fraction: train on consecutive lines with about this fraction of the training split's bytes. Their place
+            depends on ``fraction_seed``, see :func:`datamodules.token_rows.run_of_lines`. The tokenizer is still
+            trained on the complete split. Validation and test are complete.
+        fraction_seed: of the place of these lines. It is not ``seed``, so that all seeds train on the same text.
 
     Raises:
         ValueError: a value is out of range, at construction. At setup as :func:`datamodules.token_cache.cached_tokens`,
-            or a prompt without tokens or with more than ``context``.
+            a prompt without tokens or with more than ``context``, or a fraction with too few rows for a batch.
     """
 
     task = "wikitext"
@@ -66,14 +70,19 @@ class WikiText2Data(L.LightningDataModule):
         cache: str | None = None,
         on_device: bool = False,
         prompts: list[str] | None = None,
+        train_fraction: float = 1.0,
+        fraction_seed: int = 0,
     ) -> None:
         super().__init__()
         for name, value in (("context", context), ("batch_size", batch_size), ("val_batch_size", val_batch_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 < train_fraction <= 1:
+            raise ValueError(f"train_fraction must be above 0 and at most 1, got {train_fraction}")
         self.vocabulary, self.context, self.protocol = vocabulary, context, protocol
         self.batch_size, self.val_batch_size, self.seed = batch_size, val_batch_size or batch_size, seed
         self.root, self.cache, self.on_device, self.prompts = root, cache, on_device, prompts
+        self.train_fraction, self.fraction_seed = train_fraction, fraction_seed
         self.source, self.digest = "", ""
         self._tokens: Tokens | None = None
 
@@ -102,7 +111,9 @@ class WikiText2Data(L.LightningDataModule):
         root = self.root or os.environ.get(ROOT)
         corpus = open_corpus(Path(root).expanduser() if root else None)
         cache = Path(self.cache).expanduser() if self.cache else default_cache()
-        self._tokens = cached_tokens(corpus, self.vocabulary, self.protocol, self.context, cache)
+        self._tokens = cached_tokens(
+            corpus, self.vocabulary, self.protocol, self.context, cache, self.train_fraction, self.fraction_seed
+        )
         self.source, self.digest = corpus.source, corpus.digest
 
     @property
@@ -119,7 +130,7 @@ class WikiText2Data(L.LightningDataModule):
     def description(self) -> dict[str, Any]:
         """Return the properties of the data that results depend on.
 
-        These are corpus, protocol, vocabulary, and sizes by split.
+        These are corpus, protocol, vocabulary, sizes by split, and the fraction of the training text if it is not 1.
         """
         sizes = {}
         for name, split in self.tokens.splits.items():
@@ -129,6 +140,7 @@ class WikiText2Data(L.LightningDataModule):
             sizes[name] |= {"words": split.words, "utf8_bytes": split.utf8_bytes}
         unknown = sum(split.unknown_words for split in self.tokens.splits.values())
         version = f"tokens version ({unknown:,} words are {UNKNOWN})" if unknown else f"raw version (no {UNKNOWN})"
+        fraction = {"train_fraction": self.train_fraction, "fraction_seed": self.fraction_seed}
         return {
             "corpus": f"WikiText-2, {version}",
             "source": self.source,
@@ -138,7 +150,7 @@ class WikiText2Data(L.LightningDataModule):
             "vocabulary": self.vocabulary,
             "context": self.context,
             "splits": sizes,
-        }
+        } | (fraction if self.train_fraction < 1 else {})
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tokenizer and two digests for a checkpoint.
@@ -179,6 +191,11 @@ class WikiText2Data(L.LightningDataModule):
     def train_dataloader(self) -> TensorBatches:
         """Return the training rows, shuffled in each epoch."""
         rows, _ = self._rows(self.tokens.splits["train"])
+        if self.train_fraction < 1 and len(rows) < self.batch_size:
+            raise ValueError(
+                f"train_fraction {self.train_fraction} leaves {len(rows)} rows, too few for one batch of"
+                f" {self.batch_size}: raise data.train_fraction or lower data.batch_size"
+            )
         return TensorBatches(
             (rows.to(device_of(self, self.on_device)),), self.batch_size, self.seed, drop_last=self.protocol == "packed"
         )

@@ -101,6 +101,8 @@ _ROUNDING_ONLY = ("model.optimizer.ns_algorithm", "model.compile", "model.channe
 _NEUTRAL = {
     "model.optimizer.compile": False,
     "model.optimizer.capturable": False,
+    "data.train_fraction": 1.0,  # of WikiText2Data; no other task here allows 1
+    "data.fraction_seed": 0,
     "callbacks.evaluation_budget.EvaluationBudget.finish_epoch": True,
 }
 _DURATION = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")

@@ -3,16 +3,18 @@
 A damaged one is never trusted.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from datamodules.text_corpus import Corpus, open_corpus
 from datamodules.token_cache import Tokens, cached_tokens, default_cache
-from datamodules.token_rows import Protocol
+from datamodules.token_rows import Protocol, run_of_lines, split_tokens
 from tests.helpers.commands import clean_environment
 from tests.helpers.processes import Running
 from tests.helpers.text import FILES, write_corpus
@@ -71,6 +73,50 @@ def test_other_options_have_a_separate_cache(other: dict[str, int], corpus: Corp
 def test_a_contiguous_stream_serves_every_context(corpus: Corpus, tmp_path: Path) -> None:
     load(corpus, tmp_path / "cache", protocol="contiguous", context=15)
     load(unreadable(corpus), tmp_path / "cache", protocol="contiguous", context=31)
+
+
+@pytest.mark.parametrize("protocol", ["packed", "contiguous"])
+def test_fractions_never_share_a_cache_and_all_lines_are_served_from_the_one_without(
+    protocol: Protocol, corpus: Corpus, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    complete = load(corpus, cache, protocol=protocol)
+
+    def encode(texts: Sequence[str]) -> Iterator[list[int]]:
+        return (complete.tokenizer.encode(text).ids for text in texts)
+
+    again = cached_tokens(unreadable(corpus), 300, protocol, 15, cache, 1.0, fraction_seed=7)
+    assert np.array_equal(again.splits["train"].tokens, complete.splits["train"].tokens)
+    for number, (fraction, seed) in enumerate([(0.3, 0), (0.6, 0), (0.3, 1)], start=2):
+        found = cached_tokens(corpus, 300, protocol, 15, cache, fraction, seed)
+        assert len(folders(cache)) == number
+        assert found.tokenizer.to_str() == complete.tokenizer.to_str()
+        for split in ("validation", "test"):
+            assert np.array_equal(found.splits[split].tokens, complete.splits[split].tokens)
+        text = run_of_lines(corpus.read()["train"], fraction, seed)
+        expected = split_tokens(text, encode, protocol, 15)
+        assert np.array_equal(found.splits["train"].tokens, expected.tokens)
+        assert found.splits["train"][1:] == expected[1:]
+
+
+def test_a_cache_keeps_its_name_over_versions(corpus: Corpus, tmp_path: Path) -> None:
+    options = {
+        "format": 3,
+        "corpus": corpus.digest,
+        "tokenizers": tokenizers.__version__,
+        "vocabulary": 300,
+        "protocol": "packed",
+        "context": 15,
+    }
+    load(corpus, tmp_path / "cache")
+    name = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:24]
+    assert [folder.name for folder in folders(tmp_path / "cache")] == [name]
+
+
+def test_a_fraction_without_text_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train_fraction 1e-09 leaves no text: raise"):
+        cached_tokens(corpus, 300, "packed", 15, tmp_path / "cache", 1e-9)
+    assert folders(tmp_path / "cache") == []
 
 
 def test_a_changed_corpus_is_not_served_from_the_old_cache(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from datamodules.text_corpus import open_corpus
 from datamodules.token_cache import cached_tokens
-from datamodules.token_rows import Protocol, contiguous, packed, pieces, split_tokens
+from datamodules.token_rows import Protocol, contiguous, packed, pieces, run_of_lines, split_tokens
 from datamodules.wikitext2 import WikiText2Data
 from tests.helpers.text import ROOT, lines, needs_wikitext2, write_corpus
 
@@ -117,6 +117,61 @@ def test_words_and_bytes_are_those_of_the_file(protocol: Protocol) -> None:
     text = [" ", " Öhm ate  <unk> . ", "two words"]
     sizes = split_tokens(text, letters, protocol, 9)[1:]
     assert sizes == (4 + 2 + 3, len("\n".join(text).encode()) + 1, 1)
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.4, 0.9])
+def test_a_run_of_lines_is_consecutive_and_has_about_its_fraction_of_the_bytes(fraction: float) -> None:
+    text = [f"{number} {line}" for number, line in enumerate(lines(20, seed=0))]
+    sizes = [len(line.encode()) + 1 for line in text]
+    places = set()
+    for seed in range(20):
+        run = run_of_lines(text, fraction, seed)
+        first = int(run[0].split()[0])
+        places.add(first)
+        assert list(run) == text[first : first + len(run)] and run == run_of_lines(text, fraction, seed)
+        assert abs(sum(sizes[first : first + len(run)]) - fraction * sum(sizes)) <= max(sizes)
+        assert set(run) <= set(run_of_lines(text, min(1.0, fraction + 0.1), seed))
+        assert list(run_of_lines(text, 1.0, seed)) == text
+    assert len(places) > 2 and max(places) > 0
+
+
+@pytest.mark.parametrize("protocol", ["packed", "contiguous"])
+def test_a_fraction_trains_on_fewer_rows_and_is_described(protocol: Protocol, tmp_path: Path) -> None:
+    def data(**options: Any) -> WikiText2Data:
+        module = WikiText2Data(300, 15, protocol, 4, root=root, cache=str(tmp_path), **options)
+        module.setup("fit")
+        return module
+
+    root = str(write_corpus(tmp_path / "text"))
+    complete, half = data(), data(train_fraction=0.5)
+    described, expected = half.description(), complete.description()
+    assert expected.keys().isdisjoint({"train_fraction", "fraction_seed"})
+    assert data(train_fraction=1.0, fraction_seed=3).description() == expected
+    assert (described.pop("train_fraction"), described.pop("fraction_seed")) == (0.5, 0)
+    trained, all_trained = described["splits"].pop("train"), expected["splits"].pop("train")
+    for name in ("rows", "predicted_tokens", "words", "utf8_bytes"):
+        assert 0.4 < trained[name] / all_trained[name] < 0.6
+    described.pop("corpus"), expected.pop("corpus")  # it counts unknown words
+    assert described == expected
+    assert rows_of(half) == rows_of(complete)
+    rows = [row for (batch,) in half.train_dataloader() for row in batch.tolist()]
+    assert trained["rows"] - 4 < len(rows) <= trained["rows"]
+    other = data(train_fraction=0.5, fraction_seed=1, seed=43)
+    assert sorted(rows) != sorted(row for (batch,) in other.train_dataloader() for row in batch.tolist())
+
+
+@pytest.mark.parametrize("protocol", ["packed", "contiguous"])
+def test_a_fraction_of_less_than_one_batch_is_refused(protocol: Protocol, tmp_path: Path) -> None:
+    root = str(write_corpus(tmp_path / "text"))
+    data = WikiText2Data(300, 15, protocol, 64, root=root, cache=str(tmp_path), train_fraction=0.1)
+    with pytest.raises(ValueError, match=r"train_fraction 0.1 leaves \d+ rows, too few for one batch of 64: raise"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("fraction", [0.0, -0.1, 1.1, float("nan")])
+def test_a_fraction_outside_its_range_is_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match="train_fraction must be above 0 and at most 1"):
+        WikiText2Data(train_fraction=fraction)
 
 
 @pytest.mark.real_data

@@ -138,6 +138,17 @@ def test_an_option_added_at_its_default_leaves_old_digests_unchanged(
     assert protocol == before[0] and setting != before[1]
 
 
+def test_a_fraction_of_the_training_text_makes_another_protocol_and_older_runs_keep_theirs() -> None:
+    def protocol_of(**options: object) -> str:
+        data = {"class_path": "datamodules.wikitext2.WikiText2Data", "init_args": options}
+        return RunIdentity(config_of() | {"data": data}).protocol_digest
+
+    assert protocol_of(train_fraction=1.0, fraction_seed=0, seed=3) == protocol_of()
+    fractions = [{"train_fraction": 0.2}, {"train_fraction": 0.5}, {"train_fraction": 0.2, "fraction_seed": 1}]
+    assert len({protocol_of(), *(protocol_of(**options) for options in fractions)}) == 4
+    assert protocol_of(train_fraction=0.2, seed=3) == protocol_of(train_fraction=0.2, seed=4)
+
+
 def test_an_option_of_a_network_makes_another_protocol() -> None:
     assert digests(config_of(model={"depth": 3}))[0] != digests(config_of())[0]
 
