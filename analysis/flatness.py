@@ -7,7 +7,7 @@ from scipy import stats
 
 from analysis.rows import Group
 from analysis.runs import Run
-from analysis.statistics import mean_interval
+from analysis.statistics import geometric_interval, mean_interval
 from analysis.tables import Table, mean_text, number
 
 # Columns of callbacks.flatness_probe.FlatnessProbe; of each, less is flatter.
@@ -30,13 +30,18 @@ def flatness(group: Group) -> Iterator[Table]:
     if not rows:
         return
     columns = {"flatness/probe_loss": "loss", **MEASURES}
-    lines = []
-    for row in rows:
-        values = [mean_interval([run.last(column) for run in row.runs.values()]) for column in columns]
-        lines.append([row.label, str(len(row.runs)), *(mean_text(value, 3) for value in values)])
+    cells, geometric = [], []
+    for column, name in columns.items():
+        values = [[run.last(column) for run in row.runs.values()] for row in rows]
+        # They scatter over powers of ten. Most can be negative too, away from a minimum.
+        positive = min((value for last in values for value in last if np.isfinite(value)), default=0.0) > 0
+        geometric += [name] if positive else []
+        cells.append([mean_text((geometric_interval if positive else mean_interval)(last), 3) for last in values])
+    lines = [[row.label, str(len(row.runs)), *line] for row, *line in zip(rows, *cells, strict=True)]
     radii = sorted({number(radius) for row in rows for run in row.runs.values() for radius in _radii(run)})
     notes = [
-        "Flatness of the loss on a fixed training batch at the end of training: mean and 95 % interval over seeds. "
+        "Flatness of the loss on a fixed training batch at the end of training: mean and 95 % interval over seeds, "
+        f"geometric where a column has positive values only ({', '.join(geometric) or 'none here'}). "
         f"Rises are at radius {' or '.join(radii) or 'unknown'} in every tensor. Lower is flatter. All columns "
         "change under a rescaling of the weights that leaves the network's function unchanged."
     ]

@@ -19,7 +19,7 @@ from analysis.rows import Group, Row, check_names, group
 from analysis.runs import AXES, Problem, Run, read
 from analysis.study import Study
 from analysis.tables import Table, median_text
-from analysis.tuning_budget import tuning_budgets
+from analysis.tuning_budget import searches_luck, tuning_budgets
 from experiment.quantities import count
 
 _CSS = Path(__file__).with_name("report.css")
@@ -156,7 +156,9 @@ def _section(group: Group, wanted: str | None, index: int) -> Section:
     tables = [published(group), results(group), to_target(group), milestones(group)]
     tables += [] if reference is None else list(pairs(group, reference))
     tables += [*ablations(group), *flatness(group)]
-    tables += [step_cost(group, reference), *tuning_budgets(group), _runs(group)]
+    tables += [step_cost(group, reference), *tuning_budgets(group)]
+    tables += [] if reference is None else list(searches_luck(group, reference))
+    tables += [_runs(group)]
     found = [table for table in tables if table is not None and table.rows]
     section = Section(group, f"{group.task}-{group.digest}", list(_headlines(group)), found)
     prefix = f"{index + 1}-{group.task}"

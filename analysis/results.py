@@ -6,7 +6,7 @@ import numpy as np
 
 from analysis.rows import Group, Row, matches
 from analysis.runs import AXES
-from analysis.statistics import Mean, geometric_interval, holm, mean_interval, paired, race
+from analysis.statistics import Mean, bounded_interval, geometric_interval, holm, median_coverage, paired, race
 from analysis.tables import Table, mean_text, median_text, number
 from experiment.quantities import count, quantity
 from experiment.target import Target
@@ -29,8 +29,13 @@ def metric_text(metric: str, mean: Mean, digits: int = 4) -> str:
 
 
 def _mean(metric: str, values: dict[str, float]) -> Mean:
-    mean = mean_interval(list(values.values()))
-    return mean.within(0.0, 1.0) if is_share(metric) else mean
+    return bounded_interval(list(values.values()), 1.0 if is_share(metric) else np.inf)
+
+
+def _coverage(group: Group) -> str:
+    counts = sorted({len(row.runs) for row in group.rows} - {1})
+    covered = [f"{100 * median_coverage(n):.3g} % for {count(n, 'run')}" for n in counts]
+    return f" The intervals of medians are meant to cover 95 %; they cover {', '.join(covered)}." if covered else ""
 
 
 def _row_name(row: Row) -> str:
@@ -64,8 +69,8 @@ def published(group: Group) -> Table | None:
         return None
     heads = [f"{name}: {targets[name]}" if name in targets else f"{name} {group.metric}" for name in shown]
     notes = [
-        "Published: one run each, by the ARS2 project. Targets in epochs, median and 95 % interval over seeds; "
-        "best and last as mean and 95 % interval."
+        "Published: one run each, by the ARS2 project. Targets in epochs, median and interval over seeds; "
+        f"best and last as mean and 95 % interval.{_coverage(group)}"
     ]
     notes += [group.published["note"]] if "note" in group.published else []
     return Table("Published against measured", ["row", "seeds", "epochs", *heads], lines, notes, strong)
@@ -100,8 +105,8 @@ def results(group: Group) -> Table:
         diverged = f", {row.diverged} diverged" if row.diverged else ""
         lines.append([_row_name(row), f"{len(row.runs)}{diverged}", trials, _epochs(row), *cells])
     notes = [
-        "Mean and 95 % t-interval over seeds, percentages cut to 0 to 100. Runs that diverged have no last value and "
-        "miss every target."
+        "Mean and 95 % t-interval over seeds, on the logit scale for percentages and on the log scale for other "
+        "positive values. Runs that diverged have no last value and miss every target."
     ]
     counts = {row.trials for row in group.rows}
     if len(counts) > 1:
@@ -129,8 +134,8 @@ def milestones(group: Group) -> Table | None:
         medians = [row.median(target, "epoch") for target in targets]
         lines.append([row.label, *("-" if median is None else median_text(median) for median in medians)])
     notes = [
-        "Epochs: Kaplan-Meier median over seeds and its 95 % interval. A run that ended without reaching a target "
-        "counts as longer than it was watched."
+        "Epochs: Kaplan-Meier median over seeds and its interval. A run that ended without reaching a target counts as "
+        f"longer than it was watched.{_coverage(group)}"
     ]
     return Table("Milestones", ["row", *heads], lines, notes)
 
@@ -152,8 +157,8 @@ def to_target(group: Group) -> Table | None:
         ]
         lines.append([row.label, counts, *texts])
     notes = [
-        "Median over seeds and its 95 % interval. Seconds are of training alone, and compare only between runs on one "
-        "machine that did nothing else."
+        "Median over seeds and its interval. Seconds are of training alone, and compare only between runs on one "
+        f"machine that did nothing else.{_coverage(group)}"
     ]
     return Table(f"Cost of reaching {target}", ["row", "reached", *(AXES[axis] for axis in group.axes)], lines, notes)
 
@@ -218,7 +223,7 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
     if target is None or axis not in group.axes:
         return
     races = [race(row.times(target, axis), reference.times(target, axis)) for row in others]
-    adjusted = holm([r.p for r in races])
+    adjusted, adjusted_ratio = holm([r.p for r in races]), holm([r.p_ratio for r in races])
     lines = [
         [
             row.label,
@@ -226,14 +231,25 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
             number(r.p, 2),
             number(p, 2),
             "-" if r.ratio is None else mean_text(r.ratio, 3),
+            number(r.p_ratio, 2),
+            number(p_ratio, 2),
         ]
-        for row, r, p in zip(others, races, adjusted, strict=True)
+        for row, r, p, p_ratio in zip(others, races, adjusted, adjusted_ratio, strict=True)
     ]
-    heads = ["row", "first / second / undecided", "p", "p (Holm)", "ratio of evaluations"]
+    heads = [
+        "row",
+        "first / second / undecided",
+        "p",
+        "p (Holm)",
+        "ratio of evaluations",
+        "p of ratio",
+        "p of ratio (Holm)",
+    ]
     notes = [
         f"Gradient evaluations to {target} against {reference.label}, paired by seed: how often the row was first, and "
-        "the sign test. The ratio is a geometric mean with its 95 % interval, shown only if both reached the target on "
-        "every common seed. Below 1 the row needs fewer evaluations."
+        "the sign test, whose p cannot be below 0.0625 with five seeds. The ratio is a geometric mean with its 95 % "
+        "interval, and its p is of the t-test of the logarithms. Both are shown only if both rows reached the target "
+        "on every common seed. Below 1 the row needs fewer evaluations."
     ]
     yield Table(f"Paired seeds against {reference.label}: {target}", heads, lines, notes)
 

@@ -24,12 +24,6 @@ class Mean:
     low: float | None
     high: float | None
 
-    def within(self, least: float, most: float) -> "Mean":
-        """Return the mean with its interval cut to the values that are possible."""
-        if self.low is None or self.high is None:
-            return self
-        return Mean(self.n, self.mean, max(least, self.low), min(most, self.high))
-
 
 @functools.cache
 def _quantile(degrees: int, confidence: float) -> float:
@@ -46,6 +40,21 @@ def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Me
         return Mean(n, float(finite[0]) if n else np.nan, None, None)
     half = _quantile(n - 1, confidence) * finite.std(ddof=1) / np.sqrt(n)
     return Mean(n, float(finite.mean()), float(finite.mean() - half), float(finite.mean() + half))
+
+
+def bounded_interval(values: Sequence[float], most: float = np.inf) -> Mean:
+    """Return the mean of values between 0 and ``most``, with an interval that stays between them.
+
+    It is the t-interval, carried over to the logarithm of m / (1 - m / most) by the delta method: the log scale without
+    an upper bound, the logit scale for shares.
+    """
+    mean = mean_interval(values)
+    if mean.high is None or not 0 < mean.mean < most:
+        return mean
+    odds = mean.mean / (1 - mean.mean / most)
+    half = (mean.high - mean.mean) * odds / mean.mean**2
+    low, high = (x / (1 + x / most) for x in odds * np.exp([-half, half]))
+    return Mean(mean.n, mean.mean, float(low), float(high))
 
 
 def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -143,7 +152,8 @@ class Median:
     """The median of times to a target, some of which are longer than their run.
 
     ``None`` is a time beyond ``horizon``, the longest time that a run was watched.
-    ``low`` and ``high`` are the limits of its interval; both are ``None`` for a single run, see ``n``.
+    ``low`` and ``high`` are the limits of its interval; both are ``None`` for a single run, see ``n``. Its coverage
+    differs from 95 %, see :func:`median_coverage`.
     """
 
     n: int
@@ -201,12 +211,27 @@ def median_time(times: Sequence[Time]) -> Median:
     return Median(n, len(reached), median, crossing(lower), crossing(upper), horizon)
 
 
+@functools.cache
+def median_coverage(n: int) -> float:
+    """Return how often the interval of :func:`median_time` covers the true median of ``n`` times.
+
+    It is exact for times that were all reached: the limits are order statistics, and the number of times below the
+    median is binomial. Times that are equal only make it larger.
+    """
+    found = median_time([Time(time, time) for time in range(1, n + 1)])
+    if found.low is None:
+        return 0.0
+    high = n + 1 if found.high is None else found.high
+    return float(stats.binom.cdf(high - 1, n, 0.5) - stats.binom.cdf(found.low - 1, n, 0.5))
+
+
 @dataclass(frozen=True)
 class Race:
     """Counts of which of two rows reached a target first, with a sign test.
 
-    ``ratio`` is the geometric mean of the ratios of their times with its interval; ``None`` unless both reached the
-    target on every common seed. A pair of which neither is known to have been first is in ``undecided``.
+    ``ratio`` is the geometric mean of the ratios of their times with its interval, and ``p_ratio`` is of the t-test of
+    their logarithms; ``None`` and NaN unless both reached the target on every common seed. A pair of which neither is
+    known to have been first is in ``undecided``.
     """
 
     first: int
@@ -214,6 +239,7 @@ class Race:
     undecided: int
     p: float
     ratio: Mean | None
+    p_ratio: float
 
 
 def race(times: Mapping[str, Time], reference: Mapping[str, Time]) -> Race:
@@ -227,8 +253,11 @@ def race(times: Mapping[str, Time], reference: Mapping[str, Time]) -> Race:
     ]
     decided = first + second
     p = float(stats.binomtest(first, decided).pvalue) if decided else np.nan
-    ratio = geometric_interval(ratios) if len(ratios) == len(seeds) >= 1 else None
-    return Race(first, second, len(seeds) - decided, p, ratio)
+    if not seeds or len(ratios) < len(seeds):
+        return Race(first, second, len(seeds) - decided, p, None, np.nan)
+    varied = len(ratios) > 1 and np.ptp(ratios) > 0
+    p_ratio = float(stats.ttest_1samp(np.log(ratios), 0.0).pvalue) if varied else np.nan
+    return Race(first, second, len(seeds) - decided, p, geometric_interval(ratios), p_ratio)
 
 
 def _is_first(time: Time, other: Time) -> bool:

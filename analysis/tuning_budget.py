@@ -1,17 +1,22 @@
-"""Count the trials and costs of every search, and collect sensitivities."""
+"""Count the trials and costs of every search, its luck, and collect sensitivities."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
-from analysis.rows import Group
+import numpy as np
+
+from analysis.rows import Group, Row
 from analysis.runs import Run
-from analysis.tables import Table, number
+from analysis.statistics import Mean
+from analysis.tables import Table, mean_text, number
 from experiment.quantities import count, duration
 from experiment.target import Target
 
 # Options whose sensitivity is of interest: of any track, any optimizer.
 _SENSITIVE = ("lr", "weight_decay", "rho")
+_AXIS = "cost/gradient_evaluations"
+_DRAWS = 4000
 
 
 def tuning_budgets(group: Group) -> Iterator[Table]:
@@ -48,8 +53,68 @@ def _total(runs: list[Run], axis: str) -> float:
     return sum(run.at_end(axis) or 0.0 for run in runs)
 
 
+def searches_luck(group: Group, reference: Row) -> Iterator[Table]:
+    """Yield the ratios of the best trials of every search, with intervals over its trials."""
+    goal = None if group.borrowed else group.goal
+    worst = math.inf if goal or group.lower else 0.0
+
+    def value(run: Run) -> float:
+        found = run.reached(goal, _AXIS) if goal else run.best(group.metric, group.lower)
+        return worst if found is None or math.isnan(found) else found
+
+    for name in dict.fromkeys(name for name, _ in group.sweeps):
+        rows: dict[str, list[list[float]]] = {}
+        for (other, _), trials in group.sweeps.items():
+            if other == name:
+                rows.setdefault(trials[0].identity.optimizer, []).append([value(run) for run in trials])
+        if reference.optimizer not in rows or len(rows) < 2:
+            continue
+        best = {
+            optimizer: sorted((one for row in values for one in row if one != worst), reverse=not worst)[:3]
+            for optimizer, values in rows.items()
+        }
+        lines = []
+        for optimizer, values in rows.items():
+            ratio = "-"
+            if optimizer == reference.optimizer:
+                ratio = "1"
+            elif best[optimizer] and best[reference.optimizer]:
+                ratio = mean_text(luck(values, rows[reference.optimizer], lower=worst > 0), 3)
+            number_of_trials = str(sum(map(len, values)))
+            lines.append([optimizer, number_of_trials, ", ".join(map(number, best[optimizer])) or "-", ratio])
+        what = f"gradient evaluations to {goal}" if goal else f"best {group.metric}"
+        heads = ["optimizer", "trials", "best three trials", f"ratio of the best to {reference.optimizer}"]
+        notes = [
+            f"{what[0].upper()}{what[1:]} of single trials. All rows of an optimizer, such as those of two policies, "
+            "count together. The interval has 95 % of the ratios where the trials of every row are drawn again with "
+            "replacement: it shows how much the comparison owes to a few lucky points. A trial without a value, such "
+            "as one that was ended early, counts as the worst."
+        ]
+        yield Table(f"Luck of the search {name}", heads, lines, notes)
+
+
+def luck(trials: Sequence[Sequence[float]], others: Sequence[Sequence[float]], lower: bool = True) -> Mean:
+    """Return the ratio of the best trials of two optimizers, with its bootstrap interval.
+
+    Args:
+        trials: values by row of the search.
+        others: those of the optimizer in the denominator.
+        lower: whether less is better.
+    """
+    generator, best = np.random.default_rng(0), np.min if lower else np.max
+
+    def drawn(rows: Sequence[Sequence[float]]) -> np.ndarray:
+        draws = [best(generator.choice(row, (_DRAWS, len(row))), axis=1) for row in rows]
+        return np.asarray(best(draws, axis=0))
+
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # Not interpolated, because some may be infinite; NaN where neither has a value.
+        low, high = np.nanquantile(drawn(trials) / drawn(others), [0.025, 0.975], method="inverted_cdf")
+        ratio = np.divide(best([best(row) for row in trials]), best([best(row) for row in others]))
+    return Mean(sum(map(len, trials)), float(ratio), float(low), float(high))
+
+
 Points: TypeAlias = list[tuple[float, float]]
-_AXIS = "cost/gradient_evaluations"
 
 
 def best_of(group: Group) -> Callable[[Run], float | None]:

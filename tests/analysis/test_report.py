@@ -1,5 +1,6 @@
 """Test the report of real runs against numbers by hand; its page needs no network."""
 
+import math
 import re
 import shutil
 from copy import deepcopy
@@ -31,10 +32,10 @@ from analysis.results import (
 )
 from analysis.rows import Group, group, value_text
 from analysis.runs import AXES, Problem, Run, read
-from analysis.statistics import geometric_interval, mean_interval
+from analysis.statistics import bounded_interval, geometric_interval, mean_interval
 from analysis.study import Study
 from analysis.tables import Table
-from analysis.tuning_budget import best_of, sensitivities, tuning_budgets
+from analysis.tuning_budget import best_of, luck, searches_luck, sensitivities, tuning_budgets
 from experiment.target import Target
 from tests.analysis.runs import SEEDS, copy, cut, unpack
 
@@ -115,11 +116,15 @@ def test_callbacks_are_named_by_their_class_and_options() -> None:
 
 def test_means_and_intervals_are_those_of_the_logs(groups: list[Group], runs: Path) -> None:
     best = [pd.read_csv(path / "metrics.csv")["val/accuracy"].max() for path in (runs / "grok_aga").iterdir()]
-    low, high = stats.t.interval(0.95, len(best) - 1, np.mean(best), stats.sem(best))
+    mean = np.mean(best)
+    low, high = stats.t.interval(0.95, len(best) - 1, mean, stats.sem(best))
+    assert low < 0  # no share is
+    # On the logit scale, whose derivative at the mean is 1 / (mean (1 - mean)).
+    logit = np.log(mean / (1 - mean)) + np.array([low - mean, high - mean]) / (mean * (1 - mean))
+    low, high = 100 / (1 + np.exp(-logit))
     cells = in_results(groups[0], "grok_aga")
     assert cells[1:4] == ["3", "none", "6"]
-    assert low < 0  # no share is
-    assert cells[4] == f"{100 * np.mean(best):.2f} % [0.00, {100 * high:.2f}]"
+    assert cells[4] == f"{100 * mean:.2f} % [{low:.2f}, {high:.2f}]"
 
 
 def test_milestones_are_medians_over_seeds(groups: list[Group], runs: Path) -> None:
@@ -271,6 +276,32 @@ def test_equal_budgets_are_not_flagged(groups: list[Group]) -> None:
     assert not any("UNEQUAL" in note for note in budget.notes)
 
 
+def test_the_best_of_trials_that_are_drawn_again_has_a_known_distribution() -> None:
+    # Every draw of equal trials is the same, and rows count together: the best of two policies.
+    assert vars(luck([[3.0, 3.0], [2.0]], [[4.0] * 8])) == {"n": 3, "mean": 0.5, "low": 0.5, "high": 0.5}
+    # One of 32 is missing from (31/32)^32 = 36 % of the draws, which then have the second best or none at all.
+    only, second = [100.0, *[math.inf] * 31], [100.0, 300.0, *[400.0] * 30]
+    assert vars(luck([only], [[200.0]])) == {"n": 32, "mean": 0.5, "low": 0.5, "high": math.inf}
+    assert vars(luck([second], [[200.0]])) == {"n": 32, "mean": 0.5, "low": 0.5, "high": 2.0}
+    # Of eight, both of the best two are missing from (6/8)^8 = 10 % of the draws; of a higher-is-better metric too.
+    assert vars(luck([[0.9, 0.8, *[0.6] * 6]], [[0.5]], lower=False)) == {"n": 8, "mean": 1.8, "low": 1.2, "high": 1.8}
+
+
+def test_the_luck_of_a_search_is_of_its_best_trials(groups: list[Group]) -> None:
+    reference = baseline(groups[0], None)
+    assert reference is not None and reference.optimizer == "adamw"
+    entry = Group(**{**vars(groups[0]), "targets": []})
+    (table,) = searches_luck(entry, reference)
+    best = {
+        name: max(run.best("val/accuracy", False) for run in entry.sweeps["search", name]) for name in ("adamw", "aga")
+    }
+    adamw, aga = table.rows
+    assert (adamw[0], adamw[1], adamw[3]) == ("adamw", "3", "1") and aga[:2] == ["ars2_aga", "2"]
+    assert aga[3].startswith(f"{best['aga'] / best['adamw']:.3g} [")
+    never = Group(**{**vars(entry), "targets": [Target("never", "train/loss", 0.0, lower=True)], "borrowed": False})
+    assert [line[2:] for table in searches_luck(never, reference) for line in table.rows] == [["-", "1"], ["-", "-"]]
+
+
 def test_sensitivity_has_a_point_a_trial(groups: list[Group]) -> None:
     points = sensitivities(groups[0], "search", best_of(groups[0]))
     assert points.keys() == {"model.optimizer.lr"}  # nothing else was varied
@@ -331,7 +362,9 @@ def test_an_interval_of_a_share_stays_between_nothing_and_everything(groups: lis
     row = replace(row)
     row.best = lambda metric, lower: scattered  # type: ignore[method-assign]
     entry = Group(**{**vars(groups[0]), "rows": [row], "metric": metric})
-    assert results(entry).rows[0][4] == f"{100 * np.mean(list(scattered.values())):.2f} % [{100 * low:.2f}, 100.00]"
+    found = bounded_interval([*scattered.values()], 1.0)
+    assert found.low is not None and found.high is not None and 0 < found.low < found.mean < found.high < 1
+    assert results(entry).rows[0][4] == f"82.33 % [{100 * found.low:.2f}, {100 * found.high:.2f}]"
 
 
 def test_a_time_has_no_interval_below_zero() -> None:

@@ -9,9 +9,11 @@ from scipy import stats
 
 from analysis.statistics import (
     Time,
+    bounded_interval,
     detectable_effect,
     holm,
     mean_interval,
+    median_coverage,
     median_time,
     paired,
     race,
@@ -32,6 +34,23 @@ def test_the_interval_of_a_mean_is_students() -> None:
     assert (interval.n, interval.mean) == (3, 2.0)
     assert interval.low == pytest.approx(2 - 4.30265 / math.sqrt(3), abs=1e-5)
     assert interval.high == pytest.approx(2 + 4.30265 / math.sqrt(3), abs=1e-5)
+
+
+def test_an_interval_on_the_log_scale_stays_within_the_range() -> None:
+    values = [0.01, 0.02, 0.15]
+    plain, log, logit = mean_interval(values), bounded_interval(values), bounded_interval(values, 1.0)
+    assert plain.low is not None and plain.low < 0 and plain.high is not None
+    for found, derivative in ((log, 1 / plain.mean), (logit, 1 / plain.mean / (1 - plain.mean))):
+        assert found.low is not None and found.high is not None
+        ends = np.array([found.low, plain.mean, found.high])
+        if found is logit:
+            ends = ends / (1 - ends)
+        half = (plain.high - plain.mean) * derivative
+        assert np.diff(np.log(ends)) == pytest.approx([half, half])
+    # Without scatter there is nothing to transform, also at the ends of the range.
+    for same in (0.0, 1.0):
+        assert vars(bounded_interval([same] * 3, 1.0)) == {"n": 3, "mean": same, "low": same, "high": same}
+    assert bounded_interval([0.5], 1.0) == mean_interval([0.5])
 
 
 def test_one_value_has_no_interval_and_none_has_no_mean() -> None:
@@ -141,6 +160,15 @@ def test_the_interval_of_a_median_covers_it_and_narrows_with_seeds() -> None:
     assert median.low < 100 * math.log(2) < median.high
 
 
+def test_the_coverage_of_a_medians_interval_is_exact() -> None:
+    # From the least to the greatest of n: all n are on one side with probability 2 / 2^n.
+    assert [median_coverage(n) for n in (1, 2, 3, 5)] == pytest.approx([0, 0.5, 0.75, 0.9375])
+    draws = np.random.default_rng(0).exponential(size=(1000, 7))
+    found = [median_time(reached(*row)) for row in draws]
+    covered = [m.low is not None and m.high is not None and m.low <= math.log(2) <= m.high for m in found]
+    assert np.mean(covered) == pytest.approx(median_coverage(7), abs=0.03)
+
+
 def test_the_interval_of_a_median_is_open_where_too_few_got_there() -> None:
     median = median_time([*reached(1, 2, 3, 4), *missed(9)])
     assert (median.low, median.high) == (1, None)
@@ -153,7 +181,7 @@ def test_a_race_counts_who_was_first_on_each_seed() -> None:
     # Seed 3 is open, as the first run was watched until 2 only. On seed 4 the second was still running at 5.
     assert (result.first, result.second, result.undecided) == (2, 2, 1)
     assert result.p == 1.0
-    assert result.ratio is None
+    assert result.ratio is None and math.isnan(result.p_ratio)
 
 
 def test_a_race_that_all_finish_has_a_ratio() -> None:
@@ -163,4 +191,9 @@ def test_a_race_that_all_finish_has_a_ratio() -> None:
     assert result.ratio.low is not None and 0 < result.ratio.low < 1
     five = {str(seed): Time(1, 1) for seed in range(5)}
     slower = {str(seed): Time(2, 2) for seed in range(5)}
-    assert race(five, slower).p == pytest.approx(2 * 0.5**5)
+    # Five of five are not enough for the sign test; without scatter, there is no other.
+    even = race(five, slower)
+    assert even.p == pytest.approx(2 * 0.5**5) and math.isnan(even.p_ratio)
+    slower["0"] = Time(3, 3)
+    expected = stats.ttest_1samp(-np.log([3, 2, 2, 2, 2]), 0).pvalue
+    assert race(five, slower).p_ratio == pytest.approx(expected) and expected < 0.001
