@@ -70,6 +70,8 @@ class RunSummary(L.Callback):
     include evaluation, and are summed over resumed parts. The description of the data, milestones, costs and checkpoint
     paths are included if the data module and the callbacks that know them are in use.
 
+    A test of the same process (option ``--test_best``) adds its metrics to the file, as ``test``.
+
     The run folder is that of the first logger. Without a logger no file is written. Numbers that are not finite are
     ``null`` in the file. At the start the size of the network and the description of the data are printed, and
     ``parameters.txt`` lists the track of every parameter and why.
@@ -83,6 +85,7 @@ class RunSummary(L.Callback):
         self._mark: float | None = None
         self._folder: str | None = None
         self._has_failed = False
+        self._summary: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         module = trained(trainer, pl_module)
@@ -124,6 +127,12 @@ class RunSummary(L.Callback):
             status = "stopped early"
         self._close(trainer, pl_module, status)
 
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._summary:
+            found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            self._summary["test"] = without_nonfinite(found)
+            self._write()
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._mark is not None:
             self._has_failed = isinstance(exception, Exception)
@@ -132,7 +141,8 @@ class RunSummary(L.Callback):
     def _close(self, trainer: L.Trainer, pl_module: L.LightningModule, status: str) -> None:
         self._count()
         self._mark = None
-        self._report(trainer, self.summary(trainer, pl_module, status))
+        self._summary = self.summary(trainer, pl_module, status)
+        self._report(trainer)
 
     def summary(self, trainer: L.Trainer, pl_module: Any, status: str) -> dict[str, Any]:
         """Return what is known of the run so far, as ``summary.json`` has it."""
@@ -164,28 +174,33 @@ class RunSummary(L.Callback):
         return cleaned
 
     @rank_zero_only
-    def _report(self, trainer: L.Trainer, summary: dict[str, Any]) -> None:
-        if self._folder is not None:
-            folder = Path(self._folder)
-            temporary = folder / "summary.json.tmp"
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                temporary.write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-                os.replace(temporary, folder / "summary.json")
-            except OSError as error:
-                # A full disk may also have interrupted the run, whose error this one must not hide.
-                if summary["status"] != "interrupted":
-                    raise
-                print(f"summary.json could not be written ({error.strerror})")
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
+    def _write(self) -> None:
+        if self._folder is None:
+            return
+        folder = Path(self._folder)
+        temporary = folder / "summary.json.tmp"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self._summary, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            os.replace(temporary, folder / "summary.json")
+        except OSError as error:
+            # A full disk may also have interrupted the run, whose error this one must not hide.
+            if self._summary["status"] != "interrupted":
+                raise
+            print(f"summary.json could not be written ({error.strerror})")
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+    @rank_zero_only
+    def _report(self, trainer: L.Trainer) -> None:
+        self._write()
         # A Rich bar stops before its teardown, so that the table comes after it.
         bar = getattr(trainer.progress_bar_callback, "progress", None)
         if bar is not None:
             bar.stop()
         # For the file both are runs that may be resumed.
-        get_console().print(table({**summary, "status": "failed"} if self._has_failed else summary))
-        print(*places(summary), sep="\n", flush=True)
+        get_console().print(table({**self._summary, "status": "failed"} if self._has_failed else self._summary))
+        print(*places(self._summary), sep="\n", flush=True)
 
     def _count(self) -> None:
         if self._mark is not None:

@@ -81,6 +81,9 @@ class CommandLine(LightningCLI):
             default=None,
             help="Name of the task in reports; null takes the class attribute task of the data or model.",
         )
+        parser.add_argument(
+            "--test_best", type=bool, default=False, help="After fit, test the checkpoint of the best validation."
+        )
         parser.add_argument("--sweep", type=Sweep | None, default=None, help="The search that the run is part of.")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         # Weights only: the best checkpoint is for evaluation, and short epochs leave no time to write more.
@@ -234,6 +237,18 @@ class CommandLine(LightningCLI):
     def before_fit(self) -> None:
         """Refuse checkpoint callbacks that would lose something without a message."""
         check_checkpoints(self.trainer, self.model)
+        if self.config[self.subcommand].test_best and self._monitoring() is None:
+            raise ValueError("test_best needs a best checkpoint: set checkpoint.monitor, such as val/loss")
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint, if requested."""
+        if self.config[self.subcommand].test_best:
+            best: Any = self._monitoring()
+            self.trainer.test(self.model, self.datamodule, ckpt_path=best.best_model_path, weights_only=True)
+
+    def _monitoring(self) -> Any:
+        callbacks: Any = self.trainer.checkpoint_callbacks
+        return next((one for one in callbacks if getattr(one, "monitor", None) is not None), None)
 
     def after_validate(self) -> None:
         """Print the run folder."""

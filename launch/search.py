@@ -24,6 +24,8 @@ from launch.sweep_specification import Dimension, OptimizerSpec, Sweep
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 Job = Callable[[], None]
 Runner = Callable[[Any, Sequence[str], Path], trial.Outcome]
+# Suffixes of the studies of an optimizer's best trials on further seeds, and of its winner's runs.
+REJUDGED, FINAL = "-rejudged", "-final"
 
 
 class StatedOptions(optuna.samplers.BaseSampler):
@@ -63,10 +65,10 @@ def _text(value: Any) -> str:
 class Search:
     """The state of a sweep in its folder.
 
-    The folder gets ``trials.journal`` (Optuna's storage: one study an optimizer, and one an optimizer's final runs),
-    ``<optimizer>.yaml`` (the common options of its runs), ``<optimizer>-winner.yaml`` (model and optimizer of the best
-    trial, as an overlay), ``logs/``, the run folders ``<optimizer>/<time>-seed<seed>``, and the winners' runs in
-    ``<optimizer>-final/``.
+    The folder gets ``trials.journal`` (Optuna's storage, with studies of each optimizer's trials, of its best trials on
+    further seeds, and of its final runs), ``<optimizer>.yaml`` (the common options of its runs),
+    ``<optimizer>-winner.yaml`` (model and optimizer of the best trial, as an overlay), ``logs/``, the run folders
+    ``<optimizer>/<time>-seed<seed>``, and the winners' runs in ``<optimizer>-final/``.
 
     Args:
         sweep: the specification.
@@ -94,13 +96,15 @@ class Search:
         journal = str(folder / "trials.journal")
         self.storage = JournalStorage(JournalFileBackend(journal, lock_obj=JournalFileOpenLock(journal)))
         self.lock = threading.Lock()  # several threads share the studies
-        self.studies = {name: self._study(name, sweep.points(name)) for name in sweep.optimizers}
+        self.studies: dict[str, optuna.Study] = {}
+        for name in sweep.optimizers:
+            self._enqueue(name, sweep.points(name))
         for name, spec in sweep.optimizers.items():
             self._write(f"{name}.yaml", merged(spec.options, sweep.common))
 
-    def _study(self, name: str, points: list[dict[str, Any]]) -> optuna.Study:
+    def _enqueue(self, name: str, points: list[dict[str, Any]]) -> None:
         """Open or create a study, and enqueue the points that have no trial yet."""
-        study = optuna.create_study(
+        study = self.studies[name] = optuna.create_study(
             storage=self.storage,
             study_name=name,
             direction=self.sweep.objective.direction,
@@ -124,17 +128,33 @@ class Search:
                 )
             if not here:
                 study.enqueue_trial({}, user_attrs={"index": index, "options": options})
-        return study
+
+    def _waiting(self, name: str, study: str) -> Iterator[Job]:
+        """Yield a job for each waiting run of a study of the optimizer ``name``."""
+        for _ in self.studies[study].get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+            yield lambda: self._run_one(name, study)
 
     def trials(self) -> Iterator[Job]:
         """Yield a job for each waiting trial, the optimizers taking turns."""
+        yield from _in_turns([self._waiting(name, name) for name in self.sweep.optimizers])
+
+    def rejudged(self) -> Iterator[Job]:
+        """Yield a job for each waiting run of the best trials on further seeds.
+
+        All trials must have ended.
+        """
 
         def waiting(name: str) -> Iterator[Job]:
-            study = self.studies[name]
-            for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                yield lambda: self._run_one(study, name, name, self.sweep.trial_seed, {})
+            best = self._ranked(name)[: self.sweep.rejudged]
+            seeds = self.sweep.rejudge_seeds
+            self._enqueue(
+                f"{name}{REJUDGED}",
+                [{"seed": seed, "trial": one.user_attrs["index"], **_options(one)} for seed in seeds for one in best],
+            )
+            yield from self._waiting(name, f"{name}{REJUDGED}")
 
-        yield from _in_turns([waiting(name) for name in self.sweep.optimizers])
+        if self.sweep.rejudged:
+            yield from _in_turns([waiting(name) for name in self.sweep.optimizers])
 
     def finals(self) -> Iterator[Job]:
         """Yield a job for each waiting run of a winner."""
@@ -143,51 +163,82 @@ class Search:
             best = self.best(name)
             if best is None or not self.sweep.final_seeds:
                 return
-            options = {key: json.loads(value) for key, value in best.user_attrs["options"].items()}
             # The complete model and not only the searched options, because an overlay replaces a track's options where
             # the command line adds to them.
             saved = yaml.safe_load((Path(best.user_attrs["folder"]) / "config.yaml").read_text(encoding="utf-8"))
             self._write(f"{name}-winner.yaml", {"model": saved["model"]})
-            study = self._study(f"{name}-final", [{"seed": seed, **options} for seed in self.sweep.final_seeds])
-            for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-                yield lambda: self._run_one(study, name, f"{name}-final", None, self.sweep.final)
+            self._enqueue(f"{name}{FINAL}", [{"seed": seed, **_options(best)} for seed in self.sweep.final_seeds])
+            yield from self._waiting(name, f"{name}{FINAL}")
 
-        yield from _in_turns([waiting(name) for name in self.sweep.optimizers])
+        yield from _in_turns([waiting(name) for name in self.winners()])
 
-    def best(self, name: str) -> optuna.trial.FrozenTrial | None:
-        """Return the best trial, by the objective or else by the fallback metric."""
-        if reached := self._best_that_reached(name):
-            return reached
+    def winners(self) -> list[str]:
+        """Return the best optimizer of each family, in the order of the sweep's file."""
+        families: dict[str, list[tuple[tuple[float, float], str]]] = {}
+        for name, spec in self.sweep.optimizers.items():
+            best = self.best(name)
+            judged = (math.inf, math.inf) if best is None else self._judged(name, best)
+            families.setdefault(spec.family or name, []).append((judged, name))
+        best_names = {min(members, key=lambda member: member[0])[1] for members in families.values()}
+        return [name for name in self.sweep.optimizers if name in best_names]
+
+    def best(self, name: str) -> FrozenTrial | None:
+        """Return the winning trial: by the objective or else the fallback metric.
+
+        If the best trials ran on further seeds, the mean over all seeds decides.
+        """
+        return min(
+            self._ranked(name)[: max(1, self.sweep.rejudged)], key=lambda one: self._judged(name, one), default=None
+        )
+
+    def _ranked(self, name: str) -> list[FrozenTrial]:
+        """Return the trials that have a value, the best ones first."""
+        done = self.studies[name].get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        reached = sorted(done, key=lambda one: self._sign * (one.value or 0.0))
         missed = self.studies[name].get_trials(deepcopy=False, states=(TrialState.PRUNED,))
         values = [(self.sweep.objective.fallback_value(trial.summary(one.user_attrs["folder"])), one) for one in missed]
         judged = [(value, one) for value, one in values if value is not None]
-        return max(judged, key=lambda pair: pair[0])[1] if judged else None
+        return reached + [one for _, one in sorted(judged, key=lambda pair: -pair[0])]
 
-    def _best_that_reached(self, name: str) -> optuna.trial.FrozenTrial | None:
-        done = self.studies[name].get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        sign = 1 if self.sweep.objective.direction == "minimize" else -1
-        return min(done, key=lambda one: sign * (one.value or 0.0), default=None)
+    def _judged(self, name: str, candidate: FrozenTrial) -> tuple[float, float]:
+        """Return on how many seeds a trial missed the objective, and its mean on the others.
+
+        The smallest of these pairs is the best.
+        """
+        values = [candidate.value]
+        if f"{name}{REJUDGED}" in self.studies:
+            values += [
+                other.value
+                for other in self.studies[f"{name}{REJUDGED}"].get_trials(deepcopy=False)
+                if other.state in (TrialState.COMPLETE, TrialState.PRUNED)
+                and json.loads(other.user_attrs["options"]["trial"]) == candidate.user_attrs["index"]
+            ]
+        reached = [self._sign * value for value in values if value is not None]
+        return len(values) - len(reached), math.fsum(reached) / len(reached) if reached else 0.0
+
+    @property
+    def _sign(self) -> int:
+        return 1 if self.sweep.objective.direction == "minimize" else -1
 
     def _budget(self, name: str) -> int | None:
         """Return the gradient evaluations at which a trial is stopped, if any."""
         if self.sweep.early_stop_factor is None:
             return None
-        best = self._best_that_reached(name)
+        best = next(iter(self._ranked(name)), None)
         return None if best is None or best.value is None else math.ceil(self.sweep.early_stop_factor * best.value)
 
-    def _run_one(
-        self, study: optuna.Study, name: str, experiment: str, seed: int | None, final: dict[str, Any]
-    ) -> None:
+    def _run_one(self, name: str, study_name: str) -> None:
+        study, spec = self.studies[study_name], self.sweep.optimizers[name]
         with self.lock:
             asked = study.ask()
-            suggest(asked, self.sweep.optimizers[name].space)
-            budget = self._budget(name) if experiment == name else None
-        index = asked.user_attrs["index"]
-        options = {key: json.loads(value) for key, value in asked.user_attrs["options"].items()}
-        seed = options.pop("seed") if seed is None else seed
-        spec = self.sweep.optimizers[name]
-        log = self.folder / "logs" / f"{experiment}-{index:03d}.log"
-        arguments = self._arguments(name, spec, experiment, index, seed, options, final)
+            suggest(asked, spec.space)
+            budget = self._budget(name) if study_name == name else None
+        index, options = asked.user_attrs["index"], _options(asked)
+        seed = options.pop("seed", self.sweep.trial_seed)
+        is_final = study_name == f"{name}{FINAL}"
+        number = None if is_final else options.pop("trial", index)
+        log = self.folder / "logs" / f"{study_name}-{index:03d}.log"
+        arguments = self._arguments(name, spec, number, seed, options)
         if budget is not None:
             arguments += ["--trainer.callbacks+", "callbacks.evaluation_budget.EvaluationBudget"]
             arguments += ["--trainer.callbacks.gradient_evaluations", str(budget)]
@@ -195,7 +246,7 @@ class Search:
         if outcome.code != 0 and not (outcome.folder and Path(outcome.folder).is_dir()):
             # No run folder, so the run did not diverge: its options are invalid.
             lines = log.read_text(encoding="utf-8").strip().splitlines() or ["it was killed"]
-            raise ValueError(f"{experiment} {index} could not start: {lines[-1].removeprefix('error: ')}")
+            raise ValueError(f"{study_name} {index} could not start: {lines[-1].removeprefix('error: ')}")
         value = None
         if outcome.code == 0:
             value = self.sweep.objective.value(outcome.summary)
@@ -208,29 +259,24 @@ class Search:
                 study.tell(asked.number, state=TrialState.PRUNED)
         reached = "did not reach it" if value is None else f"{value:.6g}"
         self.report(
-            f"{experiment} {index}: {reached}" if outcome.code == 0 else f"{experiment} {index}: ended, see {log}"
+            f"{study_name} {index}: {reached}" if outcome.code == 0 else f"{study_name} {index}: ended, see {log}"
         )
 
     def _arguments(
-        self,
-        name: str,
-        spec: OptimizerSpec,
-        experiment: str,
-        index: int,
-        seed: int,
-        options: dict[str, Any],
-        final: dict[str, Any],
+        self, name: str, spec: OptimizerSpec, trial_number: int | None, seed: int, options: dict[str, Any]
     ) -> list[str]:
+        """Return the command line of a trial, or without its number of a winner's run."""
         arguments = ["fit"]
         for config in (*spec.configs, str(self.folder / f"{name}.yaml")):
             arguments += ["--config", config]
-        if final:
-            self._write("final.yaml", final)
+        if trial_number is None and self.sweep.final:
+            self._write("final.yaml", self.sweep.final)
             arguments += ["--config", str(self.folder / "final.yaml")]
+        experiment = f"{name}{FINAL}" if trial_number is None else name
         arguments += ["--runs", str(self.folder), "--experiment", experiment, "--wandb", "false"]
         arguments += ["--sweep.name", self.sweep.name, "--sweep.optimizer", name]
-        if experiment == name:
-            arguments += ["--sweep.trial", str(index)]
+        if trial_number is not None:
+            arguments += ["--sweep.trial", str(trial_number)]
         for option in self.sweep.seeded:
             arguments += [f"--{option}", str(seed)]
         for option, value in options.items():
@@ -241,6 +287,10 @@ class Search:
         temporary = self.folder / f"{name}.{threading.get_ident()}.tmp"
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
         os.replace(temporary, self.folder / name)
+
+
+def _options(of: optuna.Trial | FrozenTrial) -> dict[str, Any]:
+    return {key: json.loads(value) for key, value in of.user_attrs["options"].items()}
 
 
 def _in_turns(sources: list[Iterator[Job]]) -> Iterator[Job]:

@@ -25,7 +25,9 @@ class TimeColumn(ProgressColumn):
 
 
 def run(sweep: Sweep, folder: Path, workers: int, runner: Runner = trial.run) -> None:
-    """Run all trials, then the winners on fresh seeds, and print the table of winners.
+    """Run all trials, the best ones on further seeds, and the winners on fresh ones.
+
+    At the end the table of winners is printed.
 
     Args:
         sweep: what to run.
@@ -37,8 +39,8 @@ def run(sweep: Sweep, folder: Path, workers: int, runner: Runner = trial.run) ->
     columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeColumn())
     with Progress(*columns, console=console) as bar:
         search = Search(sweep, folder, trial.server(), lambda line: bar.console.print(line), runner)
-        for what, jobs in (("trials", list(search.trials())), ("winners", None)):
-            todo = list(search.finals()) if jobs is None else jobs
+        for what, jobs in (("trials", search.trials), ("best trials", search.rejudged), ("winners", search.finals)):
+            todo = list(jobs())
             task = bar.add_task(f"{sweep.name}: {what}", total=len(todo))
             run_jobs(iter(todo), workers, lambda task=task: bar.advance(task))  # type: ignore[misc]
     console.print(table(search))
@@ -50,8 +52,8 @@ def table(search: Search) -> Table:
     rows = Table(title=f"Sweep {search.sweep.name}: {search.sweep.objective}", title_justify="left")
     for heading in ("optimizer", "trials", "reached", "best", "best options"):
         rows.add_column(heading)
-    for name, study in search.studies.items():
-        ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    for name in search.sweep.optimizers:
+        ended = search.studies[name].get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         reached = sum(one.state == TrialState.COMPLETE for one in ended)
         best = search.best(name)
         options = {} if best is None else best.user_attrs["options"]

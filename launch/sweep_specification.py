@@ -1,5 +1,6 @@
 """Read the YAML file of a sweep, and check all of it before anything runs."""
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass, fields
@@ -54,11 +55,14 @@ class OptimizerSpec:
         configs: of its runs.
         space: the options that are searched.
         options: laid over the configs as a nested mapping.
+        family: rows of one family compete, such as one optimizer at several budgets. Only the best of them, by its
+            judged trials, runs on the final seeds. ``None`` (default): the row is a family by itself.
     """
 
     configs: tuple[str, ...]
     space: dict[str, Dimension]
     options: dict[str, Any]
+    family: str | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +152,13 @@ class Sweep:
         name: of the sweep, a folder's name.
         trials: for every optimizer, at least 1; a power of two keeps the points balanced.
         sequence_seed: of the scrambled Sobol sequence that every optimizer takes its points from.
+        own_sequences: whether every optimizer has a sequence of its own, seeded by ``sequence_seed`` and its name. One
+            lucky point of a shared sequence (default) can decide several rows at once.
         trial_seed: the seed of every trial's run.
         final_seeds: fresh seeds that each winner is run with.
+        rejudged: number of each optimizer's best trials that run again on the ``rejudge_seeds``. The best mean of the
+            objective over all these seeds wins. 0 (default): the best trial wins.
+        rejudge_seeds: seeds for them.
         seeded: the options that take a run's seed.
         objective: how trials are ranked.
         optimizers: the specifications by name.
@@ -160,8 +169,9 @@ class Sweep:
             ``common`` ends a trial.
 
     Raises:
-        ValueError: a name is not valid for a folder, ``trials`` is below 1, a seed is below 0, a final seed is that of
-            the trials, or ``early_stop_factor`` is below 1 or lacks a milestone counted in gradient evaluations.
+        ValueError: a name is not valid for a folder, ``trials`` is below 1, a seed is below 0, a final seed is one of
+            the trials, only one of ``rejudged`` and ``rejudge_seeds`` is given, or ``early_stop_factor`` is below 1 or
+            lacks a milestone counted in gradient evaluations.
     """
 
     name: str
@@ -175,6 +185,9 @@ class Sweep:
     common: dict[str, Any]
     final: dict[str, Any]
     early_stop_factor: float | None = None
+    own_sequences: bool = False
+    rejudged: int = 0
+    rejudge_seeds: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.optimizers):
@@ -182,10 +195,14 @@ class Sweep:
                 raise ValueError(f"the name of a sweep or optimizer must be valid for a folder, got {name!r}")
         if self.trials < 1:
             raise ValueError(f"trials must be an integer of at least 1, got {self.trials}")
-        if min(self.sequence_seed, self.trial_seed, *self.final_seeds) < 0:
-            raise ValueError("sequence_seed, trial_seed and final_seeds must be at least 0")
-        if self.trial_seed in self.final_seeds:
-            raise ValueError(f"final_seeds must be fresh, but {self.trial_seed} is the seed of the trials")
+        if min(self.sequence_seed, self.trial_seed, *self.final_seeds, *self.rejudge_seeds) < 0:
+            raise ValueError("sequence_seed, trial_seed, rejudge_seeds and final_seeds must be at least 0")
+        if (self.rejudged > 0) != bool(self.rejudge_seeds) or self.rejudged < 0:
+            raise ValueError("give rejudged, at least 1, together with rejudge_seeds")
+        if self.trial_seed in self.rejudge_seeds:
+            raise ValueError(f"rejudge_seeds must differ from the seed of the trials, {self.trial_seed}")
+        if used := {self.trial_seed, *self.rejudge_seeds} & {*self.final_seeds}:
+            raise ValueError(f"final_seeds must be fresh, but {min(used)} is a seed of the trials")
         if self.early_stop_factor is not None:
             if self.objective.milestone is None or self.objective.cost != "gradient_evaluations":
                 raise ValueError("early_stop_factor needs an objective of gradient_evaluations to a milestone")
@@ -195,12 +212,16 @@ class Sweep:
     def points(self, optimizer: str) -> list[dict[str, Any]]:
         """Return the options of the trials of ``optimizer``, in order.
 
-        Every optimizer reads the same sequence: its first searched option takes the first coordinate, and so on.
+        Its first searched option takes the first coordinate of the sequence, and so on.
         """
+        space, seed = self.optimizers[optimizer].space, self.sequence_seed
         dimensions = max(len(spec.space) for spec in self.optimizers.values())
-        sequence = qmc.Sobol(dimensions, scramble=True, rng=self.sequence_seed)
+        if self.own_sequences:
+            # Independent of the other rows, so that a row can be added to a sweep that has begun.
+            seed = int.from_bytes(hashlib.sha256(f"{seed} {optimizer}".encode()).digest()[:8])
+            dimensions = len(space)
+        sequence = qmc.Sobol(dimensions, scramble=True, rng=seed)
         units = sequence.random_base2((self.trials - 1).bit_length())[: self.trials]
-        space = self.optimizers[optimizer].space
         return [{name: d.at(u) for (name, d), u in zip(space.items(), unit, strict=False)} for unit in units]
 
 

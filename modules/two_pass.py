@@ -48,7 +48,9 @@ class TwoPassModule(ResumableModule):
             ``load_from_checkpoint()``, the module can be evaluated but not trained.
         scheduler: takes the optimizer and returns a learning-rate scheduler. The ``ReduceLROnPlateau`` of
             ``lightning.pytorch.cli`` has a ``monitor``, the metric whose value it gets at the end of every epoch.
-        scheduler_interval: whether the scheduler is stepped after every ``"epoch"`` or every ``"step"`` (update).
+        scheduler_interval: whether the scheduler is stepped after every ``"epoch"``, after every ``"step"`` (update),
+            or once for every ``"gradient_evaluation"`` of an update, so that one schedule serves one budget with any
+            optimizer.
         policy: which parameters are matrices, see :func:`ars2.param_groups`. Every optimizer gets these groups.
         matrix, vector: options for the groups of that track, such as ``{"weight_decay": 0.0}``.
         gradient_clip_val: limit of the gradient in the update. ``None`` does not clip.
@@ -83,7 +85,7 @@ class TwoPassModule(ResumableModule):
         self,
         optimizer: OptimizerCallable,
         scheduler: LRSchedulerCallable | None = None,
-        scheduler_interval: Literal["epoch", "step"] = "epoch",
+        scheduler_interval: Literal["epoch", "step", "gradient_evaluation"] = "epoch",
         policy: Policy = "all",
         matrix: dict[str, Any] | None = None,
         vector: dict[str, Any] | None = None,
@@ -210,6 +212,8 @@ class TwoPassModule(ResumableModule):
                 self._has_updated = True
             self._skipped_in_a_row = 0
             self._step_scheduler("step")
+            for _ in range(1 + again):
+                self._step_scheduler("gradient_evaluation")
         else:
             self._skip_step(optimizer)
         return loss.detach()
@@ -329,7 +333,7 @@ class TwoPassModule(ResumableModule):
         if self.gradient_clip_val is not None:
             self.clip_gradients(optimizer, self.gradient_clip_val, self.gradient_clip_algorithm)
 
-    def _step_scheduler(self, interval: Literal["epoch", "step"]) -> None:
+    def _step_scheduler(self, interval: Literal["epoch", "step", "gradient_evaluation"]) -> None:
         # Lightning's learning-rate finder replaces the scheduler and its interval for a while.
         for config in self.trainer.lr_scheduler_configs:
             if config.interval != interval:

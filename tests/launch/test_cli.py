@@ -197,6 +197,20 @@ def test_evaluating_a_checkpoint_gives_the_numbers_of_its_run(learned: Path, tmp
             assert last[f"val/{name}"][:6] in result.out
 
 
+def test_the_best_checkpoint_can_be_tested_right_after_training(tmp_path: Path) -> None:
+    options = (*ADAMW, *TINY, "--trainer.max_epochs", "3", "--model.optimizer.lr", "0.1")
+    best = ("--test_best", "true", "--checkpoint.monitor", "val/loss", "--checkpoint.mode", "min")
+    folder = fit(tmp_path, *options, *best)
+    summary = json.loads((folder / "summary.json").read_text())
+    # The loss rises at this learning rate, so the best epoch is not the last one.
+    assert summary["metrics"]["val/loss"]["best_epoch"] < 3
+    # This task's test data are its validation data.
+    assert summary["test"]["test/loss"] == pytest.approx(summary["metrics"]["val/loss"]["best"], rel=1e-6)
+    assert Run(folder).epochs == 3 and Run(folder).finished
+    result = call("fit", *options, "--test_best", "true", "--checkpoint.monitor", "null", "--runs", tmp_path)
+    assert result.error == "error: test_best needs a best checkpoint: set checkpoint.monitor, such as val/loss"
+
+
 def test_the_best_checkpoint_can_be_evaluated_too(learned: Path, tmp_path: Path) -> None:
     best = max(float(row["val/accuracy"]) for row in metrics(learned) if "val/accuracy" in row)
     options = (*ADAMW, *TINY, "--data.train_fraction", 0.5, "--runs", tmp_path)

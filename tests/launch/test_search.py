@@ -389,6 +389,44 @@ def test_an_optimizer_without_the_milestone_uses_the_fallback_metric(
     assert saved(final)["model"]["model.optimizer.lr"] == runner.commands[4]["model.optimizer.lr"]
 
 
+def test_the_best_trials_run_again_and_the_best_mean_wins(tmp_path: Path) -> None:
+    def lucky(options: dict[str, str]) -> dict[str, Any]:
+        # The best point has its value only on the seed of the trials, and diverges on another.
+        luck = lr(options) > 0.01 and options["seed_everything"] != "7"
+        if luck and options["seed_everything"] == "9":
+            return {"metrics": {"val/accuracy": {"best": None}}}
+        return {"metrics": {"val/accuracy": {"best": 0.0 if luck else lr(options)}}}
+
+    sweep = {**ADAMW_ALONE, "trials": 4, "trial_seed": 7, "rejudged": 2, "rejudge_seeds": [8, 9], "final_seeds": [0]}
+    sweep |= {"objective": {"metric": "val/accuracy", "direction": "maximize"}}
+    runner = FakeRunner(lucky)
+    found = run_fake(tmp_path, sweep, runner)
+    rates = sorted(lr(options) for options in runner.commands[:4])
+    assert rates[-1] > 0.01 > rates[-2]
+    again = runner.commands[4:8]
+    assert sorted((lr(options), options["seed_everything"]) for options in again) == [
+        (rate, seed) for rate in rates[-2:] for seed in ("8", "9")
+    ]
+    # Each is a run of its trial, beside the trial's own.
+    numbers = {lr(options): options["sweep.trial"] for options in runner.commands[:4]}
+    assert all(options["sweep.trial"] == numbers[lr(options)] for options in again)
+    assert {options["experiment"] for options in again} == {"adamw"}
+    (final,) = runner.commands[8:]
+    assert lr(final) == rates[-2] and "sweep.trial" not in final
+    assert [len(found[name]) for name in ("adamw", "adamw-rejudged", "adamw-final")] == [4, 4, 1]
+    run_fake(tmp_path, sweep, runner)
+    assert len(runner.commands) == 9
+
+
+def test_only_the_best_row_of_a_family_runs_on_the_final_seeds(tmp_path: Path) -> None:
+    row = SWEEP["optimizers"]["adamw"]
+    high = {"model.optimizer.lr": {"low": 0.1, "high": 0.2}}
+    rows = {"long": {**row, "family": "adamw", "space": high}, "short": {**row, "family": "adamw"}, "other": row}
+    runner = FakeRunner(accuracy)
+    found = run_fake(tmp_path, {**SWEEP, "optimizers": rows}, runner)
+    assert {name for name in found if name.endswith("-final")} == {"long-final", "other-final"}
+
+
 def test_the_progress_has_times_for_people_and_no_control_characters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,6 +55,15 @@ def test_every_optimizer_reads_the_same_sequence(tmp_path: Path) -> None:
     assert read(write(tmp_path, sequence_seed=1)).points("adamw") != adamw
 
 
+def test_own_sequences_give_every_optimizer_other_points_whatever_rows_there_are(tmp_path: Path) -> None:
+    sweep = read(write(tmp_path, own_sequences=True))
+    adamw, sync = sweep.points("adamw"), sweep.points("sync")
+    assert not {point["model.optimizer.lr"] for point in adamw} & {point["model.optimizer.lr"] for point in sync}
+    alone = read(write(tmp_path, own_sequences=True, optimizers={"adamw": SMALL["optimizers"]["adamw"]}))
+    assert alone.points("adamw") == adamw
+    assert read(write(tmp_path, own_sequences=True, sequence_seed=1)).points("adamw") != adamw
+
+
 def test_a_power_of_two_of_points_is_balanced_in_every_option(tmp_path: Path) -> None:
     points = read(write(tmp_path)).points("sync")
     for option, middle in (("lr", 10**-2.5), ("weight_decay", 1.0), ("rho", 0.1)):
@@ -142,7 +151,11 @@ def test_every_shipped_sweep_can_be_read() -> None:
         ),
         ({"trials": 0}, "trials must be an integer of at least 1, got 0"),
         ({"trails": 3}, "unknown key 'trails'; valid keys are name, trials"),
-        ({"trial_seed": 1}, "final_seeds must be fresh, but 1 is the seed of the trials"),
+        ({"trial_seed": 1}, "final_seeds must be fresh, but 1 is a seed of the trials"),
+        ({"rejudged": 2}, "give rejudged, at least 1, together with rejudge_seeds"),
+        ({"rejudge_seeds": [7]}, "give rejudged, at least 1, together with rejudge_seeds"),
+        ({"rejudged": 2, "rejudge_seeds": [1]}, "final_seeds must be fresh, but 1 is a seed of the trials"),
+        ({"rejudged": 2, "rejudge_seeds": [1000]}, "must differ from the seed of the trials, 1000"),
         ({"optimizers": {}}, "needs 'optimizers'"),
         ({"objective": {}}, "objective needs either a milestone or a metric"),
         ({"objective": {"metric": "val/loss", "statistic": "mean"}}, "statistic must be one of best, last, got 'mean'"),

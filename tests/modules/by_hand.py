@@ -31,7 +31,7 @@ class Loop:
     dtype: torch.dtype = torch.float32
     scaler: torch.amp.GradScaler | None = None
     scheduler: Callable[[Any], Any] | None = None
-    interval: Literal["epoch", "step"] = "epoch"
+    interval: Literal["epoch", "step", "gradient_evaluation"] = "epoch"
     max_steps: int | None = None
     limit: int | None = None
     same_batches: bool = False
@@ -52,15 +52,20 @@ class Loop:
             for start in range(0, len(epoch), self.window):
                 if self.made == self.max_steps:
                     break
+                before = self._sync_steps()
                 made = self._step(epoch[start : start + self.window])
-                if scheduler is not None and self.interval == "step" and made:
-                    scheduler.step()
+                times = {"epoch": 0, "step": 1, "gradient_evaluation": 1 + self._sync_steps() - before}[self.interval]
+                for _ in range(times if scheduler is not None and made else 0):
+                    scheduler.step()  # type: ignore[union-attr]
             if scheduler is not None and self.interval == "epoch" and self.made != self.max_steps:
                 scheduler.step()
         module = SmallTask(optimizer=lambda params: self.optimizer)
         module.network = self.network
         module.optimizers = lambda: type("Wrapped", (), {"optimizer": self.optimizer})  # type: ignore[assignment, return-value]
         return state_of(module)
+
+    def _sync_steps(self) -> int:
+        return int(self.optimizer.param_groups[0].get("sync_steps", 0))
 
     def _passes(self, members: list[Any]) -> None:
         for images, classes in members:

@@ -68,7 +68,17 @@ def test_accumulation_with_a_shorter_last_window(name: str, window: int) -> None
     assert trainer.global_step == loop.made == (4 if window < 6 else 2)
 
 
-@pytest.mark.parametrize(("name", "interval"), [("muon", "step"), ("sync", "epoch"), ("aga", "step")])
+@pytest.mark.parametrize(
+    ("name", "interval"),
+    [
+        ("muon", "step"),
+        ("sync", "epoch"),
+        ("aga", "step"),
+        ("muon", "gradient_evaluation"),
+        ("sync", "gradient_evaluation"),
+        ("aga", "gradient_evaluation"),
+    ],
+)
 def test_schedulers(name: str, interval: Any) -> None:
     def scheduler(optimizer: Any) -> torch.optim.lr_scheduler.LRScheduler:
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3 if interval == "epoch" else 10)
