@@ -8,7 +8,6 @@
 
 import csv
 import math
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +16,6 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -26,7 +24,7 @@ from ars2.param_groups import assign
 from callbacks.curvature import Vector, dot, random_vectors
 from callbacks.lookup import folder_of
 from callbacks.module_protocol import TrainedModule, trained
-from callbacks.probed_loss import ProbedLoss, batch_statistics, unchanged
+from callbacks.probed_loss import ProbedLoss, batch_statistics, training_batches, unchanged
 
 MARGIN = 0.25  # on each side of three checkpoints, as a part of their extent
 
@@ -107,7 +105,7 @@ class LossSurface(L.Callback):
     @torch.no_grad()
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if self.split == "train":
-            self._batches = self._training_batches(trainer)
+            self._batches = training_batches(trainer, self.batches, self.seed)
         module = trained(trainer, pl_module)
         with unchanged(module), batch_statistics(module.network):
             loss = ProbedLoss(trainer, module, self._batches, self.seed)
@@ -122,14 +120,6 @@ class LossSurface(L.Callback):
             ]
         self._batches = []
         self._write(trainer, axes, losses, plane)
-
-    def _training_batches(self, trainer: L.Trainer) -> list[Any]:
-        data: L.LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        with isolate_rng():
-            torch.manual_seed(self.seed)
-            data.setup("fit")
-            batches = list(islice(data.train_dataloader(), self.batches))
-        return [trainer.strategy.batch_to_device(batch) for batch in batches]
 
     def _plane(self, loss: ProbedLoss, pl_module: TrainedModule, tested: str) -> Plane:
         if self._others:

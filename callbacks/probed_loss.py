@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as L
@@ -46,6 +47,22 @@ def batch_statistics(network: nn.Module) -> Iterator[None]:
     finally:
         for norm, training in norms:
             norm.training = training
+
+
+def training_batches(trainer: L.Trainer, count: int, seed: int) -> list[Any]:
+    """Return the first batches that the data module gives to train on, on the device.
+
+    Args:
+        trainer: of a test, with a data module.
+        count: of batches; fewer if an epoch has fewer.
+        seed: of the random numbers that the data module draws from the global generators.
+    """
+    data: L.LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    with isolate_rng():
+        torch.manual_seed(seed)
+        data.setup("fit")
+        batches = list(islice(data.train_dataloader(), count))
+    return [trainer.strategy.batch_to_device(batch) for batch in batches]
 
 
 def nodes(outputs: Iterable[Tensor]) -> Iterator[Any]:
