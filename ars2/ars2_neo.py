@@ -76,13 +76,14 @@ class ARS2Neo(TrackedOptimizer):
     Args:
         params: parameters, (name, parameter) pairs, or groups of either. A group may set its own ``track``
             (``"matrix"`` or ``"vector"``), ``flatten``, ``splits``, ``lr``, ``betas``, ``eps``, ``weight_decay``,
-            ``cautious``, ``adjust_lr_fn`` and ``rho``. Without ``track`` the shapes decide.
+            ``cautious``, ``adjust_lr_fn``, ``rho`` and ``relative_rho``. Without ``track`` the shapes decide.
             :func:`ars2.param_groups` builds the groups of a model.
         lr: learning rate. A matrix's step is about sqrt(min(rows, cols)) times Adam's at the same value.
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay, multiplied by ``lr``. It may be changed in the group between steps.
-        rho: length of each tensor's move to the adversarial point.
+        rho, relative_rho: length of each tensor's move to the adversarial point, which is ``rho``, or ``rho * |p|``
+            with the norm of the tensor.
         mode: which steps are two-pass steps. ``"base"``: none. ``"sync"``: all. ``"aga"``: those at which the global
             cosine ``phi`` of gradient and cached shear force falls below ``-phi_lambda * sqrt(variance)``.
             ``"late"``: all after the first ``late_start * total_steps`` steps. ``"periodic"`` (steps 1, k+1, 2k+1,
@@ -139,6 +140,7 @@ class ARS2Neo(TrackedOptimizer):
         late_start: float = 0.5,
         total_steps: int = 0,
         rho_per_step: bool = False,
+        relative_rho: bool = False,
         adjust_lr_fn: Literal["original", "match_rms_adamw"] = "original",
         cautious: bool = False,
         compile: bool = False,
@@ -160,7 +162,7 @@ class ARS2Neo(TrackedOptimizer):
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
         validation.check_number(group, "rho", 0.0)
-        for name in ("energy", "geometry"):
+        for name in ("energy", "geometry", "relative_rho"):
             validation.check_choice(group, name, (False, True))
         schedule.check_options(group)
 
@@ -306,19 +308,22 @@ class ARS2Neo(TrackedOptimizer):
 
     def _move_to_adversarial_point(self) -> None:
         latest: dict[str, Any] = {}
+        # All chunks of a round need the same number of sums.
+        with_lengths = any(group["relative_rho"] for group in self.param_groups)
 
         def sums(chunk: Chunk) -> Tensor:
             latest.update(chunk=chunk, offsets=self._offsets(chunk))
-            return flatness.offset_sums(latest["offsets"])
+            return flatness.offset_sums(latest["offsets"], chunk.params if with_lengths else None)
 
         factor = schedule.rho_scale(self.param_groups[0])
-        for chunk, (squares,) in with_sums(self._rounds(self._gather(), self._split), sums, self._layout):
+        for chunk, totals in with_sums(self._rounds(self._gather(), self._split), sums, self._layout):
             # Computing the offsets of several chunks twice costs less than storing them.
             offsets = latest["offsets"] if latest["chunk"] is chunk else self._offsets(chunk)
             copies = [param.clone() for param in chunk.params]
             self._step_state.backups.append((chunk.sources, copies, chunk.start))
             move = self._maybe_compile(chunk.group)(flatness.move_along_)
-            move(chunk.params, offsets, squares, chunk.group["rho"] * factor)
+            rho = chunk.group["rho"] * factor
+            move(chunk.params, offsets, totals[0], rho * totals[1].sqrt() if chunk.group["relative_rho"] else rho)
 
     def _rounds(
         self, groups: Iterable[Chunk], split: Callable[[Chunk], Iterable[list[Chunk]]]
@@ -628,8 +633,8 @@ class ARS2Neo(TrackedOptimizer):
 
         Keys: ``steps``, ``sync_steps``, ``gradient_evaluations``, and ``effective_k`` (steps per sync step, infinite
         before the first sync step). With shear forces also ``alpha``, the strength injected by the last step, 0 on sync
-        steps. With ``rho_per_step`` also ``rho``, the length of the last move. In AGA also ``phi``, ``phi_deviation``
-        and ``threshold`` (``-phi_lambda`` deviations).
+        steps. With ``rho_per_step`` also ``rho`` of the last move. In AGA also ``phi``, ``phi_deviation`` and
+        ``threshold`` (``-phi_lambda`` deviations).
         """
         return schedule.diagnostics(self.param_groups[0])
 

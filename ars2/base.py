@@ -29,14 +29,15 @@ from ars2.param_groups import LARGEST_MATRIX_DIMENSION, is_matrix
 
 TRACKS = ("matrix", "vector")
 # Keys that are not options but are allowed in a group: those of schedulers, weight averaging and layer-wise decay, a
-# label, and rho, so that groups for ARS2-Neo also fit Muon.
+# label, and those of rho, so that groups for ARS2-Neo also fit Muon.
 FOREIGN_KEYS = frozenset(
-    {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale", "name", "rho"}
+    {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr", "lr_scale", "name"}
+    | {"rho", "relative_rho"}
 )
 # Options that may differ between groups. All others have one value.
 OF_A_GROUP = frozenset(
     {"track", "flatten", "splits", "lr", "betas", "eps", "weight_decay", "rho", "momentum", "nesterov", "cautious"}
-    | {"adjust_lr_fn", "step"}
+    | {"adjust_lr_fn", "relative_rho", "step"}
 )
 # Options of every optimizer with a matrix track.
 _COMMON = {"track": "matrix", "flatten": False, "splits": 1}

@@ -32,15 +32,18 @@ def adversarial_offsets(params: Tensors, grads: Tensors, denominators: Tensors |
     return offsets
 
 
-def offset_sums(offsets: Tensors) -> Tensor:
-    """Return ``|n|^2`` of each tensor."""
-    return norms(offsets).square().unsqueeze(0)
+def offset_sums(offsets: Tensors, params: Tensors | None = None) -> Tensor:
+    """Return ``|n|^2`` of each tensor and, of ``params`` if given, ``|p|^2``."""
+    lists = [offsets]
+    if params is not None:  # a norm has the dtype of its tensor, here not a parameter's half precision
+        lists.append([param.to(n.dtype) for param, n in zip(params, offsets, strict=True)])
+    return torch.stack([norms(tensors) for tensors in lists]).square()
 
 
 def move_along_(params: Tensors, offsets: Tensors, squares: Tensor, rho: Number) -> None:
     """Move each parameter by ``rho * n / |n|``, and overwrite the ``offsets`` n.
 
-    ``squares`` are the ``|n|^2``, a tensor (params,), and ``rho`` the length of each tensor's move.
+    ``squares`` are the ``|n|^2``, a tensor (params,). ``rho`` is the length of every move, or such a tensor of lengths.
     """
     scales = rho / squares.sqrt().clamp_min(LEAST_NORM)
     torch._foreach_mul_(offsets, list(scales.unbind()))

@@ -161,11 +161,11 @@ class ProbedLoss:
         optimizer: Any = self.trainer.optimizers[0]
         if not hasattr(optimizer, "perturb"):
             return None
-        radii = [group["rho"] for group in optimizer.param_groups]
+        before = [dict(group) for group in optimizer.param_groups]
         for param, tensor in zip(self.params, gradient, strict=True):
             param.grad = tensor.clone()
         for group in optimizer.param_groups:
-            group["rho"] = rho
+            group.update(rho=rho, relative_rho=False, rho_per_step=False)
         try:
             optimizer.wants_second_pass()
             optimizer.perturb()
@@ -174,5 +174,6 @@ class ProbedLoss:
             finally:
                 optimizer.restore()
         finally:
-            for group, radius in zip(optimizer.param_groups, radii, strict=True):
-                group["rho"] = radius
+            for group, options in zip(optimizer.param_groups, before, strict=True):
+                group.clear()
+                group.update(options)

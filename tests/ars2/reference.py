@@ -75,7 +75,8 @@ class ReferenceARS2:
     """Follow the published equations of ARS2-Neo.
 
     `groups`: dicts with "params" (float64 tensors, changed in place), "track" ("matrix" or "vector"), "lr", "betas",
-    "eps", "weight_decay", "rho" and, optionally, "flatten" (False), "cautious" (False) and "adjust_lr_fn" ("original").
+    "eps", "weight_decay", "rho" and, optionally, "flatten" (False), "cautious" (False), "relative_rho" (False) and
+    "adjust_lr_fn" ("original").
     `draw` decides in mode "random": step number (from 1) -> whether to make a second pass. Without it a private
     generator draws with `probability`. Every list below has one entry a parameter, in flat order over the groups.
     `energy` and `geometry` are the switches of the matrix track.
@@ -199,6 +200,7 @@ class ReferenceARS2:
             metric = v_hat_previous.sqrt() + options["eps"] if self.energy or options["track"] == "vector" else 1.0
             n = g / metric * p.abs()
             rho = options["rho"] * (self.t - self.last_sync if self.rho_per_step else 1)
+            rho = rho * p.norm() if options.get("relative_rho") else rho
             p.copy_(p + rho * n / n.norm().clamp_min(LEAST_NORM))
         try:
             return self.evaluate(gradient_function)

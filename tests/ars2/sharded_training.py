@@ -48,7 +48,7 @@ class UnevenProblem(SmallProblem):
 def groups(model: UnevenProblem) -> list[dict[str, Any]]:
     matrix, vector = problem_groups(model)
     matrix["params"] = [p for p in matrix["params"] if p is not model.shift]
-    return [matrix, {**vector, "params": [*vector["params"], model.shift]}]
+    return [matrix, {**vector, "params": [*vector["params"], model.shift], "relative_rho": False}]
 
 
 def ars2(mode: str, **options: Any) -> Callable[[UnevenProblem], ARS2Neo]:
@@ -65,7 +65,7 @@ def rounded(model: UnevenProblem) -> Optimizer:
 EXACT: dict[str, Make] = {
     **{mode: ars2(mode) for mode in ("base", "sync", "aga", "periodic")},
     "aga, no energy": ars2("aga", energy=False),
-    "sync, no geometry": ars2("sync", geometry=False),
+    "sync, no geometry": ars2("sync", geometry=False, relative_rho=True),  # relative for matrices only
     "muon": lambda model: Muon(groups(model), ns_dtype="float32"),
 }
 OPTIMIZERS = {**EXACT, "rounded": rounded}

@@ -129,6 +129,14 @@ def test_a_rho_that_grows_with_the_interval_follows_the_reference(mode: str) -> 
     assert worst_difference(plain.model.parameters(), comparison.model.parameters()) > 1e-4
 
 
+@pytest.mark.parametrize("mode", ["sync", "periodic"])
+def test_a_rho_relative_to_the_norm_follows_the_reference(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"rho_per_step": mode == "periodic"}
+    for relative in ({"matrix": {"relative_rho": True}}, {"vector": {"relative_rho": True}}):
+        assert compare(mode, torch.float64, "float64", options=options, **relative).run(12) <= FLOAT64_BOUND
+        split_into_chunks(monkeypatch)
+
+
 @pytest.mark.parametrize("mode", [*CORE_MODES, "periodic"])
 def test_state_follows_the_reference(mode: str) -> None:
     comparison = compare(mode, torch.float64, "float64")

@@ -50,7 +50,7 @@ def test_a_capturable_step_does_the_same_arithmetic(mode: str, options: dict[str
 def test_a_capturable_step_makes_the_same_calls_whatever_the_step_and_reads_nothing(
     mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, optimizer = setup(mode, capturable=True)
+    model, optimizer = setup(mode, capturable=True, relative_rho=True)
     calls = []
     for step in range(4):
         optimizer.zero_grad()

@@ -33,6 +33,7 @@ def make(mode: str, compile: bool, **options: Any) -> tuple[RaggedProblem, ARS2N
         for group in groups:
             del group["rho"]
         return model, Muon(groups, compile=compile, ns_dtype="float32", **options)
+    groups[0]["relative_rho"] = True
     return model, ARS2Neo(groups, compile=compile, ns_dtype="float32", **MODES[mode], **options)
 
 

@@ -55,6 +55,18 @@ def test_every_tensor_moves_by_the_rho_of_its_group() -> None:
     optimizer.restore()
 
 
+def test_a_relative_move_is_a_fraction_of_the_norm_in_half_precision_too() -> None:
+    param = nn.Parameter(torch.linspace(-3, 4, 35).view(5, 7).to(torch.bfloat16))
+    optimizer = ARS2Neo([param], mode="sync", rho=1 / 3, relative_rho=True, energy=False)
+    param.grad = torch.ones_like(param)
+    start = param.detach().clone()
+    optimizer.wants_second_pass()
+    optimizer.perturb()
+    expected = start.float() + start.float().abs() / 3  # n = |p| is as long as p
+    assert torch.equal(param, expected.to(torch.bfloat16))
+    optimizer.restore()
+
+
 # --- the shear force ---
 
 

@@ -107,7 +107,7 @@ def test_an_option_missing_from_an_old_saved_state_has_its_default(option: str) 
 
 # Options that came after the first saved states, with their defaults.
 NEW = {"ns_algorithm": "auto", "adjust_lr_fn": "original", "cautious": False, "splits": 1}
-NEW_OF_ARS2 = {**NEW, "energy": True, "late_start": 0.5, "total_steps": 0, "rho_per_step": False}
+NEW_OF_ARS2 = {**NEW, "energy": True, "late_start": 0.5, "total_steps": 0, "rho_per_step": False, "relative_rho": False}
 
 
 @pytest.mark.parametrize(("cls", "options"), [(ARS2Neo, NEW_OF_ARS2), (Muon, NEW)])
