@@ -75,6 +75,9 @@ class RunSummary(L.Callback):
     The run folder is that of the first logger. Without a logger no file is written. Numbers that are not finite are
     ``null`` in the file. At the start the size of the network and the description of the data are printed, and
     ``parameters.txt`` lists the track of every parameter and why.
+
+    The last step is validated, so that the last values are those of the trained network. Lightning alone omits this
+    where ``max_steps`` or the last epoch ends between two validations.
     """
 
     changes_training = False
@@ -84,12 +87,12 @@ class RunSummary(L.Callback):
         self.wall_seconds = 0.0
         self._mark: float | None = None
         self._folder: str | None = None
-        self._has_failed = False
+        self._has_failed = self._is_complete = False
         self._summary: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         module = trained(trainer, pl_module)
-        self._mark, self._has_failed = perf_counter(), False
+        self._mark, self._has_failed, self._is_complete = perf_counter(), False, False
         # log_dir is a collective, and an interrupted process may be alone.
         self._folder = trainer.log_dir if trainer.loggers else None
         if self._folder is not None and trainer.is_global_zero:
@@ -104,6 +107,13 @@ class RunSummary(L.Callback):
             for name, value in description(trainer).items():
                 if isinstance(value, str):
                     get_console().print(f"{name}: {value}", highlight=False, soft_wrap=True)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        complete = 0 <= trainer.max_steps <= trainer.global_step
+        complete |= trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        if complete and not trainer.should_stop:
+            # Lightning validates a step after which it is asked to stop.
+            trainer.should_stop = self._is_complete = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -123,7 +133,7 @@ class RunSummary(L.Callback):
         status = "finished"
         if any(milestones.stopped for milestones in callbacks_of(trainer, Milestones)):
             status = "stopped early (milestone)"
-        elif trainer.should_stop:
+        elif trainer.should_stop and not self._is_complete:
             status = "stopped early"
         self._close(trainer, pl_module, status)
 

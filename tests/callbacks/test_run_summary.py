@@ -76,6 +76,20 @@ def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert f"best {accuracy['best']:.5g} (epoch {accuracy['best_epoch']}), last {accuracy['last']:.5g}" in printed
 
 
+@pytest.mark.parametrize(
+    ("ends", "validated"),
+    [({"max_steps": 6}, [4, 6]), ({"val_check_interval": 3, "check_val_every_n_epoch": None}, [3, 6, 8])],
+    ids=["within an epoch", "between validations"],
+)
+def test_the_last_step_is_validated(ends: dict[str, Any], validated: list[int], tmp_path: Path) -> None:
+    fit(module(), data(), [RunSummary(), CostCounters()], tmp_path, epochs=2, **ends)
+    got = summary(tmp_path)
+    assert (got["status"], got["costs"]["optimizer_steps"]) == ("finished", validated[-1])
+    logged = rows(tmp_path, having="val/loss")
+    assert [row["cost/optimizer_steps"] for row in logged] == validated
+    assert got["metrics"]["val/loss"]["last"] == logged[-1]["val/loss"]
+
+
 def test_a_run_stopped_by_a_milestone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     milestones = GrokkingMilestones(stop_at="val_50")
     callbacks = [RunSummary(), milestones, RichProgressBar()]
