@@ -37,8 +37,9 @@ _LOGISTICS = {
 }
 # Suffixes of the options that are locations, for runs that did not record which options are.
 _PLACES = ("root", "dir", "directory", "folder", "path", "cache", "file")
-# The options of this class describe training, not the network.
+# The options of this class describe training, not the network. So do those of other modules in the set.
 _TRAINING = "modules.two_pass.TwoPassModule"
+_ALSO_TRAINING = {"second_loss"}
 _OURS = {"ars2.ARS2Neo": "ars2.ars2_neo.ARS2Neo", "ars2.Muon": "ars2.muon.Muon"}
 # Options of the first version. Every config states them, and they are part of the setting at any value. A later option
 # is part of it only where it differs from its default, so that earlier runs keep their setting.
@@ -101,6 +102,7 @@ _ROUNDING_ONLY = ("model.optimizer.ns_algorithm", "model.compile", "model.channe
 _NEUTRAL = {
     "model.optimizer.compile": False,
     "model.optimizer.capturable": False,
+    "model.second_loss": "same",
     "data.train_fraction": 1.0,  # of WikiText2Data; no other task here allows 1
     "data.fraction_seed": 0,
     "callbacks.evaluation_budget.EvaluationBudget.finish_epoch": True,
@@ -324,7 +326,7 @@ class RunIdentity:
         return key in self.places
 
     def _protocol(self) -> Iterator[tuple[str, Any]]:
-        training = {*_signature(_TRAINING), *(_VERSION_ONE if self._makes_optimizer else ())}
+        training = {*_signature(_TRAINING), *_ALSO_TRAINING, *(_VERSION_ONE if self._makes_optimizer else ())}
         for key, value in self.options.items():
             section, _, rest = key.partition(".")
             if (

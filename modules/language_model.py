@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from experiment.library_internals import is_attached
-from modules.chunked_cross_entropy import chunked_cross_entropy
+from modules.chunked_cross_entropy import Pass, chunked_cross_entropy
 from modules.head_projections import split_heads
 from modules.metrics import BitsPerByte, Metrics, Perplexity, WordPerplexity
 from modules.sampling import continuation
@@ -41,6 +41,10 @@ class LanguageModel(TwoPassModule):
         temperature, top_k, sample_tokens, sample_seed: of continuations. Logits are divided by the temperature (0
             selects the likeliest token), ``top_k`` limits sampling to the likeliest tokens (``None`` for all), then the
             number of tokens and the seed.
+        second_loss: loss of a second pass. ``"same"`` is that of the first pass. ``"functional"`` is the sum of the
+            logits times the gradient with respect to the logits of the first pass (Functional-SAM,
+            https://arxiv.org/abs/2502.02407). For each batch that a second pass may repeat, the first pass then stores
+            the last hidden states, and for each window a copy of the unembedding.
         options: of the training step, see :class:`modules.two_pass.TwoPassModule`.
 
     Raises:
@@ -71,6 +75,7 @@ class LanguageModel(TwoPassModule):
         top_k: int | None = 50,
         sample_tokens: int = 40,
         sample_seed: int = 0,
+        second_loss: Literal["same", "functional"] = "same",
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -84,11 +89,15 @@ class LanguageModel(TwoPassModule):
             raise ValueError(f"key_value_heads must divide heads, got {key_value_heads} and {heads}")
         if head_dim % 2:
             raise ValueError(f"head_dim must be even, as rotary positions turn pairs of numbers, got {head_dim}")
+        if second_loss not in ("same", "functional"):
+            raise ValueError(f"second_loss must be 'same' or 'functional', got {second_loss!r}")
         if temperature < 0:
             raise ValueError(f"temperature must be at least 0, got {temperature}")
         self.vocabulary, self.context, self.compile_network = vocabulary, context, compile
         self.temperature, self.top_k = temperature, top_k
         self.sample_tokens, self.sample_seed = sample_tokens, sample_seed
+        self.second_loss = second_loss
+        self._first_passes: list[Pass] = []  # of the open window, for a functional second pass
         self.network = Qwen3ForCausalLM(
             Qwen3Config(
                 vocab_size=vocabulary,
@@ -152,20 +161,41 @@ class LanguageModel(TwoPassModule):
         return rows[:, 1:].numel()
 
     def compute_loss(self, batch: tuple[Tensor], metrics: Metrics | None) -> Tensor:
-        """Return the mean cross-entropy in nats per token."""
+        """Return the mean cross-entropy in nats per token, or the loss of a functional second pass."""
         (rows,) = batch
         # No mask is needed, since the attention is causal. Without this entry transformers would search the positions
         # for packed texts, which synchronises with the device in every pass.
         mask: Any = {"full_attention": None}
         model = self.network.model
-        hidden = model(input_ids=rows[:, :-1].long(), attention_mask=mask, use_cache=False).last_hidden_state
+        output = model(input_ids=rows[:, :-1].long(), attention_mask=mask, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1)
         unembedding: Any = self.network.get_output_embeddings()
-        loss = chunked_cross_entropy(hidden.flatten(0, 1), unembedding.weight, rows[:, 1:].flatten())
+        first = self._first_pass(hidden, unembedding.weight, metrics) if self.second_loss == "functional" else None
+        loss = chunked_cross_entropy(hidden, unembedding.weight, rows[:, 1:].flatten(), first=first)
         if metrics is not None:
             for name, metric in metrics.items():
                 if name != "loss":
                     metric.update(loss.detach(), rows[:, 1:].numel())
         return loss
+
+    def _first_pass(self, hidden: Tensor, weight: Tensor, metrics: Metrics | None) -> Pass | None:
+        """Return the first pass of the batch in a second pass, else store it if needed.
+
+        A probe has no metrics and an evaluation has others, so neither is stored.
+        """
+        if self._is_second_pass:
+            if not self._first_passes:
+                raise RuntimeError(
+                    "second_loss functional needs the first pass of the batch, which was not stored: pass the metrics"
+                    " that compute_loss() receives on to LanguageModel.compute_loss(), once for each batch"
+                )
+            return self._first_passes.pop(0)
+        if metrics is self.train_metrics and self._window and self._window[-1] is not None:
+            del self._first_passes[len(self._window) - 1 :]  # of the window before, if it had no second pass
+            # Copied once for each window, because perturb() moves the parameter in place.
+            copy = self._first_passes[0][1] if self._first_passes else weight.detach().clone()
+            self._first_passes.append((hidden.detach(), copy))
+        return None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load the tokenizer from the checkpoint, if no data module provides one.

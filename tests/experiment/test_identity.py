@@ -149,6 +149,12 @@ def test_a_fraction_of_the_training_text_makes_another_protocol_and_older_runs_k
     assert protocol_of(train_fraction=0.2, seed=3) == protocol_of(train_fraction=0.2, seed=4)
 
 
+def test_the_loss_of_the_second_pass_is_another_setting_of_the_same_protocol() -> None:
+    assert digests(config_of(model={"second_loss": "same"})) == digests(config_of())
+    protocol, setting = digests(config_of(model={"second_loss": "functional"}))
+    assert protocol == digests(config_of())[0] and setting != digests(config_of())[1]
+
+
 def test_an_option_of_a_network_makes_another_protocol() -> None:
     assert digests(config_of(model={"depth": 3}))[0] != digests(config_of())[0]
 

@@ -15,7 +15,7 @@ from datamodules.batches import world
 from datamodules.modular_addition import ModularAdditionData
 from modules.modular_addition import ModularAddition
 from tests.helpers.launching import become
-from tests.modules import evaluations, exchanges
+from tests.modules import evaluations, exchanges, language
 from tests.modules.small_task import OPTIMIZERS, make_optimizer, state_of
 
 STEPS = 16
@@ -82,6 +82,16 @@ def fit(name: str, ranks: int = 1, units: int = 0, static_graph: bool = False, *
     }
 
 
+def functional(text: Path, ranks: int = 1) -> dict[str, Any]:
+    """Train a language model for 3 steps with functional second passes; return its state."""
+    module = language.model("sync", accumulate_grad_batches=2, second_loss="functional")
+    module.make_optimizer = make_optimizer("sync", **OPTIONS["sync"])
+    strategy = DDPStrategy() if ranks > 1 else "auto"
+    trainer = language.trainer(max_steps=3, limit_val_batches=0, devices=ranks, strategy=strategy, precision="64-true")
+    trainer.fit(module, language.data(text, batch_size=5))
+    return {"state": state_of(module)}
+
+
 def together(
     rank: int, ranks: int, port: int, folder: Path, runs: dict[str, tuple[str, dict[str, Any]]], text: Path | None
 ) -> None:
@@ -96,6 +106,7 @@ def together(
         if text is not None:
             results["exchanged"] = exchanges.count(folder, ranks, lambda ranks: "ddp")
             results["stopped"] = exchanges.stop(folder, ranks, lambda ranks: "ddp")
+            results["functional"] = functional(text, ranks)
             results["evaluated"] = evaluations.evaluate(text, ranks=ranks, strategy=lambda ranks: "ddp")
     results["advised"] = [str(warning.message) for warning in caught if "sync_dist" in str(warning.message)]
     assert world() == (rank, ranks)

@@ -146,9 +146,12 @@ def fit(
 
 
 def read(ranks: int = 0, folder: Path | None = None) -> dict[str, Any]:
-    """Train a language model with tied weights for 6 steps, and continue a text."""
+    """Train a language model with tied weights for 6 steps, and continue a text.
+
+    Its second passes are functional.
+    """
     assert folder is not None
-    module = language.model("aga", projections="per_head", policy="hidden")
+    module = language.model("aga", projections="per_head", policy="hidden", second_loss="functional")
     module.make_optimizer = make_optimizer("aga", lr=1e-3, ns_dtype="float32")
     devices = max(1, ranks)
     trainer = language.trainer(max_steps=6, limit_val_batches=2, devices=devices, strategy=strategy(ranks))

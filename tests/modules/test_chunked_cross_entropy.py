@@ -5,6 +5,7 @@ The loss, the gradients and the memory that it saves are checked.
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -162,3 +163,65 @@ def test_can_be_differentiated_twice() -> None:
         products.append(torch.autograd.grad(along, (hidden, weight)))
     for actual, plain_one in zip(products[1], products[0], strict=True):
         torch.testing.assert_close(actual, plain_one, rtol=1e-12, atol=1e-14)
+
+
+def linearized(hidden: Tensor, weight: Tensor, targets: Tensor, first: tuple[Tensor, Tensor]) -> Tensor:
+    logits = F.linear(first[0].detach(), first[1].detach()).requires_grad_()
+    (slope,) = torch.autograd.grad(F.cross_entropy(logits, targets), logits)
+    return (F.linear(hidden, weight) * slope).sum()
+
+
+def moved(*tensors: Tensor) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(t.detach() + torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in tensors)
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 7, 1000])
+def test_linearized_at_an_earlier_pass_it_equals_the_plain_one(tokens_at_once: int) -> None:
+    hidden, weight, targets = example()
+    earlier, first_weight = moved(hidden, weight)
+    first = (earlier, first_weight.requires_grad_())  # a constant nevertheless
+
+    def chunked(*arguments: Tensor) -> Tensor:
+        return chunked_cross_entropy(*arguments, chunk_elements=50 * tokens_at_once, first=first)
+
+    def plain_one(*arguments: Tensor) -> Tensor:
+        return linearized(*arguments, first)
+
+    def tied(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda hidden, weight, targets: loss(hidden + weight[targets].tanh(), weight, targets)
+
+    for kind in (lambda loss: loss, tied):
+        expected = loss_and_gradients(kind(plain_one), hidden, weight, targets)
+        found = loss_and_gradients(kind(chunked), hidden, weight, targets)
+        for actual, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(actual, other, rtol=1e-13, atol=1e-14)
+    expected_value = plain_one(hidden, weight, targets).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(chunked(hidden, weight, targets), expected_value)
+
+
+def test_linearized_at_itself_it_has_the_gradients_of_the_cross_entropy_bit_for_bit() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, weight, targets = example(torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            losses = [chunked_cross_entropy(hidden, weight, targets, 500, first) for first in (None, (hidden, weight))]
+        for loss, other in zip(*(torch.autograd.grad(loss, (hidden, weight)) for loss in losses), strict=True):
+            assert torch.equal(loss, other)
+
+
+def test_linearized_it_can_be_differentiated_twice() -> None:
+    hidden, weight, targets = example()
+    first = (hidden * 2, weight * 3)
+    products = []
+    for loss in (linearized(hidden, weight, targets, first), chunked_cross_entropy(hidden, weight, targets, 90, first)):
+        gradients = torch.autograd.grad(loss, (hidden, weight), create_graph=True)
+        products.append(torch.autograd.grad(sum((g * g).sum() for g in gradients), (hidden, weight)))
+    for actual, plain_one in zip(products[1], products[0], strict=True):
+        torch.testing.assert_close(actual, plain_one, rtol=1e-12, atol=1e-14)
+
+
+def test_an_earlier_pass_of_other_tokens_is_refused() -> None:
+    hidden, weight, targets = example()
+    with pytest.raises(ValueError, match="first must have the shapes of hidden and weight"):
+        chunked_cross_entropy(hidden, weight, targets, first=(hidden[1:], weight))

@@ -46,7 +46,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
     results = {label: fit(name, **options) for label, (name, options) in {**MODES, **VARIANTS}.items()}
     exchanged = exchanges.count(tmp_path_factory.mktemp("one"), 1, lambda ranks: "auto")
-    return {**results, "evaluated": evaluations.evaluate(text), "exchanged": exchanged}
+    functional = ddp_fit.functional(text)
+    return {**results, "evaluated": evaluations.evaluate(text), "exchanged": exchanged, "functional": functional}
 
 
 def worst(actual: Results, other: Results, label: str) -> float:
@@ -76,6 +77,11 @@ def assert_one(ranks: list[Results], label: str) -> None:
 def test_two_processes_train_like_one(label: str, two: list[Results], alone: Results) -> None:
     assert_one(two, label)
     assert_same_as_alone(two, alone, label)
+
+
+def test_two_processes_make_functional_second_passes_like_one(two: list[Results], alone: Results) -> None:
+    for results in two:
+        assert worst(results, alone, "functional") <= 1e-6
 
 
 @pytest.mark.slow

@@ -226,6 +226,81 @@ def test_resuming_in_mid_epoch_changes_nothing(tmp_path: Path) -> None:
     assert resumed.gradient_evaluations == uninterrupted.gradient_evaluations
 
 
+def functional_by_hand(module: LanguageModel, optimizer: Any, members: list[torch.Tensor], window: int) -> None:
+    """Make one step whose second pass has the gradient of the first with respect to the logits."""
+
+    def logits_of(tokens: torch.Tensor) -> torch.Tensor:
+        return module.network(input_ids=tokens[:, :-1].long()).logits.flatten(0, 1)  # type: ignore[no-any-return]
+
+    optimizer.zero_grad()
+    slopes = []
+    for tokens in members:
+        logits = logits_of(tokens)
+        logits.retain_grad()
+        (F.cross_entropy(logits, tokens[:, 1:].flatten().long()) / window).backward()
+        slopes.append(logits.grad)
+    if not optimizer.never_two_pass and optimizer.wants_second_pass():
+        optimizer.perturb()
+        for tokens, slope in zip(members, slopes, strict=True):
+            (logits_of(tokens) * slope).sum().backward()
+        optimizer.restore()
+    optimizer.step()
+
+
+class Probe(L.Callback):
+    """Probe the loss in training mode, as callbacks do, and record how many first passes are stored."""
+
+    def __init__(self) -> None:
+        self.stored: set[int] = set()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_index: int) -> None:
+        before = len(pl_module._first_passes)
+        pl_module.compute_loss(batch, None)
+        assert len(pl_module._first_passes) == before
+
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        self.stored.add(len(pl_module._first_passes))
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "tied"), [("sync", 1, True), ("sync", 3, False), ("periodic", 2, True), ("base", 3, True)]
+)
+def test_a_functional_second_pass_is_that_of_its_definition(name: str, window: int, tied: bool, tmp_path: Path) -> None:
+    def double(second_loss: str) -> LanguageModel:
+        module = model(tied_embeddings=tied, accumulate_grad_batches=window, second_loss=second_loss)
+        module.make_optimizer = make_optimizer(name, ns_dtype="float32")
+        return module.double()
+
+    corpus = data(tmp_path)
+    corpus.setup("fit")
+    fits = {}
+    for second_loss in ("functional", "same"):
+        probe = Probe()
+        fits[second_loss] = double(second_loss)
+        fit = trainer(max_epochs=1, limit_train_batches=8, limit_val_batches=1, precision="64-true", callbacks=[probe])
+        fit.fit(fits[second_loss], data(tmp_path))
+        assert probe.stored == {0}
+    module = double("functional")
+    module.network.train()
+    optimizer: Any = module.make_optimizer(param_groups(module.network, "all"))  # type: ignore[misc]
+    batches = [tokens for (tokens,) in corpus.train_dataloader()][:8]
+    for start in range(0, 8, window):
+        functional_by_hand(module, optimizer, batches[start : start + window], window)
+    for (label, found), expected in zip(
+        fits["functional"].network.named_parameters(), module.network.parameters(), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8, msg=label)
+    functional, same = (torch.cat([p.flatten() for p in fits[kind].network.parameters()]) for kind in fits)
+    assert torch.equal(functional, same) if name == "base" else (functional - same).abs().max() > 1e-3
+
+
+def test_a_second_pass_without_its_first_is_refused() -> None:
+    module = model("sync", second_loss="functional")
+    module._is_second_pass = True
+    with pytest.raises(RuntimeError, match="needs the first pass of the batch, which was not stored"):
+        module.compute_loss((rows(),), None)
+
+
 @pytest.mark.parametrize("name", ["vocabulary", "context"])
 def test_data_for_another_model_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"model.{name} and data.{name}"):
@@ -241,6 +316,7 @@ def test_data_for_another_model_is_refused(name: str, tmp_path: Path) -> None:
         ({"heads": 3, "key_value_heads": 2}, "key_value_heads must divide heads"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"second_loss": "other"}, "second_loss must be 'same' or 'functional'"),
     ],
 )
 def test_options_out_of_range_are_refused_by_name(options: dict[str, Any], named: str) -> None:
