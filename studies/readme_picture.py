@@ -20,7 +20,7 @@ from analysis.runs import Run, Target, read
 RESULTS = Path("results/grok_tuned")
 PICTURE = Path("docs/pictures/grok_tuned_curves.svg")
 # Names in the search, and in the README's table.
-ROWS = {"base_all": "ARS2-Neo Base", "adamw_hidden": "AdamW", "aga_hidden": "ARS2-Neo AGA", "muon_hidden": "Muon"}
+ROWS = {"base_all": "ARS2-Neo Base", "adamw_hidden": "AdamW", "aga_all": "ARS2-Neo AGA", "muon_hidden": "Muon"}
 AXIS, GOAL, END = "cost/gradient_evaluations", Target("99 %", "val/accuracy", 0.99), 500
 STYLE: Any = {"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
