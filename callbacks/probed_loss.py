@@ -107,12 +107,17 @@ class ProbedLoss:
         return torch.stack(losses).sum() / sum(sizes)
 
     @torch.no_grad()
+    def here(self) -> float:
+        """Return the loss at the parameters."""
+        return float(self._mean(self._local()).item())
+
+    @torch.no_grad()
     def at(self, offset: Vector) -> float:
         """Return the loss at an offset from the parameters, which are then restored."""
         torch._foreach_add_(self.params, offset)
-        loss = self._mean(self._local()).item()
+        loss = self.here()
         torch._foreach_copy_(self.params, self.start)
-        return float(loss)
+        return loss
 
     def with_hessian(self) -> tuple[float, Vector, Callable[[Vector], Vector]]:
         """Return the loss, its gradient, and the product of its Hessian with a vector."""

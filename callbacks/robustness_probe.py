@@ -111,7 +111,7 @@ class RobustnessProbe(L.Callback):
         return row | {"robustness/probe_seconds": perf_counter() - start}
 
     def _changed_weights(self, loss: ProbedLoss) -> dict[str, float]:
-        row = {"robustness/loss": loss.at([torch.zeros_like(p) for p in loss.params])}
+        row = {"robustness/loss": loss.here()}
         for bits in self.bits:
             row[f"robustness/loss_{bits}_bit"] = loss.at(rounding(loss.params, loss.module, bits))
         vectors = random_vectors(loss.params, torch.Generator().manual_seed(self.seed))
@@ -141,9 +141,10 @@ def check_single_device(trainer: L.Trainer, name: str) -> None:
 
 
 def first_test_batches(trainer: L.Trainer, count: int) -> list[Any]:
-    """Return the first ``count`` test batches, on the device."""
-    loaders = CombinedLoader(trainer.test_dataloaders).flattened
-    return [trainer.strategy.batch_to_device(batch) for batch in islice(chain(*loaders), count)]
+    """Return the first ``count`` batches of the test, on the device."""
+    loaders = zip(CombinedLoader(trainer.test_dataloaders).flattened, trainer.num_test_batches, strict=True)
+    batches = chain.from_iterable(islice(loader, int(min(length, count))) for loader, length in loaders)
+    return [trainer.strategy.batch_to_device(batch) for batch in islice(batches, count)]
 
 
 def rounding(params: Vector, module: TrainedModule, bits: int) -> Vector:

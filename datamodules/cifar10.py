@@ -176,22 +176,35 @@ class CIFAR10Data(L.LightningDataModule):
         validated = f"test set, as published ({len(self.test_set[0]):,} images)"
         if stage == "fit" or (stage == "validate" and self.validation == "holdout"):
             images, labels = self._read(train=True)
-            order = stratified_order(labels, self.seed)
-            held_out = self.holdout_examples if self.validation == "holdout" else 0
-            wanted = len(order) - held_out if self.train_examples is None else self.train_examples
-            if not 0 < wanted <= len(order) - held_out:
-                raise ValueError(
-                    f"train_examples must be in 1 to {len(order) - held_out}, got {wanted}: the training set has"
-                    f" {len(order)} images, of which {held_out} are held out"
-                )
-            # Sorted, so that images are in the order of the files.
-            val, train = (part.sort().values for part in order[: held_out + wanted].tensor_split([held_out]))
+            val, train, _ = self._split(labels)
+            wanted, held_out = len(train), len(val)
             self.train_set = images[train], labels[train]
             if held_out:
                 self.val_set = images[val], labels[val]
                 validated = f"hold-out from the training set, stratified, seed {self.seed} ({held_out:,} images)"
-            self._splits["train"] = f"training set ({wanted:,} of {len(order):,} images)"
+            self._splits["train"] = f"training set ({wanted:,} of {len(labels):,} images)"
         self._splits["val"] = validated
+
+    def _split(self, labels: Tensor) -> list[Tensor]:
+        """Return the numbers of the images to validate on, to train on, and of the others.
+
+        They are sorted, so that images are in the order of the files.
+        """
+        order = stratified_order(labels, self.seed)
+        held_out = self.holdout_examples if self.validation == "holdout" else 0
+        wanted = len(order) - held_out if self.train_examples is None else self.train_examples
+        if not 0 < wanted <= len(order) - held_out:
+            raise ValueError(
+                f"train_examples must be in 1 to {len(order) - held_out}, got {wanted}: the training set has"
+                f" {len(order)} images, of which {held_out} are held out"
+            )
+        return [part.sort().values for part in order.tensor_split([held_out, held_out + wanted])]
+
+    def unused(self) -> tuple[Tensor, Tensor]:
+        """Return the training images that are neither trained on nor held out."""
+        images, labels = self._read(train=True)
+        *_, rest = self._split(labels)
+        return images[rest], labels[rest]
 
     def _read(self, train: bool) -> tuple[Tensor, Tensor]:
         source = CIFAR10(self.root, train=train)
@@ -199,7 +212,8 @@ class CIFAR10Data(L.LightningDataModule):
         images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
         return images, torch.tensor(source.targets)
 
-    def _batches(self, images: Tensor, labels: Tensor, training: bool = False, shared: bool = True) -> ImageBatches:
+    def batches(self, images: Tensor, labels: Tensor, training: bool = False, shared: bool = True) -> ImageBatches:
+        """Return images in batches, with ``training`` shuffled and augmented."""
         device = device_of(self, self.on_device)
         return ImageBatches(
             images.to(device),
@@ -212,15 +226,15 @@ class CIFAR10Data(L.LightningDataModule):
 
     def train_dataloader(self) -> ImageBatches:
         """Return the training images, shuffled and augmented in each epoch."""
-        return self._batches(*self.train_set, training=True)
+        return self.batches(*self.train_set, training=True)
 
     def val_dataloader(self) -> ImageBatches:
         """Return the test images or the hold-out, in a fixed order."""
-        return self._batches(*self.val_set)
+        return self.batches(*self.val_set)
 
     def test_dataloader(self) -> ImageBatches:
         """Return the test images, in a fixed order."""
-        return self._batches(*self.test_set)
+        return self.batches(*self.test_set)
 
     def predict_dataloader(self) -> ImageBatches:
         """Return the image files in their order, with label -1.
@@ -229,9 +243,9 @@ class CIFAR10Data(L.LightningDataModule):
         """
         if self.images is None:
             images, labels = self.test_set
-            return self._batches(images[:10], labels[:10], shared=False)
+            return self.batches(images[:10], labels[:10], shared=False)
         pixels = torch.stack([self._open(path) for path in self.images])
-        return self._batches(pixels, torch.full((len(pixels),), -1), shared=False)
+        return self.batches(pixels, torch.full((len(pixels),), -1), shared=False)
 
     def _open(self, path: str) -> Tensor:
         """Return an image file as (3, 32, 32) uint8.

@@ -69,3 +69,17 @@ def rows(folder: Path, having: str = "step") -> list[dict[str, float]]:
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         filled = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     return [row for row in filled if having in row]
+
+
+def values_of_a_test(model: L.LightningModule, callback: L.Callback, source: Any = None) -> dict[str, float]:
+    """Test a module with a callback; return the values that summaries read."""
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.test(model, data() if source is None else source, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}

@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from torch.nn.functional import cross_entropy
 
 from callbacks.robustness_probe import RobustnessProbe, rounded
 from modules.modular_addition import ModularAddition
-from tests.callbacks.fits import adamw, data
-from tests.helpers.commands import AGA, TINY, call, fit, folders, metrics
+from tests.callbacks.fits import adamw, data, values_of_a_test
+from tests.helpers.commands import AGA, TINY, fit
 from tests.modules import small_task
 from tests.modules.small_task import SmallTask
 
@@ -22,20 +23,6 @@ def tiny(kind: type[ModularAddition] = ModularAddition) -> ModularAddition:
     """Return a network of 1,115 parameters in double precision."""
     torch.manual_seed(0)
     return kind(p=7, width=8, heads=2, mlp_width=16, optimizer=adamw).double()
-
-
-def values_of(model: L.LightningModule, probe: L.Callback, source: Any = None) -> dict[str, float]:
-    """Test ``model``; return the values that summaries read."""
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        callbacks=[probe],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.test(model, source or data(), verbose=False)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -60,7 +47,7 @@ def test_every_row_is_rounded_to_the_nearest_symmetric_level(shape: Any, flatten
 def test_the_values_are_those_of_plain_formulas() -> None:
     model, probe = tiny(), RobustnessProbe(max_products=300, noise=0.2, noise_draws=3, rho=0.3, seed=4)
     params = {name: param.detach().clone() for name, param in model.network.named_parameters()}
-    row = values_of(model, probe)
+    row = values_of_a_test(model, probe)
     ((sums, answers),) = data().test_dataloader()
     batch = next(iter(data().train_dataloader()))
 
@@ -100,7 +87,7 @@ def test_the_values_are_those_of_plain_formulas() -> None:
 
 
 def test_the_same_seed_draws_the_same_noise() -> None:
-    first, second, other = (values_of(tiny(), RobustnessProbe(**QUICK, seed=seed)) for seed in (1, 1, 2))
+    first, second, other = (values_of_a_test(tiny(), RobustnessProbe(**QUICK, seed=seed)) for seed in (1, 1, 2))
     for row in (first, second, other):
         del row["robustness/probe_seconds"]
     assert first == second
@@ -141,9 +128,9 @@ def test_the_network_is_restored_bit_for_bit(kind: type[SmallTask]) -> None:
     states = torch.get_rng_state().tolist()
     if kind is Failing:
         with pytest.raises(RuntimeError, match=r"^out of memory$"):
-            values_of(model, RobustnessProbe(**QUICK), Images())
+            values_of_a_test(model, RobustnessProbe(**QUICK), Images())
     else:
-        row = values_of(model, RobustnessProbe(**QUICK), Images())
+        row = values_of_a_test(model, RobustnessProbe(**QUICK), Images())
         assert row["robustness/loss"] == pytest.approx(row["test/loss"], rel=1e-5)
         assert row["robustness/loss_noise"] != row["robustness/loss"]
         assert torch.get_rng_state().tolist() == states
@@ -152,7 +139,7 @@ def test_the_network_is_restored_bit_for_bit(kind: type[SmallTask]) -> None:
 
 
 def test_fewer_batches_and_no_hessian_are_enough() -> None:
-    row = values_of(
+    row = values_of_a_test(
         SmallTask(optimizer=adamw), RobustnessProbe(batches=1, bits=(3,), max_products=0), small_task.batches()
     )
     assert set(row) == {
@@ -184,14 +171,17 @@ def test_several_devices_and_absent_training_data_are_refused() -> None:
     with pytest.raises(ValueError, match=r"works on one device, not with DDPStrategy: set trainer\.devices to 1"):
         RobustnessProbe().setup(several, tiny(), "fit")
     with pytest.raises(ValueError, match="needs a data module for training batches: give one, or max_products 0"):
-        values_of(SmallTask(optimizer=adamw), RobustnessProbe(), small_task.batches())
+        values_of_a_test(SmallTask(optimizer=adamw), RobustnessProbe(), small_task.batches())
 
 
-def test_a_tested_checkpoint_is_probed_by_the_command(tmp_path: Path) -> None:
-    probe = ("--trainer.callbacks+=callbacks.robustness_probe.RobustnessProbe", "--trainer.callbacks.bits", "[4]")
-    fit(tmp_path, *AGA, *TINY, *probe)
-    assert call("test", *AGA, *TINY, *probe, "--ckpt_path", "best", "--runs", tmp_path).code == 0
-    (row,) = metrics(folders(tmp_path)[-1])
-    assert float(row["robustness/loss"]) == pytest.approx(float(row["test/loss"]), rel=1e-5)
-    assert row["robustness/loss_4_bit"] != row["robustness/loss"]
-    assert float(row["robustness/hessian_top"]) > 0 and "robustness/loss_8_bit" not in row
+def test_the_best_checkpoint_is_probed_by_the_command_and_summarised(tmp_path: Path) -> None:
+    robustness = ("--trainer.callbacks+=callbacks.robustness_probe.RobustnessProbe", "--trainer.callbacks.bits", "[4]")
+    other = ("--trainer.callbacks.other_data", "datamodules.modular_addition.ModularAdditionData")
+    other = (*other, "--trainer.callbacks.other_data.p", "7", "--trainer.callbacks.steps", "3")
+    forgetting = ("--trainer.callbacks+=callbacks.forgetting_probe.ForgettingProbe", *other)
+    folder = fit(tmp_path, *AGA, *TINY, *robustness, *forgetting, "--test_best", "true")
+    found = json.loads((folder / "summary.json").read_text())["test"]
+    assert found["robustness/loss"] == found["forgetting/loss_before"] == pytest.approx(found["test/loss"], rel=1e-5)
+    assert found["robustness/loss_4_bit"] != found["robustness/loss"]
+    assert found["robustness/hessian_top"] > 0 and "robustness/loss_8_bit" not in found
+    assert found["forgetting/loss_after"] != found["forgetting/loss_before"]
