@@ -1,0 +1,235 @@
+"""Judge a ceiling study: which row generalises best once the network can overfit.
+
+    python -m studies.ceiling results/ceiling_language
+    python -m studies.ceiling results/ceiling_cifar
+
+The folder has the runs of configs/sweeps/ceiling_language.yaml or ceiling_cifar.yaml, unpacked or in an archive. The
+command writes ``verdict.md`` (the tests that the sweep's file states, and tables of all rows) and ``verdict.svg``.
+
+The measure is that of the best checkpoint on the test split: perplexity, or the share of errors. Checkpoint and
+settings are chosen on validation data. Rows are compared on the seeds that both have, by the ratio of the measure.
+"""
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from analysis.plots import COLOURS, on_white, svg
+from analysis.results import metric_text
+from analysis.runs import Run, read
+from analysis.statistics import Mean, Paired, geometric_interval, holm, mean_interval, paired
+from analysis.tables import Table, mean_text, number
+
+# Family and reference of the primary tests, stated in the sweeps' files before the first run.
+PRIMARY = (("late", "base_averaged"), ("late", "base"), ("sync", "base"))
+SMALLEST_EFFECT = 0.01
+STYLE: Any = {"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False}
+NAMES = {
+    "base": "Base",
+    "base_averaged": "Base, averaged",
+    "sync": "Sync",
+    "late": "late",
+    "late_averaged": "late, averaged",
+    "adamw": "AdamW",
+    "muon": "Muon",
+    "aga": "AGA",
+    "periodic": "periodic, rho grown",
+    "functional": "functional late",
+    "momentum": "along the momentum",
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Describe the measure of a task: its name, test key, and value from the test's metrics."""
+
+    name: str
+    key: str
+    metric: str
+    lower: bool
+
+    def of(self, run: Run) -> float:
+        """Return the measure of the run's best checkpoint on the test split, NaN without one."""
+        value = run.summary.get("test", {}).get(self.key)
+        if value is None:
+            return math.nan
+        return math.exp(value) if self.key == "test/loss" else 1.0 - value
+
+
+PERPLEXITY = Measure("test perplexity", "test/loss", "val/loss", lower=True)
+ERROR = Measure("test error", "test/accuracy", "val/accuracy", lower=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Compare two families by the ratio of the measure on common seeds.
+
+    ``effect`` is of the logarithms; ``p`` is adjusted by Holm's method over the primary tests.
+    """
+
+    family: str
+    reference: str
+    effect: Paired
+    p: float
+
+    @property
+    def ratio(self) -> Mean:
+        """Return the geometric mean of the ratios with its 95 % interval."""
+        d = self.effect.difference
+        return Mean(d.n, math.exp(d.mean), *(None if x is None else math.exp(x) for x in (d.low, d.high)))
+
+    @property
+    def verdict(self) -> str:
+        """Say in words what the interval shows, for the smallest effect of interest."""
+        low, high = self.effect.difference.low, self.effect.difference.high
+        assert low is not None and high is not None
+        least = math.log1p(SMALLEST_EFFECT)
+        if -least < low and high < least:
+            return "equal within 1 %"
+        if self.p >= 0.05:
+            return "undecided"
+        better = self.effect.difference.mean < 0
+        return ("better" if better else "worse") + (
+            "" if min(abs(low), abs(high)) >= least else ", maybe by less than 1 %"
+        )
+
+
+def winners(folder: Path) -> tuple[dict[str, dict[str, Run]], dict[str, list[Run]]]:
+    """Return the winners' runs by row and seed, and the trials by row."""
+    finals: dict[str, dict[str, Run]] = {}
+    trials: dict[str, list[Run]] = {}
+    for run in read([folder])[0]:
+        sweep = run.identity.sweep
+        if sweep is not None and sweep.trial is None:
+            finals.setdefault(sweep.optimizer, {})[run.identity.seed] = run
+        elif sweep is not None:
+            trials.setdefault(sweep.optimizer, []).append(run)
+    return finals, trials
+
+
+def family_of(row: str) -> str:
+    """Return the family of a row, whose short budget has its own row."""
+    return row.removesuffix("_short")
+
+
+def values(runs: Mapping[str, Run], measure: Measure) -> dict[str, float]:
+    """Return the logarithm of the measure by seed."""
+    return {seed: math.log(measure.of(run)) for seed, run in runs.items() if measure.of(run) > 0}
+
+
+def primary_tests(rows: Mapping[str, Mapping[str, Run]], measure: Measure) -> list[Comparison]:
+    """Return the primary tests for which both families have run."""
+    found = []
+    for family, reference in PRIMARY:
+        if family in rows and reference in rows:
+            effect = paired(values(rows[family], measure), values(rows[reference], measure))
+            if effect is not None:
+                found.append((family, reference, effect))
+    adjusted = holm([effect.p for *_, effect in found])
+    return [Comparison(*parts, p) for parts, p in zip(found, adjusted, strict=True)]
+
+
+def tables(
+    rows: Mapping[str, Mapping[str, Run]], budgets: Mapping[str, str], trials: Mapping[str, list[Run]], measure: Measure
+) -> list[Table]:
+    """Return the primary tests and the table of all rows, the best first."""
+    lines = [
+        [
+            f"{NAMES[one.family]} against {NAMES[one.reference]}",
+            str(one.ratio.n),
+            mean_text(one.ratio, 4),
+            number(one.effect.p, 2),
+            number(one.p, 2),
+            one.verdict,
+        ]
+        for one in primary_tests(rows, measure)
+    ]
+    heads = ["comparison", "seeds", f"ratio of {measure.name}", "p", "p (Holm)", "verdict"]
+    notes = [
+        f"Geometric mean of the ratios of {measure.name} on common seeds, with its 95 % interval; below 1 the first "
+        "row is better. p is of the paired t-test of the logarithms, and p (Holm) is adjusted for these tests, "
+        "which were stated before the first run. The smallest effect of interest is 1 %."
+    ]
+    found = [Table("Primary tests", heads, lines, notes)]
+    lines = []
+    order = sorted(rows, key=lambda name: geometric_interval([measure.of(run) for run in rows[name].values()]).mean)
+    for family in order:
+        runs = list(rows[family].values())
+        against = paired(values(rows[family], measure), values(rows["base"], measure)) if "base" in rows else None
+        ratio = "1" if family == "base" else "-"
+        if against is not None and family != "base":
+            ratio = mean_text(Comparison(family, "base", against, against.p).ratio, 4)
+        gap = mean_interval([run.last("val/loss") - run.last("train/loss") for run in runs])
+        metric = measure.metric
+        lines.append(
+            [
+                NAMES[family],
+                budgets[family],
+                str(len(runs)),
+                mean_text(geometric_interval([measure.of(run) for run in runs]), 4),
+                ratio,
+                metric_text(metric, mean_interval([run.best(metric, measure.lower) for run in runs])),
+                metric_text(metric, mean_interval([run.last(metric) for run in runs])),
+                mean_text(gap, 3),
+                str(sum(len(of) for row, of in trials.items() if family_of(row) == family)),
+            ]
+        )
+    heads = ["row", "gradient evaluations", "seeds", measure.name, "ratio to Base", f"best {measure.metric}"]
+    heads += [f"last {measure.metric}", "gap of the losses", "trials"]
+    notes = [
+        "Each family at its better budget. Geometric means (test) and means (validation) over seeds, with 95 % "
+        "intervals. The gap is last validation loss minus last training loss. Trials count both budgets, and the best "
+        "trials on further seeds."
+    ]
+    return [*found, Table("All rows", heads, lines, notes)]
+
+
+def draw(rows: Mapping[str, Mapping[str, Run]], measure: Measure) -> Figure:
+    """Draw each seed's measure, and the geometric mean of each row with its interval."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.6 + 0.32 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        means = {name: geometric_interval([measure.of(run) for run in runs.values()]) for name, runs in rows.items()}
+        order = sorted(rows, key=lambda name: -means[name].mean)
+        for place, name in enumerate(order):
+            seeds = [measure.of(run) for run in rows[name].values()]
+            axes.plot(seeds, [place] * len(seeds), "o", color="#8a8f98", markersize=3, alpha=0.5, markeredgewidth=0)
+            mean = means[name]
+            if mean.low is not None and mean.high is not None:
+                axes.plot([mean.low, mean.high], [place] * 2, color=COLOURS[0], linewidth=2.5)
+            axes.plot(mean.mean, place, "o", color=COLOURS[0], markersize=5)
+        axes.set_yticks(range(len(order)), [NAMES[name] for name in order])
+        axes.set_xlabel(f"{measure.name}; points are seeds, bars 95 % intervals of the geometric mean")
+    return figure
+
+
+def main() -> None:
+    """Read the runs of a folder, and write the verdict beside them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="results/ceiling_language or results/ceiling_cifar")
+    folder: Path = parser.parse_args().folder
+    finals, trials = winners(folder)
+    if not finals:
+        parser.error(f"{folder} has no runs of winners yet: continue its sweep")
+    rows = {family_of(row): runs for row, runs in finals.items()}
+    budgets = {
+        family_of(row): number(max(run.at_end("cost/gradient_evaluations") or 0.0 for run in runs.values()))
+        for row, runs in finals.items()
+    }
+    some = next(iter(next(iter(rows.values())).values()))
+    measure = ERROR if some.has("val/accuracy") else PERPLEXITY
+    made = tables(rows, budgets, trials, measure)
+    text = "\n\n".join(table.markdown() for table in made)
+    (folder / "verdict.md").write_text(f"{text}\n", encoding="utf-8")
+    (folder / "verdict.svg").write_text(on_white(svg(draw(rows, measure))), encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+import json
+import math
+import sys
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import yaml
+from scipy import stats
+
+from studies import ceiling
+from tests.analysis.runs import unpack
+
+# The logarithm of each row's measure on four seeds, relative to Base.
+NOISE = (0.004, -0.003, 0.001, -0.002)
+LOGS = {
+    "base": (0.0, 0.1, -0.1, 0.05),
+    "base_averaged": tuple(x - 0.03 + n for x, n in zip((0.0, 0.1, -0.1, 0.05), NOISE, strict=True)),
+    "late_short": tuple(x - 0.05 - n for x, n in zip((0.0, 0.1, -0.1, 0.05), NOISE, strict=True)),
+    "sync": tuple(x + n / 2 for x, n in zip((0.0, 0.1, -0.1, 0.05), NOISE, strict=True)),
+}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Return a folder with winners' runs of four rows, and two trials of one."""
+    run = next(path.parent for path in unpack("runs", tmp_path / "made").rglob("summary.json"))
+    folder = tmp_path / "study"
+    for row, logs in LOGS.items():
+        for seed, log in enumerate(logs):
+            write(run, folder / row / f"final-{seed}", row, seed, None, 1 - math.exp(log) / 2)
+    for trial in (0, 1):
+        write(run, folder / "base" / f"trial-{trial}", "base", 1000, trial, None)
+    return folder
+
+
+def write(run: Path, target: Path, row: str, seed: int, trial: int | None, accuracy: float | None) -> None:
+    target.mkdir(parents=True)
+    (target / "metrics.csv").write_bytes((run / "metrics.csv").read_bytes())
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config |= {"seed_everything": seed, "sweep": {"name": "ceiling", "optimizer": row, "trial": trial}}
+    config["data"]["init_args"]["seed"] = seed
+    config["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 0.001 * (
+        1 + list(LOGS).index(row) + (trial or 0) / 10
+    )
+    (target / "config.yaml").write_text(yaml.safe_dump(config))
+    summary = json.loads((run / "summary.json").read_text())
+    if accuracy is not None:
+        summary["test"] = {"test/accuracy": accuracy}
+    (target / "summary.json").write_text(json.dumps(summary))
+
+
+def test_the_stated_tests_are_paired_and_adjusted_over_all_of_them(study: Path) -> None:
+    finals, trials = ceiling.winners(study)
+    assert {row: len(runs) for row, runs in finals.items()} == dict.fromkeys(LOGS, 4)
+    assert len(trials["base"]) == 2
+    rows = {ceiling.family_of(row): runs for row, runs in finals.items()}
+    averaged, late, sync = ceiling.primary_tests(rows, ceiling.ERROR)
+    assert (late.family, late.reference) == ("late", "base")
+    assert late.ratio.mean == pytest.approx(math.exp(-0.05), rel=1e-9)
+    p = [
+        stats.ttest_rel(LOGS["late_short"], LOGS["base_averaged"]).pvalue,
+        stats.ttest_rel(LOGS["late_short"], LOGS["base"]).pvalue,
+        stats.ttest_rel(LOGS["sync"], LOGS["base"]).pvalue,
+    ]
+    assert [one.effect.p for one in (averaged, late, sync)] == pytest.approx(p, rel=1e-6)
+    assert p[1] < p[0] < p[2]
+    assert [one.p for one in (averaged, late, sync)] == pytest.approx(
+        [2 * p[0], 3 * p[1], max(2 * p[0], p[2])], rel=1e-6
+    )
+    assert [one.verdict for one in (averaged, late, sync)] == [
+        "better, maybe by less than 1 %",
+        "better",
+        "equal within 1 %",
+    ]
+
+
+def test_the_command_writes_the_verdict_and_its_picture_beside_the_runs(study: Path) -> None:
+    with patch.object(sys, "argv", ["ceiling", str(study)]):
+        ceiling.main()
+    text = (study / "verdict.md").read_text()
+    assert "late against Base, averaged" in text and "equal within 1 %" in text
+    rows = [line for line in text.splitlines() if line.startswith(("| late |", "| Base |"))]
+    assert [line.split(" | ")[0] for line in rows] == ["| late", "| Base"], "the best row is first"
+    assert rows[1].endswith("| 2 |")
+    assert (study / "verdict.svg").read_text().count("<svg") == 1
+
+
+def test_a_folder_without_winners_is_an_error_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with patch.object(sys, "argv", ["ceiling", str(tmp_path)]), pytest.raises(SystemExit):
+        ceiling.main()
+    assert "has no runs of winners yet: continue its sweep" in capsys.readouterr().err
