@@ -34,7 +34,7 @@ from ars2.graphs import to_device_
 from ars2.kernels import Tensors
 from ars2.newton_schulz import Schedule
 from ars2.orthogonalize import LEAST_NORM
-from ars2.replay import devices_of, frozen_statistics, random_state, second_pass
+from ars2.replay import devices_of, first_pass, frozen_statistics, random_state, second_pass
 from ars2.schedule import Mode
 
 
@@ -44,11 +44,13 @@ class StepState:
 
     It is reset after every step and never saved. The optimizer changes it in place, because the wrappers of Fabric and
     Lightning share the object, but would not share a new attribute. ``backups`` are parameters with copies of them, or
-    one parameter with a copy of a flat part and the index of the part's first entry.
+    one parameter with a copy of a flat part and the index of the part's first entry. ``moved_first`` is whether the
+    parameters moved along the momentum for the first pass.
     """
 
     stage: Literal["idle", "decided", "moved", "restored"] = "idle"
     wanted: bool = False
+    moved_first: bool = False
     phi: float = 0.0
     variance: float = 0.0
     backups: list[tuple[list[Tensor], list[Tensor], int | None]] = field(default_factory=list)
@@ -66,6 +68,7 @@ class ARS2Neo(TrackedOptimizer):
     ``u = m_hat / (sqrt(v_hat) + eps)``. A *vector* parameter moves by ``p <- (1 - lr*wd) p - lr * u``, which is AdamW.
     On a two-pass step, the moments take the gradient at the adversarial point ``p + rho * n / |n|`` with
     ``n = g / (sqrt(v_hat) + eps) * |p|``, computed for each tensor (SAM, Foret et al. 2021; ASAM, Kwon et al. 2021).
+    Mode ``"momentum"`` makes a single pass, at such a point with the momentum in place of ``g``.
 
     Flatness (``mode``), geometry and energy can be switched off for matrices. Without geometry a matrix moves by
     ``lr * u``. That is AdamW, and in mode ``"sync"`` SAM on AdamW. Without energy there is no second moment. Then
@@ -83,11 +86,13 @@ class ARS2Neo(TrackedOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay, multiplied by ``lr``. It may be changed in the group between steps.
         rho, relative_rho: length of each tensor's move to the adversarial point, which is ``rho``, or ``rho * |p|``
-            with the norm of the tensor.
+            with the norm of the tensor. In mode ``"momentum"`` it may be negative.
         mode: which steps are two-pass steps. ``"base"``: none. ``"sync"``: all. ``"aga"``: those at which the global
             cosine ``phi`` of gradient and cached shear force falls below ``-phi_lambda * sqrt(variance)``.
             ``"late"``: all after the first ``late_start * total_steps`` steps. ``"periodic"`` (steps 1, k+1, 2k+1,
-            ...) and ``"random"`` (step 1, then with ``probability``) are controls.
+            ...) and ``"random"`` (step 1, then with ``probability``) are controls. ``"momentum"``: none, but the
+            parameters are moved for the single pass, uphill (MSAM, arXiv 2401.12033), or with a negative ``rho``
+            ahead along the descent (arXiv 2605.25395), see :meth:`move_along_momentum`.
         energy, geometry: whether matrices use Adam's second moment, and Newton-Schulz. See above.
         k: the period of ``"periodic"``. In ``"aga"``, if above 1, the largest distance between two sync steps.
         alpha: strength of the shear force that replaces the second gradient on one-pass steps. In ``"aga"`` it is
@@ -161,7 +166,8 @@ class ARS2Neo(TrackedOptimizer):
 
     def _check_options(self, group: dict[str, Any]) -> None:
         super()._check_options(group)
-        validation.check_number(group, "rho", 0.0)
+        signed = group["mode"] == "momentum"
+        validation.check_number(group, "rho", -math.inf if signed else 0.0, open_minimum=signed)
         for name in ("energy", "geometry", "relative_rho"):
             validation.check_choice(group, name, (False, True))
         schedule.check_options(group)
@@ -204,7 +210,7 @@ class ARS2Neo(TrackedOptimizer):
 
     def _refuse_while_moved(self, what: str) -> None:
         if self._step_state.stage == "moved":
-            raise RuntimeError(f"{what} fails while the parameters are at the adversarial point: call restore() first")
+            raise RuntimeError(f"{what} fails while the parameters are moved: call restore() first")
 
     @property
     def always_two_pass(self) -> bool:
@@ -220,7 +226,12 @@ class ARS2Neo(TrackedOptimizer):
 
         Then no batch need be kept for one.
         """
-        return bool(self.param_groups[0]["mode"] == "base")
+        return self.param_groups[0]["mode"] in ("base", "momentum")
+
+    @property
+    def moves_first_pass(self) -> bool:
+        """Return whether every pass needs :meth:`move_along_momentum` before it."""
+        return bool(self.param_groups[0]["mode"] == "momentum")
 
     @property
     def decides_alike(self) -> bool:
@@ -251,7 +262,7 @@ class ARS2Neo(TrackedOptimizer):
                 of a gradient scaler need not be unscaled. Earlier versions needed the scale.
 
         Raises:
-            RuntimeError: the parameters are at the adversarial point.
+            RuntimeError: the parameters are moved.
         """
         self._refuse_while_moved("wants_second_pass()")
         state, main = self._step_state, self.param_groups[0]
@@ -263,7 +274,7 @@ class ARS2Neo(TrackedOptimizer):
             phi = self._phi() if main["sync_steps"] > 0 else 0.0
             variance = schedule.next_variance(main, phi, t)
         wanted = schedule.is_sync_step(main, t, phi, variance)
-        state.reset(stage="decided", wanted=wanted, phi=phi, variance=variance)
+        state.reset(stage="decided", wanted=wanted, moved_first=state.moved_first, phi=phi, variance=variance)
         return wanted
 
     def _phi(self) -> float:
@@ -273,6 +284,28 @@ class ARS2Neo(TrackedOptimizer):
         sums = sums_of(chunks, self._pairwise(flatness.cosine_sums, "shear"), self._layout)
         self._layout.agree_(sums)
         return flatness.global_cosine(sums)
+
+    @torch.no_grad()
+    def move_along_momentum(self) -> None:
+        """Move the parameters by ``rho * n / |n|``, before a pass in mode ``"momentum"``.
+
+        ``n = m_hat / (sqrt(v_hat) + eps) * |p|``, from the moments of the steps so far. Before the first step nothing
+        moves. After the backward pass call :meth:`restore`. To accumulate gradients, do so for each micro-batch or once
+        around all of them, which leads to the same point.
+
+        Raises:
+            RuntimeError: the mode is another one, or the parameters have moved already.
+        """
+        if not self.moves_first_pass:
+            raise RuntimeError(f'move_along_momentum() needs mode "momentum", got {self.param_groups[0]["mode"]!r}')
+        self._refuse_while_moved("move_along_momentum()")
+        self._adopt_parameters()
+        self._step_state.reset(stage="moved", moved_first=True)
+        try:
+            self._move_parameters("exp_avg")
+        except BaseException:
+            self._abandon()
+            raise
 
     @torch.no_grad()
     def perturb(self) -> None:
@@ -288,9 +321,9 @@ class ARS2Neo(TrackedOptimizer):
             raise RuntimeError(
                 "perturb() needs a decision: call wants_second_pass() right before it, once in each step"
             )
-        state.stage = "moved"
+        state.stage, state.moved_first = "moved", False
         try:
-            self._move_to_adversarial_point()
+            self._move_parameters()
             state.first_gradients = {
                 # The next backward pass overwrites views, such as those into gradient buckets.
                 param: param.grad.clone() if param.grad._is_view() else param.grad
@@ -300,13 +333,12 @@ class ARS2Neo(TrackedOptimizer):
             }
             for param in state.first_gradients:
                 param.grad = None
-            # Autocast caches cast weights within its block. The cache would hide the move.
-            torch.clear_autocast_cache()
         except BaseException:
             self._abandon()
             raise
 
-    def _move_to_adversarial_point(self) -> None:
+    def _move_parameters(self, along: str | None = None) -> None:
+        """Move the parameters along their gradients, or the state tensor ``along``."""
         latest: dict[str, Any] = {}
         # All chunks of a round need the same number of sums.
         with_lengths = any(group["relative_rho"] for group in self.param_groups)
@@ -316,7 +348,7 @@ class ARS2Neo(TrackedOptimizer):
             return flatness.offset_sums(latest["offsets"], chunk.params if with_lengths else None)
 
         factor = schedule.rho_scale(self.param_groups[0])
-        for chunk, totals in with_sums(self._rounds(self._gather(), self._split), sums, self._layout):
+        for chunk, totals in with_sums(self._rounds(self._gather(along), self._split), sums, self._layout):
             # Computing the offsets of several chunks twice costs less than storing them.
             offsets = latest["offsets"] if latest["chunk"] is chunk else self._offsets(chunk)
             copies = [param.clone() for param in chunk.params]
@@ -324,6 +356,8 @@ class ARS2Neo(TrackedOptimizer):
             move = self._maybe_compile(chunk.group)(flatness.move_along_)
             rho = chunk.group["rho"] * factor
             move(chunk.params, offsets, totals[0], rho * totals[1].sqrt() if chunk.group["relative_rho"] else rho)
+        # Autocast caches cast weights within its block. The cache would hide the move.
+        torch.clear_autocast_cache()
 
     def _rounds(
         self, groups: Iterable[Chunk], split: Callable[[Chunk], Iterable[list[Chunk]]]
@@ -352,7 +386,7 @@ class ARS2Neo(TrackedOptimizer):
         """Restore the parameters, bit for bit.
 
         Raises:
-            RuntimeError: the parameters are not at the adversarial point.
+            RuntimeError: the parameters are not moved.
         """
         state = self._step_state
         if state.stage != "moved":
@@ -363,7 +397,7 @@ class ARS2Neo(TrackedOptimizer):
                 params = [params[0].view(-1)[start : start + len(copies[0])]]
             torch._foreach_copy_(params, copies)
         state.backups.clear()
-        state.stage = "restored"
+        state.stage = "idle" if state.moved_first else "restored"
         torch.clear_autocast_cache()
 
     def _abandon(self) -> None:
@@ -398,12 +432,13 @@ class ARS2Neo(TrackedOptimizer):
             model: where random numbers are drawn and buffers change. It is on the devices on which it is used.
 
         Raises:
-            RuntimeError: there are gradients before the first pass, except in mode ``"base"``, which makes no second
-                pass that would have to repeat them; or processes could decide differently, which :meth:`distribute`
-                prevents.
+            RuntimeError: there are gradients before the first pass, except in the modes ``"base"`` and ``"momentum"``,
+                which make no second pass that would have to repeat them; or processes could decide differently, which
+                :meth:`distribute` prevents.
         """
         if self.never_two_pass:
-            yield 1
+            with first_pass(self):
+                yield 1
             return
         if not self.decides_alike and has_several_processes():
             raise RuntimeError(
@@ -435,14 +470,15 @@ class ARS2Neo(TrackedOptimizer):
             closure: zeroes the gradients, evaluates the loss, calls backward and returns the loss. It is evaluated once
                 or twice, depending on the mode. :func:`ars2.repeatable` gives both evaluations the same dropout. In
                 mode ``"base"`` it may add to existing gradients; a second evaluation would not repeat these. If this
-                step's passes are made through the parts, before or in the closure, it is evaluated once.
+                step's passes are made through the parts, before or in the closure, it is evaluated once. In mode
+                ``"momentum"`` they must be.
 
         Returns:
             The result of the closure's first evaluation, or ``None`` without a closure.
 
         Raises:
             RuntimeError: the parts were not called, the second gradient is missing or is not of the same batches as the
-                first, or the parameters are still at the adversarial point.
+                first, or the parameters are still moved.
         """
         self._refuse_while_moved("step()")
         result = None
@@ -470,6 +506,11 @@ class ARS2Neo(TrackedOptimizer):
         if not found and state.stage == "restored":
             raise RuntimeError(
                 "step(): the second pass left no gradient: call backward() between perturb() and restore()"
+            )
+        if found and self.moves_first_pass and not state.moved_first:
+            raise RuntimeError(
+                'step() in mode "momentum" needs the gradient at moved parameters: make the pass in a loop over'
+                " optimizer.passes(model), or between move_along_momentum() and restore()"
             )
         if found:
             self._update()

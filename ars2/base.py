@@ -353,10 +353,11 @@ class TrackedOptimizer(Optimizer):
         """Return the wrapper for functions that work on the tensors of ``group``."""
         return self._compilers.setdefault(id(group), Compiler()) if self._compile else eager
 
-    def _gather(self) -> Iterator[Chunk]:
+    def _gather(self, instead: str | None = None) -> Iterator[Chunk]:
         """Yield the parameters of each group that have a gradient.
 
-        Gradients are in the dtype and strides of the state. Copies in another dtype exist for one group at a time.
+        Gradients are in the dtype and strides of the state. Copies in another dtype exist for one group at a time. The
+        state tensor ``instead`` takes the place of the gradient for every parameter that is not frozen.
         """
         first = 0
         for group in self.param_groups:
@@ -366,13 +367,14 @@ class TrackedOptimizer(Optimizer):
                 keys = (*keys, "remainder")
             chunk.state.update((key, []) for key in keys)
             for param in group["params"]:
-                if param.grad is None or not param.numel():
-                    continue
                 state = self.state[param]
+                grad = param.grad if instead is None else state[instead] if param.requires_grad else None
+                if grad is None or not param.numel():
+                    continue
                 like = local(state[keys[0]])
                 chunk.sources.append(param)
                 chunk.params.append(local(param))
-                chunk.grads.append(_laid_out_as(like, local(param.grad)))  # type: ignore[union-attr]
+                chunk.grads.append(_laid_out_as(like, local(grad)))  # type: ignore[union-attr]
                 count = state.get("step", 0.0)
                 chunk.counts.append(count if self._capturable else float(count))  # type: ignore[attr-defined]
                 for key in keys:

@@ -189,6 +189,11 @@ def _check(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             f"TwoPass cannot make the passes of {name}, because it sets automatic_optimization to False: remove the"
             " callback, and loop over optimizer.passes(self) in training_step()"
         )
+    if getattr(trainer.optimizers[0], "moves_first_pass", False):
+        raise ValueError(
+            f'TwoPass cannot move the parameters before {name}.training_step(), which mode "momentum" needs: set'
+            " automatic_optimization to False there, and loop over optimizer.passes(self)"
+        )
     if not _may_want_second_pass(trainer.optimizers[0]):
         return
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:

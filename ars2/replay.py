@@ -162,6 +162,23 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 
 
 @contextmanager
+def first_pass(optimizer: Any) -> Iterator[None]:
+    """Make a block the first pass of a step, of all its batches or of some.
+
+    In mode ``"momentum"`` of :class:`ars2.ARS2Neo` it is made at moved parameters. At its end they are restored, also
+    after an exception.
+    """
+    moved = getattr(optimizer, "moves_first_pass", False)
+    if moved:
+        optimizer.move_along_momentum()
+    try:
+        yield
+    finally:
+        if moved:
+            optimizer.restore()
+
+
+@contextmanager
 def second_pass(
     optimizer: Any, statistics: AbstractContextManager[None], devices: Iterable[torch.device]
 ) -> Iterator[None]:

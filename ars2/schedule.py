@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from ars2 import validation
 
-Mode = Literal["base", "sync", "aga", "periodic", "random", "late"]
+Mode = Literal["base", "sync", "aga", "periodic", "random", "late", "momentum"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 # In the first group only. "interval" is the number of steps from one two-pass step to the next.
 COUNTERS = {"sync_steps": 0, "last_sync": 0, "phi": 0.0, "phi_variance": 0.0, "injected_alpha": 0.0, "interval": 0}
@@ -39,7 +39,7 @@ def check_options(group: dict[str, Any]) -> None:
     if group["rho_per_step"] and mode not in _MODES_BETWEEN:
         raise ValueError(f"rho_per_step needs one of the modes {', '.join(_MODES_BETWEEN)}, got {mode!r}: leave it out")
     validation.check_integer(group, "k", 1 if mode == "periodic" else 0)
-    largest = {"base": 0, "random": 0, "late": 0, "sync": 1}.get(mode, group["k"])
+    largest = {"base": 0, "random": 0, "late": 0, "momentum": 0, "sync": 1}.get(mode, group["k"])
     if group["k"] > largest:
         raise ValueError(
             f"k must be at most {largest} in mode {mode!r}, got {group['k']}:"

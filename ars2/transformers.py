@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ars2.ars2_neo import ARS2Neo
 from ars2.base import TrackedOptimizer
 from ars2.param_groups import param_groups
-from ars2.replay import devices_of, frozen_statistics, random_state, second_pass
+from ars2.replay import devices_of, first_pass, frozen_statistics, random_state, second_pass
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -102,7 +102,10 @@ class TwoPassTrainer(Trainer):
         if is_ddp and isinstance(optimizer, TrackedOptimizer) and not optimizer.is_distributed:
             optimizer.distribute(dist.group.WORLD)
         if not isinstance(optimizer, ARS2Neo) or optimizer.never_two_pass:
-            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+            if getattr(optimizer, "moves_first_pass", False):
+                self._check_support()
+            with first_pass(optimizer):
+                loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
         if not any(param.grad is not None for group in optimizer.param_groups for param in group["params"]):
             self._check_support()
@@ -146,7 +149,7 @@ class TwoPassTrainer(Trainer):
             supported, kind = False, "parallelism within the model"
         if not supported:
             raise ValueError(
-                f"TwoPassTrainer makes second passes on one device or under DDP, not with {kind}: start one process for"
+                f"TwoPassTrainer moves parameters on one device or under DDP, not with {kind}: start one process for"
                 ' each GPU with torchrun and without sharding, or use mode="base"'
             )
 

@@ -178,6 +178,7 @@ class ProbedLoss:
                 return [param - start for param, start in zip(self.params, self.start, strict=True)]
             finally:
                 optimizer.restore()
+                optimizer.wants_second_pass()  # starts the step again, which has made no second pass yet
         finally:
             for group, options in zip(optimizer.param_groups, before, strict=True):
                 group.clear()

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DistributedSampler
 
 from ars2.param_groups import Policy
-from ars2.replay import random_state, second_pass
+from ars2.replay import first_pass, random_state, second_pass
 from experiment.library_internals import is_compiled
 from modules.checks import check_average, check_callbacks, check_complete, check_trainer
 from modules.evaluation import EvaluatedModule
@@ -41,7 +41,8 @@ class TwoPassModule(ResumableModule):
     and implements :meth:`compute_loss`. An optimizer with the parts of a two-pass step (``wants_second_pass``,
     ``perturb``, ``restore``) is driven through them; any other makes one pass. The optional attributes
     ``never_two_pass``, ``always_two_pass`` and ``decides_alike``, see :class:`ars2.ARS2Neo`, save
-    stored batches and exchanges.
+    stored batches and exchanges. With its attribute ``moves_first_pass``, each batch is evaluated at moved parameters,
+    and so are the reported training loss and BatchNorm's statistics.
 
     Args:
         optimizer: takes parameter groups and returns the optimizer. With ``None``, the default of
@@ -186,11 +187,12 @@ class TwoPassModule(ResumableModule):
         weight = self._weight(batch)
         self._window.append((batch, weight, random_state(self.device)) if two_pass else None)
         is_last = len(self._window) == self.accumulate_grad_batches or self.trainer.is_last_batch
-        loss = self.checked_loss(batch, self.train_metrics)
-        self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch))
-        self._record.losses[0].append(loss.detach())
-        local = self.local_first_pass and getattr(optimizer, "always_two_pass", False)
-        self._backward(loss * weight, sync=is_last and not local)
+        with first_pass(optimizer):
+            loss = self.checked_loss(batch, self.train_metrics)
+            self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch))
+            self._record.losses[0].append(loss.detach())
+            local = self.local_first_pass and getattr(optimizer, "always_two_pass", False)
+            self._backward(loss * weight, sync=is_last and not local)
         if not is_last:
             return loss.detach()
         if two_pass and self.clip_first_pass and self.gradient_clip_val is not None:

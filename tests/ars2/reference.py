@@ -17,7 +17,7 @@ Gradients = list[Tensor | None]
 JORDAN = (3.4445, -4.7750, 2.0315)
 # The published equations add 1e-7 and 1e-12 to norms, by which results depend on the scale of the gradients.
 LEAST_NORM = 1e-30
-MODES = ("base", "sync", "aga", "periodic", "random", "late")
+MODES = ("base", "sync", "aga", "periodic", "random", "late", "momentum")
 
 
 def reference_newton_schulz(
@@ -132,7 +132,11 @@ class ReferenceARS2:
         `gradient_function` returns the gradients at the parameters as they are when it is called.
         """
         self.t += 1
-        first = self.evaluate(gradient_function)
+        if self.mode == "momentum":
+            # The bias correction of the momentum is a factor, which the normalised move does not depend on.
+            first = self.evaluate_at_adversarial_point(list(self.exp_avg), gradient_function)
+        else:
+            first = self.evaluate(gradient_function)
 
         phi = self.cosine_with_shear(first)
         alpha_t = self.alpha
@@ -178,7 +182,7 @@ class ReferenceARS2:
         return inner / max(math.sqrt(gradient_square) * math.sqrt(shear_square), LEAST_NORM**2)
 
     def wants_second_pass(self, phi: float, threshold: float) -> bool:
-        if self.mode == "base":
+        if self.mode in ("base", "momentum"):
             return False
         if self.mode == "late":
             return self.t > self.steps_with_one_pass

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ars2 import ARS2Neo, Muon
 from ars2.distributed import is_sharded, local
+from ars2.replay import first_pass
 from tests.ars2.problems import SmallProblem, problem_groups
 from tests.ars2.training import MODES
 from tests.helpers.launching import become
@@ -66,6 +67,7 @@ EXACT: dict[str, Make] = {
     **{mode: ars2(mode) for mode in ("base", "sync", "aga", "periodic")},
     "aga, no energy": ars2("aga", energy=False),
     "sync, no geometry": ars2("sync", geometry=False, relative_rho=True),  # relative for matrices only
+    "momentum": lambda model: ARS2Neo(groups(model), ns_dtype="float32", mode="momentum", relative_rho=True),
     "muon": lambda model: Muon(groups(model), ns_dtype="float32"),
 }
 OPTIMIZERS = {**EXACT, "rounded": rounded}
@@ -90,7 +92,8 @@ def one_step(model: UnevenProblem, optimizer: Any, step: int, rank: int, ranks: 
         torch.stack(losses).mean().backward()
 
     optimizer.zero_grad()
-    backward()
+    with first_pass(optimizer):
+        backward()
     if hasattr(optimizer, "wants_second_pass") and optimizer.wants_second_pass():
         optimizer.perturb()
         try:

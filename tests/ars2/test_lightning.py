@@ -30,7 +30,7 @@ from tests.modules.small_task import CORE, OPTIMIZERS, assert_equal_states, batc
 from tests.modules.small_task import fit as fit_without
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "momentum"])
 def test_it_trains_like_the_suite_to_the_bit(name: str) -> None:
     assert_equal_states(*both(name, dropout=0.3))
 
@@ -353,6 +353,13 @@ def test_what_cannot_be_is_an_error(kind: type[Ordinary], message: str) -> None:
 def test_a_strategy_that_makes_its_own_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"TwoPass does not support OwnSteps.*use ddp"):
         fit(Ordinary("sync"), strategy=OwnSteps("cpu"))
+
+
+def test_mode_momentum_is_refused_with_and_without_the_callback() -> None:
+    with pytest.raises(ValueError, match=r'before Ordinary.training_step\(\), which mode "momentum" needs'):
+        fit(Ordinary("momentum"))
+    with pytest.raises(RuntimeError, match='mode "momentum" needs the gradient at moved parameters'):
+        fit_without(Ordinary("momentum"), 1)
 
 
 def test_a_trainer_without_the_callback_is_warned_once() -> None:

@@ -59,7 +59,7 @@ ARS2NEO: list[tuple[str, Any, str]] = [
     ("total_steps", 0.5, "at least 0"),
     ("rho_per_step", 1, "one of False, True"),
     ("relative_rho", 1, "one of False, True"),
-    ("mode", "delayed", "one of 'base', 'sync', 'aga', 'periodic', 'random', 'late'"),
+    ("mode", "delayed", "one of 'base', 'sync', 'aga', 'periodic', 'random', 'late', 'momentum'"),
     ("mode", None, "one of 'base', 'sync', 'aga', 'periodic', 'random'"),
     ("energy", None, "one of False, True"),
     ("energy", 0, "one of False, True"),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ars2 import ARS2Neo, chunks
+from ars2.replay import first_pass
 from tests.ars2.problems import SmallProblem, problem_groups
 
 # Every mode with options under which it does all that it can do within a few dozen steps of the small problem: AGA's
@@ -82,7 +83,8 @@ def step_by_parts(
     `between` runs before the update.
     """
     optimizer.zero_grad()
-    (model.loss(step) * loss_scale).backward()
+    with first_pass(optimizer):
+        (model.loss(step) * loss_scale).backward()
     again = optimizer.wants_second_pass(grad_scale=loss_scale)
     if again:
         optimizer.perturb()

@@ -163,13 +163,19 @@ def test_training_is_the_same_to_the_bit_as_without_it(name: str, tmp_path: Path
     The network has dropout.
     """
     probe = FlatnessProbe(epochs=1, batches=2, rho=0.5, max_products=3, trace_samples=2, random_directions=2)
-    states = []
+    states, made = [], []
+
+    def make(params: Any) -> Any:
+        made.append(make_optimizer(name)(params))
+        return made[-1]
+
     for callbacks in ([], [probe]):
-        model, numbers = fit_small(make_optimizer(name), callbacks, tmp_path / str(len(callbacks)))
+        model, numbers = fit_small(make, callbacks, tmp_path / str(len(callbacks)))
         states.append((state_of(model), numbers, {key: p.grad for key, p in model.named_parameters()}))
     assert len(rows(tmp_path / "1/lightning_logs/version_0", having=PROBED)) == 4
     assert_equal_states(states[0][0], states[1][0])
     assert states[0][1] == states[1][1]
+    assert made[0].state_dict()["param_groups"] == made[1].state_dict()["param_groups"]
     for key, gradient in states[0][2].items():
         assert torch.equal(gradient, states[1][2][key]), key
 

@@ -86,7 +86,11 @@ class Loop:
         """Return whether there was an update."""
         before = [buffer.clone() for buffer in self.network.buffers()]
         self.optimizer.zero_grad()
+        if getattr(self.optimizer, "moves_first_pass", False):
+            self.optimizer.move_along_momentum()
         self._passes(members)
+        if getattr(self.optimizer, "moves_first_pass", False):
+            self.optimizer.restore()
         statistics = [buffer.clone() for buffer in self.network.buffers()]
         if isinstance(self.optimizer, ARS2Neo):
             if self.clip_first_pass:

@@ -28,6 +28,7 @@ OPTIMIZERS: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
     "periodic": (ARS2Neo, {"lr": 1e-2, "mode": "periodic", "k": 3}),
     "random": (ARS2Neo, {"lr": 1e-2, "mode": "random", "probability": 0.4}),
     "late": (ARS2Neo, {"lr": 1e-2, "mode": "late", "late_start": 0.5, "total_steps": 12}),
+    "momentum": (ARS2Neo, {"lr": 1e-2, "mode": "momentum", "rho": -0.2}),
 }
 TWO_PASS = ("sync", "aga", "periodic", "random", "late")
 # One of every kind, where only the kind matters: torch's, one pass, always two, and two at some steps.

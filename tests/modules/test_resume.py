@@ -78,7 +78,7 @@ def test_resuming_under_another_optimizer_is_refused(name: str, other: str, tmp_
         train(other, 2, Recorder(), first.path)
 
 
-@pytest.mark.parametrize("name", ["adamw", "aga"])
+@pytest.mark.parametrize("name", ["adamw", "aga", "momentum"])
 def test_resuming_in_the_middle_of_an_epoch_starts_with_the_next_batch(name: str, tmp_path: Path) -> None:
     expected = train(name, 3, Recorder())
     first = Recorder(save_at=7, path=tmp_path / "middle.ckpt")  # five batches an epoch

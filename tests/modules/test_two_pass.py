@@ -33,7 +33,7 @@ def test_training_equals_a_hand_written_loop_to_the_bit(name: str) -> None:
     assert trainer.global_step == 12
 
 
-@pytest.mark.parametrize("name", ["adamw", "aga"])
+@pytest.mark.parametrize("name", ["adamw", "aga", "momentum"])
 def test_both_passes_accumulate_and_the_short_last_window_makes_a_step(name: str) -> None:
     module = SmallTask(optimizer=make_optimizer(name), accumulate_grad_batches=4)
     trainer = fit(module, epochs=3)
@@ -147,6 +147,36 @@ def test_an_exception_in_the_second_pass_restores_the_parameters(error: type[Bas
     with pytest.raises((Stop, SystemExit)):
         fit(module)
     assert all(torch.equal(a, b) for a, b in zip(before, module.network.parameters(), strict=True))
+
+
+def test_callbacks_find_unmoved_parameters_in_mode_momentum_whatever_a_batch_raises() -> None:
+    """The third window is skipped, and the backward pass of its second batch raises."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Failing(SmallTask):
+        def compute_loss(self, batch: Any, metrics: Any) -> torch.Tensor:
+            moved.append(not same_as_seen(self))
+            loss = super().compute_loss(batch, metrics)
+            return loss * torch.inf if len(moved) == 5 else loss
+
+        def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+            seen.append({key: value.clone() for key, value in self.network.named_parameters()})
+
+        def on_after_backward(self) -> None:
+            if len(moved) == 6:
+                raise Stop
+
+    def same_as_seen(module: SmallTask) -> bool:
+        return all(torch.equal(value, seen[-1][key]) for key, value in module.network.named_parameters())
+
+    moved: list[bool] = []
+    module = Failing(optimizer=make_optimizer("momentum"), accumulate_grad_batches=2, nonfinite="skip")
+    with pytest.raises(Stop):
+        fit(module)
+    assert moved == [False, False, True, True, True, True]
+    assert same_as_seen(module)
+    assert_equal_states(seen[0], seen[1])
+    assert_equal_states(seen[4], seen[5])
 
 
 @pytest.mark.parametrize(("interval", "expected"), [("epoch", 0.5**2), ("step", 0.5**12)])
