@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.config_guard import check_overlays
+from launch.search import merged
 from launch.sweep_specification import Dimension, Objective, read
 from tests.helpers.commands import ROOT
 
@@ -106,13 +108,17 @@ def test_runs_that_missed_the_milestone_are_judged_by_the_fallback_metric() -> N
         Objective(milestone="full", fallback_metric="val/perplexity").fallback_value(summary)
 
 
-def test_every_shipped_sweep_can_be_read() -> None:
-    paths = list((ROOT / "configs/sweeps").glob("*.yaml"))
-    assert paths
-    for path in paths:
-        sweep = read(path)
-        for name in sweep.optimizers:
-            assert len(sweep.points(name)) == sweep.trials
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_sweep_can_be_read_and_its_layers_fit_together(path: Path, tmp_path: Path) -> None:
+    sweep = read(path)
+    layer, final = tmp_path / "row.yaml", tmp_path / "final.yaml"
+    final.write_text(yaml.safe_dump(sweep.final))
+    for name, spec in sweep.optimizers.items():
+        assert len(sweep.points(name)) == sweep.trials
+        layer.write_text(yaml.safe_dump(merged(spec.options, sweep.common)))
+        check_overlays(
+            ["fit", *(part for config in (*spec.configs, layer, final) for part in ("--config", str(config)))]
+        )
 
 
 @pytest.mark.parametrize(
