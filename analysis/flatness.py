@@ -1,11 +1,11 @@
 """Tabulate the flatness of trained networks, and its correlation with validation."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from scipy import stats
 
-from analysis.rows import Group
+from analysis.rows import Group, Row
 from analysis.runs import Run
 from analysis.statistics import geometric_interval, mean_interval
 from analysis.tables import Table, mean_text, number
@@ -38,11 +38,10 @@ def flatness(group: Group) -> Iterator[Table]:
         geometric += [name] if positive else []
         cells.append([mean_text((geometric_interval if positive else mean_interval)(last), 3) for last in values])
     lines = [[row.label, str(len(row.runs)), *line] for row, *line in zip(rows, *cells, strict=True)]
-    radii = sorted({number(radius) for row in rows for run in row.runs.values() for radius in _radii(run)})
     notes = [
         "Flatness of the loss on a fixed training batch at the end of training: mean and 95 % interval over seeds, "
         f"geometric where a column has positive values only ({', '.join(geometric) or 'none here'}). "
-        f"Rises are at radius {' or '.join(radii) or 'unknown'} in every tensor. Lower is flatter. All columns "
+        f"Rises are at radius {given(rows, 'FlatnessProbe', 'rho')} in every tensor. Lower is flatter. All columns "
         "change under a rescaling of the weights that leaves the network's function unchanged."
     ]
     yield Table("Flatness at the end", ["row", "seeds", *columns.values()], lines, notes)
@@ -89,7 +88,13 @@ def _correlation(pairs: Sequence[np.ndarray]) -> str:
     return f"{found.statistic:+.2f} ({number(float(found.pvalue), 2)}, {len(values)})"
 
 
-def _radii(run: Run) -> Iterator[float]:
-    for callback in run.identity.options.get("trainer.callbacks") or []:
-        if str(callback.get("class_path", "")).endswith(".FlatnessProbe"):
-            yield float(callback["init_args"]["rho"])
+def given(rows: Iterable[Row], probe: str, option: str) -> str:
+    """Return the values of a probe's option in the configs of ``rows``, in words."""
+    callbacks = [
+        callback
+        for row in rows
+        for run in row.runs.values()
+        for callback in run.identity.options.get("trainer.callbacks") or []
+        if str(callback.get("class_path", "")).endswith(f".{probe}")
+    ]
+    return " or ".join(sorted({number(float(one["init_args"][option])) for one in callbacks})) or "unknown"

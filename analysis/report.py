@@ -15,6 +15,7 @@ from analysis.ablation import ablations
 from analysis.archive import unpack_command, unpacked_path
 from analysis.flatness import MEASURES, flatness
 from analysis.results import baseline, milestones, pairs, published, results, step_cost, to_target
+from analysis.robustness import robustness
 from analysis.rows import Group, Row, check_names, group
 from analysis.runs import AXES, Problem, Run, read
 from analysis.study import Study
@@ -155,7 +156,7 @@ def _section(group: Group, wanted: str | None, index: int) -> Section:
     reference = baseline(group, wanted)
     tables = [published(group), results(group), to_target(group), milestones(group)]
     tables += [] if reference is None else list(pairs(group, reference))
-    tables += [*ablations(group), *flatness(group)]
+    tables += [*ablations(group), *flatness(group), *robustness(group, reference)]
     tables += [step_cost(group, reference), *tuning_budgets(group)]
     tables += [] if reference is None else list(searches_luck(group, reference))
     tables += [_runs(group)]

@@ -58,10 +58,11 @@ def test_runs_that_were_not_probed_have_no_such_table(runs: Path) -> None:
         assert list(flatness(found)) == []
 
 
-def test_the_report_has_the_tables_and_curves_of_the_probe(entry: Group, tmp_path: Path) -> None:
-    write(tmp_path, [entry], [], Study(title="Corners"))
+def test_the_report_has_the_tables_and_curves_of_the_probes(tested: Path, tmp_path: Path) -> None:
+    write(tmp_path, group(read([tested])[0]), [], Study(title="Corners"))
     text = (tmp_path / "report.html").read_text()
-    for title in ("Flatness at the end", "Does flatter go with better?", "Effect of each switch, in corners"):
+    titles = ("Flatness at the end", "Does flatter go with better?", "Robustness of the tested checkpoint")
+    for title in (*titles, "Effect of each switch, in corners"):
         assert f"<h3>{title}</h3>" in text
     assert "flatness/hessian_top over gradient evaluations" in text
     assert set(MEASURES) <= set(pd.read_csv(tmp_path / "runs.csv").columns)
