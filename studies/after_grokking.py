@@ -1,0 +1,148 @@
+"""Train tuned winners on after they reach 99 % validation accuracy, and measure whether they keep it.
+
+    python -m studies.after_grokking run --workers 2    # about 45 minutes of two cores; continues where it was stopped
+    python -m studies.after_grokking report
+
+On this task networks can lose generalisation again long after they found it (arXiv 2608.07436, for Muon with AdamW on
+embeddings, and for AdamW). The runs of results/grok_tuned end at 99 % and cannot show it. A row here is the winner of
+one of its rows, on five seeds, for 2,000 epochs without a limit on gradient evaluations, validated every five epochs.
+All learning rates are constant. The report has the epoch of the first validation of at least 99 %, the share of later
+validations below 99 %, and the lowest later accuracy.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from analysis.archive import ARCHIVE, pack
+from analysis.runs import Run, read
+from analysis.tables import number
+from experiment.target import Target
+from studies.newton_schulz_runs import ended
+
+FOLDER = Path("results") / "after_grokking"
+STUDY = "grok_tuned"
+# Each optimizer's better policy by the trials of that study.
+ROWS = {"base_all": "ARS2-Neo Base", "adamw_hidden": "AdamW", "muon_hidden": "Muon"}
+SEEDS, EPOCHS, VALIDATED_EVERY = range(5), 2000, 5
+GOAL = Target("99 %", "val/accuracy", 0.99)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How a run kept its accuracy.
+
+    Args:
+        epoch: the first at which it validated with at least 99 %.
+        below: share of the later validations below 99 %; NaN if there is none.
+        lowest: the lowest later accuracy.
+    """
+
+    epoch: float
+    below: float
+    lowest: float
+
+
+def kept(run: Run) -> Kept | None:
+    """Measure a run; ``None`` if it never reached 99 %."""
+    first = run.reached(GOAL)
+    if first is None:
+        return None
+    epochs, accuracy = run.curve(GOAL.metric)
+    later = accuracy[epochs > first].astype(np.float32)  # in which it was measured
+    if not len(later):
+        return Kept(first, np.nan, np.nan)
+    return Kept(first, float((later < np.float32(GOAL.level)).mean()), float(later.min()))
+
+
+def config_of(row: str, folder: Path, epochs: int = EPOCHS) -> dict[str, Any]:
+    """Return the complete config of a row."""
+    from studies.newton_schulz_steps import winner  # imports torch
+
+    config = winner(STUDY, row)
+    milestones = {"class_path": "callbacks.milestones.GrokkingMilestones", "init_args": {"stop_at": None}}
+    config["trainer"].update(max_epochs=epochs, check_val_every_n_epoch=VALIDATED_EVERY, callbacks=[milestones])
+    return {**config, "experiment": row, "runs": str(folder)}
+
+
+def train(folder: Path, workers: int, epochs: int = EPOCHS) -> None:
+    """Run everything that has not ended; an interrupted run begins again."""
+    from launch import trial
+    from launch.search import run_jobs
+
+    context = trial.server("modules.modular_addition", "datamodules.modular_addition")
+
+    def one(row: str, seed: int, config: Path) -> None:
+        arguments = ["fit", "--config", str(config), "--seed_everything", str(seed), "--data.seed", str(seed)]
+        outcome = trial.run(context, arguments, folder / "logs" / f"{row}-{seed}.log")
+        print(f"{row} seed {seed}: exit code {outcome.code}", flush=True)
+
+    def jobs() -> Iterator[Any]:
+        folder.mkdir(parents=True, exist_ok=True)
+        for seed in SEEDS:
+            for row in ROWS:
+                config = folder / f"{row}.yaml"
+                config.write_text(yaml.safe_dump(config_of(row, folder, epochs), sort_keys=False))
+                if not ended(folder / row, seed):
+                    yield partial(one, row, seed, config)
+
+    run_jobs(jobs(), workers, lambda: None)
+
+
+def table(runs: Sequence[Run]) -> str:
+    """Return the table in Markdown."""
+    heads = [
+        "row",
+        "runs",
+        "reached 99 %",
+        "epoch of the first 99 %",
+        "later validations below 99 %",
+        "lowest later value",
+    ]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for row, label in ROWS.items():
+        of_row = [run for run in runs if run.identity.experiment == row]
+        found = [one for run in of_row if (one := kept(run)) is not None]
+        cells = [
+            _spread([one.epoch for one in found]),
+            _spread([100 * one.below for one in found], " %"),
+            _spread([100 * one.lowest for one in found], " %"),
+        ]
+        lines.append(f"| {label} | {len(of_row)} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Median over seeds, with minimum and maximum in parentheses."])
+
+
+def _spread(values: Sequence[float], unit: str = "") -> str:
+    if not values:
+        return "-"
+    least, median, most = (number(float(value)) for value in np.quantile(values, [0, 0.5, 1]))
+    return f"{median}{unit} ({least} to {most})"
+
+
+def main() -> int:
+    """Run, report or pack; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("run", "report", "pack"))
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of the runs (default: {FOLDER})")
+    parser.add_argument("--workers", type=int, default=2, help="concurrent runs, of one thread each (default: 2)")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    if options.part == "run":
+        train(options.folder, options.workers)
+    elif options.part == "pack":
+        print(f"{pack(options.folder, options.folder / ARCHIVE)} runs")
+    else:
+        print(table(read([options.folder])[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""A row is its winner without a limit, and the measure counts what comes after the first 99 %."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from analysis.runs import Run
+from studies.after_grokking import ROWS, config_of, kept, table
+from studies.newton_schulz_steps import winner
+
+
+def run(accuracy: list[float], row: str = "base_all") -> Any:
+    made = Run.__new__(Run)
+    made.log = {"epoch": 5.0 * np.arange(1, len(accuracy) + 1), "val/accuracy": np.array(accuracy)}
+    made._curves, made.diverged = {}, False
+    made.identity = SimpleNamespace(experiment=row)  # type: ignore[assignment]
+    return made
+
+
+def test_only_validations_after_the_first_of_99_percent_count() -> None:
+    single = float(np.float32(0.99))  # is below the double 0.99, and reaches it
+    found = kept(run([0.2, single, 1.0, 0.5, single, 0.98]))
+    assert found is not None and (found.epoch, found.below) == (10, 0.5)
+    assert found.lowest == pytest.approx(0.5)
+    assert kept(run([0.2, 0.98])) is None
+    last = kept(run([0.2, 1.0]))
+    assert last is not None and last.epoch == 10 and np.isnan([last.below, last.lowest]).all()
+
+
+def test_the_table_has_medians_and_ranges_over_seeds() -> None:
+    lost, kept_it, never = run([1.0, 0.5, 1.0]), run([0.1, 1.0, 1.0]), run([0.1, 0.1, 0.1], "muon_hidden")
+    lines = table([lost, kept_it, never]).splitlines()
+    assert lines[2] == "| ARS2-Neo Base | 2 | 2 | 7.5 (5 to 10) | 25 % (0 to 50) | 75 % (50 to 100) |"
+    assert lines[4] == "| Muon | 1 | 0 | - | - | - |"
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_is_the_committed_winner_without_a_limit(row: str, tmp_path: Path) -> None:
+    found, expected = config_of(row, tmp_path), winner("grok_tuned", row)
+    (milestones,) = found["trainer"].pop("callbacks")
+    assert milestones["init_args"] == {"stop_at": None}
+    assert found["trainer"].pop("max_epochs") % found["trainer"].pop("check_val_every_n_epoch") == 0
+    assert (found.pop("experiment"), found.pop("runs")) == (row, str(tmp_path))
+    for key in ("max_epochs", "check_val_every_n_epoch", "callbacks"):
+        del expected["trainer"][key]
+    assert found == {key: value for key, value in expected.items() if key not in ("experiment", "runs")}
