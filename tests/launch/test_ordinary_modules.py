@@ -141,7 +141,7 @@ def test_its_checkpoint_is_tested_and_loaded(tmp_path: Path) -> None:
     assert loaded.hparams["width"] == 16
 
 
-def test_its_flatness_is_probed_and_its_surface_drawn(tmp_path: Path) -> None:
+def test_its_flatness_and_robustness_are_probed_and_its_surface_drawn(tmp_path: Path) -> None:
     probe = ("--trainer.callbacks+=callbacks.flatness_probe.FlatnessProbe", "--trainer.callbacks.epochs", "3")
     folder = fit(tmp_path, *probe, "--trainer.callbacks.max_products", "4")
     with (folder / "metrics.csv").open() as file:
@@ -150,8 +150,9 @@ def test_its_flatness_is_probed_and_its_surface_drawn(tmp_path: Path) -> None:
     for name, value in weights(fit(tmp_path / "without")).items():
         assert torch.equal(value, weights(folder)[name]), name
     surface = ("--trainer.callbacks+=callbacks.loss_surface.LossSurface", "--trainer.callbacks.points", "3")
-    result = call("test", *options(), *surface, "--ckpt_path", "last", "--runs", tmp_path)
-    assert result.code == 0 and "loss surface:" in result.out
+    robustness = "--trainer.callbacks+=callbacks.robustness_probe.RobustnessProbe"
+    result = call("test", *options(), *surface, robustness, "--ckpt_path", "last", "--runs", tmp_path)
+    assert result.code == 0 and "loss surface:" in result.out and "robustness/hessian_top" in result.out
 
 
 def refused(tmp_path: Path, *arguments: str) -> Result:
