@@ -76,6 +76,9 @@ class ARS2Neo(TrackedOptimizer):
     another scale, or normalised momentum SGD without geometry. The scaling gives ``u`` the norm of Adam's direction at
     the first step. The raw momentum would shrink with the gradient and change a second thing at once.
 
+    Energy is two things, and each can be kept alone. ``"whitening"`` is the direction of Adam's ``u`` at the length
+    ``sqrt(numel)``. ``"scalar"`` is the direction of ``m`` at the length ``|u|`` of Adam's, with ``n = g * |p|``.
+
     Args:
         params: parameters, (name, parameter) pairs, or groups of either. A group may set its own ``track``
             (``"matrix"`` or ``"vector"``), ``flatten``, ``splits``, ``lr``, ``betas``, ``eps``, ``weight_decay``,
@@ -93,7 +96,8 @@ class ARS2Neo(TrackedOptimizer):
             ...) and ``"random"`` (step 1, then with ``probability``) are controls. ``"momentum"``: none, but the
             parameters are moved for the single pass, uphill (MSAM, arXiv 2401.12033), or with a negative ``rho``
             ahead along the descent (arXiv 2605.25395), see :meth:`move_along_momentum`.
-        energy, geometry: whether matrices use Adam's second moment, and Newton-Schulz. See above.
+        energy, geometry: whether matrices use Adam's second moment (``True``, ``False``, ``"whitening"`` or
+            ``"scalar"``), and Newton-Schulz. See above.
         k: the period of ``"periodic"``. In ``"aga"``, if above 1, the largest distance between two sync steps.
         alpha: strength of the shear force that replaces the second gradient on one-pass steps. In ``"aga"`` it is
             multiplied by ``(1 + max(0, phi))^phi_gamma``.
@@ -129,7 +133,7 @@ class ARS2Neo(TrackedOptimizer):
         weight_decay: float = 0.1,
         rho: float = 0.1,
         mode: Mode = "base",
-        energy: bool = True,
+        energy: bool | Literal["whitening", "scalar"] = True,
         geometry: bool = True,
         k: int = 0,
         alpha: float = 0.1,
@@ -168,7 +172,8 @@ class ARS2Neo(TrackedOptimizer):
         super()._check_options(group)
         signed = group["mode"] == "momentum"
         validation.check_number(group, "rho", -math.inf if signed else 0.0, open_minimum=signed)
-        for name in ("energy", "geometry", "relative_rho"):
+        validation.check_choice(group, "energy", (False, True, "whitening", "scalar"))
+        for name in ("geometry", "relative_rho"):
             validation.check_choice(group, name, (False, True))
         schedule.check_options(group)
 
@@ -374,7 +379,7 @@ class ARS2Neo(TrackedOptimizer):
 
     def _offsets(self, chunk: Chunk) -> Tensors:
         group, maybe_compile, denominators = chunk.group, self._maybe_compile(chunk.group), None
-        if "exp_avg_sq" in chunk.state:
+        if group["track"] == "vector" or group["energy"] in (True, "whitening"):
             denominators = maybe_compile(kernels.adam_denominators)(
                 chunk.state["exp_avg_sq"], group["betas"][1], tuple(chunk.counts), group["eps"]
             )
@@ -575,7 +580,7 @@ class ARS2Neo(TrackedOptimizer):
     def _is_orthogonal(chunk: Chunk) -> bool:
         """Return whether the update of a chunk depends on complete tensors."""
         group = chunk.group
-        return bool(group["track"] == "matrix" and (group["geometry"] or not group["energy"]))
+        return bool(group["track"] == "matrix" and (group["geometry"] or group["energy"] is not True))
 
     def _move(self, chunk: Chunk) -> None:
         """Move the parameters of a chunk: ARS2-Neo for matrices, AdamW for vectors."""
@@ -589,10 +594,14 @@ class ARS2Neo(TrackedOptimizer):
             directions = maybe_compile(kernels.momentum_directions)(
                 chunk.grads, chunk.state["exp_avg"], group["betas"][0], nesterov=False
             )
+        if group["energy"] is not True:
             blocks, shapes = row_blocks(chunk, directions)
-            lengths = [length.clamp_min(LEAST_NORM) for length in self._layout.norms(blocks)]
-            torch._foreach_div_(blocks, lengths)
-            torch._foreach_mul_(blocks, [math.sqrt(shape.numel()) for shape in shapes])
+            lengths: Any = [math.sqrt(shape.numel()) for shape in shapes]
+            if group["energy"] == "scalar":
+                lengths = self._layout.norms(blocks)
+                torch._foreach_copy_(directions, chunk.state["exp_avg"])
+            torch._foreach_div_(blocks, [norm.clamp_min(LEAST_NORM) for norm in self._layout.norms(blocks)])
+            torch._foreach_mul_(blocks, lengths)
         if group["geometry"]:
             self._move_matrices(chunk, directions)
         else:

@@ -292,7 +292,8 @@ class RunIdentity:
         self.task = str(self.options.get("task") or self.options["data"].split(".")[-2].rstrip("0123456789"))
         section = "model" if self._makes_optimizer else "model.optimizer"
         name, mode = _last(self.options[section]), self.options.get(f"{section}.mode")
-        off = [f"_no_{_last(key)}" for key in _SWITCHES if key in self.options]
+        switched = [(_last(key), self.options[key]) for key in _SWITCHES if key in self.options]
+        off = [f"_{name}_{value}" if value else f"_no_{name}" for name, value in switched]  # energy may be "scalar"
         self.optimizer = "".join([_SHORT.get(name, name.lower()), f"_{mode}" if mode else "", *off])
         seeds = dict.fromkeys((self.options.get("seed_everything"), self.options.get("data.seed")))
         self.seed = ".".join(str(seed) for seed in seeds if seed is not None)

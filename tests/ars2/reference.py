@@ -79,7 +79,7 @@ class ReferenceARS2:
     "adjust_lr_fn" ("original").
     `draw` decides in mode "random": step number (from 1) -> whether to make a second pass. Without it a private
     generator draws with `probability`. Every list below has one entry a parameter, in flat order over the groups.
-    `energy` and `geometry` are the switches of the matrix track.
+    `energy` (True, False, "whitening" or "scalar") and `geometry` are the switches of the matrix track.
     `history` gets one record a step; its "threshold" is the value that phi must fall below, so it is never positive.
     """
 
@@ -95,7 +95,7 @@ class ReferenceARS2:
         ns_steps: int = 5,
         probability: float = 0.1,
         draw: Callable[[int], bool] | None = None,
-        energy: bool = True,
+        energy: bool | str = True,
         geometry: bool = True,
         late_start: float = 0.5,
         total_steps: int = 0,
@@ -107,6 +107,7 @@ class ReferenceARS2:
             raise ValueError(f"k is {k}; mode 'periodic' needs 1 or more.")
         self.mode, self.k, self.ns_steps = mode, k, ns_steps
         self.energy, self.geometry, self.rho_per_step = energy, geometry, rho_per_step
+        self.scales_entries = energy in (True, "whitening")
         self.steps_with_one_pass = late_start * total_steps
         self.alpha, self.phi_beta, self.phi_lambda, self.phi_gamma = alpha, phi_beta, phi_lambda, phi_gamma
         generator = random.Random(0)
@@ -201,7 +202,9 @@ class ReferenceARS2:
                 continue
             beta2 = options["betas"][1]
             v_hat_previous = v / (1 - beta2**count) if count > 0 else torch.zeros_like(v)
-            metric = v_hat_previous.sqrt() + options["eps"] if self.energy or options["track"] == "vector" else 1.0
+            metric = (
+                v_hat_previous.sqrt() + options["eps"] if self.scales_entries or options["track"] == "vector" else 1.0
+            )
             n = g / metric * p.abs()
             rho = options["rho"] * (self.t - self.last_sync if self.rho_per_step else 1)
             rho = rho * p.norm() if options.get("relative_rho") else rho
@@ -237,9 +240,10 @@ class ReferenceARS2:
             m_hat = self.exp_avg[i] / (1 - beta1 ** self.counts[i])
             v_hat = self.exp_avg_sq[i] / (1 - beta2 ** self.counts[i])
             u = m_hat / (v_hat.sqrt() + options["eps"])
-            if options["track"] == "matrix" and not self.energy:
-                m = self.exp_avg[i]
-                u = math.sqrt(m.numel()) * m / m.norm().clamp_min(LEAST_NORM)
+            if options["track"] == "matrix" and self.energy is not True:
+                direction = u if self.scales_entries else self.exp_avg[i]
+                length = u.norm() if self.energy == "scalar" else math.sqrt(u.numel())
+                u = length * direction / direction.norm().clamp_min(LEAST_NORM)
             if options["track"] == "matrix" and self.geometry:
                 length = u.norm()
                 if options.get("adjust_lr_fn") == "match_rms_adamw":

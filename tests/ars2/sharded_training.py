@@ -67,7 +67,9 @@ EXACT: dict[str, Make] = {
     **{mode: ars2(mode) for mode in ("base", "sync", "aga", "periodic")},
     "aga, no energy": ars2("aga", energy=False),
     "sync, no geometry": ars2("sync", geometry=False, relative_rho=True),  # relative for matrices only
-    "momentum": lambda model: ARS2Neo(groups(model), ns_dtype="float32", mode="momentum", relative_rho=True),
+    "momentum": lambda model: ARS2Neo(
+        groups(model), ns_dtype="float32", mode="momentum", relative_rho=True, energy="scalar"
+    ),
     "muon": lambda model: Muon(groups(model), ns_dtype="float32"),
 }
 OPTIMIZERS = {**EXACT, "rounded": rounded}

@@ -86,7 +86,7 @@ def test_a_step_makes_few_all_reduces(two: list[Results]) -> None:
         for step, found in enumerate(two[0][name]["exchanges"]):
             synced = second_passes[step + 1] > second_passes[step]
             assert found == 1 + synced + shear + (phi and step > 0), (name, step)
-    assert set(two[0]["base"]["exchanges"]) == {1} and set(two[0]["momentum"]["exchanges"]) == {2}
+    assert set(two[0]["base"]["exchanges"]) == {1} and set(two[0]["momentum"]["exchanges"]) == {4}
     assert set(two[0]["muon"]["exchanges"]) == {0}
 
 

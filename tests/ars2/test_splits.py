@@ -16,6 +16,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "base": (ARS2Neo, {}),
     "matched": (ARS2Neo, {"adjust_lr_fn": "match_rms_adamw"}),
     "without energy": (ARS2Neo, {"energy": False}),
+    "scalar": (ARS2Neo, {"energy": "scalar"}),
     "without geometry": (ARS2Neo, {"energy": False, "geometry": False}),
     "cautious": (ARS2Neo, {"cautious": True}),
     "muon": (Muon, {}),

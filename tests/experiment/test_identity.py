@@ -54,7 +54,7 @@ def test_a_trailing_number_is_not_part_of_a_tasks_name() -> None:
 
 
 def test_a_switch_is_named_where_it_is_off_and_runs_from_before_there_was_one_are_repeats() -> None:
-    def config(**switches: bool) -> dict[str, Any]:
+    def config(**switches: bool | str) -> dict[str, Any]:
         optimizer = {"class_path": "ars2.ARS2Neo", "init_args": {"mode": "sync", **switches}}
         model = {"class_path": "modules.image_classification.Net", "init_args": {"optimizer": optimizer}}
         return {"model": model, "data": {"class_path": "datamodules.cifar10.Data", "init_args": {"seed": 0}}}
@@ -63,7 +63,9 @@ def test_a_switch_is_named_where_it_is_off_and_runs_from_before_there_was_one_ar
     assert before.setting_digest == complete.setting_digest and before.optimizer == complete.optimizer == "ars2_sync"
     sam, neither = RunIdentity(config(geometry=False)), RunIdentity(config(energy=False, geometry=False))
     assert (sam.optimizer, neither.optimizer) == ("ars2_sync_no_geometry", "ars2_sync_no_energy_no_geometry")
-    assert len({identity.setting_digest for identity in (complete, sam, neither)}) == 3
+    scalar = RunIdentity(config(energy="scalar"))
+    assert scalar.optimizer == "ars2_sync_energy_scalar"
+    assert len({identity.setting_digest for identity in (complete, sam, neither, scalar)}) == 4
 
 
 def test_options_that_came_later_do_not_separate_older_runs() -> None:
