@@ -269,9 +269,6 @@ class Search:
         arguments = ["fit"]
         for config in (*spec.configs, str(self.folder / f"{name}.yaml")):
             arguments += ["--config", config]
-        if trial_number is None and self.sweep.final:
-            self._write("final.yaml", self.sweep.final)
-            arguments += ["--config", str(self.folder / "final.yaml")]
         experiment = f"{name}{FINAL}" if trial_number is None else name
         arguments += ["--runs", str(self.folder), "--experiment", experiment, "--wandb", "false"]
         arguments += ["--sweep.name", self.sweep.name, "--sweep.optimizer", name]
@@ -281,6 +278,10 @@ class Search:
             arguments += [f"--{option}", str(seed)]
         for option, value in options.items():
             arguments += [f"--{option}", _text(value)]
+        if trial_number is None and self.sweep.final:
+            self._write("final.yaml", self.sweep.final)
+            # Last, because trainer.callbacks.<option> above is of the last callback so far.
+            arguments += ["--config", str(self.folder / "final.yaml")]
         return arguments
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
