@@ -5,7 +5,7 @@ Parameters are one flat vector. ``logits`` maps it and the inputs (examples, ...
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -51,32 +51,19 @@ def hessian(logits: Logits, parameters: Tensor, inputs: Tensor, answers: Tensor)
     return matrix
 
 
-class Spectrum(NamedTuple):
-    """The eigenvalues (n,), ascending, and eigenvectors of a symmetric matrix."""
-
-    values: Tensor
-    vectors: Tensor
-
-
-def spectrum(matrix: Tensor) -> Spectrum:
-    """Return the eigenvalues and eigenvectors of a symmetric matrix (n, n)."""
-    return Spectrum(*torch.linalg.eigh((matrix + matrix.T) / 2))
-
-
 def damping(values: Tensor, factor: float) -> float:
-    """Return ``factor`` times the largest absolute eigenvalue.
+    """Return ``factor`` times the largest absolute of the eigenvalues (n,), in ascending order.
 
     Where the smallest eigenvalue is negative, its absolute value is added. The damped matrix is then positive definite,
     and its step is a descent direction.
     """
-    return factor * values.abs().max().item() + max(0.0, -values.min().item())
+    return factor * values.abs().max().item() + max(0.0, -values[0].item())
 
 
-def damped_step(matrix: Spectrum, gradient: Tensor, factor: float) -> Tensor:
-    """Return ``(A + damping I)^-1 gradient``, with the damping of :func:`damping`.
+def damped_step(matrix: Tensor, gradient: Tensor, delta: float) -> Tensor:
+    """Return ``(A + delta I)^-1 gradient``.
 
     For the Fisher matrix this is the natural gradient (Amari 1998), for the Hessian the damped Newton step. It is
     subtracted from the parameters.
     """
-    coordinates = matrix.vectors.T @ gradient
-    return matrix.vectors @ (coordinates / (matrix.values + damping(matrix.values, factor)))
+    return torch.linalg.solve(matrix + delta * torch.eye(len(matrix), dtype=matrix.dtype), gradient)

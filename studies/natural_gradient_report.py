@@ -8,17 +8,27 @@ import statistics
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from studies.small_network import SCOPES
+
 Rows: TypeAlias = list[dict[str, Any]]
 TEXT = ("driver", "target", "kind", "candidate")
 INTEGERS = ("seed", "step")
 MIDDLE = 1e-3  # the damping of tables that show only one
-TARGETS = {"natural": "natural gradient", "newton": "damped Newton step"}
+# The title of a table or panel, for each measure and target.
+TITLES = {
+    ("share", "natural"): "Share of the natural gradient's descent per KL divergence",
+    ("cosine", "natural"): "Euclidean cosine with the natural gradient",
+    ("share", "newton"): "Share of the damped Newton step's decrease of the quadratic model",
+    ("cosine", "newton"): "Euclidean cosine with the damped Newton step",
+}
+KINDS = {"step": "Complete optimizer steps (step)", "shape": "Only the geometry, on the full gradient (shape)"}
 # Candidates that are subtracted from each other: (kind, left, right).
 PAIRS = (
     ("step", "ARS2 Base", "AdamW"),
     ("step", "ARS2 Sync", "AdamW"),
     ("step", "ARS2 Sync", "ARS2 Base"),
     ("step", "ARS2 Base", "Muon"),
+    ("step", "ARS2 Base", "Muon, momentum 0.9"),
     ("shape", "Adam", "gradient"),
     ("shape", "orthogonal gradient", "gradient"),
     ("shape", "orthogonal Adam", "Adam"),
@@ -26,6 +36,9 @@ PAIRS = (
     ("shape", "orthogonal 1/sqrt(diagonal Fisher)", "1/sqrt(diagonal Fisher)"),
     ("shape", "orthogonal 1/diagonal Fisher", "1/diagonal Fisher"),
     ("shape", "orthogonal 1/sqrt(diagonal Fisher)", "orthogonal gradient"),
+    ("shape", "SOAP", "Adam"),
+    ("shape", "SOAP", "orthogonal Adam"),
+    ("shape", "K-FAC", "orthogonal Adam"),
 )
 
 
@@ -61,15 +74,11 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def by_seed(rows: Rows, column: str, **chosen: Any) -> list[float]:
-    """Return the mean of ``column`` over the chosen rows, for each seed.
-
-    Of a ratio of lengths the decimal logarithm is averaged.
-    """
+    """Return the mean of ``column`` over the chosen rows, for each seed."""
     seeds: dict[int, list[float]] = {}
     for row in rows:
         if all(row[key] == wanted for key, wanted in chosen.items()):
-            value = row[column]
-            seeds.setdefault(row["seed"], []).append(math.log10(value) if column.startswith("ratio") else value)
+            seeds.setdefault(row["seed"], []).append(row[column])
     return [statistics.fmean(seeds[seed]) for seed in sorted(seeds)]
 
 
@@ -89,30 +98,29 @@ def table(rows: Rows) -> str:
     """Return all tables as Markdown."""
     dampings, steps = sorted({row["damping"] for row in rows}), sorted({row["step"] for row in rows})
     drivers, seeds = list(dict.fromkeys(row["driver"] for row in rows)), len({row["seed"] for row in rows})
-    candidates: dict[tuple[str, str], Rows] = {}
+    candidates = list(dict.fromkeys((row["kind"], row["candidate"]) for row in rows))
+    groups: dict[tuple[Any, ...], Rows] = {}
     for row in rows:
-        candidates.setdefault((row["kind"], row["candidate"]), []).append(row)
+        groups.setdefault((row["kind"], row["candidate"], row["target"], row["damping"]), []).append(row)
 
-    def lines(columns: list[tuple[str, dict[str, Any]]], signed: bool = False) -> list[list[str]]:
-        """Return a line for each candidate, with a cell for each choice of rows."""
+    def lines(columns: list[tuple[str, tuple[str, float], dict[str, Any]]]) -> list[list[str]]:
+        """Return a line for each candidate, with a cell for each column, target and damping, and choice of rows."""
         return [
-            [f"{kind}: {name}"] + [cell(by_seed(chosen_rows, column, **chosen), signed) for column, chosen in columns]
-            for (kind, name), chosen_rows in candidates.items()
+            [f"{kind}: {name}"]
+            + [cell(by_seed(groups[kind, name, *goal], column, **chosen)) for column, goal, chosen in columns]
+            for kind, name in candidates
         ]
 
-    def differences(target: str) -> list[list[str]]:
+    def differences(column: str, target: str) -> list[list[str]]:
         result = []
         for kind, left, right in PAIRS:
             result.append([f"{kind}: {left} minus {right}"])
             for factor in dampings:
-                sides = [
-                    by_seed(candidates[kind, name], "cosine_weights", target=target, damping=factor)
-                    for name in (left, right)
-                ]
+                sides = [by_seed(groups[kind, name, target, factor], column) for name in (left, right)]
                 result[-1].append(cell([a - b for a, b in zip(*sides, strict=True)], signed=True))
         return result
 
-    over, middle = [f"damping {factor:g}" for factor in dampings], {"target": "natural", "damping": MIDDLE}
+    over, middle = [f"damping {factor:g}" for factor in dampings], ("natural", MIDDLE)
     parts = [
         "# How close optimizers come to the exact natural gradient\n",
         f"Mean over {len(drivers)} drivers and steps {', '.join(map(str, steps))} within a seed, then mean and 95 %"
@@ -120,50 +128,47 @@ def table(rows: Rows) -> str:
         " explained at the top of studies/natural_gradient.py; README.md here draws the conclusions, and cosines.csv.gz"
         " has every number.\n",
     ]
-    for target, title in TARGETS.items():
-        cosines = lines([("cosine_weights", {"target": target, "damping": d}) for d in dampings])
-        parts.append(grid(f"Cosine with the {title}", "candidate", over, cosines))
-    for target, title in TARGETS.items():
-        parts.append(grid(f"Difference of cosines with the {title}, paired by seed", "pair", over, differences(target)))
-    scopes = ("all", "weights", "layer1", "layer2")
-    title = f"cosine with the natural gradient, damping {MIDDLE:g}"
-    layers = lines([(f"cosine_{scope}", middle) for scope in scopes])
-    parts.append(grid(f"By layer: {title}", "candidate", list(scopes), layers))
-    driven = lines([("cosine_weights", {**middle, "driver": driver}) for driver in drivers])
-    parts.append(grid(f"By driver: {title}", "candidate", drivers, driven))
+    for (measure, target), title in TITLES.items():
+        column = f"{measure}_weights"
+        parts.append(grid(title, "candidate", over, lines([(column, (target, d), {}) for d in dampings])))
+        parts.append(grid(f"{title}: differences, paired by seed", "pair", over, differences(column, target)))
+    title = f"{TITLES['share', 'natural']}, damping {MIDDLE:g}"
+    layers = lines([(f"share_{scope}", middle, {}) for scope in SCOPES])
+    parts.append(grid(f"{title}, by layer", "candidate", list(SCOPES), layers))
+    driven = lines([("share_weights", middle, {"driver": driver}) for driver in drivers])
+    parts.append(grid(f"{title}, by driver", "candidate", drivers, driven))
     losses = [["training loss", *(cell(by_seed(rows, "loss", step=step)) for step in steps)]]
-    along = lines([("cosine_weights", {**middle, "step": step}) for step in steps])
-    parts.append(grid(f"By step: {title}", "candidate", [f"step {step}" for step in steps], along + losses))
-    for target, title in TARGETS.items():
-        ratios = lines([("ratio_weights", {"target": target, "damping": d}) for d in dampings], signed=True)
-        title = f"Length at learning rate 1 over that of the {title}, decimal logarithm"
-        parts.append(grid(title, "candidate", over, ratios))
+    along = lines([("share_weights", middle, {"step": step}) for step in steps])
+    parts.append(grid(f"{title}, by step", "candidate", [f"step {step}" for step in steps], along + losses))
     return "\n".join(parts)
 
 
 def picture(rows: Rows, path: Path) -> None:
-    """Draw the cosines over the damping with 95 % intervals."""
+    """Draw share and cosine with the natural gradient over the damping, with 95 % intervals."""
     from matplotlib.figure import Figure
 
     dampings = sorted({row["damping"] for row in rows})
-    figure = Figure(figsize=(12, 9), layout="constrained")
+    figure = Figure(figsize=(12.8, 9), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
-    for line, kind in zip(axes, ("step", "shape"), strict=True):
+    for line, kind in zip(axes, KINDS, strict=True):
         names = list(dict.fromkeys(row["candidate"] for row in rows if row["kind"] == kind))
-        for axis, (target, title) in zip(line, TARGETS.items(), strict=True):
-            for index, name in enumerate(names):
-                chosen = [row for row in rows if (row["kind"], row["candidate"], row["target"]) == (kind, name, target)]
-                points = [interval(by_seed(chosen, "cosine_weights", damping=d)) for d in dampings]
-                dashed = "--" if name.startswith("orthogonal") else "-"
-                color = f"C{(index % 4) if kind == 'shape' and index < 8 else index}"
+        plain = [name for name in names if not name.startswith("orthogonal ")]
+        for axis, measure in zip(line, ("share", "cosine"), strict=True):
+            for name in names:
+                chosen = [
+                    row for row in rows if (row["kind"], row["candidate"], row["target"]) == (kind, name, "natural")
+                ]
+                points = [interval(by_seed(chosen, f"{measure}_weights", damping=d)) for d in dampings]
                 means, halves = zip(*points, strict=True)
-                axis.errorbar(dampings, means, halves, label=name, color=color, linestyle=dashed, capsize=2)
-            axis.set(xscale="log", title=f"{kind}: cosine with the {title}", ylim=(-0.05, 1.02))
+                base = name.removeprefix("orthogonal ")
+                style = {"color": f"C{plain.index(base)}", "linestyle": "-" if name == base else "--"}
+                axis.errorbar(dampings, means, halves, label=name, capsize=2, **style)
+            axis.set(xscale="log", ylim=(-0.03, 1.03), ylabel=TITLES[measure, "natural"], title=KINDS[kind])
             axis.grid(alpha=0.3)
-        line[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        line[1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     for axis in axes[1]:
-        axis.set_xlabel("damping over the largest eigenvalue")
-    figure.savefig(path, dpi=110)
+        axis.set_xlabel("damping, relative to the largest eigenvalue of the Fisher matrix")
+    figure.savefig(path, dpi=100)
 
 
 def write(rows: Rows, folder: Path) -> None:

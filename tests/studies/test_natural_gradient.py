@@ -7,17 +7,11 @@ from torch import Tensor
 
 from ars2 import param_groups
 from studies import natural_gradient as study
-from studies.natural_gradient import (
-    OPTIMIZERS,
-    Layout,
-    Network,
-    compare,
-    compare_all,
-    flat,
-    shapes,
-    training_set,
-    trajectory,
-)
+from studies.kronecker import average_weights, soap
+from studies.natural_gradient import DRIVERS, OPTIMIZERS, compare, compare_all, shapes, trajectory
+from studies.small_network import SCOPES, Layout, Network, flat, training_set
+
+FACTORS = (1e-6, 1e-2)  # fewer dampings than the study's, for time
 
 
 def plain_training(name: str, seed: int, steps: int) -> list[Tensor]:
@@ -26,8 +20,6 @@ def plain_training(name: str, seed: int, steps: int) -> list[Tensor]:
     It has one optimizer and measures nothing.
     """
     torch.manual_seed(seed)
-    for _ in OPTIMIZERS:
-        Network()  # as many random numbers as the study draws before it
     network = Network()
     kind, options, vector = OPTIMIZERS[name]
     optimizer = kind(param_groups(network, "all", vector=vector), **options)
@@ -47,7 +39,7 @@ def plain_training(name: str, seed: int, steps: int) -> list[Tensor]:
     return path
 
 
-@pytest.mark.parametrize("driver", OPTIMIZERS)
+@pytest.mark.parametrize("driver", DRIVERS)
 def test_the_trajectory_is_that_of_the_driver_alone(driver: str) -> None:
     for (_, at, _, _), expected in zip(trajectory(driver, 1, 8), plain_training(driver, 1, 8), strict=True):
         torch.testing.assert_close(at, expected, rtol=1e-12, atol=1e-14)
@@ -59,11 +51,13 @@ def test_all_optimizers_get_the_same_gradients_with_separate_moments() -> None:
     SGD's update is the gradient of the batch, and AdamW's follows from all gradients by its formula.
     """
     layout, m, v = Layout(), torch.zeros(827, dtype=torch.float64), torch.zeros(827, dtype=torch.float64)
-    for step, _, updates, second_moment in trajectory("Muon", 0, 6):
+    for step, _, updates, past in trajectory("Muon", 0, 6):
         gradient = updates["SGD"]
+        assert len(past) == step
+        assert torch.equal(past[-1], gradient)
         m, v = 0.9 * m + 0.1 * gradient, 0.98 * v + 0.02 * gradient**2
         v_hat = v / (1 - 0.98**step)
-        torch.testing.assert_close(second_moment, v_hat, rtol=1e-6, atol=1e-18)
+        torch.testing.assert_close(average_weights(step, 0.98) @ past**2, v_hat, rtol=1e-6, atol=1e-18)
         expected = m / (1 - 0.9**step) / (v_hat.sqrt() + 1e-8)
         torch.testing.assert_close(updates["AdamW"], expected, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(updates["ARS2 Base"], layout.orthogonal(expected), rtol=1e-6, atol=1e-9)
@@ -90,17 +84,37 @@ def test_logits_are_the_networks() -> None:
 
 def test_scopes_are_the_parts_of_their_names() -> None:
     layout = Layout()
-    target = torch.ones(827, dtype=torch.float64)
-    candidate = target.clone()
-    candidate[layout.slices["output.weight"]] *= -2
-    row = compare(candidate, target, layout)
-    assert row["cosine_layer1"] == pytest.approx(1)
-    assert row["cosine_layer2"] == pytest.approx(-1)
-    assert (row["ratio_layer1"], row["ratio_layer2"]) == (pytest.approx(1), pytest.approx(2))
-    first, second = 24 * 22, 11 * 24
-    assert row["cosine_weights"] == pytest.approx(
-        (first - 2 * second) / ((first + second) * (first + 4 * second)) ** 0.5
-    )
+    marked = torch.zeros(827)
+    for number, s in enumerate(layout.slices.values()):
+        marked[s] = number
+    found = {scope: marked[index].unique().tolist() for scope, index in layout.scopes.items()}
+    assert list(layout.slices) == ["hidden.weight", "hidden.bias", "output.weight", "output.bias"]
+    assert found == {"all": [0, 1, 2, 3], "weights": [0, 2], "layer1": [0], "layer2": [2]}
+
+
+def test_the_share_is_the_greatest_decrease_of_the_quadratic_model() -> None:
+    """Search for the best length of a step, and for its KL divergence at the descent of the target."""
+    generator = torch.Generator().manual_seed(0)
+    root, gradient, candidate = (torch.randn(*size, generator=generator).double() for size in ((6, 6), (6,), (6,)))
+    damped = root @ root.T + 0.1 * torch.eye(6).double()
+    candidate *= (candidate @ gradient).sign()
+    target = torch.linalg.solve(damped, gradient)
+
+    def decrease(direction: Tensor) -> float:
+        lengths = torch.linspace(0, 20, 200_001).double()
+        return (lengths * (direction @ gradient) - lengths**2 * (direction @ damped @ direction) / 2).max().item()
+
+    def divergence(direction: Tensor) -> float:
+        unit = direction / (direction @ gradient)  # descends by 1
+        return (unit @ damped @ unit / 2).item()
+
+    cosine, share = compare(candidate, target, gradient, damped)
+    assert 0.001 < share < 0.9
+    assert share == pytest.approx(decrease(candidate) / decrease(target), rel=1e-4)
+    assert share == pytest.approx(divergence(target) / divergence(candidate), rel=1e-9)
+    assert cosine == pytest.approx(torch.cosine_similarity(candidate, target, dim=0).item())
+    assert compare(3 * target, target, gradient, damped) == (pytest.approx(1), pytest.approx(1))
+    assert compare(-candidate, target, gradient, damped) == (pytest.approx(-cosine), pytest.approx(-share))
 
 
 def test_the_training_sets_are_sums_and_differ_by_seed() -> None:
@@ -114,34 +128,49 @@ def test_the_training_sets_are_sums_and_differ_by_seed() -> None:
 
 @pytest.fixture(scope="module")
 def compared() -> list[dict[str, Any]]:
-    *_, (_, at, updates, second_moment) = trajectory("AdamW", 0, 20)
-    return compare_all(at, updates, second_moment, training_set(0))
+    *_, (_, at, updates, past) = trajectory("AdamW", 0, 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "DAMPINGS", FACTORS)
+        return compare_all(at, updates, past, training_set(0))
 
 
 def test_every_candidate_is_compared_with_every_target(compared: list[dict[str, Any]]) -> None:
     names = {(row["kind"], row["candidate"]) for row in compared}
     assert {name for kind, name in names if kind == "step"} == set(OPTIMIZERS)
-    assert len(compared) == len(names) * 2 * len(study.DAMPINGS)
-    cosines = {(row["candidate"], row["damping"]): row["cosine_all"] for row in compared if row["target"] == "natural"}
+    assert len(compared) == len(names) * 2 * len(FACTORS)
     for row in compared:
-        assert all(-1 - 1e-9 <= row[f"cosine_{scope}"] <= 1 + 1e-9 for scope in study.SCOPES)
-    # Inverting the blocks of the Fisher alone gets nearer than any diagonal, and damping brings the gradient nearer.
-    for factor in study.DAMPINGS:
-        assert cosines["Fisher by layer", factor] > cosines["1/diagonal Fisher", factor]
-    gradients = [cosines["gradient", factor] for factor in study.DAMPINGS]
+        for scope in SCOPES:
+            assert abs(row[f"cosine_{scope}"]) <= 1 + 1e-9
+            assert abs(row[f"share_{scope}"]) <= 1 + 1e-9
+    found = {(row["candidate"], row["damping"]): row for row in compared if row["target"] == "natural"}
+    for factor in FACTORS:
+        # The exact Fisher of a layer is better than its diagonal, and the best for a single layer.
+        layered, kfac = found["Fisher by layer", factor], found["K-FAC", factor]
+        assert layered["share_weights"] > found["1/diagonal Fisher", factor]["share_weights"]
+        assert layered["share_layer1"] == pytest.approx(1)
+        assert found["orthogonal Adam", factor]["share_layer1"] < kfac["share_layer1"] < 1
+    gradients = [found["gradient", factor]["share_all"] for factor in FACTORS]
     assert gradients == sorted(gradients)
 
 
 def test_shapes_are_made_of_the_full_gradient() -> None:
     layout = Layout()
     generator = torch.Generator().manual_seed(0)
-    gradient, v, d = (torch.rand(827, dtype=torch.float64, generator=generator) + 0.1 for _ in range(3))
-    found = shapes(gradient, v, d, 0.5, layout)
-    torch.testing.assert_close(found["Adam"], gradient / v.sqrt(), rtol=1e-6, atol=0)
+    gradient, d = (torch.rand(827, dtype=torch.float64, generator=generator) + 0.1 for _ in range(2))
+    past, weights = torch.rand(4, 827, dtype=torch.float64, generator=generator) + 0.1, average_weights(4, 0.98)
+    found = shapes(gradient, past, d, 0.5, layout)
+    adam = gradient / (weights[:, None] * past**2).sum(0).sqrt()
+    torch.testing.assert_close(found["Adam"], adam, rtol=1e-6, atol=0)
     torch.testing.assert_close(found["1/diagonal Fisher"], gradient / (d + 0.5))
     torch.testing.assert_close(found["1/sqrt(diagonal Fisher)"], gradient / d.sqrt(), rtol=1e-6, atol=0)
     for name in ("gradient", "Adam", "1/diagonal Fisher", "1/sqrt(diagonal Fisher)"):
         torch.testing.assert_close(found[f"orthogonal {name}"], layout.orthogonal(found[name]))
+    for name, s in layout.slices.items():
+        expected = found["Adam"][s]
+        if name.endswith("weight"):
+            shape = layout.shapes[name]
+            expected = soap(gradient[s].view(shape), past[:, s].reshape(4, *shape), weights, 1e-8).flatten()
+        torch.testing.assert_close(found["SOAP"][s], expected)
 
 
 def test_only_the_blocks_of_layers_are_kept() -> None:

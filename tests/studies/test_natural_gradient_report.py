@@ -1,24 +1,25 @@
 import math
-from collections import defaultdict
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from studies.natural_gradient import FOLDER
-from studies.natural_gradient_report import Rows, by_seed, cell, interval, picture, read, save, table
+from studies.natural_gradient_report import TITLES, Rows, by_seed, cell, interval, picture, read, save, table
+from studies.small_network import SCOPES
 
 
 def rows(seeds: int = 3) -> Rows:
-    """Return known cosines, 0.1 a seed and 0.01 a step."""
-    names = [("step", name) for name in ("AdamW", "ARS2 Base", "ARS2 Sync", "Muon")]
+    """Return known cosines, 0.1 a seed and 0.01 a step, and shares, 0.05 a seed."""
+    names = [("step", name) for name in ("AdamW", "ARS2 Base", "ARS2 Sync", "Muon", "Muon, momentum 0.9")]
     for name in ("gradient", "Adam", "1/sqrt(diagonal Fisher)", "1/diagonal Fisher"):
         names += [("shape", name), ("shape", f"orthogonal {name}")]
+    names += [("shape", "SOAP"), ("shape", "K-FAC")]
     return [
         {"seed": seed, "driver": "AdamW", "step": step, "loss": 2.5, "target": target, "damping": damping}
         | {"kind": kind, "candidate": name}
-        | {f"cosine_{scope}": 0.1 * seed + 0.01 * step for scope in ("all", "weights", "layer1", "layer2")}
-        | {f"ratio_{scope}": 10.0**seed for scope in ("all", "weights", "layer1", "layer2")}
+        | {f"cosine_{scope}": 0.1 * seed + 0.01 * step for scope in SCOPES}
+        | {f"share_{scope}": 0.05 * seed for scope in SCOPES}
         for seed in range(seeds)
         for step in (1, 3)
         for target in ("natural", "newton")
@@ -36,7 +37,7 @@ def test_the_interval_is_students() -> None:
 def test_means_are_within_seeds_first() -> None:
     values = by_seed(rows(), "cosine_weights", kind="step", candidate="AdamW")
     assert values == [pytest.approx(0.02), pytest.approx(0.12), pytest.approx(0.22)]
-    assert by_seed(rows(), "ratio_all", step=1) == [pytest.approx(seed) for seed in range(3)]
+    assert by_seed(rows(), "share_all", step=1) == [pytest.approx(0.05 * seed) for seed in range(3)]
     assert by_seed(rows(), "loss", step=2) == []
     assert cell([0.02, 0.12, 0.22]) == "0.120 ± 0.248"
     assert cell([1.0, 1.0], signed=True) == "+1.000 ± 0.000"
@@ -54,6 +55,7 @@ def test_rows_come_back_from_the_file(tmp_path: Path) -> None:
 def test_the_table_has_what_was_measured(tmp_path: Path) -> None:
     text = table(rows())
     assert "| step: AdamW | 0.120 ± 0.248 | 0.120 ± 0.248 |" in text
+    assert "| step: AdamW | 0.050 ± 0.124 | 0.050 ± 0.124 |" in text
     assert "| step: ARS2 Base minus AdamW | +0.000 ± 0.000 | +0.000 ± 0.000 |" in text
     assert "| training loss | 2.500 ± 0.000 | 2.500 ± 0.000 |" in text
     picture(rows(), tmp_path / "it.png")
@@ -70,35 +72,47 @@ def test_the_published_table_is_that_of_the_published_numbers(measured: Rows) ->
     assert len({row["seed"] for row in measured}) >= 5
 
 
-def test_the_text_agrees_with_the_numbers(measured: Rows) -> None:
-    """Check the sentences of results/natural_gradient/README.md, one by one."""
-    chosen: dict[tuple[Any, ...], Rows] = defaultdict(list)
-    for row in measured:
-        chosen[row["kind"], row["damping"], row["target"], row["candidate"]].append(row)
+def published(measure: str, target: str, name: str) -> list[tuple[float, float]]:
+    """Return mean and interval of a candidate or pair in table.md, for each damping."""
+    _, _, rest = (FOLDER / "table.md").read_text().partition(f"## {TITLES[measure, target]}\n")
+    tables = "".join(rest.split("\n## ")[:2])  # of candidates and of pairs
+    (line,) = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", tables, re.MULTILINE)
+    numbers = [tuple(map(float, cell.split(" ± "))) for cell in line.split("|")]
+    return [(mean, half) for mean, half in numbers]
 
-    def difference(
-        kind: str, candidate: str, other: str, damping: float, target: str = "natural"
-    ) -> tuple[float, float]:
-        sides = [by_seed(chosen[kind, damping, target, name], "cosine_weights") for name in (candidate, other)]
-        return interval([a - b for a, b in zip(*sides, strict=True)])
 
-    def clear(sign: int, *pair: Any) -> None:
-        """Return whether the full interval is on the side of ``sign``."""
-        mean, half = difference(*pair)
-        assert sign * mean > half, pair
+def sign(measure: str, pair: str, target: str = "natural") -> str:
+    """Return, for each damping, + or - where the interval is on one side of 0, and 0 elsewhere."""
+    values = published(measure, target, pair)
+    return "".join("0" if abs(mean) <= half else "+" if mean > 0 else "-" for mean, half in values)
 
-    for damping in (1e-6, 1e-5, 1e-4):
-        clear(+1, "step", "ARS2 Base", "AdamW", damping)
-        clear(+1, "shape", "orthogonal Adam", "Adam", damping)
-    for damping in (1e-2, 1e-1):
-        clear(-1, "step", "ARS2 Base", "AdamW", damping)
-        clear(-1, "shape", "orthogonal Adam", "Adam", damping)
-    for damping in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
-        clear(-1, "shape", "orthogonal Adam", "orthogonal gradient", damping)
-    for damping in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
-        clear(-1, "step", "ARS2 Base", "Muon", damping)
-        clear(-1, "step", "ARS2 Sync", "ARS2 Base", damping)
-    for damping in (1e-6, 1e-5):
-        clear(+1, "shape", "orthogonal 1/sqrt(diagonal Fisher)", "orthogonal gradient", damping)
-    for damping in (1e-4, 1e-3, 1e-2, 1e-1):
-        clear(-1, "shape", "orthogonal Adam", "Adam", damping, "newton")
+
+def test_the_numbers_in_the_texts_are_those_of_the_table() -> None:
+    table_text = (FOLDER / "table.md").read_text()
+    page = (FOLDER.parents[1] / "docs" / "what_did_not_work.md").read_text().partition("## The natural gradient")[2]
+    texts = (FOLDER / "README.md").read_text(), page.split("\n## ")[0]
+    for text in texts:
+        numbers = re.findall(r"\d\.\d{3} ± \d\.\d{3}", text)
+        assert numbers
+        assert not [number for number in numbers if number not in table_text]
+
+
+def test_the_sentences_agree_with_the_table() -> None:
+    """Check the sentences of results/natural_gradient/README.md, one by one, over the dampings from 1e-6 to 1e-1."""
+    assert sign("share", "shape: K-FAC minus orthogonal Adam") == "++++++"
+    assert sign("share", "shape: SOAP minus orthogonal Adam") == "++++++"
+    assert sign("share", "shape: orthogonal Adam minus Adam") == "++++--"
+    assert sign("share", "shape: orthogonal 1/diagonal Fisher minus 1/diagonal Fisher") == "---0--"
+    both = "shape: orthogonal Adam minus orthogonal gradient"
+    assert (sign("share", both), sign("cosine", both)) == ("++++--", "0-----")
+    assert sign("share", "step: ARS2 Base minus AdamW") == "++++--"
+    assert sign("share", "step: ARS2 Base minus Muon") == "------"
+    momentum = "step: ARS2 Base minus Muon, momentum 0.9"
+    assert (sign("share", momentum), sign("cosine", momentum)) == ("+++++-", "0-----")
+    assert sign("share", "step: ARS2 Sync minus ARS2 Base") == "------"
+    gradient = published("share", "newton", "shape: gradient")
+    for name in ("shape: K-FAC", "shape: Fisher by layer"):
+        sides = zip(published("share", "newton", name), gradient, strict=True)
+        assert [one + one_half < other - half for (one, one_half), (other, half) in sides][:4] == [True] * 4
+    for pair in ("shape: orthogonal Adam minus Adam", "step: ARS2 Base minus AdamW", "step: ARS2 Base minus Muon"):
+        assert sign("share", pair, "newton") == "------"
