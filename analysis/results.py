@@ -94,9 +94,12 @@ def results(group: Group) -> Table:
     """Return best and last values of every row, its seeds and its tuning."""
     metrics = list(dict.fromkeys((group.metric, "val/loss")))
     heads = [f"{which} {metric}" for metric in metrics for which in ("best", "last")]
+    # Of the best checkpoint, if it was tested after training.
+    names = (f"test/{metric.removeprefix('val/')}" for metric in metrics)
+    tests = [name for name in names if any(run.has(name) for row in group.rows for run in row.runs.values())]
     lines = []
     for row in group.rows:
-        cells = []
+        cells = [metric_text(name, _mean(name, row.last(name))) for name in tests]
         for metric in metrics:
             lower = group.lower if metric == group.metric else True
             values = row.best(metric, lower), row.last(metric)
@@ -113,7 +116,7 @@ def results(group: Group) -> Table:
         notes.append("The rows were not tuned with equal budgets: the numbers of trials differ.")
     if len(group.rows) > 1 and (missing := _missing_seeds(group)):
         notes.append(missing)
-    return Table("Results", ["row", "seeds", "tuning trials", "at most epochs", *heads], lines, notes)
+    return Table("Results", ["row", "seeds", "tuning trials", "at most epochs", *tests, *heads], lines, notes)
 
 
 def _missing_seeds(group: Group) -> str:

@@ -367,6 +367,16 @@ def test_an_interval_of_a_share_stays_between_nothing_and_everything(groups: lis
     assert results(entry).rows[0][4] == f"82.33 % [{100 * found.low:.2f}, {100 * found.high:.2f}]"
 
 
+def test_a_test_after_training_has_a_column(groups: list[Group]) -> None:
+    entry = deepcopy(groups[0])
+    assert not any(head.startswith("test/") for head in results(entry).columns)
+    for number, run in enumerate(entry.rows[0].runs.values()):
+        run.log["test/accuracy"] = np.append(np.full(len(run.log["epoch"]) - 1, np.nan), 0.5 + number / 10)
+    table = results(entry)
+    place = list(table.columns).index("test/accuracy")
+    assert table.rows[0][place].startswith("60.00 %") and table.rows[1][place] == "-"
+
+
 def test_a_time_has_no_interval_below_zero() -> None:
     scattered = [200.0, 210.0, 1800.0]
     assert mean_interval(scattered).low < 0  # type: ignore[operator]

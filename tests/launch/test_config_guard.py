@@ -189,7 +189,14 @@ def commands(tmp_path: Path, tiny_cifar10: Path) -> dict[str, tuple[object, ...]
     cpu = ("--trainer.accelerator", "cpu")
     short_text = ("--data.root", words, "--data.cache", tmp_path, "--trainer.limit_train_batches", 2)
     grok = ("--config", "configs/grok_base.yaml", *TINY)
+    # For the rows of a small text: the fractions of these overlays would leave none.
+    few = ("--data.train_fraction", 0.9, "--trainer.limit_val_batches", 1)
     return {
+        "ceiling_cifar": (
+            *("--config", "configs/cifar_mini_sync.yaml", *TINY_CIFAR, *cpu),
+            *("--data.train_examples", 8, "--data.holdout_examples", 4, "--model.policy", "hidden"),
+        ),
+        "ceiling_language": ("--config", "configs/wikitext2_nano_sync.yaml", *text.SMALL_TEXT, *short_text, *few, *cpu),
         "cifar_gpu": ("--config", "configs/cifar_sync.yaml", *TINY_CIFAR, *cpu),
         "compiled_optimizer": grok,
         "ema": grok,
