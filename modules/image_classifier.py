@@ -119,7 +119,8 @@ class ImageClassifier(TwoPassModule):
         self._log_identical(
             {f"test/accuracy_{name}": value for name, value in zip(self._names(), per_class, strict=True)}
         )
-        folder = self.trainer.log_dir  # a collective, so it must be called on every process
+        # A collective, so it must be called on every process. Without a logger there is no run folder.
+        folder = self.trainer.log_dir if self.loggers else None
         if self.trainer.is_global_zero and folder is not None:
             picture = Path(folder) / "confusion_matrix.png"
             draw_confusion_matrix(counts.cpu(), self._names(), picture)

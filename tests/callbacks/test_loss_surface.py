@@ -183,6 +183,7 @@ def test_training_batches_need_a_data_module(tmp_path: Path) -> None:
         trainer_with(tmp_path / "run", [LossSurface()]).test(model, small_task.batches())
 
 
+@pytest.mark.slow
 def test_as_a_person_uses_it(tmp_path: Path) -> None:
     last = [
         fit_by_command(tmp_path, *AGA, *TINY, "--seed_everything", seed) / "checkpoints/last.ckpt" for seed in (1, 2)

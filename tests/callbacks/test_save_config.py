@@ -61,6 +61,7 @@ def test_the_description_of_a_data_module_counts_and_its_paths_do_not(tmp_path: 
     assert here != protocol_digest(Described("a"), root=str(tmp_path), rows=4)
 
 
+@pytest.mark.slow
 def test_runs_on_two_corpora_are_of_two_protocols_and_a_copy_is_of_the_same(tmp_path: Path) -> None:
     digests = []
     for name, articles in (("one", 20), ("other", 21), ("copy", 20)):

@@ -77,6 +77,7 @@ def test_a_saved_copy_without_a_split_is_refused(tmp_path: Path) -> None:
         open_corpus(tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_without_network_and_copy_one_line_names_the_remedy(tmp_path: Path) -> None:
     """The real loader is offline, because of a variable that it reads on import."""
     result = fresh_python(

@@ -38,7 +38,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "heavyball.SFAdamW": ({}, {}),
 }
 # A kind of each is enough for every day.
-QUICK = ("Adafactor", "pytorch_optimizer.SOAP", "ADOPT", "ScheduleFreeAdamW", "Muon", "PSGDKron", "SFAdamW")
+QUICK = ("pytorch_optimizer.SOAP", "ADOPT", "ScheduleFreeAdamW", "Muon", "PSGDKron")
 SCHEDULER = {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.5}}
 EPOCHS, STEPS = 4, 8
 

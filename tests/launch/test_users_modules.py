@@ -219,6 +219,7 @@ def test_predictions_are_printed_or_asked_for(tmp_path: Path, monkeypatch: pytes
     assert predict("None").out == ""
 
 
+@pytest.mark.slow
 def test_an_error_raised_by_the_suite_names_no_file(tmp_path: Path) -> None:
     result = call("fit", "--config", "configs/grok_base.yaml", *TINY, "--data.p", "0", "--runs", tmp_path)
     assert result.code != 0 and ", line " not in result.err

@@ -18,9 +18,9 @@ from tests.helpers.launching import become
 from tests.modules import evaluations, exchanges, language
 from tests.modules.small_task import OPTIMIZERS, make_optimizer, state_of
 
-STEPS = 16
+STEPS = 8
 # 36 training pairs: batches of 10, 10, 10 and 6, which neither 4 nor, for the last but one, all counts divide.
-EPOCHS, BATCH = 4, 10
+EPOCHS, BATCH = 2, 10
 # In float32 throughout; in half precision the iteration itself would round by more than processes differ.
 PRECISE = {name: {"lr": 1e-3, "ns_dtype": "float32"} for name in OPTIMIZERS if name != "adamw"}
 OPTIONS: dict[str, dict[str, Any]] = {"adamw": {"lr": 1e-3}, **PRECISE}
@@ -48,7 +48,7 @@ class Units(ModularAddition):
 
 
 def fit(name: str, ranks: int = 1, units: int = 0, static_graph: bool = False, **options: Any) -> dict[str, Any]:
-    """Train 16 steps.
+    """Train 8 steps.
 
     Return the state, the evaluations after each step and the logged metrics.
     """

@@ -30,7 +30,7 @@ from tests.modules import evaluations, exchanges, language
 from tests.modules.ddp_fit import BATCH, OPTIONS, SecondPasses
 from tests.modules.small_task import SmallTask, batches, make_optimizer
 
-STEPS, HALF = 16, 6  # the half is in the middle of an epoch of 4 batches
+STEPS, HALF = 8, 6  # the half is in the middle of an epoch of 4 batches
 # The time, and the operations, of which only those of the first process are counted.
 MEASURED = ("cost/training_seconds", "cost/flops")
 # A network with BatchNorm cannot be sharded; text in full batches is the case of sums again.
@@ -100,7 +100,7 @@ def fit(
     damaged: int = 0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train 16 steps and return what was measured.
+    """Train 8 steps and return what was measured.
 
     These are parameters, state, evaluations, logged metrics and, with a folder, the logged rows. With ``saves`` it
     leaves a checkpoint of the first 6 steps there.
