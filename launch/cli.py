@@ -244,6 +244,10 @@ class CommandLine(LightningCLI):
         """Test the best checkpoint, if requested."""
         if self.config[self.subcommand].test_best:
             best: Any = self._monitoring()
+            if not best.best_model_path:
+                raise ValueError(
+                    f"test_best found no best checkpoint: {best.monitor} was never logged, so validate sooner"
+                )
             self.trainer.test(self.model, self.datamodule, ckpt_path=best.best_model_path, weights_only=True)
 
     def _monitoring(self) -> Any:
