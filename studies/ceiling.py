@@ -113,6 +113,23 @@ def winners(folder: Path) -> tuple[dict[str, dict[str, Run]], dict[str, list[Run
     return finals, trials
 
 
+def by_family(finals: Mapping[str, dict[str, Run]]) -> dict[str, dict[str, Run]]:
+    """Return the winners' runs by family.
+
+    Raises:
+        ValueError: two rows of a family have such runs, as after its winner has changed.
+    """
+    rows: dict[str, dict[str, Run]] = {}
+    for row, runs in finals.items():
+        if family_of(row) in rows:
+            raise ValueError(
+                f"both budgets of {family_of(row)} have runs of winners: move away the -final folder of the one that"
+                " its sweep did not choose"
+            )
+        rows[family_of(row)] = runs
+    return rows
+
+
 def family_of(row: str) -> str:
     """Return the family of a row, whose short budget has its own row."""
     return row.removesuffix("_short")
@@ -124,15 +141,18 @@ def values(runs: Mapping[str, Run], measure: Measure) -> dict[str, float]:
 
 
 def primary_tests(rows: Mapping[str, Mapping[str, Run]], measure: Measure) -> list[Comparison]:
-    """Return the primary tests for which both families have run."""
+    """Return the primary tests for which both families have run.
+
+    Their p-values are adjusted for all stated tests, also for those that have not run yet.
+    """
     found = []
     for family, reference in PRIMARY:
         if family in rows and reference in rows:
             effect = paired(values(rows[family], measure), values(rows[reference], measure))
             if effect is not None:
                 found.append((family, reference, effect))
-    adjusted = holm([effect.p for *_, effect in found])
-    return [Comparison(*parts, p) for parts, p in zip(found, adjusted, strict=True)]
+    adjusted = holm([effect.p for *_, effect in found] + [1.0] * (len(PRIMARY) - len(found)))
+    return [Comparison(*parts, p) for parts, p in zip(found, adjusted[: len(found)], strict=True)]
 
 
 def tables(
@@ -171,7 +191,7 @@ def tables(
             [
                 NAMES[family],
                 budgets[family],
-                str(len(runs)),
+                str(len(values(rows[family], measure))),
                 mean_text(geometric_interval([measure.of(run) for run in runs]), 4),
                 ratio,
                 metric_text(metric, mean_interval([run.best(metric, measure.lower) for run in runs])),
@@ -184,7 +204,7 @@ def tables(
     heads += [f"last {measure.metric}", "gap of the losses", "trials"]
     notes = [
         "Each family at its better budget. Geometric means (test) and means (validation) over seeds, with 95 % "
-        "intervals. The gap is last validation loss minus last training loss. Trials count both budgets, and the best "
+        "intervals. Seeds count the runs with a test. The gap is last validation loss minus last training loss. Trials count both budgets, and the best "
         "trials on further seeds."
     ]
     return [*found, Table("All rows", heads, lines, notes)]
@@ -217,7 +237,10 @@ def main() -> None:
     finals, trials = winners(folder)
     if not finals:
         parser.error(f"{folder} has no runs of winners yet: continue its sweep")
-    rows = {family_of(row): runs for row, runs in finals.items()}
+    try:
+        rows = by_family(finals)
+    except ValueError as error:
+        parser.error(str(error))
     budgets = {
         family_of(row): number(max(run.at_end("cost/gradient_evaluations") or 0.0 for run in runs.values()))
         for row, runs in finals.items()

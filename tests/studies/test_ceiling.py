@@ -54,7 +54,7 @@ def test_the_stated_tests_are_paired_and_adjusted_over_all_of_them(study: Path) 
     finals, trials = ceiling.winners(study)
     assert {row: len(runs) for row, runs in finals.items()} == dict.fromkeys(LOGS, 4)
     assert len(trials["base"]) == 2
-    rows = {ceiling.family_of(row): runs for row, runs in finals.items()}
+    rows = ceiling.by_family(finals)
     averaged, late, sync = ceiling.primary_tests(rows, ceiling.ERROR)
     assert (late.family, late.reference) == ("late", "base")
     assert late.ratio.mean == pytest.approx(math.exp(-0.05), rel=1e-9)
@@ -73,6 +73,16 @@ def test_the_stated_tests_are_paired_and_adjusted_over_all_of_them(study: Path) 
         "better",
         "equal within 1 %",
     ]
+
+    # A test whose runs are missing counts all the same.
+    (alone,) = ceiling.primary_tests({row: rows[row] for row in ("late", "base")}, ceiling.ERROR)
+    assert alone.p == pytest.approx(3 * p[1], rel=1e-6)
+
+
+def test_winners_of_both_budgets_of_a_family_are_an_error(study: Path) -> None:
+    finals = ceiling.winners(study)[0]
+    with pytest.raises(ValueError, match="both budgets of late have runs of winners"):
+        ceiling.by_family({**finals, "late": finals["late_short"]})
 
 
 def test_the_command_writes_the_verdict_and_its_picture_beside_the_runs(study: Path) -> None:
