@@ -1,6 +1,7 @@
 """Compare ARS2-Neo with flatness, geometry and energy each on and off.
 
-Two runs are compared where they differ in one of these switches alone.
+Two runs are compared where they differ in one of these switches alone. Rows with a half of energy, ``whitening`` or
+``scalar``, are in no table of this module.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,8 +40,9 @@ def _corners(group: Group, name: str) -> dict[Corner, Row]:
         sweep, options = row.any.identity.sweep, row.any.identity.options
         mode = options.get("model.optimizer.mode")
         if sweep is not None and sweep.name == name and mode in ("base", "sync"):
-            others = (options.get(f"model.optimizer.{switch}", True) for switch in SWITCHES[1:])
-            corners[mode == "sync", *others] = row
+            others = [options.get(f"model.optimizer.{switch}", True) for switch in SWITCHES[1:]]
+            if all(isinstance(value, bool) for value in others):
+                corners[mode == "sync", *others] = row
     return corners
 
 

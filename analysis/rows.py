@@ -249,7 +249,9 @@ def group(
             sweep = row.any.identity.sweep
             if sweep is not None:
                 search = sweep.name, sweep.optimizer
-                row.trials = len(found.sweeps.get(search, [])) + found.failed[search]
+                # A trial that ran again on further seeds is one setting.
+                settings = {run.identity.sweep.trial for run in found.sweeps.get(search, []) if run.identity.sweep}
+                row.trials = len(settings) + found.failed[search]
         found.rows = list(rows.values())
         _tell_apart(found.rows)
         found.rows.sort(key=found.order)

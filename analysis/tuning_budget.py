@@ -42,7 +42,7 @@ def tuning_budgets(group: Group) -> Iterator[Table]:
             )
         heads = ["optimizer", "trials", "ended", "cut short", "diverged or failed"]
         heads += ["gradient evaluations", "training time"]
-        notes = ["Every trial that was begun is counted, however it ended."]
+        notes = ["Every run of a trial that was begun is counted, however it ended, and with those on further seeds."]
         if len(budgets) > 1:
             counts = f"from {min(budgets)} to {count(max(budgets), 'trial')}"
             notes.append(f"UNEQUAL BUDGETS: {counts}; the winners of this search are not comparable.")
@@ -66,7 +66,9 @@ def searches_luck(group: Group, reference: Row) -> Iterator[Table]:
         rows: dict[str, list[list[float]]] = {}
         for (other, _), trials in group.sweeps.items():
             if other == name:
-                rows.setdefault(trials[0].identity.optimizer, []).append([value(run) for run in trials])
+                # The first run of a trial alone: only the best trials run again on further seeds.
+                first = {run.identity.sweep.trial: run for run in reversed(trials) if run.identity.sweep}
+                rows.setdefault(trials[0].identity.optimizer, []).append([value(run) for run in first.values()])
         if reference.optimizer not in rows or len(rows) < 2:
             continue
         best = {

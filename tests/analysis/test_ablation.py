@@ -1,5 +1,6 @@
 """Check the effect of each switch against the logs, by pair and by mean of four."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,14 @@ def test_the_mean_is_over_the_four_pairs_and_ratios_are_of_geometric_means(entry
 
 def test_a_search_without_all_corners_has_no_such_table(entry: Group) -> None:
     assert list(ablations(Group(**{**vars(entry), "rows": entry.rows[1:]}))) == []
+
+
+def test_a_row_with_half_of_energy_is_in_no_table(entry: Group) -> None:
+    row = deepcopy(entry.rows[0])
+    for run in row.runs.values():
+        run.identity.options["model.optimizer.energy"] = "scalar"
+    (table,) = ablations(Group(**{**vars(entry), "rows": [*entry.rows, row]}))
+    assert table.rows == next(ablations(entry)).rows
 
 
 def test_rows_of_one_search_alone_are_called_by_their_optimizer(entry: Group) -> None:

@@ -298,6 +298,13 @@ def test_the_luck_of_a_search_is_of_its_best_trials(groups: list[Group]) -> None
     adamw, aga = table.rows
     assert (adamw[0], adamw[1], adamw[3]) == ("adamw", "3", "1") and aga[:2] == ["ars2_aga", "2"]
     assert aga[3].startswith(f"{best['aga'] / best['adamw']:.3g} [")
+    # A trial that ran again on another seed is still one trial, and its first run counts.
+    again = [deepcopy(run) for run in entry.sweeps["search", "adamw"]]
+    for run in again:
+        run.log["val/accuracy"] = run.log["val/accuracy"] * 2
+    sweeps = {**entry.sweeps, ("search", "adamw"): [*entry.sweeps["search", "adamw"], *again]}
+    (same,) = searches_luck(Group(**{**vars(entry), "sweeps": sweeps}), reference)
+    assert same.rows == table.rows
     never = Group(**{**vars(entry), "targets": [Target("never", "train/loss", 0.0, lower=True)], "borrowed": False})
     assert [line[2:] for table in searches_luck(never, reference) for line in table.rows] == [["-", "1"], ["-", "-"]]
 
