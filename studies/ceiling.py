@@ -204,8 +204,8 @@ def tables(
     heads += [f"last {measure.metric}", "gap of the losses", "trials"]
     notes = [
         "Each family at its better budget. Geometric means (test) and means (validation) over seeds, with 95 % "
-        "intervals. Seeds count the runs with a test. The gap is last validation loss minus last training loss. Trials count both budgets, and the best "
-        "trials on further seeds."
+        "intervals. Seeds count the runs with a test. The gap is last validation loss minus last training loss. Trials "
+        "count both budgets, and the best trials on further seeds."
     ]
     return [*found, Table("All rows", heads, lines, notes)]
 
