@@ -10,6 +10,9 @@ from callbacks.module_protocol import trained
 class EvaluationBudget(L.Callback):
     """Stop training when the gradient evaluations reach a number, and validate first.
 
+    Where ``check_val_every_n_epoch`` leaves out the last epoch, validation needs
+    :class:`callbacks.run_summary.RunSummary` later in the list of callbacks, as in ``train.py``.
+
     A two-pass step spends two evaluations, so that the last step may exceed the budget by one.
 
     Args:
@@ -28,12 +31,6 @@ class EvaluationBudget(L.Callback):
         self.gradient_evaluations, self.finish_epoch = gradient_evaluations, finish_epoch
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        if not self.finish_epoch:
-            self._stop_if_spent(trainer, pl_module)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._stop_if_spent(trainer, pl_module)
-
-    def _stop_if_spent(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trained(trainer, pl_module).gradient_evaluations >= self.gradient_evaluations:
+        is_spent = trained(trainer, pl_module).gradient_evaluations >= self.gradient_evaluations
+        if is_spent and (trainer.is_last_batch or not self.finish_epoch):
             trainer.should_stop = True

@@ -77,7 +77,7 @@ class RunSummary(L.Callback):
     ``parameters.txt`` lists the track of every parameter and why.
 
     The last step is validated, so that the last values are those of the trained network. Lightning alone omits this
-    where ``max_steps`` or the last epoch ends between two validations.
+    where training ends between two validations, such as in an epoch that ``check_val_every_n_epoch`` leaves out.
     """
 
     changes_training = False
@@ -88,6 +88,7 @@ class RunSummary(L.Callback):
         self._mark: float | None = None
         self._folder: str | None = None
         self._has_failed = self._is_complete = False
+        self._check_val_every_n_epoch: int | None = None
         self._summary: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -114,6 +115,16 @@ class RunSummary(L.Callback):
         if complete and not trainer.should_stop:
             # Lightning validates a step after which it is asked to stop.
             trainer.should_stop = self._is_complete = True
+        if trainer.should_stop and trainer.check_val_every_n_epoch is not None:
+            # But it does so only in an epoch that has a validation.
+            self._check_val_every_n_epoch, trainer.check_val_every_n_epoch = trainer.check_val_every_n_epoch, 1
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore_interval(trainer)
+
+    def _restore_interval(self, trainer: L.Trainer) -> None:
+        if self._check_val_every_n_epoch is not None:
+            trainer.check_val_every_n_epoch, self._check_val_every_n_epoch = self._check_val_every_n_epoch, None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -149,6 +160,7 @@ class RunSummary(L.Callback):
             self._close(trainer, pl_module, "interrupted")
 
     def _close(self, trainer: L.Trainer, pl_module: L.LightningModule, status: str) -> None:
+        self._restore_interval(trainer)
         self._count()
         self._mark = None
         self._summary = self.summary(trainer, pl_module, status)

@@ -78,11 +78,16 @@ def test_a_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize(
     ("ends", "validated"),
-    [({"max_steps": 6}, [4, 6]), ({"val_check_interval": 3, "check_val_every_n_epoch": None}, [3, 6, 8])],
-    ids=["within an epoch", "between validations"],
+    [
+        ({"max_steps": 6}, [4, 6]),
+        ({"val_check_interval": 3, "check_val_every_n_epoch": None}, [3, 6, 8]),
+        ({"epochs": 3, "check_val_every_n_epoch": 2}, [8, 12]),
+        ({"max_steps": 3, "check_val_every_n_epoch": 2}, [3]),
+    ],
+    ids=["within an epoch", "between validations", "in an epoch without validation", "before the first validation"],
 )
 def test_the_last_step_is_validated(ends: dict[str, Any], validated: list[int], tmp_path: Path) -> None:
-    fit(module(), data(), [RunSummary(), CostCounters()], tmp_path, epochs=2, **ends)
+    fit(module(), data(), [RunSummary(), CostCounters()], tmp_path, **{"epochs": 2, **ends})
     got = summary(tmp_path)
     assert (got["status"], got["costs"]["optimizer_steps"]) == ("finished", validated[-1])
     logged = rows(tmp_path, having="val/loss")
