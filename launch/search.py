@@ -205,6 +205,12 @@ class Search:
 
         The smallest of these pairs is the best.
         """
+        values = self.values(name, candidate)
+        reached = [self._sign * value for value in values if value is not None]
+        return len(values) - len(reached), math.fsum(reached) / len(reached) if reached else 0.0
+
+    def values(self, name: str, candidate: FrozenTrial) -> list[float | None]:
+        """Return a trial's objective on each of its seeds, ``None`` where it was missed."""
         values = [candidate.value]
         if f"{name}{REJUDGED}" in self.studies:
             values += [
@@ -213,8 +219,7 @@ class Search:
                 if other.state in (TrialState.COMPLETE, TrialState.PRUNED)
                 and json.loads(other.user_attrs["options"]["trial"]) == candidate.user_attrs["index"]
             ]
-        reached = [self._sign * value for value in values if value is not None]
-        return len(values) - len(reached), math.fsum(reached) / len(reached) if reached else 0.0
+        return values
 
     @property
     def _sign(self) -> int:

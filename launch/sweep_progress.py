@@ -1,6 +1,7 @@
 """Show the progress of a sweep, and a table of the winners at the end."""
 
 from pathlib import Path
+from statistics import fmean
 
 from optuna.trial import TrialState
 from rich.console import Console
@@ -57,7 +58,9 @@ def table(search: Search) -> Table:
         reached = sum(one.state == TrialState.COMPLETE for one in ended)
         best = search.best(name)
         options = {} if best is None else best.user_attrs["options"]
-        value = "none" if best is None or best.value is None else f"{best.value:.6g}"
+        # Of all seeds of the best trial, which decide together.
+        values = [] if best is None else [value for value in search.values(name, best) if value is not None]
+        value = f"{fmean(values):.6g}" if values else "none"
         settings = ", ".join(f"{key} {given}" for key, given in options.items())
         rows.add_row(name, str(len(ended)), str(reached), value, settings)
     return rows

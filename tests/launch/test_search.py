@@ -389,13 +389,14 @@ def test_an_optimizer_without_the_milestone_uses_the_fallback_metric(
     assert saved(final)["model"]["model.optimizer.lr"] == runner.commands[4]["model.optimizer.lr"]
 
 
-def test_the_best_trials_run_again_and_the_best_mean_wins(tmp_path: Path) -> None:
+def test_the_best_trials_run_again_and_the_best_mean_wins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def lucky(options: dict[str, str]) -> dict[str, Any]:
         # The best point has its value only on the seed of the trials, and diverges on another.
         luck = lr(options) > 0.01 and options["seed_everything"] != "7"
         if luck and options["seed_everything"] == "9":
             return {"metrics": {"val/accuracy": {"best": None}}}
-        return {"metrics": {"val/accuracy": {"best": 0.0 if luck else lr(options)}}}
+        value = 0.0 if luck else lr(options) + 0.001 * (options["seed_everything"] == "9")
+        return {"metrics": {"val/accuracy": {"best": value}}}
 
     sweep = {**ADAMW_ALONE, "trials": 4, "trial_seed": 7, "rejudged": 2, "rejudge_seeds": [8, 9], "final_seeds": [0]}
     sweep |= {"objective": {"metric": "val/accuracy", "direction": "maximize"}}
@@ -413,6 +414,7 @@ def test_the_best_trials_run_again_and_the_best_mean_wins(tmp_path: Path) -> Non
     assert {options["experiment"] for options in again} == {"adamw"}
     (final,) = runner.commands[8:]
     assert lr(final) == rates[-2] and "sweep.trial" not in final
+    assert f"{rates[-2] + 0.001 / 3:.6g}" in capsys.readouterr().out, "the table has the mean over the seeds"
     assert [len(found[name]) for name in ("adamw", "adamw-rejudged", "adamw-final")] == [4, 4, 1]
     run_fake(tmp_path, sweep, runner)
     assert len(runner.commands) == 9
