@@ -1,4 +1,4 @@
-"""Provide images of some classes that a run on CIFAR-10 does not train on."""
+"""Provide images that a run on CIFAR-10 leaves unused, of chosen classes."""
 
 from typing import Any
 
@@ -6,25 +6,27 @@ import lightning.pytorch as L
 from torch import Tensor
 
 from datamodules.augmentation import ImageBatches
-from datamodules.cifar10 import CIFAR10Data
+from datamodules.cifar10 import CLASSES, CIFAR10Data
 
 
 class OtherClasses(L.LightningDataModule):
-    """Provide the images of some classes that CIFAR10Data leaves out of a run.
+    """Provide images that CIFAR10Data leaves unused in a run, of chosen classes.
 
     It is the other data of :class:`callbacks.forgetting_probe.ForgettingProbe`, and reads files, batch sizes and
-    augmentation from the run's data module. It trains on the images that the run neither trains on nor holds out, and
-    validates on the test images.
+    augmentation from the run's data module. It trains on the images of these classes that the run neither trains on nor
+    holds out, and validates on their test images. The run itself trains on all ten classes.
 
     Args:
-        classes: numbers of the classes.
+        classes: numbers of the classes, from 0 to 9.
 
     Raises:
-        ValueError: the run has another data module, or uses every training image.
+        ValueError: no class or an unknown one, the run has another data module, or it uses every training image.
     """
 
     def __init__(self, classes: tuple[int, ...] = (5, 6, 7, 8, 9)) -> None:
         super().__init__()
+        if not classes or not set(classes) <= set(range(len(CLASSES))):
+            raise ValueError(f"classes must be numbers from 0 to {len(CLASSES) - 1}, got {list(classes)}")
         self.classes = classes
         self.train_set: tuple[Tensor, Tensor]
         self.val_set: tuple[Tensor, Tensor]

@@ -52,6 +52,12 @@ def test_a_run_that_uses_every_image_and_other_data_are_refused() -> None:
         other(None)
 
 
+@pytest.mark.parametrize("classes", [(), (3, 10), (-1,)])
+def test_unknown_classes_are_refused(classes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="classes must be numbers from 0 to 9, got"):
+        OtherClasses(classes)
+
+
 def test_a_classifier_forgets_by_them(tmp_path: Path) -> None:
     model = ImageClassifier(width=2, optimizer=adamw)
     row = values_of_a_test(model, ForgettingProbe(OtherClasses(), steps=8, lr=0.01), run(train_examples=60))
