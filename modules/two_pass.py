@@ -75,7 +75,7 @@ class TwoPassModule(ResumableModule):
         splits: row blocks of fused weights by patterns of their names, see :func:`ars2.param_groups`.
 
     Raises:
-        ValueError: ``accumulate_grad_batches`` below 1 or ``gradient_clip_val`` not above 0.
+        ValueError: an option out of its range.
     """
 
     # Other methods that use the network's parameters. A sharded network is gathered for them as for compute_loss().
@@ -103,6 +103,10 @@ class TwoPassModule(ResumableModule):
         self._arguments = arguments_of(self, inspect.currentframe())
         if gather not in ("exact", "bfloat16"):
             raise ValueError(f"gather must be 'exact' or 'bfloat16', got {gather!r}")
+        if scheduler_interval not in ("epoch", "step", "gradient_evaluation"):
+            raise ValueError(
+                f"scheduler_interval must be 'epoch', 'step' or 'gradient_evaluation', got {scheduler_interval!r}"
+            )
         if nonfinite not in ("stop", "skip"):
             raise ValueError(f"nonfinite must be 'stop' or 'skip', got {nonfinite!r}")
         if accumulate_grad_batches < 1:

@@ -207,6 +207,9 @@ def test_gradient_evaluations_are_counted_and_saved(name: str, tmp_path: Any) ->
     ("options", "named"),
     [
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be at least 1, got 0"),
+        ({"scheduler_interval": "steps"}, "scheduler_interval must be 'epoch', 'step' or 'gradient_evaluation'"),
+        ({"nonfinite": "ignore"}, "nonfinite must be 'stop' or 'skip', got 'ignore'"),
+        ({"gather": "float16"}, "gather must be 'exact' or 'bfloat16', got 'float16'"),
         ({"gradient_clip_val": 0.0}, "gradient_clip_val must be above 0"),
         (
             {"vector": {"weight_dacay": 1.0}},
