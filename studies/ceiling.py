@@ -25,6 +25,7 @@ from analysis.results import metric_text
 from analysis.runs import Run, read
 from analysis.statistics import Mean, Paired, geometric_interval, holm, mean_interval, paired
 from analysis.tables import Table, mean_text, number
+from analysis.tuning_budget import luck
 
 # Family and reference of the primary tests, stated in the sweeps' files before the first run.
 PRIMARY = (("late", "base_averaged"), ("late", "base"), ("sync", "base"))
@@ -140,6 +141,18 @@ def values(runs: Mapping[str, Run], measure: Measure) -> dict[str, float]:
     return {seed: math.log(measure.of(run)) for seed, run in runs.items() if measure.of(run) > 0}
 
 
+def searched(trials: Mapping[str, list[Run]], family: str, measure: Measure) -> list[list[float]]:
+    """Return the validated measure of each trial, by row of the family."""
+    rows = []
+    for runs in (runs for row, runs in trials.items() if family_of(row) == family):
+        # The first run of a trial alone: only the best trials run again on further seeds.
+        first = {run.identity.sweep.trial: run for run in reversed(runs) if run.identity.sweep}
+        best = [run.best(measure.metric, measure.lower) for run in first.values()]
+        # A trial that diverged counts as the worst.
+        rows.append([math.inf if math.isnan(x) else math.exp(x) if measure.lower else 1.0 - x for x in best])
+    return rows
+
+
 def primary_tests(rows: Mapping[str, Mapping[str, Run]], measure: Measure) -> list[Comparison]:
     """Return the primary tests for which both families have run.
 
@@ -187,6 +200,8 @@ def tables(
             ratio = mean_text(Comparison(family, "base", against, against.p).ratio, 4)
         gap = mean_interval([run.last("val/loss") - run.last("train/loss") for run in runs])
         metric = measure.metric
+        found_by, base = searched(trials, family, measure), searched(trials, "base", measure)
+        lucky = mean_text(luck(found_by, base), 3) if found_by and base and family != "base" else "-"
         lines.append(
             [
                 NAMES[family],
@@ -197,15 +212,18 @@ def tables(
                 metric_text(metric, mean_interval([run.best(metric, measure.lower) for run in runs])),
                 metric_text(metric, mean_interval([run.last(metric) for run in runs])),
                 mean_text(gap, 3),
+                lucky,
                 str(sum(len(of) for row, of in trials.items() if family_of(row) == family)),
             ]
         )
     heads = ["row", "gradient evaluations", "seeds", measure.name, "ratio to Base", f"best {measure.metric}"]
-    heads += [f"last {measure.metric}", "gap of the losses", "trials"]
+    heads += [f"last {measure.metric}", "gap of the losses", "ratio of the best trials", "trials"]
     notes = [
         "Each family at its better budget. Geometric means (test) and means (validation) over seeds, with 95 % "
         "intervals. Seeds count the runs with a test. The gap is last validation loss minus last training loss. Trials "
-        "count both budgets, and the best trials on further seeds."
+        "count both budgets, and the best trials on further seeds. The ratio of the best trials is that of the "
+        "validated measure to Base's, on the trials' seed. Its interval has 95 % of the ratios where the trials are "
+        "drawn again with replacement: the luck of the search, which the intervals over seeds do not include."
     ]
     return [*found, Table("All rows", heads, lines, notes)]
 

@@ -1,6 +1,7 @@
 import json
 import math
 import sys
+from copy import deepcopy
 from pathlib import Path
 from unittest.mock import patch
 
@@ -77,6 +78,18 @@ def test_the_stated_tests_are_paired_and_adjusted_over_all_of_them(study: Path) 
     # A test whose runs are missing counts all the same.
     (alone,) = ceiling.primary_tests({row: rows[row] for row in ("late", "base")}, ceiling.ERROR)
     assert alone.p == pytest.approx(3 * p[1], rel=1e-6)
+
+
+def test_the_luck_of_the_search_is_of_the_first_run_of_each_trial(study: Path) -> None:
+    trials = ceiling.winners(study)[1]
+    (once,) = ceiling.searched(trials, "base", ceiling.ERROR)
+    assert once == [1 - run.best("val/accuracy", False) for run in trials["base"][::-1]] and len(once) == 2
+    later = [deepcopy(run) for run in trials["base"]]  # on a further seed
+    for run in later:
+        run.log["val/accuracy"] = run.log["val/accuracy"] / 2
+    (again,) = ceiling.searched({"base": [*trials["base"], *later]}, "base", ceiling.ERROR)
+    assert sorted(again) == sorted(once)
+    assert len(ceiling.searched({"late": trials["base"], "late_short": trials["base"]}, "late", ceiling.ERROR)) == 2
 
 
 def test_winners_of_both_budgets_of_a_family_are_an_error(study: Path) -> None:
