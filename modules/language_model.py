@@ -191,11 +191,16 @@ class LanguageModel(TwoPassModule):
                 )
             return self._first_passes.pop(0)
         if metrics is self.train_metrics and self._window and self._window[-1] is not None:
-            del self._first_passes[len(self._window) - 1 :]  # of the window before, if it had no second pass
+            del self._first_passes[len(self._window) - 1 :]  # of a window that training left open
             # Copied once for each window, because perturb() moves the parameter in place.
             copy = self._first_passes[0][1] if self._first_passes else weight.detach().clone()
             self._first_passes.append((hidden.detach(), copy))
         return None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_index)
+        if self.between_steps:
+            self._first_passes.clear()  # those of a step without a second pass need memory
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load the tokenizer from the checkpoint, if no data module provides one.

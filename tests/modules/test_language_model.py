@@ -277,14 +277,14 @@ def test_a_functional_second_pass_is_that_of_its_definition(name: str, window: i
     for second_loss in ("functional", "same"):
         probe = Probe()
         fits[second_loss] = double(second_loss)
-        fit = trainer(max_epochs=1, limit_train_batches=8, limit_val_batches=1, precision="64-true", callbacks=[probe])
+        fit = trainer(max_epochs=1, limit_train_batches=9, limit_val_batches=1, precision="64-true", callbacks=[probe])
         fit.fit(fits[second_loss], data(tmp_path))
         assert probe.stored == {0}
     module = double("functional")
     module.network.train()
     optimizer: Any = module.make_optimizer(param_groups(module.network, "all"))  # type: ignore[misc]
-    batches = [tokens for (tokens,) in corpus.train_dataloader()][:8]
-    for start in range(0, 8, window):
+    batches = [tokens for (tokens,) in corpus.train_dataloader()][:9]
+    for start in range(0, 9, window):
         functional_by_hand(module, optimizer, batches[start : start + window], window)
     for (label, found), expected in zip(
         fits["functional"].network.named_parameters(), module.network.parameters(), strict=True
