@@ -88,8 +88,8 @@ class ARS2Neo(TrackedOptimizer):
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay, multiplied by ``lr``. It may be changed in the group between steps.
-        rho, relative_rho: length of each tensor's move to the adversarial point, which is ``rho``, or ``rho * |p|``
-            with the norm of the tensor. In mode ``"momentum"`` it may be negative.
+        rho, relative_rho: the length of each tensor's move to the adversarial point is ``rho`` or, with
+            ``relative_rho``, ``rho`` times the norm of the tensor. In mode ``"momentum"`` rho may be negative.
         mode: which steps are two-pass steps. ``"base"``: none. ``"sync"``: all. ``"aga"``: those at which the global
             cosine ``phi`` of gradient and cached shear force falls below ``-phi_lambda * sqrt(variance)``.
             ``"late"``: all after the first ``late_start * total_steps`` steps. ``"periodic"`` (steps 1, k+1, 2k+1,
