@@ -176,6 +176,7 @@ def test_a_failure_half_way_leaves_no_files(corpus: Corpus, tmp_path: Path, monk
     load(corpus, tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_of_two_processes_at_once_one_makes_it_and_both_have_it(tmp_path: Path) -> None:
     text = write_corpus(tmp_path / "text", articles=200)
     code = (

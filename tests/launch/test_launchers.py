@@ -122,6 +122,7 @@ def torchrun(home: Path, *options: object, stop: str = "") -> list[tuple[int, st
     return [(process.returncode, text) for process, text in zip(processes, outputs, strict=True)]
 
 
+@pytest.mark.slow
 def test_two_processes_of_a_launcher_share_a_run_and_resume_together(by_lightning: Path, tmp_path: Path) -> None:
     """The environment is the one of torchrun on each of two machines."""
 
