@@ -1,6 +1,6 @@
 """Train tuned winners on after they reach 99 % validation accuracy, and measure whether they keep it.
 
-    python -m studies.after_grokking run --workers 2    # about 45 minutes of two cores; continues where it was stopped
+    python -m studies.after_grokking run --workers 2    # continues where it was stopped
     python -m studies.after_grokking report
 
 On this task networks can lose generalisation again long after they found it (arXiv 2608.07436, for Muon with AdamW on
@@ -10,8 +10,6 @@ All learning rates are constant. The report has the epoch of the first validatio
 validations below 99 %, and the lowest later accuracy.
 """
 
-import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from analysis.archive import ARCHIVE, pack
 from analysis.runs import Run, read
 from analysis.tables import number
 from experiment.target import Target
-from studies.newton_schulz_runs import ended
+from studies.newton_schulz_runs import ended, options_of
 
 FOLDER = Path("results") / "after_grokking"
 STUDY = "grok_tuned"
@@ -128,13 +126,8 @@ def _spread(values: Sequence[float], unit: str = "") -> str:
 
 
 def main() -> int:
-    """Run, report or pack; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("run", "report", "pack"))
-    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of the runs (default: {FOLDER})")
-    parser.add_argument("--workers", type=int, default=2, help="concurrent runs, of one thread each (default: 2)")
-    options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    """Run, report or pack, and return the exit code."""
+    options = options_of(__doc__, FOLDER)
     if options.part == "run":
         train(options.folder, options.workers)
     elif options.part == "pack":

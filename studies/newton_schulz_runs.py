@@ -206,14 +206,27 @@ def line(task: Task, setting: str, row: dict[int, float], reference: dict[int, f
     return f"| {setting} | {mean} | {shown[0]} [{shown[1]}, {shown[2]}] | {verdict} |"
 
 
-def main() -> int:
-    """Run or report; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def options_of(description: str | None, folder: Path) -> argparse.Namespace:
+    """Read the command line of a study with the parts ``run``, ``report`` and ``pack``.
+
+    Runs that it starts have one thread each.
+
+    Args:
+        description: of the command.
+        folder: default folder of the runs.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("run", "report", "pack"))
-    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of the runs (default: {FOLDER})")
+    parser.add_argument("--folder", type=Path, default=folder, help=f"of the runs (default: {folder})")
     parser.add_argument("--workers", type=int, default=2, help="concurrent runs, of one thread each (default: 2)")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    return options
+
+
+def main() -> int:
+    """Run, report or pack, and return the exit code."""
+    options = options_of(__doc__, FOLDER)
     protocol = Protocol.read()
     if options.part == "run":
         run(protocol, options.folder, options.workers)

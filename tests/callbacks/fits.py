@@ -2,7 +2,8 @@
 
 import csv
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def rows(folder: Path, having: str = "step") -> list[dict[str, float]]:
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         filled = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     return [row for row in filled if having in row]
+
+
+@contextmanager
+def restored(model: L.LightningModule) -> Iterator[None]:
+    """Check that a block leaves parameters, buffers and gradients bit for bit."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    yield
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(param.grad is None for param in model.parameters())
 
 
 def values_of_a_test(model: L.LightningModule, callback: L.Callback, source: Any = None) -> dict[str, float]:

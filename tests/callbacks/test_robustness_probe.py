@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from callbacks.robustness_probe import RobustnessProbe, rounded
 from modules.modular_addition import ModularAddition
-from tests.callbacks.fits import adamw, data, values_of_a_test
+from tests.callbacks.fits import adamw, data, restored, values_of_a_test
 from tests.helpers.commands import AGA, TINY, fit
 from tests.modules import small_task
 from tests.modules.small_task import SmallTask
@@ -123,19 +123,17 @@ def test_the_network_is_restored_bit_for_bit(kind: type[SmallTask]) -> None:
     In evaluation mode the loss is the test's, with dropout off and BatchNorm's stored statistics.
     """
     model = kind(0.3, optimizer=adamw)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     L.seed_everything(3)
     states = torch.get_rng_state().tolist()
-    if kind is Failing:
-        with pytest.raises(RuntimeError, match=r"^out of memory$"):
-            values_of_a_test(model, RobustnessProbe(**QUICK), Images())
-    else:
-        row = values_of_a_test(model, RobustnessProbe(**QUICK), Images())
-        assert row["robustness/loss"] == pytest.approx(row["test/loss"], rel=1e-5)
-        assert row["robustness/loss_noise"] != row["robustness/loss"]
-        assert torch.get_rng_state().tolist() == states
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert all(param.grad is None for param in model.parameters())
+    with restored(model):
+        if kind is Failing:
+            with pytest.raises(RuntimeError, match=r"^out of memory$"):
+                values_of_a_test(model, RobustnessProbe(**QUICK), Images())
+        else:
+            row = values_of_a_test(model, RobustnessProbe(**QUICK), Images())
+            assert row["robustness/loss"] == pytest.approx(row["test/loss"], rel=1e-5)
+            assert row["robustness/loss_noise"] != row["robustness/loss"]
+            assert torch.get_rng_state().tolist() == states
 
 
 def test_fewer_batches_and_no_hessian_are_enough() -> None:
