@@ -17,6 +17,7 @@ with without_heavy_packages():
     import lightning.pytorch as L
     from jsonargparse import Namespace
     from lightning.fabric.plugins import CheckpointIO
+    from lightning.pytorch.callbacks import WeightAveraging
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -248,6 +249,9 @@ class CommandLine(LightningCLI):
                 raise ValueError(
                     f"test_best found no best checkpoint: {best.monitor} was never logged, so validate sooner"
                 )
+            # After training, these callbacks replace a loaded average by the checkpoint's weights without average.
+            trainer: Any = self.trainer
+            trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, WeightAveraging)]
             self.trainer.test(self.model, self.datamodule, ckpt_path=best.best_model_path, weights_only=True)
 
     def _monitoring(self) -> Any:

@@ -62,13 +62,16 @@ class Locked(L.Callback):
         self.lock = threading.Lock()
 
 
-def test_the_best_checkpoint_has_the_average_that_was_validated(tmp_path: Path) -> None:
+def test_the_best_checkpoint_has_the_average_that_was_validated_and_is_tested(tmp_path: Path) -> None:
     one_epoch = (*AGA, *TINY, "--trainer.max_epochs", 1, f"--trainer.callbacks+={__name__}.Locked")
     average = (f"--trainer.callbacks+={MODULE}EMAWeightAveraging", "--trainer.callbacks.decay", 0.5)
-    folder = fit(tmp_path, *one_epoch, *average, *FULL_CHECKPOINTS)
+    folder = fit(tmp_path, *one_epoch, *average, *FULL_CHECKPOINTS, "--test_best", "true")
     saved = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
     name = "network.query"
     assert not torch.equal(saved["state_dict"][name], saved["current_model_state"][name])
+    # This task's test data are its validation data.
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["test"]["test/loss"] == pytest.approx(summary["metrics"]["val/loss"]["best"], rel=1e-6)
     error = call("fit", *one_epoch, *average, "--runs", tmp_path / "others").error
     assert "EMAWeightAveraging saves its average only in full checkpoints" in error
     assert "--checkpoint.save_weights_only false" in error
