@@ -18,6 +18,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from analysis.archive import ARCHIVE, unpack_command
+from experiment.folders import lock
 from launch import trial
 from launch.sweep_specification import Dimension, OptimizerSpec, Sweep
 
@@ -78,7 +79,7 @@ class Search:
         runner: runs a command line in a process of ``context``, its output going to a file.
 
     Raises:
-        ValueError: the folder has its runs in an archive, or a sweep with other points.
+        ValueError: the folder has its runs in an archive, a sweep with other points, or one that is running.
     """
 
     def __init__(
@@ -91,6 +92,8 @@ class Search:
             raise ValueError(
                 f"the runs of {folder} are packed: unpack them with {unpack_command(archive)}, or name another folder"
             )
+        if not lock(folder):
+            raise ValueError(f"a sweep is running in {folder}: wait for its end, stop it, or name another folder")
         for leftover in folder.glob("*.tmp"):
             leftover.unlink(missing_ok=True)
         journal = str(folder / "trials.journal")

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 from unittest.mock import patch
 
@@ -243,6 +245,17 @@ def test_a_sweep_whose_runs_are_packed_explains_how_to_unpack_them(tmp_path: Pat
     with pytest.raises(ValueError, match=r"are packed: unpack them with python -m zipfile -e .*runs.zip"):
         Search(read(sweep_file(tmp_path, SWEEP)), tmp_path, None, print)
     assert not (tmp_path / "trials.journal").exists()
+
+
+def test_a_second_sweep_in_the_same_folder_is_refused_while_the_first_one_runs(tmp_path: Path) -> None:
+    first = "import sys, pathlib, experiment.folders as f; print(f.lock(pathlib.Path(sys.argv[1])), flush=1); input()"
+    with Popen([sys.executable, "-c", first, tmp_path], stdin=PIPE, stdout=PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "True\n"
+        with pytest.raises(ValueError, match=f"a sweep is running in {tmp_path}: wait for its end"):
+            Search(read(sweep_file(tmp_path, SWEEP)), tmp_path, None, print)
+        assert not (tmp_path / "trials.journal").exists()
+        other.communicate("")
+    Search(read(sweep_file(tmp_path, SWEEP)), tmp_path, None, print)
 
 
 @pytest.mark.slow
