@@ -82,8 +82,7 @@ class Comparison:
     @property
     def ratio(self) -> Mean:
         """Return the geometric mean of the ratios with its 95 % interval."""
-        d = self.effect.difference
-        return Mean(d.n, math.exp(d.mean), *(None if x is None else math.exp(x) for x in (d.low, d.high)))
+        return as_ratio(self.effect)
 
     @property
     def verdict(self) -> str:
@@ -99,6 +98,12 @@ class Comparison:
         return ("better" if better else "worse") + (
             "" if min(abs(low), abs(high)) >= least else ", maybe by less than 1 %"
         )
+
+
+def as_ratio(effect: Paired) -> Mean:
+    """Return the geometric mean of ratios, with its 95 % interval, from the differences of their logarithms."""
+    d = effect.difference
+    return Mean(d.n, math.exp(d.mean), *(None if x is None else math.exp(x) for x in (d.low, d.high)))
 
 
 def winners(folder: Path) -> tuple[dict[str, dict[str, Run]], dict[str, list[Run]]]:
@@ -141,6 +146,16 @@ def values(runs: Mapping[str, Run], measure: Measure) -> dict[str, float]:
     return {seed: math.log(measure.of(run)) for seed, run in runs.items() if measure.of(run) > 0}
 
 
+def seconds(runs: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
+    """Return the ratio of the seconds of training, without validation, on common seeds."""
+    logs = [
+        {seed: math.log(run.at_end("cost/training_seconds") or math.nan) for seed, run in side.items()}
+        for side in (runs, reference)
+    ]
+    effect = paired(*logs)
+    return "-" if effect is None else mean_text(as_ratio(effect), 3)
+
+
 def searched(trials: Mapping[str, list[Run]], family: str, measure: Measure) -> list[list[float]]:
     """Return the validated measure of each trial, by row of the family."""
     rows = []
@@ -180,14 +195,16 @@ def tables(
             number(one.effect.p, 2),
             number(one.p, 2),
             one.verdict,
+            seconds(rows[one.family], rows[one.reference]),
         ]
         for one in primary_tests(rows, measure)
     ]
-    heads = ["comparison", "seeds", f"ratio of {measure.name}", "p", "p (Holm)", "verdict"]
+    heads = ["comparison", "seeds", f"ratio of {measure.name}", "p", "p (Holm)", "verdict", "ratio of seconds"]
     notes = [
         f"Geometric mean of the ratios of {measure.name} on common seeds, with its 95 % interval; below 1 the first "
         "row is better. p is of the paired t-test of the logarithms, and p (Holm) is adjusted for these tests, "
-        "which were stated before the first run. The smallest effect of interest is 1 %."
+        "which were stated before the first run. The smallest effect of interest is 1 %. Rows are compared at equal "
+        "gradient evaluations; the ratio of the seconds of training, without validation, says what they cost in time."
     ]
     found = [Table("Primary tests", heads, lines, notes)]
     lines = []
@@ -197,7 +214,7 @@ def tables(
         against = paired(values(rows[family], measure), values(rows["base"], measure)) if "base" in rows else None
         ratio = "1" if family == "base" else "-"
         if against is not None and family != "base":
-            ratio = mean_text(Comparison(family, "base", against, against.p).ratio, 4)
+            ratio = mean_text(as_ratio(against), 4)
         gap = mean_interval([run.last("val/loss") - run.last("train/loss") for run in runs])
         metric = measure.metric
         found_by, base = searched(trials, family, measure), searched(trials, "base", measure)
@@ -209,6 +226,7 @@ def tables(
                 str(len(values(rows[family], measure))),
                 mean_text(geometric_interval([measure.of(run) for run in runs]), 4),
                 ratio,
+                "1" if family == "base" else seconds(rows[family], rows["base"]) if "base" in rows else "-",
                 metric_text(metric, mean_interval([run.best(metric, measure.lower) for run in runs])),
                 metric_text(metric, mean_interval([run.last(metric) for run in runs])),
                 mean_text(gap, 3),
@@ -216,8 +234,14 @@ def tables(
                 str(sum(len(of) for row, of in trials.items() if family_of(row) == family)),
             ]
         )
-    heads = ["row", "gradient evaluations", "seeds", measure.name, "ratio to Base", f"best {measure.metric}"]
-    heads += [f"last {measure.metric}", "gap of the losses", "ratio of the best trials", "trials"]
+    heads = ["row", "gradient evaluations", "seeds", measure.name, "ratio to Base", "ratio of seconds"]
+    heads += [
+        f"best {measure.metric}",
+        f"last {measure.metric}",
+        "gap of the losses",
+        "ratio of the best trials",
+        "trials",
+    ]
     notes = [
         "Each family at its better budget. Geometric means (test) and means (validation) over seeds, with 95 % "
         "intervals. Seeds count the runs with a test. The gap is last validation loss minus last training loss. Trials "
