@@ -92,6 +92,16 @@ def test_the_luck_of_the_search_is_of_the_first_run_of_each_trial(study: Path) -
     assert len(ceiling.searched({"late": trials["base"], "late_short": trials["base"]}, "late", ceiling.ERROR)) == 2
 
 
+def test_the_ratio_of_seconds_is_the_geometric_mean_over_common_seeds(study: Path) -> None:
+    rows = ceiling.by_family(ceiling.winners(study)[0])
+    slower = {seed: deepcopy(run) for seed, run in rows["base"].items()}
+    for run, factor in zip(slower.values(), (2.0, 2.0, 2.0, 4.0), strict=True):
+        run.log["cost/training_seconds"] = run.log["cost/training_seconds"] * factor
+    low, high = (math.exp(x) for x in stats.t.interval(0.95, 3, 1.25 * math.log(2), 0.25 * math.log(2)))
+    assert ceiling.seconds(slower, rows["base"]) == f"{2**1.25:.3g} [{low:.3g}, {high:.3g}]"
+    assert ceiling.seconds({"0": slower["0"]}, rows["base"]) == "-"
+
+
 def test_winners_of_both_budgets_of_a_family_are_an_error(study: Path) -> None:
     finals = ceiling.winners(study)[0]
     with pytest.raises(ValueError, match="both budgets of late have runs of winners"):
