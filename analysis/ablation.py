@@ -13,7 +13,7 @@ import numpy as np
 from analysis.results import is_share
 from analysis.rows import Group, Row
 from analysis.runs import Run
-from analysis.statistics import Mean, mean_interval, paired
+from analysis.statistics import exponential, mean_interval, paired
 from analysis.tables import Table, mean_text, number
 
 SWITCHES = ("flatness", "geometry", "energy")
@@ -107,7 +107,6 @@ def _cells(pairs: list[tuple[Row, Row]], kinds: dict[str, tuple[Callable[[Run], 
             continue
         mean = mean_interval(list(differences.values()))
         if is_ratio:
-            low, high = (None if limit is None else float(np.exp(limit)) for limit in (mean.low, mean.high))
-            mean = Mean(mean.n, float(np.exp(mean.mean)), low, high)
+            mean = exponential(mean)
         cells.append(f"{mean_text(mean, 3)}, p {number(test.p, 2)}")
     return cells

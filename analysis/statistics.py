@@ -73,14 +73,18 @@ def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return mean, mean - half, mean + half
 
 
+def exponential(log: Mean) -> Mean:
+    """Return a mean of logarithms as a geometric mean, with the limits of its interval."""
+    low, high = (None if limit is None else float(np.exp(limit)) for limit in (log.low, log.high))
+    return Mean(log.n, float(np.exp(log.mean)), low, high)
+
+
 def geometric_interval(values: Sequence[float]) -> Mean:
     """Return geometric mean and interval of positive ``values``.
 
     The interval is the t-interval of their logarithms. It never reaches zero, as that of a few scattered times would.
     """
-    log = mean_interval(np.log(values).tolist())
-    low, high = (None if limit is None else float(np.exp(limit)) for limit in (log.low, log.high))
-    return Mean(log.n, float(np.exp(log.mean)), low, high)
+    return exponential(mean_interval(np.log(values).tolist()))
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,7 @@ def searches_luck(group: Group, reference: Row) -> Iterator[Table]:
         rows: dict[str, list[list[float]]] = {}
         for (other, _), trials in group.sweeps.items():
             if other == name:
-                # The first run of a trial alone: only the best trials run again on further seeds.
-                first = {run.identity.sweep.trial: run for run in reversed(trials) if run.identity.sweep}
-                rows.setdefault(trials[0].identity.optimizer, []).append([value(run) for run in first.values()])
+                rows.setdefault(trials[0].identity.optimizer, []).append([value(run) for run in first_runs(trials)])
         if reference.optimizer not in rows or len(rows) < 2:
             continue
         best = {
@@ -93,6 +91,11 @@ def searches_luck(group: Group, reference: Row) -> Iterator[Table]:
             "as one that was ended early, counts as the worst."
         ]
         yield Table(f"Luck of the search {name}", heads, lines, notes)
+
+
+def first_runs(trials: Sequence[Run]) -> list[Run]:
+    """Return the first run of every trial. Only the best trials run again on further seeds."""
+    return list({run.identity.sweep.trial: run for run in reversed(trials) if run.identity.sweep}.values())
 
 
 def luck(trials: Sequence[Sequence[float]], others: Sequence[Sequence[float]], lower: bool = True) -> Mean:

@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 from analysis.plots import COLOURS, on_white, svg
 from analysis.results import metric_text
 from analysis.runs import Run, read
-from analysis.statistics import Mean, Paired, geometric_interval, holm, mean_interval, paired
+from analysis.statistics import Mean, Paired, exponential, geometric_interval, holm, mean_interval, paired
 from analysis.tables import Table, mean_text, number
-from analysis.tuning_budget import luck
+from analysis.tuning_budget import first_runs, luck
 
 # Family and reference of the primary tests, stated in the sweeps' files before the first run.
 PRIMARY = (("late", "base_averaged"), ("late", "base"), ("sync", "base"))
@@ -82,7 +82,7 @@ class Comparison:
     @property
     def ratio(self) -> Mean:
         """Return the geometric mean of the ratios with its 95 % interval."""
-        return as_ratio(self.effect)
+        return exponential(self.effect.difference)
 
     @property
     def verdict(self) -> str:
@@ -98,12 +98,6 @@ class Comparison:
         return ("better" if better else "worse") + (
             "" if min(abs(low), abs(high)) >= least else ", maybe by less than 1 %"
         )
-
-
-def as_ratio(effect: Paired) -> Mean:
-    """Return the geometric mean of ratios, with its 95 % interval, from the differences of their logarithms."""
-    d = effect.difference
-    return Mean(d.n, math.exp(d.mean), *(None if x is None else math.exp(x) for x in (d.low, d.high)))
 
 
 def winners(folder: Path) -> tuple[dict[str, dict[str, Run]], dict[str, list[Run]]]:
@@ -153,16 +147,14 @@ def seconds(runs: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
         for side in (runs, reference)
     ]
     effect = paired(*logs)
-    return "-" if effect is None else mean_text(as_ratio(effect), 3)
+    return "-" if effect is None else mean_text(exponential(effect.difference), 3)
 
 
 def searched(trials: Mapping[str, list[Run]], family: str, measure: Measure) -> list[list[float]]:
     """Return the validated measure of each trial, by row of the family."""
     rows = []
     for runs in (runs for row, runs in trials.items() if family_of(row) == family):
-        # The first run of a trial alone: only the best trials run again on further seeds.
-        first = {run.identity.sweep.trial: run for run in reversed(runs) if run.identity.sweep}
-        best = [run.best(measure.metric, measure.lower) for run in first.values()]
+        best = [run.best(measure.metric, measure.lower) for run in first_runs(runs)]
         # A trial that diverged counts as the worst.
         rows.append([math.inf if math.isnan(x) else math.exp(x) if measure.lower else 1.0 - x for x in best])
     return rows
@@ -214,7 +206,7 @@ def tables(
         against = paired(values(rows[family], measure), values(rows["base"], measure)) if "base" in rows else None
         ratio = "1" if family == "base" else "-"
         if against is not None and family != "base":
-            ratio = mean_text(as_ratio(against), 4)
+            ratio = mean_text(exponential(against.difference), 4)
         gap = mean_interval([run.last("val/loss") - run.last("train/loss") for run in runs])
         metric = measure.metric
         found_by, base = searched(trials, family, measure), searched(trials, "base", measure)

@@ -24,7 +24,7 @@ import yaml
 
 from analysis import runs as run_folders
 from analysis.archive import ARCHIVE, pack
-from analysis.statistics import Mean, mean_interval
+from analysis.statistics import Mean, exponential, mean_interval
 
 FOLDER = Path("results") / "newton_schulz_steps"
 PROTOCOL = FOLDER / "protocol.yaml"
@@ -76,9 +76,7 @@ class Task:
         row, other = (np.array([side[seed] for seed in seeds]) for side in (values, reference))
         if not self.ratio:
             return mean_interval((row - other).tolist(), CONFIDENCE)
-        log = mean_interval(np.log(row / other).tolist(), CONFIDENCE)
-        low, high = (None if limit is None else float(np.exp(limit)) for limit in (log.low, log.high))
-        return Mean(log.n, float(np.exp(log.mean)), low, high)
+        return exponential(mean_interval(np.log(row / other).tolist(), CONFIDENCE))
 
     def not_inferior(self, found: Mean) -> bool:
         """Return whether the limit towards the worse is within the margin."""
