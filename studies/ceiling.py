@@ -140,6 +140,16 @@ def values(runs: Mapping[str, Run], measure: Measure) -> dict[str, float]:
     return {seed: math.log(measure.of(run)) for seed, run in runs.items() if measure.of(run) > 0}
 
 
+def ratio(rows: Mapping[str, Mapping[str, Run]], family: str, reference: str, measure: Measure) -> str:
+    """Return the ratio of the measure to a reference on common seeds."""
+    if family == reference:
+        return "1"
+    if reference not in rows:
+        return "-"
+    effect = paired(values(rows[family], measure), values(rows[reference], measure))
+    return "-" if effect is None else mean_text(exponential(effect.difference), 4)
+
+
 def seconds(runs: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
     """Return the ratio of the seconds of training, without validation, on common seeds."""
     logs = [
@@ -203,10 +213,6 @@ def tables(
     order = sorted(rows, key=lambda name: geometric_interval([measure.of(run) for run in rows[name].values()]).mean)
     for family in order:
         runs = list(rows[family].values())
-        against = paired(values(rows[family], measure), values(rows["base"], measure)) if "base" in rows else None
-        ratio = "1" if family == "base" else "-"
-        if against is not None and family != "base":
-            ratio = mean_text(exponential(against.difference), 4)
         gap = mean_interval([run.last("val/loss") - run.last("train/loss") for run in runs])
         metric = measure.metric
         found_by, base = searched(trials, family, measure), searched(trials, "base", measure)
@@ -217,7 +223,7 @@ def tables(
                 budgets[family],
                 str(len(values(rows[family], measure))),
                 mean_text(geometric_interval([measure.of(run) for run in runs]), 4),
-                ratio,
+                *(ratio(rows, family, reference, measure) for reference in ("base", "base_averaged")),
                 "1" if family == "base" else seconds(rows[family], rows["base"]) if "base" in rows else "-",
                 metric_text(metric, mean_interval([run.best(metric, measure.lower) for run in runs])),
                 metric_text(metric, mean_interval([run.last(metric) for run in runs])),
@@ -226,8 +232,9 @@ def tables(
                 str(sum(len(of) for row, of in trials.items() if family_of(row) == family)),
             ]
         )
-    heads = ["row", "gradient evaluations", "seeds", measure.name, "ratio to Base", "ratio of seconds"]
+    heads = ["row", "gradient evaluations", "seeds", measure.name, "ratio to Base", "ratio to Base, averaged"]
     heads += [
+        "ratio of seconds",
         f"best {measure.metric}",
         f"last {measure.metric}",
         "gap of the losses",

@@ -115,6 +115,9 @@ def test_the_command_writes_the_verdict_and_its_picture_beside_the_runs(study: P
     assert "late against Base, averaged" in text and "equal within 1 %" in text
     rows = [line for line in text.splitlines() if line.startswith(("| late |", "| Base |"))]
     assert [line.split(" | ")[0] for line in rows] == ["| late", "| Base"], "the best row is first"
+    late, base = (line.split(" | ")[4:6] for line in rows)
+    assert late[0].startswith("0.9512 [") and late[1].startswith("0.9802 ["), "to Base and to Base with averaging"
+    assert base[0] == "1" and base[1].startswith("1.03 [")
     assert rows[1].endswith("| 2 |")
     assert (study / "verdict.svg").read_text().count("<svg") == 1
 
