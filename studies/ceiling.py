@@ -1,10 +1,11 @@
 """Judge a ceiling study: which row generalises best once the network can overfit.
 
-    python -m studies.ceiling results/ceiling_language
+    python -m studies.ceiling results/ceiling_language [results/ceiling_language_controls]
     python -m studies.ceiling results/ceiling_cifar
 
-The folder has the runs of configs/sweeps/ceiling_language.yaml or ceiling_cifar.yaml, unpacked or in an archive. The
-command writes ``verdict.md`` (the tests that the sweep's file states, and tables of all rows) and ``verdict.svg``.
+The folder has the runs of configs/sweeps/ceiling_language.yaml or ceiling_cifar.yaml, unpacked or in an archive. A
+second folder may have those of its controls. The command writes into the first folder ``verdict.md`` (the tests that
+the sweep's file states, the controls, and a table of all rows) and ``verdict.svg``.
 
 The measure is that of the best checkpoint on the test split: perplexity, or the share of errors. Checkpoint and
 settings are chosen on validation data. Rows are compared on the seeds that both have, by the ratio of the measure.
@@ -12,7 +13,7 @@ settings are chosen on validation data. Rows are compared on the seeds that both
 
 import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from analysis.tuning_budget import first_runs, luck
 
 # Family and reference of the primary tests, stated in the sweeps' files before the first run.
 PRIMARY = (("late", "base_averaged"), ("late", "base"), ("sync", "base"))
+# Each method against Base with the settings that the method's search found (configs/sweeps/ceiling_*_controls.yaml).
+CONTROLS = (("late", "base_at_late"), ("momentum", "base_at_momentum"), ("late_averaged", "averaged_at_late"))
 SMALLEST_EFFECT = 0.01
 STYLE: Any = {"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False}
 NAMES = {
@@ -43,6 +46,9 @@ NAMES = {
     "periodic": "periodic, rho grown",
     "functional": "functional late",
     "momentum": "along the momentum",
+    "base_at_late": "Base, settings of late",
+    "base_at_momentum": "Base, settings of along the momentum",
+    "averaged_at_late": "Base, averaged, settings of late, averaged",
 }
 
 
@@ -100,11 +106,11 @@ class Comparison:
         )
 
 
-def winners(folder: Path) -> tuple[dict[str, dict[str, Run]], dict[str, list[Run]]]:
+def winners(folders: list[Path]) -> tuple[dict[str, dict[str, Run]], dict[str, list[Run]]]:
     """Return the winners' runs by row and seed, and the trials by row."""
     finals: dict[str, dict[str, Run]] = {}
     trials: dict[str, list[Run]] = {}
-    for run in read([folder])[0]:
+    for run in read(folders)[0]:
         sweep = run.identity.sweep
         if sweep is not None and sweep.trial is None:
             finals.setdefault(sweep.optimizer, {})[run.identity.seed] = run
@@ -135,29 +141,24 @@ def family_of(row: str) -> str:
     return row.removesuffix("_short")
 
 
-def values(runs: Mapping[str, Run], measure: Measure) -> dict[str, float]:
-    """Return the logarithm of the measure by seed."""
-    return {seed: math.log(measure.of(run)) for seed, run in runs.items() if measure.of(run) > 0}
+def logs(runs: Mapping[str, Run], of: Callable[[Run], float]) -> dict[str, float]:
+    """Return the logarithm of a quantity by seed, without runs that lack it."""
+    return {seed: math.log(of(run)) for seed, run in runs.items() if of(run) > 0}
 
 
-def ratio(rows: Mapping[str, Mapping[str, Run]], family: str, reference: str, measure: Measure) -> str:
-    """Return the ratio of the measure to a reference on common seeds."""
+def training_seconds(run: Run) -> float:
+    """Return the seconds of training, without validation."""
+    return run.at_end("cost/training_seconds") or math.nan
+
+
+def ratio(
+    rows: Mapping[str, Mapping[str, Run]], family: str, reference: str, of: Callable[[Run], float], digits: int
+) -> str:
+    """Return the ratio of a quantity of two families: its geometric mean over common seeds, with the interval."""
     if family == reference:
         return "1"
-    if reference not in rows:
-        return "-"
-    effect = paired(values(rows[family], measure), values(rows[reference], measure))
-    return "-" if effect is None else mean_text(exponential(effect.difference), 4)
-
-
-def seconds(runs: Mapping[str, Run], reference: Mapping[str, Run]) -> str:
-    """Return the ratio of the seconds of training, without validation, on common seeds."""
-    logs = [
-        {seed: math.log(run.at_end("cost/training_seconds") or math.nan) for seed, run in side.items()}
-        for side in (runs, reference)
-    ]
-    effect = paired(*logs)
-    return "-" if effect is None else mean_text(exponential(effect.difference), 3)
+    effect = paired(logs(rows[family], of), logs(rows.get(reference, {}), of))
+    return "-" if effect is None else mean_text(exponential(effect.difference), digits)
 
 
 def searched(trials: Mapping[str, list[Run]], family: str, measure: Measure) -> list[list[float]]:
@@ -170,25 +171,31 @@ def searched(trials: Mapping[str, list[Run]], family: str, measure: Measure) -> 
     return rows
 
 
-def primary_tests(rows: Mapping[str, Mapping[str, Run]], measure: Measure) -> list[Comparison]:
-    """Return the primary tests for which both families have run.
+def tests_of(
+    stated: Sequence[tuple[str, str]], rows: Mapping[str, Mapping[str, Run]], measure: Measure
+) -> list[Comparison]:
+    """Return those of the stated tests for which both families have run.
 
     Their p-values are adjusted for all stated tests, also for those that have not run yet.
     """
     found = []
-    for family, reference in PRIMARY:
+    for family, reference in stated:
         if family in rows and reference in rows:
-            effect = paired(values(rows[family], measure), values(rows[reference], measure))
+            effect = paired(logs(rows[family], measure.of), logs(rows[reference], measure.of))
             if effect is not None:
                 found.append((family, reference, effect))
-    adjusted = holm([effect.p for *_, effect in found] + [1.0] * (len(PRIMARY) - len(found)))
+    adjusted = holm([effect.p for *_, effect in found] + [1.0] * (len(stated) - len(found)))
     return [Comparison(*parts, p) for parts, p in zip(found, adjusted[: len(found)], strict=True)]
 
 
-def tables(
-    rows: Mapping[str, Mapping[str, Run]], budgets: Mapping[str, str], trials: Mapping[str, list[Run]], measure: Measure
-) -> list[Table]:
-    """Return the primary tests and the table of all rows, the best first."""
+def tested(
+    title: str,
+    stated: Sequence[tuple[str, str]],
+    rows: Mapping[str, Mapping[str, Run]],
+    measure: Measure,
+    note: str,
+) -> Table:
+    """Return the table of the stated tests."""
     lines = [
         [
             f"{NAMES[one.family]} against {NAMES[one.reference]}",
@@ -197,18 +204,36 @@ def tables(
             number(one.effect.p, 2),
             number(one.p, 2),
             one.verdict,
-            seconds(rows[one.family], rows[one.reference]),
+            ratio(rows, one.family, one.reference, training_seconds, 3),
         ]
-        for one in primary_tests(rows, measure)
+        for one in tests_of(stated, rows, measure)
     ]
     heads = ["comparison", "seeds", f"ratio of {measure.name}", "p", "p (Holm)", "verdict", "ratio of seconds"]
-    notes = [
-        f"Geometric mean of the ratios of {measure.name} on common seeds, with its 95 % interval; below 1 the first "
-        "row is better. p is of the paired t-test of the logarithms, and p (Holm) is adjusted for these tests, "
-        "which were stated before the first run. The smallest effect of interest is 1 %. Rows are compared at equal "
-        "gradient evaluations; the ratio of the seconds of training, without validation, says what they cost in time."
+    return Table(title, heads, lines, [note])
+
+
+def tables(
+    rows: Mapping[str, Mapping[str, Run]], budgets: Mapping[str, str], trials: Mapping[str, list[Run]], measure: Measure
+) -> list[Table]:
+    """Return the primary tests, the controls if there are any, and the table of all rows, the best first."""
+    found = [
+        tested(
+            "Primary tests",
+            PRIMARY,
+            rows,
+            measure,
+            f"Geometric mean of the ratios of {measure.name} on common seeds, with its 95 % interval; below 1 the first "
+            "row is better. p is of the paired t-test of the logarithms, and p (Holm) is adjusted for these tests, "
+            "which were stated before the first run. The smallest effect of interest is 1 %. Rows are compared at equal "
+            "gradient evaluations; the ratio of the seconds of training, without validation, says what that costs.",
+        )
     ]
-    found = [Table("Primary tests", heads, lines, notes)]
+    if any(reference in rows for _, reference in CONTROLS):
+        note = (
+            "Base runs with the settings that the search of the other row found, so that only the method differs. "
+            "These controls were added after the winners were known; p (Holm) is adjusted for them alone."
+        )
+        found.append(tested("Controls", CONTROLS, rows, measure, note))
     lines = []
     order = sorted(rows, key=lambda name: geometric_interval([measure.of(run) for run in rows[name].values()]).mean)
     for family in order:
@@ -221,10 +246,10 @@ def tables(
             [
                 NAMES[family],
                 budgets[family],
-                str(len(values(rows[family], measure))),
+                str(len(logs(rows[family], measure.of))),
                 mean_text(geometric_interval([measure.of(run) for run in runs]), 4),
-                *(ratio(rows, family, reference, measure) for reference in ("base", "base_averaged")),
-                "1" if family == "base" else seconds(rows[family], rows["base"]) if "base" in rows else "-",
+                *(ratio(rows, family, reference, measure.of, 4) for reference in ("base", "base_averaged")),
+                ratio(rows, family, "base", training_seconds, 3),
                 metric_text(metric, mean_interval([run.best(metric, measure.lower) for run in runs])),
                 metric_text(metric, mean_interval([run.last(metric) for run in runs])),
                 mean_text(gap, 3),
@@ -273,9 +298,10 @@ def draw(rows: Mapping[str, Mapping[str, Run]], measure: Measure) -> Figure:
 def main() -> None:
     """Read the runs of a folder, and write the verdict beside them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="results/ceiling_language or results/ceiling_cifar")
-    folder: Path = parser.parse_args().folder
-    finals, trials = winners(folder)
+    parser.add_argument("folders", type=Path, nargs="+", help="such as results/ceiling_language; then its controls")
+    folders: list[Path] = parser.parse_args().folders
+    folder = folders[0]
+    finals, trials = winners(folders)
     if not finals:
         parser.error(f"{folder} has no runs of winners yet: continue its sweep")
     try:

@@ -42,7 +42,7 @@ def write(run: Path, target: Path, row: str, seed: int, trial: int | None, accur
     config |= {"seed_everything": seed, "sweep": {"name": "ceiling", "optimizer": row, "trial": trial}}
     config["data"]["init_args"]["seed"] = seed
     config["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 0.001 * (
-        1 + list(LOGS).index(row) + (trial or 0) / 10
+        1 + [*LOGS, "base_at_late"].index(row) + (trial or 0) / 10
     )
     (target / "config.yaml").write_text(yaml.safe_dump(config))
     summary = json.loads((run / "summary.json").read_text())
@@ -52,11 +52,11 @@ def write(run: Path, target: Path, row: str, seed: int, trial: int | None, accur
 
 
 def test_the_stated_tests_are_paired_and_adjusted_over_all_of_them(study: Path) -> None:
-    finals, trials = ceiling.winners(study)
+    finals, trials = ceiling.winners([study])
     assert {row: len(runs) for row, runs in finals.items()} == dict.fromkeys(LOGS, 4)
     assert len(trials["base"]) == 2
     rows = ceiling.by_family(finals)
-    averaged, late, sync = ceiling.primary_tests(rows, ceiling.ERROR)
+    averaged, late, sync = ceiling.tests_of(ceiling.PRIMARY, rows, ceiling.ERROR)
     assert (late.family, late.reference) == ("late", "base")
     assert late.ratio.mean == pytest.approx(math.exp(-0.05), rel=1e-9)
     p = [
@@ -76,12 +76,12 @@ def test_the_stated_tests_are_paired_and_adjusted_over_all_of_them(study: Path) 
     ]
 
     # A test whose runs are missing counts all the same.
-    (alone,) = ceiling.primary_tests({row: rows[row] for row in ("late", "base")}, ceiling.ERROR)
+    (alone,) = ceiling.tests_of(ceiling.PRIMARY, {row: rows[row] for row in ("late", "base")}, ceiling.ERROR)
     assert alone.p == pytest.approx(3 * p[1], rel=1e-6)
 
 
 def test_the_luck_of_the_search_is_of_the_first_run_of_each_trial(study: Path) -> None:
-    trials = ceiling.winners(study)[1]
+    trials = ceiling.winners([study])[1]
     (once,) = ceiling.searched(trials, "base", ceiling.ERROR)
     assert once == [1 - run.best("val/accuracy", False) for run in trials["base"][::-1]] and len(once) == 2
     later = [deepcopy(run) for run in trials["base"]]  # on a further seed
@@ -93,17 +93,20 @@ def test_the_luck_of_the_search_is_of_the_first_run_of_each_trial(study: Path) -
 
 
 def test_the_ratio_of_seconds_is_the_geometric_mean_over_common_seeds(study: Path) -> None:
-    rows = ceiling.by_family(ceiling.winners(study)[0])
+    rows = ceiling.by_family(ceiling.winners([study])[0])
     slower = {seed: deepcopy(run) for seed, run in rows["base"].items()}
     for run, factor in zip(slower.values(), (2.0, 2.0, 2.0, 4.0), strict=True):
         run.log["cost/training_seconds"] = run.log["cost/training_seconds"] * factor
     low, high = (math.exp(x) for x in stats.t.interval(0.95, 3, 1.25 * math.log(2), 0.25 * math.log(2)))
-    assert ceiling.seconds(slower, rows["base"]) == f"{2**1.25:.3g} [{low:.3g}, {high:.3g}]"
-    assert ceiling.seconds({"0": slower["0"]}, rows["base"]) == "-"
+    of, both = ceiling.training_seconds, {"late": slower, "base": rows["base"]}
+    assert ceiling.ratio(both, "late", "base", of, 3) == f"{2**1.25:.3g} [{low:.3g}, {high:.3g}]"
+    assert ceiling.ratio(both, "base", "base", of, 3) == "1"
+    assert ceiling.ratio(both, "late", "base_averaged", of, 3) == "-", "no runs"
+    assert ceiling.ratio({"late": {"0": slower["0"]}, "base": rows["base"]}, "late", "base", of, 3) == "-"
 
 
 def test_winners_of_both_budgets_of_a_family_are_an_error(study: Path) -> None:
-    finals = ceiling.winners(study)[0]
+    finals = ceiling.winners([study])[0]
     with pytest.raises(ValueError, match="both budgets of late have runs of winners"):
         ceiling.by_family({**finals, "late": finals["late_short"]})
 
@@ -120,6 +123,23 @@ def test_the_command_writes_the_verdict_and_its_picture_beside_the_runs(study: P
     assert base[0] == "1" and base[1].startswith("1.03 [")
     assert rows[1].endswith("| 2 |")
     assert (study / "verdict.svg").read_text().count("<svg") == 1
+
+
+def test_controls_in_a_second_folder_are_tested_by_themselves(study: Path, tmp_path: Path) -> None:
+    run = next(path.parent for path in (tmp_path / "made").rglob("summary.json"))
+    for seed, log in enumerate(LOGS["late_short"]):
+        accuracy = 1 - math.exp(log - 0.02 + NOISE[seed]) / 2
+        write(run, tmp_path / "controls" / f"final-{seed}", "base_at_late", seed, None, accuracy)
+    with patch.object(sys, "argv", ["ceiling", str(study), str(tmp_path / "controls")]):
+        ceiling.main()
+    lines = (study / "verdict.md").read_text().splitlines()
+    (control,) = [line for line in lines if "late against Base, settings of late" in line]
+    assert control.split(" | ")[2].startswith("1.02 [")
+    rows = ceiling.by_family(ceiling.winners([study, tmp_path / "controls"])[0])
+    (test,) = ceiling.tests_of(ceiling.CONTROLS, rows, ceiling.ERROR)
+    p = stats.ttest_1samp([0.02 - n for n in NOISE], 0.0).pvalue
+    assert (test.effect.p, test.p) == pytest.approx((p, 3 * p), rel=1e-6)
+    assert not (tmp_path / "controls" / "verdict.md").exists()
 
 
 def test_a_folder_without_winners_is_an_error_in_one_sentence(
