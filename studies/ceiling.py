@@ -222,10 +222,11 @@ def tables(
             PRIMARY,
             rows,
             measure,
-            f"Geometric mean of the ratios of {measure.name} on common seeds, with its 95 % interval; below 1 the first "
-            "row is better. p is of the paired t-test of the logarithms, and p (Holm) is adjusted for these tests, "
-            "which were stated before the first run. The smallest effect of interest is 1 %. Rows are compared at equal "
-            "gradient evaluations; the ratio of the seconds of training, without validation, says what that costs.",
+            f"Geometric mean of the ratios of {measure.name} on common seeds, with its 95 % interval; below 1 the "
+            "first row is better. p is of the paired t-test of the logarithms, and p (Holm) is adjusted for these "
+            "tests, which were stated before the first run. The smallest effect of interest is 1 %. Rows are compared "
+            "at equal gradient evaluations; the ratio of the seconds of training, without validation, says what that "
+            "costs.",
         )
     ]
     if any(reference in rows for _, reference in CONTROLS):
