@@ -1,10 +1,10 @@
-"""Compare ARS2-Neo with flatness, geometry and energy each on and off.
+"""Compare ARS2-Neo with flatness, geometry and energy each on and off, and with the halves of energy.
 
-Two runs are compared where they differ in one of these switches alone. Rows with a half of energy, ``whitening`` or
-``scalar``, are in no table of this module.
+Two runs are compared where they differ in one of these switches alone. The halves are Adam's scaling of each entry
+before Newton-Schulz (``whitening``) and its length of the step (``scalar``).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any, TypeAlias
 
@@ -16,37 +16,54 @@ from analysis.runs import Run
 from analysis.statistics import exponential, mean_interval, paired
 from analysis.tables import Table, mean_text, number
 
-SWITCHES = ("flatness", "geometry", "energy")
 Corner: TypeAlias = tuple[bool, ...]
+SWITCHES = ("flatness", "geometry", "energy")
+HALVES = ("whitening", "scalar")
+_HALVES_OF: dict[Any, Corner] = {
+    True: (True, True),
+    "whitening": (True, False),
+    "scalar": (False, True),
+    False: (False, False),
+}
+_COUNT = {2: "two", 4: "four"}
 _AXIS = "cost/gradient_evaluations"
 
 
 def ablations(group: Group) -> Iterator[Table]:
-    """Yield the effect of each switch for every search with all eight corners.
+    """Yield the effect of each switch for every search with all its corners: eight, or the four of the halves.
 
     Nothing where no corners have two seeds in common.
     """
     for name in dict.fromkeys(row.any.identity.sweep.name for row in group.rows if row.any.identity.sweep):
-        corners = _corners(group, name)
-        if len(corners) == 2 ** len(SWITCHES):
-            table = _table(group, name, corners)
-            if any(cell != "-" for line in table.rows for cell in line[1:]):
-                yield table
+        for switches, corner in ((SWITCHES, _corner), (HALVES, _halves)):
+            corners = {
+                place: row
+                for row in group.rows
+                if (sweep := row.any.identity.sweep) is not None
+                and sweep.name == name
+                and (place := corner(row.any.identity.options)) is not None
+            }
+            if len(corners) == 2 ** len(switches):
+                table = _table(group, name, switches, corners)
+                if any(cell != "-" for line in table.rows for cell in line[1:]):
+                    yield table
 
 
-def _corners(group: Group, name: str) -> dict[Corner, Row]:
-    corners: dict[Corner, Row] = {}
-    for row in group.rows:
-        sweep, options = row.any.identity.sweep, row.any.identity.options
-        mode = options.get("model.optimizer.mode")
-        if sweep is not None and sweep.name == name and mode in ("base", "sync"):
-            others = [options.get(f"model.optimizer.{switch}", True) for switch in SWITCHES[1:]]
-            if all(isinstance(value, bool) for value in others):
-                corners[mode == "sync", *others] = row
-    return corners
+def _corner(options: Mapping[str, Any]) -> Corner | None:
+    mode = options.get("model.optimizer.mode")
+    others = [options.get(f"model.optimizer.{switch}", True) for switch in SWITCHES[1:]]
+    if mode not in ("base", "sync") or not all(isinstance(value, bool) for value in others):
+        return None
+    return (mode == "sync", *others)
 
 
-def _table(group: Group, name: str, corners: dict[Corner, Row]) -> Table:
+def _halves(options: Mapping[str, Any]) -> Corner | None:
+    if options.get("model.optimizer.mode") != "base" or not options.get("model.optimizer.geometry", True):
+        return None
+    return _HALVES_OF[options.get("model.optimizer.energy", True)]
+
+
+def _table(group: Group, name: str, switches: tuple[str, ...], corners: dict[Corner, Row]) -> Table:
     scale = 100 if is_share(group.metric) else 1
     goal = group.goal
 
@@ -72,13 +89,13 @@ def _table(group: Group, name: str, corners: dict[Corner, Row]) -> Table:
     }
     lines: list[list[str]] = []
     strong = set()
-    for index, switch in enumerate(SWITCHES):
+    for index, switch in enumerate(switches):
         pairs = []
-        for others in product((True, False), repeat=len(SWITCHES) - 1):
+        for others in product((True, False), repeat=len(switches) - 1):
             on, off = ((*others[:index], value, *others[index:]) for value in (True, False))
-            pairs.append((corners[on], corners[off], _words(index, others)))
+            pairs.append((corners[on], corners[off], _words(switches, index, others)))
         strong.add(len(lines))
-        lines.append([f"{switch}, mean of four", *_cells([pair[:2] for pair in pairs], kinds)])
+        lines.append([f"{switch}, mean of {_COUNT[len(pairs)]}", *_cells([pair[:2] for pair in pairs], kinds)])
         lines += [[f"{switch}, {words}", *_cells([(on, off)], kinds)] for on, off, words in pairs]
     notes = [
         "On minus off, or on over off, for pairs of corners that differ only in one switch, each at the learning rate "
@@ -89,8 +106,8 @@ def _table(group: Group, name: str, corners: dict[Corner, Row]) -> Table:
     return Table(f"Effect of each switch, in {name}", ["switch", *kinds], lines, notes, strong)
 
 
-def _words(index: int, others: Corner) -> str:
-    names = [switch for switch in SWITCHES if switch != SWITCHES[index]]
+def _words(switches: tuple[str, ...], index: int, others: Corner) -> str:
+    names = [switch for switch in switches if switch != switches[index]]
     return ", ".join(f"{'with' if value else 'without'} {switch}" for switch, value in zip(names, others, strict=True))
 
 

@@ -10,7 +10,7 @@ import yaml
 from scipy import stats
 
 from analysis.ablation import ablations
-from analysis.rows import Group, group
+from analysis.rows import Group, Row, group
 from analysis.runs import read
 from analysis.tables import number
 
@@ -70,7 +70,36 @@ def test_a_search_without_all_corners_has_no_such_table(entry: Group) -> None:
     assert list(ablations(Group(**{**vars(entry), "rows": entry.rows[1:]}))) == []
 
 
-def test_a_row_with_half_of_energy_is_in_no_table(entry: Group) -> None:
+def test_the_halves_of_energy_have_a_table_of_their_own(entry: Group, corners: Path) -> None:
+    halves: list[Row] = []
+    for row in entry.rows:
+        options = row.any.identity.options
+        if options.get("model.optimizer.mode") == "base":
+            half = deepcopy(row)
+            # The corners without geometry stand for the halves.
+            if not options.get("model.optimizer.geometry", True):
+                changed = {
+                    "geometry": True,
+                    "energy": "scalar" if options.get("model.optimizer.energy", True) else "whitening",
+                }
+                for run in half.runs.values():
+                    run.identity.options.update({f"model.optimizer.{key}": value for key, value in changed.items()})
+            halves.append(half)
+    (table,) = ablations(Group(**{**vars(entry), "rows": halves}))
+    assert [line[0] for line in table.rows] == [
+        "whitening, mean of two",
+        "whitening, with scalar",
+        "whitening, without scalar",
+        "scalar, mean of two",
+        "scalar, with whitening",
+        "scalar, without whitening",
+    ]
+    losses = last(corners, "val/loss")
+    both, scalar = losses[False, True, True], losses[False, False, True]
+    assert float(table.rows[1][2].split(" [")[0]) == pytest.approx((both - scalar).mean(), rel=6e-3)
+
+
+def test_a_row_with_half_of_energy_is_not_in_the_table_of_three_switches(entry: Group) -> None:
     row = deepcopy(entry.rows[0])
     for run in row.runs.values():
         run.identity.options["model.optimizer.energy"] = "scalar"
