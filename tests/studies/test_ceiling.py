@@ -9,7 +9,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from studies import ceiling
+from studies import ceiling, ceiling_rows
 from tests.analysis.runs import unpack
 
 # The logarithm of each row's measure on four seeds, relative to Base.
@@ -52,11 +52,11 @@ def write(run: Path, target: Path, row: str, seed: int, trial: int | None, accur
 
 
 def test_the_stated_tests_are_paired_and_adjusted_over_all_of_them(study: Path) -> None:
-    finals, trials = ceiling.winners([study])
+    finals, trials = ceiling_rows.winners([study])
     assert {row: len(runs) for row, runs in finals.items()} == dict.fromkeys(LOGS, 4)
     assert len(trials["base"]) == 2
-    rows = ceiling.by_family(finals)
-    averaged, late, sync = ceiling.tests_of(ceiling.PRIMARY, rows, ceiling.ERROR)
+    rows = ceiling_rows.by_family(finals)
+    averaged, late, sync = ceiling_rows.tests_of(ceiling.PRIMARY, rows, ceiling_rows.ERROR)
     assert (late.family, late.reference) == ("late", "base")
     assert late.ratio.mean == pytest.approx(math.exp(-0.05), rel=1e-9)
     p = [
@@ -76,29 +76,32 @@ def test_the_stated_tests_are_paired_and_adjusted_over_all_of_them(study: Path) 
     ]
 
     # A test whose runs are missing counts all the same.
-    (alone,) = ceiling.tests_of(ceiling.PRIMARY, {row: rows[row] for row in ("late", "base")}, ceiling.ERROR)
+    (alone,) = ceiling_rows.tests_of(ceiling.PRIMARY, {row: rows[row] for row in ("late", "base")}, ceiling_rows.ERROR)
     assert alone.p == pytest.approx(3 * p[1], rel=1e-6)
 
 
 def test_the_luck_of_the_search_is_of_the_first_run_of_each_trial(study: Path) -> None:
-    trials = ceiling.winners([study])[1]
-    (once,) = ceiling.searched(trials, "base", ceiling.ERROR)
+    trials = ceiling_rows.winners([study])[1]
+    (once,) = ceiling_rows.searched(trials, "base", ceiling_rows.ERROR)
     assert once == [1 - run.best("val/accuracy", False) for run in trials["base"][::-1]] and len(once) == 2
     later = [deepcopy(run) for run in trials["base"]]  # on a further seed
     for run in later:
         run.log["val/accuracy"] = run.log["val/accuracy"] / 2
-    (again,) = ceiling.searched({"base": [*trials["base"], *later]}, "base", ceiling.ERROR)
+    (again,) = ceiling_rows.searched({"base": [*trials["base"], *later]}, "base", ceiling_rows.ERROR)
     assert sorted(again) == sorted(once)
-    assert len(ceiling.searched({"late": trials["base"], "late_short": trials["base"]}, "late", ceiling.ERROR)) == 2
+    assert (
+        len(ceiling_rows.searched({"late": trials["base"], "late_short": trials["base"]}, "late", ceiling_rows.ERROR))
+        == 2
+    )
 
 
 def test_the_ratio_of_seconds_is_the_geometric_mean_over_common_seeds(study: Path) -> None:
-    rows = ceiling.by_family(ceiling.winners([study])[0])
+    rows = ceiling_rows.by_family(ceiling_rows.winners([study])[0])
     slower = {seed: deepcopy(run) for seed, run in rows["base"].items()}
     for run, factor in zip(slower.values(), (2.0, 2.0, 2.0, 4.0), strict=True):
         run.log["cost/training_seconds"] = run.log["cost/training_seconds"] * factor
     low, high = (math.exp(x) for x in stats.t.interval(0.95, 3, 1.25 * math.log(2), 0.25 * math.log(2)))
-    of, both = ceiling.training_seconds, {"late": slower, "base": rows["base"]}
+    of, both = ceiling_rows.training_seconds, {"late": slower, "base": rows["base"]}
     assert ceiling.ratio(both, "late", "base", of, 3) == f"{2**1.25:.3g} [{low:.3g}, {high:.3g}]"
     assert ceiling.ratio(both, "base", "base", of, 3) == "1"
     assert ceiling.ratio(both, "late", "base_averaged", of, 3) == "-", "no runs"
@@ -106,9 +109,9 @@ def test_the_ratio_of_seconds_is_the_geometric_mean_over_common_seeds(study: Pat
 
 
 def test_winners_of_both_budgets_of_a_family_are_an_error(study: Path) -> None:
-    finals = ceiling.winners([study])[0]
+    finals = ceiling_rows.winners([study])[0]
     with pytest.raises(ValueError, match="both budgets of late have runs of winners"):
-        ceiling.by_family({**finals, "late": finals["late_short"]})
+        ceiling_rows.by_family({**finals, "late": finals["late_short"]})
 
 
 def test_the_command_writes_the_verdict_and_its_picture_beside_the_runs(study: Path) -> None:
@@ -135,8 +138,8 @@ def test_controls_in_a_second_folder_are_tested_by_themselves(study: Path, tmp_p
     lines = (study / "verdict.md").read_text().splitlines()
     (control,) = [line for line in lines if "late against Base, settings of late" in line]
     assert control.split(" | ")[2].startswith("1.02 [")
-    rows = ceiling.by_family(ceiling.winners([study, tmp_path / "controls"])[0])
-    (test,) = ceiling.tests_of(ceiling.CONTROLS, rows, ceiling.ERROR)
+    rows = ceiling_rows.by_family(ceiling_rows.winners([study, tmp_path / "controls"])[0])
+    (test,) = ceiling_rows.tests_of(ceiling.CONTROLS, rows, ceiling_rows.ERROR)
     p = stats.ttest_1samp([0.02 - n for n in NOISE], 0.0).pvalue
     assert (test.effect.p, test.p) == pytest.approx((p, 3 * p), rel=1e-6)
     assert not (tmp_path / "controls" / "verdict.md").exists()
