@@ -170,7 +170,7 @@ def tables(
 def draw(rows: Mapping[str, Mapping[str, Run]], measure: Measure) -> Figure:
     """Draw each seed's measure, and the geometric mean of each row with its interval."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 0.6 + 0.32 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(7.2, 0.8 + 0.32 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         means = {name: geometric_interval([measure.of(run) for run in runs.values()]) for name, runs in rows.items()}
         order = sorted(rows, key=lambda name: -means[name].mean)
@@ -182,7 +182,7 @@ def draw(rows: Mapping[str, Mapping[str, Run]], measure: Measure) -> Figure:
                 axes.plot([mean.low, mean.high], [place] * 2, color=COLOURS[0], linewidth=2.5)
             axes.plot(mean.mean, place, "o", color=COLOURS[0], markersize=5)
         axes.set_yticks(range(len(order)), [NAMES[name] for name in order])
-        axes.set_xlabel(f"{measure.name}; points are seeds, bars 95 % intervals of the geometric mean")
+        axes.set_xlabel(f"{measure.name}\n(points: seeds; bars: 95 % intervals of the mean)")
     return figure
 
 
