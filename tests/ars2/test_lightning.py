@@ -102,7 +102,8 @@ def test_a_sharded_network_trains_like_one_in_one_process(name: str, two: list[A
     alone = fit_sharded(name, 1)
     for results in two:
         for key, value in results["sharded"][name].items():
-            assert torch.allclose(value, alone[key], rtol=0, atol=3e-6), key
+            # Sums in another order: up to 5.1e-6 under sync, depending on the processor.
+            assert torch.allclose(value, alone[key], rtol=0, atol=1e-5), key
 
 
 def test_processes_agree_on_a_second_pass_that_only_one_wants(two: list[Any]) -> None:
