@@ -97,9 +97,10 @@ def test_16_mixed_skips_steps_whatever_the_strides_of_the_parameters(name: str) 
     fit(plain, plugins=[half(expected_scaler)])
     assert module.skipped_steps == plain.skipped_steps > 1
     assert lightning_scaler.get_scale() == expected_scaler.get_scale() < 2.0**22
-    for of_module, of_plain in zip(module.network.parameters(), plain.network.parameters(), strict=True):
-        # Half precision rounds other sums. A bias before a normalization layer moves by this noise alone: up to 0.024.
-        assert torch.allclose(of_module, of_plain, atol=0.05)
+    expected = dict(plain.network.named_parameters())
+    for key, value in module.network.named_parameters():
+        # Half precision rounds other sums. The bias before BatchNorm moves by this noise alone: up to 0.024.
+        assert torch.allclose(value, expected[key], atol=0.05 if key == "convolution.bias" else 5e-3), key
 
 
 class Damaged(SmallTask):
