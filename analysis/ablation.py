@@ -30,7 +30,7 @@ _AXIS = "cost/gradient_evaluations"
 
 
 def ablations(group: Group) -> Iterator[Table]:
-    """Yield the effect of each switch for every search with all its corners: eight, or the four of the halves.
+    """Yield the effect of each switch for every search with all eight corners, or all four of the halves of energy.
 
     Nothing where no corners have two seeds in common.
     """
@@ -60,7 +60,7 @@ def _corner(options: Mapping[str, Any]) -> Corner | None:
 def _halves(options: Mapping[str, Any]) -> Corner | None:
     if options.get("model.optimizer.mode") != "base" or not options.get("model.optimizer.geometry", True):
         return None
-    return _HALVES_OF[options.get("model.optimizer.energy", True)]
+    return _HALVES_OF.get(options.get("model.optimizer.energy", True))
 
 
 def _table(group: Group, name: str, switches: tuple[str, ...], corners: dict[Corner, Row]) -> Table:

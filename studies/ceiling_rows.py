@@ -37,7 +37,7 @@ ERROR = Measure("test error", "test/accuracy", "val/accuracy", lower=False)
 class Comparison:
     """Compare two families by the ratio of the measure on common seeds.
 
-    ``effect`` is of the logarithms; ``p`` is adjusted by Holm's method over the primary tests.
+    ``effect`` is of the logarithms; ``p`` is adjusted by Holm's method over all tests stated with it.
     """
 
     family: str
