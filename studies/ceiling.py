@@ -61,9 +61,9 @@ NAMES = {
     "periodic": "periodic, rho grown",
     "functional": "functional late",
     "momentum": "along the momentum",
-    "base_at_late": "Base, settings of late",
-    "base_at_momentum": "Base, settings of along the momentum",
-    "averaged_at_late": "Base, averaged, settings of late, averaged",
+    "base_at_late": "Base (settings of late)",
+    "base_at_momentum": "Base (settings of the momentum row)",
+    "averaged_at_late": "Base, averaged (settings of late, averaged)",
 }
 
 
@@ -132,7 +132,8 @@ def tables(
         gap = mean_interval([run.last("val/loss") - run.last("train/loss") for run in runs])
         metric = measure.metric
         found_by, base = searched(trials, family, measure), searched(trials, "base", measure)
-        lucky = mean_text(luck(found_by, base), 3) if found_by and base and family != "base" else "-"
+        was_searched = sum(map(len, found_by)) > 1  # the one trial of a control only makes it a sweep
+        lucky = mean_text(luck(found_by, base), 3) if was_searched and base and family != "base" else "-"
         lines.append(
             [
                 NAMES[family],
@@ -145,7 +146,7 @@ def tables(
                 metric_text(metric, mean_interval([run.last(metric) for run in runs])),
                 mean_text(gap, 3),
                 lucky,
-                str(sum(len(of) for row, of in trials.items() if family_of(row) == family)),
+                str(sum(len(of) for row, of in trials.items() if family_of(row) == family)) if was_searched else "-",
             ]
         )
     heads = ["row", "gradient evaluations", "seeds", measure.name, "ratio to Base", "ratio to Base, averaged"]
@@ -160,9 +161,10 @@ def tables(
     notes = [
         "Each family at its better budget. Geometric means (test) and means (validation) over seeds, with 95 % "
         "intervals. Seeds count the runs with a test. The gap is last validation loss minus last training loss. Trials "
-        "count both budgets, and the best trials on further seeds. The ratio of the best trials is that of the "
-        "validated measure to Base's, on the trials' seed. Its interval has 95 % of the ratios where the trials are "
-        "drawn again with replacement: the luck of the search, which the intervals over seeds do not include."
+        "count both budgets, and the best trials on further seeds; the settings of controls were not searched. The "
+        "ratio of the best trials is that of the validated measure to Base's, on the trials' seed. Its interval has "
+        "95 % of the ratios where the trials are drawn again with replacement: the luck of the search, which the "
+        "intervals over seeds do not include."
     ]
     return [*found, Table("All rows", heads, lines, notes)]
 

@@ -133,11 +133,14 @@ def test_controls_in_a_second_folder_are_tested_by_themselves(study: Path, tmp_p
     for seed, log in enumerate(LOGS["late_short"]):
         accuracy = 1 - math.exp(log - 0.02 + NOISE[seed]) / 2
         write(run, tmp_path / "controls" / f"final-{seed}", "base_at_late", seed, None, accuracy)
+    write(run, tmp_path / "controls" / "trial", "base_at_late", 1000, 1, None)
     with patch.object(sys, "argv", ["ceiling", str(study), str(tmp_path / "controls")]):
         ceiling.main()
     lines = (study / "verdict.md").read_text().splitlines()
-    (control,) = [line for line in lines if "late against Base, settings of late" in line]
+    (control,) = [line for line in lines if "late against Base (settings of late)" in line]
     assert control.split(" | ")[2].startswith("1.02 [")
+    (row,) = [line for line in lines if line.startswith("| Base (settings of late) | ")]
+    assert row.endswith(" | - | - |"), "nothing was searched"
     rows = ceiling_rows.by_family(ceiling_rows.winners([study, tmp_path / "controls"])[0])
     (test,) = ceiling_rows.tests_of(ceiling.CONTROLS, rows, ceiling_rows.ERROR)
     p = stats.ttest_1samp([0.02 - n for n in NOISE], 0.0).pvalue
