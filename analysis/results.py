@@ -227,6 +227,12 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
         return
     races = [race(row.times(target, axis), reference.times(target, axis)) for row in others]
     adjusted, adjusted_ratio = holm([r.p for r in races]), holm([r.p_ratio for r in races])
+    further = [axis for axis in ("cost/optimizer_steps", "cost/training_seconds") if axis in group.axes]
+
+    def ratio_on(row: Row, axis: str) -> str:
+        ratio = race(row.times(target, axis), reference.times(target, axis)).ratio
+        return "-" if ratio is None else mean_text(ratio, 3)
+
     lines = [
         [
             row.label,
@@ -236,6 +242,7 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
             "-" if r.ratio is None else mean_text(r.ratio, 3),
             number(r.p_ratio, 2),
             number(p_ratio, 2),
+            *(ratio_on(row, other) for other in further),
         ]
         for row, r, p, p_ratio in zip(others, races, adjusted, adjusted_ratio, strict=True)
     ]
@@ -247,12 +254,13 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
         "ratio of evaluations",
         "p of ratio",
         "p of ratio (Holm)",
+        *(f"ratio of {AXES[other]}" for other in further),
     ]
     notes = [
         f"Gradient evaluations to {target} against {reference.label}, paired by seed: how often the row was first, and "
         "the sign test, whose p cannot be below 0.0625 with five seeds. The ratio is a geometric mean with its 95 % "
-        "interval, and its p is of the t-test of the logarithms. Both are shown only if both rows reached the target "
-        "on every common seed. Below 1 the row needs fewer evaluations."
+        "interval, and its p is of the t-test of the logarithms. Ratios are shown only if both rows reached the target "
+        "on every common seed. Below 1 the row needs less."
     ]
     yield Table(f"Paired seeds against {reference.label}: {target}", heads, lines, notes)
 

@@ -193,6 +193,27 @@ def test_pairs_are_scipys_paired_t_test(groups: list[Group], runs: Path) -> None
     assert line[1] == f"{first} / {second} / {3 - first - second}"
 
 
+def test_ratios_of_every_cost_are_over_the_same_seeds(groups: list[Group], runs: Path) -> None:
+    easy = Target("easy", "val/accuracy", 0.0)
+    entry = Group(**{**vars(groups[0]), "targets": [easy]})
+    reference = baseline(entry, None)
+    assert reference is not None
+    speed = list(pairs(entry, reference))[-1]
+    (line,) = [line for line in speed.rows if line[0] == "grok_aga"]
+    for axis, name in (
+        ("cost/gradient_evaluations", "ratio of evaluations"),
+        ("cost/optimizer_steps", "ratio of optimizer steps"),
+        ("cost/training_seconds", "ratio of training seconds"),
+    ):
+        aga, adamw = (
+            {run.identity.seed: run.reached(easy, axis) or 0.0 for run in map(Run, (runs / row).iterdir())}
+            for row in ("grok_aga", "grok_adamw")
+        )
+        logs = [np.log(aga[str(seed)] / adamw[str(seed)]) for seed in SEEDS]
+        ratio = float(line[speed.columns.index(name)].split(" [")[0])
+        assert ratio == pytest.approx(np.exp(np.mean(logs)), rel=5e-3), name
+
+
 def test_rows_without_common_seeds_are_not_compared(groups: list[Group]) -> None:
     by_label = {row.label: row for row in groups[0].rows}
     entry = Group(**{**vars(groups[0]), "rows": [by_label["grok_aga"], by_label["aga of search"]]})
