@@ -21,6 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from datamodules.augmentation import Augmentation, ImageBatches, TrainingImages
 from datamodules.batches import device_of
+from datamodules.saved_split import check_same_split
 from datamodules.token_cache import default_cache
 
 ROOT_VARIABLE = "ARS2_CIFAR10_ROOT"
@@ -116,6 +117,26 @@ class CIFAR10Data(L.LightningDataModule):
     def description(self) -> dict[str, Any]:
         """Return the images of the training and validation sets, in words."""
         return dict(self._splits)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the options of the split for a checkpoint."""
+        names = ("validation", "holdout_examples", "train_examples", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint was trained on this split.
+
+        Without training, only validation on a hold-out depends on it.
+
+        Raises:
+            ValueError: it was trained on another one.
+        """
+        own = self.state_dict()
+        stage = "fit" if self.trainer is None else self.trainer.state.fn
+        if stage == "validate":
+            del own["train_examples"]
+        if stage == "fit" or (stage == "validate" and self.validation == "holdout"):
+            check_same_split(state_dict, own)
 
     @property
     def _asks_about_files(self) -> bool:

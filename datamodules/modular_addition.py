@@ -5,12 +5,14 @@ A random part is for training, the rest for validation.
 
 import random
 import re
+from typing import Any
 
 import lightning.pytorch as L
 import torch
 from torch import Tensor
 
 from datamodules.batches import TensorBatches
+from datamodules.saved_split import check_same_split
 
 
 class ModularAdditionData(L.LightningDataModule):
@@ -46,12 +48,26 @@ class ModularAdditionData(L.LightningDataModule):
             raise ValueError(f"p must be at least 3, got {p}")
         if not 0 < int(train_fraction * p * p) < p * p:
             raise ValueError(f"train_fraction must leave pairs on both sides of the split, got {train_fraction}")
-        self.p, self.seed, self.batch_size, self.val_batch_size = p, seed, batch_size, val_batch_size
+        self.p, self.train_fraction, self.seed = p, train_fraction, seed
+        self.batch_size, self.val_batch_size = batch_size, val_batch_size
         # Python's shuffle gives the split of Nanda et al.'s code, which later grokking experiments use too.
         pairs = [(x, y) for x in range(p) for y in range(p)]
         random.Random(seed).shuffle(pairs)
         self.train_pairs, self.val_pairs = torch.tensor(pairs).tensor_split([int(train_fraction * p * p)])
         self.asked = self.val_pairs[:10] if questions is None else torch.tensor([self._parse(q) for q in questions])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the options of the split for a checkpoint."""
+        return {"p": self.p, "train_fraction": self.train_fraction, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a checkpoint was trained on this split.
+
+        Raises:
+            ValueError: it was trained on another one.
+        """
+        if self.trainer is None or self.trainer.state.fn != "predict":
+            check_same_split(state_dict, self.state_dict())
 
     def _parse(self, question: str) -> tuple[int, int]:
         match = re.fullmatch(r"\s*(\d+)\s*\+\s*(\d+)\s*=?\s*", question)

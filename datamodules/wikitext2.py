@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.batches import TensorBatches, device_of
+from datamodules.saved_split import check_same_split
 from datamodules.text_corpus import open_corpus
 from datamodules.token_cache import Tokens, cached_tokens, default_cache
 from datamodules.token_rows import UNKNOWN, Protocol, SplitTokens
@@ -140,7 +141,6 @@ class WikiText2Data(L.LightningDataModule):
             sizes[name] |= {"words": split.words, "utf8_bytes": split.utf8_bytes}
         unknown = sum(split.unknown_words for split in self.tokens.splits.values())
         version = f"tokens version ({unknown:,} words are {UNKNOWN})" if unknown else f"raw version (no {UNKNOWN})"
-        fraction = {"train_fraction": self.train_fraction, "fraction_seed": self.fraction_seed}
         return {
             "corpus": f"WikiText-2, {version}",
             "source": self.source,
@@ -150,22 +150,26 @@ class WikiText2Data(L.LightningDataModule):
             "vocabulary": self.vocabulary,
             "context": self.context,
             "splits": sizes,
-        } | (fraction if self.train_fraction < 1 else {})
+        } | (self._fraction if self.train_fraction < 1 else {})
+
+    @property
+    def _fraction(self) -> dict[str, Any]:
+        return {"train_fraction": self.train_fraction, "fraction_seed": self.fraction_seed}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the tokenizer and two digests for a checkpoint.
+        """Return the tokenizer, two digests and the fraction for a checkpoint.
 
         Without the tokenizer the tokens have no meaning.
         """
         description = self.description()
         digests = {name: description[name] for name in ("corpus_sha256", "tokenizer_sha256")}
-        return {**digests, "tokenizer": self.tokens.tokenizer.to_str()}
+        return {**digests, **self._fraction, "tokenizer": self.tokens.tokenizer.to_str()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a checkpoint was trained on this corpus.
+        """Check that a checkpoint was trained on this corpus, and if it trains on, on the same part of it.
 
         Raises:
-            ValueError: it was trained on another corpus or with another tokenizer.
+            ValueError: it was trained on another corpus or part, or with another tokenizer.
         """
         description = self.description()
         for name, kind in (("corpus_sha256", "corpus"), ("tokenizer_sha256", "tokenizer")):
@@ -174,6 +178,8 @@ class WikiText2Data(L.LightningDataModule):
                     f"the checkpoint was trained with another {kind} ({state_dict[name][:8]}) than the one of"
                     f" {self.source} ({description[name][:8]}): set --data.root or {ROOT} to the folder of its corpus"
                 )
+        if self.trainer is None or self.trainer.state.fn == "fit":
+            check_same_split(state_dict, self._fraction)
 
     def _rows(self, split: SplitTokens) -> tuple[Tensor, Tensor]:
         """Return the full rows of a split, and the tokens of a last shorter row.
