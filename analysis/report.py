@@ -104,14 +104,14 @@ def write(
         folder: made if it does not exist; only the files of a former report are replaced.
         groups: as :func:`analysis.rows.group` returns them.
         problems: folders that are in no table.
-        study: title and note of the report, and the row that others are compared with.
+        study: the report's options.
         progress: yields the groups that it is given, and shows how many have been written about.
 
     Raises:
         ValueError: the folder has other files.
     """
     check_folder(folder)
-    sections = [_section(group, study.baseline, index) for index, group in enumerate(progress(groups))]
+    sections = [_section(group, study, index) for index, group in enumerate(progress(groups))]
     left_out = _left_out(problems)
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures(folder):
@@ -152,13 +152,13 @@ def pictures(folder: Path) -> list[Path]:
     return [folder / "pictures" / name for name in dict.fromkeys(names) if "/" not in name]
 
 
-def _section(group: Group, wanted: str | None, index: int) -> Section:
-    reference = baseline(group, wanted)
+def _section(group: Group, study: Study, index: int) -> Section:
+    reference = baseline(group, study.baseline)
     tables = [published(group), results(group), to_target(group), milestones(group)]
     tables += [] if reference is None else list(pairs(group, reference))
     tables += [*ablations(group), *flatness(group), *robustness(group, reference)]
     tables += [step_cost(group, reference), *tuning_budgets(group)]
-    tables += [] if reference is None else list(searches_luck(group, reference))
+    tables += [] if reference is None else list(searches_luck(group, reference, study.families))
     tables += [_runs(group)]
     found = [table for table in tables if table is not None and table.rows]
     section = Section(group, f"{group.task}-{group.digest}", list(_headlines(group)), found)

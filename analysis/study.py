@@ -6,11 +6,12 @@ A folder of runs may state these in a ``study.yaml``:
     baseline: grok_adamw            # the row or optimizer that the others are compared with
     targets: [val/accuracy >= 0.9]  # in place of the task's targets
     labels: {grok_adamw: AdamW}     # how rows are named in tables and pictures
+    families: {AdamW: [adamw_all, adamw_hidden]}    # rows of a search that stand for one optimizer
     note: Settings as published, none of them tuned.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Study:
         baseline: label, name or optimizer of the row that others are compared with; ``None`` is the best AdamW.
         targets: levels to reach; empty for those of the task.
         labels: of rows, by the name of their runs.
+        families: names of a search's rows that stand for one optimizer, such as those of two policies or budgets. Their
+            trials count together in the luck of the search.
         note: a paragraph below the title.
     """
 
@@ -37,6 +40,7 @@ class Study:
     baseline: str | None = None
     targets: Sequence[Target] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
+    families: Mapping[str, Sequence[str]] = field(default_factory=dict)
     note: str = ""
 
     @classmethod
@@ -63,27 +67,29 @@ class Study:
             baseline=content.get("baseline"),
             targets=tuple(map(Target.parse, content.get("targets", ()))),
             labels=content.get("labels", {}),
+            families=content.get("families", {}),
             note=" ".join(content.get("note", "").split()),
         )
 
     def overridden(self, title: str | None, baseline: str | None, targets: Sequence[Target]) -> "Study":
         """Return the study with the options that were given on the command line."""
-        return Study(
+        return replace(
+            self,
             title=title or self.title,
             baseline=baseline or self.baseline,
             targets=targets or self.targets,
-            labels=self.labels,
-            note=self.note,
         )
 
 
 def _check(content: dict[Any, Any], file: Path) -> None:
-    kinds = {"title": str, "baseline": str, "targets": list, "labels": dict, "note": str}
+    kinds = {"title": str, "baseline": str, "targets": list, "labels": dict, "families": dict, "note": str}
     for key, value in content.items():
         if key not in kinds:
             raise ValueError(
                 f"{file} has the option {key}; valid options are {', '.join(f.name for f in fields(Study))}"
             )
-        nested = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        nested = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        if key == "families":
+            nested = [row for rows in nested for row in (rows if isinstance(rows, list) else [None])]
         if not isinstance(value, kinds[key]) or not all(isinstance(part, str) for part in nested):
             raise ValueError(f"{file}: {key} cannot be {value!r}")

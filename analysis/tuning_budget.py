@@ -1,7 +1,7 @@
 """Count the trials and costs of every search, its luck, and collect sensitivities."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -53,8 +53,14 @@ def _total(runs: list[Run], axis: str) -> float:
     return sum(run.at_end(axis) or 0.0 for run in runs)
 
 
-def searches_luck(group: Group, reference: Row) -> Iterator[Table]:
-    """Yield the ratios of the best trials of every search, with intervals over its trials."""
+def searches_luck(group: Group, reference: Row, families: Mapping[str, Sequence[str]]) -> Iterator[Table]:
+    """Yield the ratios of the best trials of every search, with intervals over its trials.
+
+    Args:
+        group: has the searches.
+        reference: the row that others are compared with.
+        families: names of rows that count together, by the name of the family. Any other row is a family by itself.
+    """
     goal = None if group.borrowed else group.goal
     worst = math.inf if goal or group.lower else 0.0
 
@@ -62,35 +68,52 @@ def searches_luck(group: Group, reference: Row) -> Iterator[Table]:
         found = run.reached(goal, _AXIS) if goal else run.best(group.metric, group.lower)
         return worst if found is None or math.isnan(found) else found
 
+    names = {key: row.label for row in group.rows if (key := _key(row)) is not None}
     for name in dict.fromkeys(name for name, _ in group.sweeps):
-        rows: dict[str, list[list[float]]] = {}
-        for (other, _), trials in group.sweeps.items():
+        values: dict[str, list[list[float]]] = {}
+        base = None
+        for (other, row), trials in group.sweeps.items():
             if other == name:
-                rows.setdefault(trials[0].identity.optimizer, []).append([value(run) for run in first_runs(trials)])
-        if reference.optimizer not in rows or len(rows) < 2:
+                own = names.get((name, row), row)
+                family = next((family for family, rows in families.items() if row in rows), own)
+                values.setdefault(family, []).append([value(run) for run in first_runs(trials)])
+                if _is_reference(name, row, trials[0], reference):
+                    base = base or family
+        if base is None or len(values) < 2:
             continue
         best = {
-            optimizer: sorted((one for row in values for one in row if one != worst), reverse=not worst)[:3]
-            for optimizer, values in rows.items()
+            family: sorted((one for row in rows for one in row if one != worst), reverse=not worst)[:3]
+            for family, rows in values.items()
         }
         lines = []
-        for optimizer, values in rows.items():
-            ratio = "-"
-            if optimizer == reference.optimizer:
-                ratio = "1"
-            elif best[optimizer] and best[reference.optimizer]:
-                ratio = mean_text(luck(values, rows[reference.optimizer], lower=worst > 0), 3)
-            number_of_trials = str(sum(map(len, values)))
-            lines.append([optimizer, number_of_trials, ", ".join(map(number, best[optimizer])) or "-", ratio])
+        for family, rows in values.items():
+            ratio = "1" if family == base else "-"
+            if family != base and best[family] and best[base]:
+                ratio = mean_text(luck(rows, values[base], lower=worst > 0), 3)
+            lines.append([family, str(sum(map(len, rows))), ", ".join(map(number, best[family])) or "-", ratio])
         what = f"gradient evaluations to {goal}" if goal else f"best {group.metric}"
-        heads = ["optimizer", "trials", "best three trials", f"ratio of the best to {reference.optimizer}"]
+        heads = ["row", "trials", "best three trials", f"ratio of the best to {base}"]
         notes = [
-            f"{what[0].upper()}{what[1:]} of single trials. All rows of an optimizer, such as those of two policies, "
-            "count together. The interval has 95 % of the ratios where the trials of every row are drawn again with "
-            "replacement: it shows how much the comparison owes to a few lucky points. A trial without a value, such "
-            "as one that was ended early, counts as the worst."
+            f"{what[0].upper()}{what[1:]} of single trials. Rows that stand for one optimizer, such as those of two "
+            "policies or budgets, count together where study.yaml says so. The interval has 95 % of the ratios where "
+            "the trials of every row are drawn again with replacement: it shows how much the comparison owes to a few "
+            "lucky points. A trial without a value, such as one that was ended early, counts as the worst."
         ]
         yield Table(f"Luck of the search {name}", heads, lines, notes)
+
+
+def _key(row: Row) -> tuple[str, str] | None:
+    """Return the search that found a row's settings, and the row's name there."""
+    sweep = row.any.identity.sweep
+    return None if sweep is None else (sweep.name, sweep.optimizer)
+
+
+def _is_reference(name: str, row: str, trial: Run, reference: Row) -> bool:
+    """Return whether a row of a search is the reference, or else has its optimizer."""
+    key = _key(reference)
+    if key is not None and key[0] == name:
+        return key[1] == row
+    return trial.identity.optimizer == reference.optimizer
 
 
 def first_runs(trials: Sequence[Run]) -> list[Run]:

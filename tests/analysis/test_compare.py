@@ -98,12 +98,13 @@ title: Published & measured
 baseline: grok_aga
 targets: [train/loss < 1000]
 labels: {grok_aga: ARS2-Neo AGA, grok_adamw: AdamW}
+families: {AGA with luck: [aga]}
 note: Three seeds.
 """
 
 
 def test_a_study_states_the_options_and_the_command_line_wins(runs: Path, tmp_path: Path) -> None:
-    for name in ("grok_adamw", "grok_aga"):
+    for name in ("grok_adamw", "grok_aga", "search"):
         shutil.copytree(runs / name, tmp_path / "study" / name)
     shutil.rmtree(next((tmp_path / "study" / "grok_adamw").glob("*seed42")))
     (tmp_path / "study" / "study.yaml").write_text(STUDY)
@@ -111,6 +112,7 @@ def test_a_study_states_the_options_and_the_command_line_wins(runs: Path, tmp_pa
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.startswith("# Published & measured\n\nThree seeds.\n")
     assert "Paired seeds against ARS2-Neo AGA: train/loss < 1000" in text
+    assert "| ratio of the best to AGA with luck |" in text
     given = ("--title", "Other", "--baseline", "grok_adamw", "--target", "train/loss < 999")
     assert compare(tmp_path / "study", *given, "--output", tmp_path / "out").code == 0
     text = (tmp_path / "out" / "report.md").read_text()
@@ -123,10 +125,12 @@ def test_a_study_states_the_options_and_the_command_line_wins(runs: Path, tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("titel: a", "study.yaml has the option titel; valid options are title, baseline, targets, labels, note"),
+        ("titel: a", "study.yaml has the option titel; valid options are title, baseline, targets, labels, families"),
         ("title: [a]", "study.yaml: title cannot be ['a']"),
         ("labels: {a: 1}", "study.yaml: labels cannot be {'a': 1}"),
         ("targets: [val/loss is small]", "a target is a metric, >= or <, and a number"),
+        ("families: {a: b}", "study.yaml: families cannot be {'a': 'b'}"),
+        ("families: {a: [1]}", "study.yaml: families cannot be {'a': [1]}"),
         ("- a", "study.yaml has no options"),
         ("a: [", "study.yaml is not valid YAML"),
     ],

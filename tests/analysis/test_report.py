@@ -312,22 +312,40 @@ def test_the_luck_of_a_search_is_of_its_best_trials(groups: list[Group]) -> None
     reference = baseline(groups[0], None)
     assert reference is not None and reference.optimizer == "adamw"
     entry = Group(**{**vars(groups[0]), "targets": []})
-    (table,) = searches_luck(entry, reference)
+    (table,) = searches_luck(entry, reference, {})
     best = {
         name: max(run.best("val/accuracy", False) for run in entry.sweeps["search", name]) for name in ("adamw", "aga")
     }
     adamw, aga = table.rows
-    assert (adamw[0], adamw[1], adamw[3]) == ("adamw", "3", "1") and aga[:2] == ["ars2_aga", "2"]
+    assert (adamw[0], adamw[1], adamw[3]) == ("adamw", "3", "1") and aga[:2] == ["aga of search", "2"]
     assert aga[3].startswith(f"{best['aga'] / best['adamw']:.3g} [")
     # A trial that ran again on another seed is still one trial, and its first run counts.
     again = [deepcopy(run) for run in entry.sweeps["search", "adamw"]]
     for run in again:
         run.log["val/accuracy"] = run.log["val/accuracy"] * 2
     sweeps = {**entry.sweeps, ("search", "adamw"): [*entry.sweeps["search", "adamw"], *again]}
-    (same,) = searches_luck(Group(**{**vars(entry), "sweeps": sweeps}), reference)
+    (same,) = searches_luck(Group(**{**vars(entry), "sweeps": sweeps}), reference, {})
     assert same.rows == table.rows
     never = Group(**{**vars(entry), "targets": [Target("never", "train/loss", 0.0, lower=True)], "borrowed": False})
-    assert [line[2:] for table in searches_luck(never, reference) for line in table.rows] == [["-", "1"], ["-", "-"]]
+    (nothing,) = searches_luck(never, reference, {})
+    assert [line[2:] for line in nothing.rows] == [["-", "1"], ["-", "-"]]
+
+
+def test_rows_of_a_search_count_together_only_where_the_study_says_so(groups: list[Group]) -> None:
+    reference = baseline(groups[0], None)
+    assert reference is not None
+    adamw, aga = (groups[0].sweeps["search", name] for name in ("adamw", "aga"))
+    # The second row has the optimizer of the first, as with another policy, but runs of its own.
+    sweeps = {("search", "adamw"): adamw[:1], ("search", "adamw_other"): adamw[1:], ("search", "aga"): aga}
+    entry = Group(**{**vars(groups[0]), "targets": [], "sweeps": sweeps})
+    (apart,) = searches_luck(entry, reference, {})
+    assert [line[:2] for line in apart.rows] == [["adamw", "1"], ["adamw_other", "2"], ["aga of search", "2"]]
+    assert apart.rows[0][3] == "1" and "[" in apart.rows[1][3]
+    (together,) = searches_luck(entry, reference, {"AdamW": ["adamw", "adamw_other"]})
+    (as_one,) = searches_luck(Group(**{**vars(groups[0]), "targets": []}), reference, {})
+    assert together.rows[0] == ["AdamW", *as_one.rows[0][1:]]
+    assert together.columns[-1] == "ratio of the best to AdamW"
+    assert together.rows[1][3].split(" [")[0] == as_one.rows[1][3].split(" [")[0]
 
 
 def test_sensitivity_has_a_point_a_trial(groups: list[Group]) -> None:
