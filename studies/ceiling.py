@@ -1,7 +1,7 @@
 """Judge a ceiling study: which row generalises best once the network can overfit.
 
     python -m studies.ceiling results/ceiling_language [results/ceiling_language_controls]
-    python -m studies.ceiling results/ceiling_cifar
+    python -m studies.ceiling results/ceiling_cifar [results/ceiling_cifar_controls]
 
 The folder has the runs of configs/sweeps/ceiling_language.yaml or ceiling_cifar.yaml, unpacked or in an archive. A
 second folder may have those of its controls. The command writes into the first folder ``verdict.md`` (the tests that
