@@ -51,6 +51,12 @@ class Row:
         return self.any.identity.optimizer
 
     @property
+    def search(self) -> tuple[str, str] | None:
+        """The search that found its settings and its name there; ``None`` if it is not a search's."""
+        sweep = self.any.identity.sweep
+        return None if sweep is None else (sweep.name, sweep.optimizer)
+
+    @property
     def diverged(self) -> int:
         """How many of its runs ended with a loss that was not finite."""
         return sum(run.diverged for run in self.runs.values())
@@ -246,9 +252,8 @@ def group(
             row = rows.setdefault(key, Row({}, label + far, name=name + far))
             row.runs[run.identity.seed] = run
         for row in rows.values():
-            sweep = row.any.identity.sweep
-            if sweep is not None:
-                search = sweep.name, sweep.optimizer
+            search = row.search
+            if search is not None:
                 # A trial that ran again on further seeds is one setting.
                 settings = {run.identity.sweep.trial for run in found.sweeps.get(search, []) if run.identity.sweep}
                 row.trials = len(settings) + found.failed[search]

@@ -68,7 +68,7 @@ def searches_luck(group: Group, reference: Row, families: Mapping[str, Sequence[
         found = run.reached(goal, _AXIS) if goal else run.best(group.metric, group.lower)
         return worst if found is None or math.isnan(found) else found
 
-    names = {key: row.label for row in group.rows if (key := _key(row)) is not None}
+    names = {row.search: row.label for row in group.rows}
     for name in dict.fromkeys(name for name, _ in group.sweeps):
         values: dict[str, list[list[float]]] = {}
         base = None
@@ -102,17 +102,10 @@ def searches_luck(group: Group, reference: Row, families: Mapping[str, Sequence[
         yield Table(f"Luck of the search {name}", heads, lines, notes)
 
 
-def _key(row: Row) -> tuple[str, str] | None:
-    """Return the search that found a row's settings, and the row's name there."""
-    sweep = row.any.identity.sweep
-    return None if sweep is None else (sweep.name, sweep.optimizer)
-
-
 def _is_reference(name: str, row: str, trial: Run, reference: Row) -> bool:
     """Return whether a row of a search is the reference, or else has its optimizer."""
-    key = _key(reference)
-    if key is not None and key[0] == name:
-        return key[1] == row
+    if reference.search is not None and reference.search[0] == name:
+        return reference.search[1] == row
     return trial.identity.optimizer == reference.optimizer
 
 

@@ -38,7 +38,7 @@ def refused(data: L.LightningDataModule, stage: str, saved: dict[str, Any]) -> b
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 def test_a_split_of_another_seed_is_refused_where_it_matters(stage: str) -> None:
-    for options in ({"p": 7, "seed": 1}, {"p": 7, "train_fraction": 0.5}):
+    for options in ({"p": 7, "seed": 1}, {"p": 7, "train_fraction": 0.5}, {"p": 11}):
         saved = ModularAdditionData(**options).state_dict()  # type: ignore[arg-type]
         assert refused(ModularAdditionData(p=7), stage, saved) == (stage != "predict")
         assert not refused(ModularAdditionData(**options), stage, saved)  # type: ignore[arg-type]
