@@ -154,6 +154,8 @@ def test_every_study_can_be_compared_with_its_options(study: str) -> None:
     assert problems == []
     check_names([entry], options.baseline, options.targets)
     assert options.labels.keys() <= {row.name for row in entry.rows}
+    searched = {row for _, row in entry.sweeps}
+    assert {row for rows in options.families.values() for row in rows} <= searched
     # The parts of a study share the text of the folder above.
     text = folder / "README.md" if (folder / "README.md").is_file() else folder.parent / "README.md"
     assert f"python compare.py results/{study}" in text.read_text()
