@@ -6,8 +6,9 @@ import torch
 import yaml
 
 from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
+from studies.newton_schulz_steps import winner
 from tests.helpers import text
-from tests.helpers.commands import ROOT, SMALL, fit
+from tests.helpers.commands import ROOT, SMALL, call, fit
 from tests.helpers.marks import slow
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -45,7 +46,7 @@ NETWORK = {"p": 113, "width": 128, "heads": 4, "mlp_width": 512}
 DATA = {"p": 113, "train_fraction": 0.3, "batch_size": 512}
 
 # What makes a task's configs small enough for a step: one batch an epoch.
-TINY_CIFAR = ("--model.width", "2", "--data.train_examples", "null")
+TINY_CIFAR = ("--model.width", "2", "--data.train_examples", "null", "--data.validation", "test", "--data.batch_size", "200")
 
 
 def read(config: Path) -> dict[str, Any]:
@@ -152,6 +153,20 @@ def test_the_two_muons_differ_in_weight_decay_only() -> None:
     assert with_decay["model"]["init_args"]["optimizer"]["init_args"].pop("weight_decay") == 1.0
     assert muon["model"]["init_args"]["optimizer"]["init_args"].pop("weight_decay") == 0.0
     assert with_decay == muon
+
+
+@pytest.mark.parametrize(
+    ("config", "study"),
+    [("cifar_ceiling_late", "ceiling_cifar"), ("wikitext2_ceiling_late", "ceiling_language")],
+)
+def test_the_recommended_second_pass_is_the_winner_of_its_study(config: str, study: str) -> None:
+    resolved = yaml.safe_load(call("fit", "--config", ROOT / f"configs/{config}.yaml", "--print_config").out)
+    found = winner(study, "late_averaged")
+    training = slice(2)  # further callbacks of the study only measure
+    found["trainer"]["callbacks"] = found["trainer"]["callbacks"][training]
+    found["data"]["init_args"]["seed"] = 42  # a study's seeds are its own
+    for part_of_config in ("model", "data", "trainer", "checkpoint", "test_best"):
+        assert resolved[part_of_config] == found[part_of_config]
 
 
 @pytest.mark.parametrize("task", ["grok", "cifar_mini", "wikitext2_nano"])
