@@ -5,8 +5,8 @@ import pytest
 import torch
 import yaml
 
-from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
 from studies.newton_schulz_steps import winner
+from tests.datamodules.tiny_cifar10 import tiny_cifar10, tiny_files  # noqa: F401
 from tests.helpers import text
 from tests.helpers.commands import ROOT, SMALL, call, fit
 from tests.helpers.marks import slow
@@ -46,7 +46,16 @@ NETWORK = {"p": 113, "width": 128, "heads": 4, "mlp_width": 512}
 DATA = {"p": 113, "train_fraction": 0.3, "batch_size": 512}
 
 # What makes a task's configs small enough for a step: one batch an epoch.
-TINY_CIFAR = ("--model.width", "2", "--data.train_examples", "null", "--data.validation", "test", "--data.batch_size", "200")
+TINY_CIFAR = (
+    "--model.width",
+    "2",
+    "--data.train_examples",
+    "null",
+    "--data.validation",
+    "test",
+    "--data.batch_size",
+    "200",
+)
 
 
 def read(config: Path) -> dict[str, Any]:
