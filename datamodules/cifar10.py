@@ -215,9 +215,10 @@ class CIFAR10Data(L.LightningDataModule):
         held_out = self.holdout_examples if self.validation == "holdout" else 0
         wanted = len(order) - held_out if self.train_examples is None else self.train_examples
         if not 0 < wanted <= len(order) - held_out:
+            left = max(0, len(order) - held_out)
+            advice = f"at most {left} train_examples, got {wanted}" if left else "fewer holdout_examples"
             raise ValueError(
-                f"train_examples must be in 1 to {len(order) - held_out}, got {wanted}: the training set has"
-                f" {len(order)} images, of which {held_out} are held out"
+                f"{held_out} held-out images leave {left} of the {len(order)} training images: choose {advice}"
             )
         return [part.sort().values for part in order.tensor_split([held_out, held_out + wanted])]
 
