@@ -171,8 +171,7 @@ def test_the_two_muons_differ_in_weight_decay_only() -> None:
 def test_the_recommended_second_pass_is_the_winner_of_its_study(config: str, study: str) -> None:
     resolved = yaml.safe_load(call("fit", "--config", ROOT / f"configs/{config}.yaml", "--print_config").out)
     found = winner(study, "late_averaged")
-    training = slice(2)  # further callbacks of the study only measure
-    found["trainer"]["callbacks"] = found["trainer"]["callbacks"][training]
+    del found["trainer"]["callbacks"][2:]  # these only measure
     found["data"]["init_args"]["seed"] = 42  # a study's seeds are its own
     for part_of_config in ("model", "data", "trainer", "checkpoint", "test_best"):
         assert resolved[part_of_config] == found[part_of_config]
