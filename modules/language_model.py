@@ -133,7 +133,7 @@ class LanguageModel(TwoPassModule):
     def setup(self, stage: str) -> None:
         """Check that the data fits the network.
 
-        If the data has complete texts, their metrics are added.
+        Metrics of a complete text are added if the data has complete texts and the trainer evaluates all of them.
 
         Raises:
             ValueError: vocabulary or context of the data differ.
@@ -150,7 +150,12 @@ class LanguageModel(TwoPassModule):
                 )
         if data.protocol == "contiguous":
             sizes = data.description()["splits"]
-            for metrics, split in ((self.val_metrics, "validation"), (self.test_metrics, "test")):
+            for metrics, split, limit in (
+                (self.val_metrics, "validation", self.trainer.limit_val_batches),
+                (self.test_metrics, "test", self.trainer.limit_test_batches),
+            ):
+                if isinstance(limit, int) or limit < 1:  # 1 is one batch, and 1.0 is all of them
+                    continue
                 tokens = sizes[split]["predicted_tokens"]
                 metrics["word_perplexity"] = WordPerplexity(tokens, sizes[split]["words"])
                 metrics["bits_per_byte"] = BitsPerByte(tokens, sizes[split]["utf8_bytes"])

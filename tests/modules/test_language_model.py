@@ -19,7 +19,7 @@ from ars2 import ARS2Neo, param_groups
 from ars2.param_groups import assign
 from callbacks.text_samples import TextSamples
 from modules.language_model import LanguageModel
-from modules.metrics import Perplexity
+from modules.metrics import BitsPerByte, Perplexity, WordPerplexity
 from tests.modules.language import SIZES, data, model, trainer
 from tests.modules.small_task import assert_equal_states, make_optimizer, state_of
 
@@ -192,10 +192,18 @@ def test_perplexity_per_word_and_bits_per_byte_are_of_the_full_text(tmp_path: Pa
     assert metrics["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-5)
 
 
-def test_a_part_of_the_text_has_no_perplexity_per_word(tmp_path: Path) -> None:
-    metrics = trainer(limit_val_batches=2).validate(model(), data(tmp_path), verbose=False)[0]
-    assert math.isnan(metrics["val/word_perplexity"]) and math.isnan(metrics["val/bits_per_byte"])
+@pytest.mark.parametrize("limit", [1, 2, 0.5])
+def test_a_part_of_the_text_has_no_perplexity_per_word(tmp_path: Path, limit: float) -> None:
+    metrics = trainer(limit_val_batches=limit).validate(model(), data(tmp_path), verbose=False)[0]
+    assert metrics.keys() == {"val/loss", "val/perplexity"}
     assert math.isfinite(metrics["val/perplexity"])
+
+
+@pytest.mark.parametrize("tokens", [9, 11])
+def test_a_text_seen_in_part_or_twice_has_no_perplexity_per_word(tokens: int) -> None:
+    for metric in (WordPerplexity(tokens=10, units=5), BitsPerByte(tokens=10, units=50)):
+        metric.update(torch.tensor(2.0), tokens)
+        assert math.isnan(metric.compute())
 
 
 def test_packed_rows_have_a_perplexity_per_token_only(tmp_path: Path) -> None:
