@@ -133,6 +133,8 @@ class CIFAR10Data(L.LightningDataModule):
         """
         own = self.state_dict()
         stage = "fit" if self.trainer is None else self.trainer.state.fn
+        if self.validation == "test":  # nothing is held out
+            del own["holdout_examples"]
         if stage == "validate":
             del own["train_examples"]
         if stage == "fit" or (stage == "validate" and self.validation == "holdout"):

@@ -179,7 +179,10 @@ class WikiText2Data(L.LightningDataModule):
                     f" {self.source} ({description[name][:8]}): set --data.root or {ROOT} to the folder of its corpus"
                 )
         if self.trainer is None or self.trainer.state.fn == "fit":
-            check_same_split(state_dict, self._fraction)
+            own = self._fraction
+            if self.train_fraction == 1:  # the complete text has no place
+                del own["fraction_seed"]
+            check_same_split(state_dict, own)
 
     def _rows(self, split: SplitTokens) -> tuple[Tensor, Tensor]:
         """Return the full rows of a split, and the tokens of a last shorter row.

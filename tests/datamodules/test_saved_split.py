@@ -51,16 +51,22 @@ def test_a_split_of_another_seed_is_refused_where_it_matters(stage: str) -> None
     assert refused(CIFAR10Data(**held_out), stage, saved) == (stage == "fit")  # type: ignore[arg-type]
     saved = CIFAR10Data(seed=1).state_dict()  # the official test images are not in any split
     assert refused(CIFAR10Data(), stage, saved) == (stage == "fit")
+    saved = CIFAR10Data(holdout_examples=20).state_dict()  # nothing is held out
+    assert not refused(CIFAR10Data(), stage, saved)
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 def test_a_text_trains_on_with_the_same_part_only(stage: str) -> None:
     own = {"corpus_sha256": "a", "tokenizer_sha256": "b"}
     with patch.object(WikiText2Data, "description", return_value=own):
-        for options in ({"train_fraction": 0.5}, {"fraction_seed": 1}):
-            saved = own | {"train_fraction": 1.0, "fraction_seed": 0} | options
-            assert refused(WikiText2Data(), stage, saved) == (stage == "fit")
-            assert not refused(WikiText2Data(**options), stage, saved)  # type: ignore[arg-type]
+        half = {"train_fraction": 0.5, "fraction_seed": 0}
+        for changed in ({"train_fraction": 1.0}, {"fraction_seed": 1}):
+            saved = own | half | changed
+            assert refused(WikiText2Data(**half), stage, saved) == (stage == "fit")  # type: ignore[arg-type]
+            assert not refused(WikiText2Data(**half | changed), stage, saved)  # type: ignore[arg-type]
+        assert refused(WikiText2Data(), stage, own | half) == (stage == "fit")
+        # The complete text has no place.
+        assert not refused(WikiText2Data(fraction_seed=1), stage, own | half | {"train_fraction": 1.0})
 
 
 def test_validation_with_another_seed_is_one_sentence(tmp_path: Path) -> None:
