@@ -163,6 +163,7 @@ def test_every_optimizer_gets_its_trials_and_the_winner_fresh_seeds(done: tuple[
         assert config["seed_everything"] == config["data"]["init_args"]["seed"] == seed
         assert config["model"] == saved(best)["model"]
     assert "sweep folder:" in result.out and "best val/accuracy" in result.out
+    assert "winners" in result.out and "best trials" not in result.out, "no bar of a part that the sweep lacks"
 
 
 def test_the_tools_of_optuna_see_every_trials_options(tmp_path: Path) -> None:
