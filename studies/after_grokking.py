@@ -1,13 +1,13 @@
 """Train tuned winners on after they reach 99 % validation accuracy, and measure whether they keep it.
 
     python -m studies.after_grokking run --workers 2    # continues where it was stopped
-    python -m studies.after_grokking report
+    python -m studies.after_grokking report             # prints the table and draws accuracy.svg
 
 On this task networks can lose generalisation again long after they found it (arXiv 2608.07436, for Muon with AdamW on
 embeddings, and for AdamW). The runs of results/grok_tuned end at 99 % and cannot show it. A row here is the winner of
 one of its rows, on five seeds, for 2,000 epochs without a limit on gradient evaluations, validated every five epochs.
 All learning rates are constant. The report has the epoch of the first validation of at least 99 %, the share of later
-validations below 99 %, and the lowest later accuracy.
+validations below 99 %, and the lowest and the last accuracy after it.
 """
 
 import sys
@@ -17,16 +17,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import yaml
+from matplotlib.figure import Figure
 
 from analysis.archive import ARCHIVE, pack
+from analysis.plots import COLOURS, on_white, svg
 from analysis.runs import Run, read
 from analysis.tables import number
 from experiment.target import Target
 from studies.newton_schulz_runs import ended, options_of
 
 FOLDER = Path("results") / "after_grokking"
+PICTURE = "accuracy.svg"
 STUDY = "grok_tuned"
 # Each optimizer's better policy by the trials of that study.
 ROWS = {"base_all": "ARS2-Neo Base", "adamw_hidden": "AdamW", "muon_hidden": "Muon"}
@@ -41,12 +45,13 @@ class Kept:
     Args:
         epoch: the first at which it validated with at least 99 %.
         below: share of the later validations below 99 %; NaN if there is none.
-        lowest: the lowest later accuracy.
+        lowest, last: of the later accuracies; NaN if there is none.
     """
 
     epoch: float
     below: float
     lowest: float
+    last: float
 
 
 def kept(run: Run) -> Kept | None:
@@ -57,8 +62,8 @@ def kept(run: Run) -> Kept | None:
     epochs, accuracy = run.curve(GOAL.metric)
     later = accuracy[epochs > first].astype(np.float32)  # in which it was measured
     if not len(later):
-        return Kept(first, np.nan, np.nan)
-    return Kept(first, float((later < np.float32(GOAL.level)).mean()), float(later.min()))
+        return Kept(first, np.nan, np.nan, np.nan)
+    return Kept(first, float((later < np.float32(GOAL.level)).mean()), float(later.min()), float(later[-1]))
 
 
 def config_of(row: str, folder: Path, epochs: int = EPOCHS) -> dict[str, Any]:
@@ -103,7 +108,8 @@ def table(runs: Sequence[Run]) -> str:
         "reached 99 %",
         "epoch of the first 99 %",
         "later validations below 99 %",
-        "lowest later value",
+        "lowest later accuracy",
+        "last accuracy",
     ]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for row, label in ROWS.items():
@@ -113,6 +119,7 @@ def table(runs: Sequence[Run]) -> str:
             _spread([one.epoch for one in found]),
             _spread([100 * one.below for one in found], " %"),
             _spread([100 * one.lowest for one in found], " %"),
+            _spread([100 * one.last for one in found], " %"),
         ]
         lines.append(f"| {label} | {len(of_row)} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Median over seeds, with minimum and maximum in parentheses."])
@@ -125,6 +132,23 @@ def _spread(values: Sequence[float], unit: str = "") -> str:
     return f"{median}{unit} ({least} to {most})"
 
 
+def picture(runs: Sequence[Run]) -> Figure:
+    """Draw the validation accuracy of every run, with a panel for each row."""
+    style: Any = {"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+        panels = figure.subplots(len(ROWS), sharex=True, sharey=True)
+        for axes, colour, (row, label) in zip(panels, COLOURS, ROWS.items(), strict=False):
+            axes.set_title(label, loc="left")
+            for run in runs:
+                if run.identity.experiment == row:
+                    epochs, accuracy = run.curve(GOAL.metric)
+                    axes.plot(epochs, 100 * accuracy, color=colour, linewidth=0.6, alpha=0.6)
+        panels[-1].set_xlabel("epoch")
+        panels[len(ROWS) // 2].set_ylabel("validation accuracy, %")
+    return figure
+
+
 def main() -> int:
     """Run, report or pack, and return the exit code."""
     options = options_of(__doc__, FOLDER)
@@ -133,7 +157,9 @@ def main() -> int:
     elif options.part == "pack":
         print(f"{pack(options.folder, options.folder / ARCHIVE)} runs")
     else:
-        print(table(read([options.folder])[0]))
+        runs = read([options.folder])[0]
+        print(table(runs))
+        (options.folder / PICTURE).write_text(on_white(svg(picture(runs))))
     return 0
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from analysis.runs import Run
-from studies.after_grokking import ROWS, config_of, kept, table
+from studies.after_grokking import ROWS, config_of, kept, picture, table
 from studies.newton_schulz_steps import winner
 
 
@@ -24,17 +24,25 @@ def test_only_validations_after_the_first_of_99_percent_count() -> None:
     single = float(np.float32(0.99))  # is below the double 0.99, and reaches it
     found = kept(run([0.2, single, 1.0, 0.5, single, 0.98]))
     assert found is not None and (found.epoch, found.below) == (10, 0.5)
-    assert found.lowest == pytest.approx(0.5)
+    assert (found.lowest, found.last) == pytest.approx((0.5, 0.98))
     assert kept(run([0.2, 0.98])) is None
     last = kept(run([0.2, 1.0]))
-    assert last is not None and last.epoch == 10 and np.isnan([last.below, last.lowest]).all()
+    assert last is not None and last.epoch == 10 and np.isnan([last.below, last.lowest, last.last]).all()
 
 
 def test_the_table_has_medians_and_ranges_over_seeds() -> None:
     lost, kept_it, never = run([1.0, 0.5, 1.0]), run([0.1, 1.0, 1.0]), run([0.1, 0.1, 0.1], "muon_hidden")
     lines = table([lost, kept_it, never]).splitlines()
-    assert lines[2] == "| ARS2-Neo Base | 2 | 2 | 7.5 (5 to 10) | 25 % (0 to 50) | 75 % (50 to 100) |"
-    assert lines[4] == "| Muon | 1 | 0 | - | - | - |"
+    base = "| ARS2-Neo Base | 2 | 2 | 7.5 (5 to 10) | 25 % (0 to 50) | 75 % (50 to 100) | 100 % (100 to 100) |"
+    assert lines[2] == base
+    assert lines[4] == "| Muon | 1 | 0 | - | - | - | - |"
+
+
+def test_the_picture_has_a_panel_for_each_row_with_its_runs() -> None:
+    panels = picture([run([1.0, 0.5]), run([0.1, 1.0]), run([0.1, 0.1], "muon_hidden")]).axes
+    assert [axes.get_title("left") for axes in panels] == list(ROWS.values())
+    assert [len(axes.lines) for axes in panels] == [2, 0, 1]
+    assert list(panels[0].lines[0].get_ydata()) == [100, 50]
 
 
 @pytest.mark.parametrize("row", ROWS)
