@@ -108,6 +108,15 @@ def test_the_ratio_of_seconds_is_the_geometric_mean_over_common_seeds(study: Pat
     assert ceiling.ratio({"late": {"0": slower["0"]}, "base": rows["base"]}, "late", "base", of, 3) == "-"
 
 
+def test_the_table_counts_the_runs_whose_last_validation_is_the_best(study: Path) -> None:
+    rows = ceiling_rows.by_family(ceiling_rows.winners([study])[0])
+    for seed, last in (("0", 0.1), ("1", 0.3)):
+        rows["base"][seed].log["val/accuracy"][-2:] = 0.2, last
+    table = ceiling.tables(rows, dict.fromkeys(rows, "800"), {}, ceiling_rows.ERROR)[-1]
+    (base,) = [line for line in table.rows if line[0] == "Base"]
+    assert base[table.columns.index("last is best")] == "3 of 4"
+
+
 def test_winners_of_both_budgets_of_a_family_are_an_error(study: Path) -> None:
     finals = ceiling_rows.winners([study])[0]
     with pytest.raises(ValueError, match="both budgets of late have runs of winners"):
