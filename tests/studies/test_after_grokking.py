@@ -33,15 +33,15 @@ def test_only_validations_after_the_first_of_99_percent_count() -> None:
 def test_the_table_has_medians_and_ranges_over_seeds() -> None:
     lost, kept_it, never = run([1.0, 0.5, 1.0]), run([0.1, 1.0, 1.0]), run([0.1, 0.1, 0.1], "muon_hidden")
     lines = table([lost, kept_it, never]).splitlines()
-    base = "| ARS2-Neo Base | 2 | 2 | 7.5 (5 to 10) | 25 % (0 to 50) | 75 % (50 to 100) | 100 % (100 to 100) |"
+    base = "| ARS2-Neo Base, all | 2 | 2 | 7.5 (5 to 10) | 25 % (0 to 50) | 75 % (50 to 100) | 100 % (100 to 100) |"
     assert lines[2] == base
-    assert lines[4] == "| Muon | 1 | 0 | - | - | - | - |"
+    assert lines[7] == "| Muon, hidden | 1 | 0 | - | - | - | - |"
 
 
 def test_the_picture_has_a_panel_for_each_row_with_its_runs() -> None:
     panels = picture([run([1.0, 0.5]), run([0.1, 1.0]), run([0.1, 0.1], "muon_hidden")]).axes
     assert [axes.get_title("left") for axes in panels] == list(ROWS.values())
-    assert [len(axes.lines) for axes in panels] == [2, 0, 1]
+    assert [len(axes.lines) for axes in panels] == [2, 0, 0, 0, 0, 1]
     assert list(panels[0].lines[0].get_ydata()) == [100, 50]
 
 
