@@ -5,9 +5,9 @@
 
 On this task networks can lose generalisation again long after they found it (arXiv 2608.07436, for Muon with AdamW on
 embeddings, and for AdamW). The runs of results/grok_tuned end at 99 % and cannot show it. A row here is the winner of
-one of its rows (an optimizer under a policy), on five seeds, for 2,000 epochs without a limit on gradient evaluations, validated every five epochs.
-All learning rates are constant. The report has the epoch of the first validation of at least 99 %, the share of later
-validations below 99 %, and the lowest and the last accuracy after it.
+one of its rows (an optimizer under a policy), on five seeds, for 2,000 epochs without a limit on gradient evaluations,
+validated every five epochs. All learning rates are constant. The report has the epoch of the first validation of at
+least 99 %, the share of later validations below 99 %, and the lowest and the last accuracy after it.
 """
 
 import sys
