@@ -7,13 +7,15 @@ On this task networks can lose generalisation again long after they found it (ar
 embeddings, and for AdamW). The runs of results/grok_tuned end at 99 % and cannot show it. A row here is the winner of
 one of its rows (an optimizer under a policy), on five seeds, for 2,000 epochs without a limit on gradient evaluations,
 validated every five epochs. All learning rates are constant. The report has the epoch of the first validation of at
-least 99 %, the share of later validations below 99 %, and the lowest and the last accuracy after it.
+least 99 %, the share of later validations below 99 %, the most of these in succession, and the lowest and the last
+accuracy after it.
 """
 
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +54,13 @@ class Kept:
     Args:
         epoch: the first at which it validated with at least 99 %.
         below: share of the later validations below 99 %; NaN if there is none.
+        longest: largest number of successive later validations below 99 %.
         lowest, last: of the later accuracies; NaN if there is none.
     """
 
     epoch: float
     below: float
+    longest: int
     lowest: float
     last: float
 
@@ -69,8 +73,10 @@ def kept(run: Run) -> Kept | None:
     epochs, accuracy = run.curve(GOAL.metric)
     later = accuracy[epochs > first].astype(np.float32)  # in which it was measured
     if not len(later):
-        return Kept(first, np.nan, np.nan, np.nan)
-    return Kept(first, float((later < np.float32(GOAL.level)).mean()), float(later.min()), float(later[-1]))
+        return Kept(first, np.nan, 0, np.nan, np.nan)
+    below = later < np.float32(GOAL.level)
+    longest = max((sum(1 for _ in stretch) for is_below, stretch in groupby(below) if is_below), default=0)
+    return Kept(first, float(below.mean()), longest, float(later.min()), float(later[-1]))
 
 
 def config_of(row: str, folder: Path, epochs: int = EPOCHS) -> dict[str, Any]:
@@ -115,6 +121,7 @@ def table(runs: Sequence[Run]) -> str:
         "reached 99 %",
         "epoch of the first 99 %",
         "later validations below 99 %",
+        "most in succession",
         "lowest later accuracy",
         "last accuracy",
     ]
@@ -125,6 +132,7 @@ def table(runs: Sequence[Run]) -> str:
         cells = [
             _spread([one.epoch for one in found]),
             _spread([100 * one.below for one in found], " %"),
+            _spread([one.longest for one in found]),
             _spread([100 * one.lowest for one in found], " %"),
             _spread([100 * one.last for one in found], " %"),
         ]
