@@ -133,7 +133,7 @@ class LanguageModel(TwoPassModule):
     def setup(self, stage: str) -> None:
         """Check that the data fits the network.
 
-        Metrics of a complete text are added if the data has complete texts and the trainer evaluates all of them.
+        If the data has complete texts, their metrics are added for splits whose batches the trainer does not limit.
 
         Raises:
             ValueError: vocabulary or context of the data differ.

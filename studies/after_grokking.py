@@ -174,7 +174,7 @@ def main() -> int:
     else:
         runs = read([options.folder])[0]
         print(table(runs))
-        (options.folder / PICTURE).write_text(on_white(svg(picture(runs))))
+        (options.folder / PICTURE).write_text(on_white(svg(picture(runs))), encoding="utf-8")
     return 0
 
 

@@ -48,7 +48,7 @@ CONTROLS = (
     ("late_averaged", "averaged_at_late"),
     ("late", "base_at_momentum"),
 )
-# What the recommended second pass rests on, and what other rows gain over a Base with better settings; see README.md.
+# What the recommended second pass rests on, and other rows against Base with the settings of another row.
 FURTHER = (
     ("late_averaged", "base_averaged"),
     ("late_averaged", "late"),

@@ -193,10 +193,14 @@ def test_perplexity_per_word_and_bits_per_byte_are_of_the_full_text(tmp_path: Pa
 
 
 @pytest.mark.parametrize("limit", [1, 2, 0.5])
-def test_a_part_of_the_text_has_no_perplexity_per_word(tmp_path: Path, limit: float) -> None:
-    metrics = trainer(limit_val_batches=limit).validate(model(), data(tmp_path), verbose=False)[0]
-    assert metrics.keys() == {"val/loss", "val/perplexity"}
-    assert math.isfinite(metrics["val/perplexity"])
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_part_of_the_text_has_no_perplexity_per_word(tmp_path: Path, split: str, limit: float) -> None:
+    limited, module, corpus = trainer(**{f"limit_{split}_batches": limit}), model(), data(tmp_path)
+    part, complete = {"loss", "perplexity"}, {"loss", "perplexity", "word_perplexity", "bits_per_byte"}
+    for stage, evaluate in (("val", limited.validate), ("test", limited.test)):
+        metrics = evaluate(module, corpus, verbose=False)[0]
+        assert metrics.keys() == {f"{stage}/{name}" for name in (part if stage == split else complete)}
+        assert all(map(math.isfinite, metrics.values()))
 
 
 @pytest.mark.parametrize("tokens", [9, 11])

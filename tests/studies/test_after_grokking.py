@@ -1,13 +1,17 @@
 """A row is its winner without a limit, and the measure counts what comes after the first 99 %."""
 
+import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from analysis.runs import Run
+from studies import after_grokking
 from studies.after_grokking import ROWS, config_of, kept, picture, table
 from studies.newton_schulz_steps import winner
 
@@ -43,6 +47,18 @@ def test_the_picture_has_a_panel_for_each_row_with_its_runs() -> None:
     assert [axes.get_title("left") for axes in panels] == list(ROWS.values())
     assert [len(axes.lines) for axes in panels] == [2, 0, 0, 0, 0, 1]
     assert list(panels[0].lines[0].get_ydata()) == [100, 50]
+
+
+def test_the_report_reads_the_committed_runs_and_draws_beside_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # restores what the command sets
+    shutil.copy("results/after_grokking/runs.zip", tmp_path)
+    with patch.object(sys, "argv", ["after_grokking", "report", "--folder", str(tmp_path)]):
+        assert after_grokking.main() == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [[f"| {label}", "5", "5"] for label in ROWS.values()]
+    assert (tmp_path / "accuracy.svg").read_text(encoding="utf-8").count("<svg") == 1
 
 
 @pytest.mark.parametrize("row", ROWS)
