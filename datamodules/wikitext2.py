@@ -154,7 +154,9 @@ class WikiText2Data(L.LightningDataModule):
 
     @property
     def _fraction(self) -> dict[str, Any]:
-        return {"train_fraction": self.train_fraction, "fraction_seed": self.fraction_seed}
+        # The complete text has no place that a seed chooses.
+        place = {"fraction_seed": self.fraction_seed} if self.train_fraction < 1 else {}
+        return {"train_fraction": self.train_fraction, **place}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the tokenizer, two digests and the fraction for a checkpoint.
@@ -179,10 +181,7 @@ class WikiText2Data(L.LightningDataModule):
                     f" {self.source} ({description[name][:8]}): set --data.root or {ROOT} to the folder of its corpus"
                 )
         if self.trainer is None or self.trainer.state.fn == "fit":
-            own = self._fraction
-            if self.train_fraction == 1:  # the complete text has no place
-                del own["fraction_seed"]
-            check_same_split(state_dict, own)
+            check_same_split(state_dict, self._fraction)
 
     def _rows(self, split: SplitTokens) -> tuple[Tensor, Tensor]:
         """Return the full rows of a split, and the tokens of a last shorter row.
