@@ -42,7 +42,7 @@ def run(sweep: Sweep, folder: Path, workers: int, runner: Runner = trial.run) ->
         search = Search(sweep, folder, trial.server(), lambda line: bar.console.print(line), runner)
         for what, jobs in (("trials", search.trials), ("best trials", search.rejudged), ("winners", search.finals)):
             todo = list(jobs())
-            if not todo:  # a bar of 0 of 0
+            if not todo:  # a bar would show 0 of 0, and the time of another part
                 continue
             task = bar.add_task(f"{sweep.name}: {what}", total=len(todo))
             run_jobs(iter(todo), workers, lambda task=task: bar.advance(task))  # type: ignore[misc]

@@ -29,6 +29,7 @@ from analysis.plots import COLOURS, on_white, svg
 from analysis.runs import Run, read
 from analysis.tables import number
 from experiment.target import Target
+from studies.ceiling import STYLE
 from studies.newton_schulz_runs import ended, options_of
 
 FOLDER = Path("results") / "after_grokking"
@@ -149,8 +150,7 @@ def _spread(values: Sequence[float], unit: str = "") -> str:
 
 def picture(runs: Sequence[Run]) -> Figure:
     """Draw the validation accuracy of every run, with a panel for each row."""
-    style: Any = {"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.8), layout="constrained")
         panels = figure.subplots(len(ROWS) // 2, 2, sharex=True, sharey=True)
         for axes, (row, label) in zip(panels.flat, ROWS.items(), strict=True):

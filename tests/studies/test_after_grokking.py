@@ -14,6 +14,7 @@ from analysis.runs import Run
 from studies import after_grokking
 from studies.after_grokking import ROWS, config_of, kept, picture, table
 from studies.newton_schulz_steps import winner
+from tests.helpers.commands import ROOT
 
 
 def run(accuracy: list[float], row: str = "base_all") -> Any:
@@ -53,7 +54,7 @@ def test_the_report_reads_the_committed_runs_and_draws_beside_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # restores what the command sets
-    shutil.copy("results/after_grokking/runs.zip", tmp_path)
+    shutil.copy(ROOT / "results/after_grokking/runs.zip", tmp_path)
     with patch.object(sys, "argv", ["after_grokking", "report", "--folder", str(tmp_path)]):
         assert after_grokking.main() == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
