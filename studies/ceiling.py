@@ -117,28 +117,31 @@ def tables(
     rows: Mapping[str, Mapping[str, Run]], budgets: Mapping[str, str], trials: Mapping[str, list[Run]], measure: Measure
 ) -> list[Table]:
     """Return the tests, the controls if there are any, and the table of all rows, the best first."""
-    found = [
-        tested(
+    stated = [
+        (
             "Primary tests",
             PRIMARY,
-            rows,
-            measure,
             f"Geometric mean of the ratios of {measure.name} on common seeds, with its 95 % interval; below 1 the "
             "first row is better. p is of the paired t-test of the logarithms, and p (Holm) is adjusted for these "
             "tests, which were stated before the first run. The smallest effect of interest is 1 %. Rows are compared "
             "at equal gradient evaluations; the ratio of the seconds of training, without validation, says what that "
             "costs.",
-        )
-    ]
-    if any(reference in rows for _, reference in CONTROLS):
-        note = (
+        ),
+        (
+            "Controls",
+            CONTROLS,
             "Base runs with the settings that the search of another row found: in the first three, of the row that it "
             "is compared with, so that only the method differs. These controls were added after the winners were "
-            "known; p (Holm) is adjusted for them alone."
-        )
-        found.append(tested("Controls", CONTROLS, rows, measure, note))
-    note = "These comparisons were not stated before the first run; p (Holm) is adjusted for them alone."
-    found.append(tested("Further comparisons", FURTHER, rows, measure, note))
+            "known; p (Holm) is adjusted for them alone.",
+        ),
+        (
+            "Further comparisons",
+            FURTHER,
+            "These comparisons were not stated before the first run; p (Holm) is adjusted for them alone.",
+        ),
+    ]
+    tests = (tested(title, pairs, rows, measure, note) for title, pairs, note in stated)
+    found = [table for table in tests if table.rows]
     lines = []
     order = sorted(rows, key=lambda name: geometric_interval([measure.of(run) for run in rows[name].values()]).mean)
     for family in order:

@@ -117,6 +117,12 @@ def test_the_table_counts_the_runs_whose_last_validation_is_the_best(study: Path
     assert base[table.columns.index("last is best")] == "3 of 4"
 
 
+def test_a_table_of_comparisons_without_any_is_left_out(study: Path) -> None:
+    rows = ceiling_rows.by_family(ceiling_rows.winners([study])[0])
+    made = ceiling.tables(rows, dict.fromkeys(rows, "800"), {}, ceiling_rows.ERROR)
+    assert [table.title for table in made] == ["Primary tests", "All rows"]
+
+
 def test_winners_of_both_budgets_of_a_family_are_an_error(study: Path) -> None:
     finals = ceiling_rows.winners([study])[0]
     with pytest.raises(ValueError, match="both budgets of late have runs of winners"):
