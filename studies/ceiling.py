@@ -38,8 +38,8 @@ from studies.ceiling_rows import (
     winners,
 )
 
-# Family and reference of the primary tests, stated in the sweeps' files before the first run.
-PRIMARY = (("late", "base_averaged"), ("late", "base"), ("sync", "base"))
+# Family and reference of the tests that configs/sweeps/ceiling_language.yaml and ceiling_cifar.yaml state as primary.
+STATED = (("late", "base_averaged"), ("late", "base"), ("sync", "base"))
 # Each method against Base with the settings that the method's search found (configs/sweeps/ceiling_*_controls.yaml).
 # Late is also compared with the other of these, which may be a better Base than the search for Base found.
 CONTROLS = (
@@ -119,20 +119,20 @@ def tables(
     """Return the tests, the controls if there are any, and the table of all rows, the best first."""
     stated = [
         (
-            "Primary tests",
-            PRIMARY,
+            "Stated tests",
+            STATED,
             f"Geometric mean of the ratios of {measure.name} on common seeds, with its 95 % interval; below 1 the "
-            "first row is better. p is of the paired t-test of the logarithms, and p (Holm) is adjusted for these "
-            "tests, which were stated before the first run. The smallest effect of interest is 1 %. Rows are compared "
-            "at equal gradient evaluations; the ratio of the seconds of training, without validation, says what that "
-            "costs.",
+            "first row is better. p is of the paired t-test of the logarithms, and p (Holm) is adjusted for the "
+            f"{len(STATED)} tests stated for the studies of the ceiling, also for those whose rows did not run. The "
+            "smallest effect of interest is 1 %. Rows are compared at equal gradient evaluations; the ratio of the "
+            "seconds of training, without validation, says what that costs.",
         ),
         (
             "Controls",
             CONTROLS,
-            "Base runs with the settings that the search of another row found: in the first three, of the row that it "
-            "is compared with, so that only the method differs. These controls were added after the winners were "
-            "known; p (Holm) is adjusted for them alone.",
+            "Base runs with the settings that the search of another row found. If it is the row that it is compared "
+            "with, only the method differs. These controls were added after the winners were known; p (Holm) is "
+            "adjusted for them alone.",
         ),
         (
             "Further comparisons",
@@ -179,9 +179,9 @@ def tables(
         "trials",
     ]
     notes = [
-        "Each family at its better budget. Geometric means (test) and means (validation) over seeds, with 95 % "
-        "intervals. Seeds count the runs with a test, and 'last is best' those whose last validation is the best. The "
-        "gap is last validation loss minus last training loss. Trials count both budgets, and the best trials on "
+        "Each family at its better budget, if it had two. Geometric means (test) and means (validation) over seeds, with "
+        "95 % intervals. Seeds count the runs with a test, and 'last is best' those whose last validation is the best. The "
+        "gap is last validation loss minus last training loss. Trials count all budgets, and the best trials on "
         "further seeds; the settings of controls were not searched. The ratio of the best trials is that of the "
         "validated measure to Base's, on the trials' seed. Its interval has 95 % of the ratios where the trials are "
         "drawn again with replacement: the luck of the search, which the intervals over seeds do not include."

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -11,6 +12,7 @@ from scipy import stats
 
 from studies import ceiling, ceiling_rows
 from tests.analysis.runs import unpack
+from tests.helpers.commands import ROOT
 
 # The logarithm of each row's measure on four seeds, relative to Base.
 NOISE = (0.004, -0.003, 0.001, -0.002)
@@ -56,7 +58,7 @@ def test_the_stated_tests_are_paired_and_adjusted_over_all_of_them(study: Path) 
     assert {row: len(runs) for row, runs in finals.items()} == dict.fromkeys(LOGS, 4)
     assert len(trials["base"]) == 2
     rows = ceiling_rows.by_family(finals)
-    averaged, late, sync = ceiling_rows.tests_of(ceiling.PRIMARY, rows, ceiling_rows.ERROR)
+    averaged, late, sync = ceiling_rows.tests_of(ceiling.STATED, rows, ceiling_rows.ERROR)
     assert (late.family, late.reference) == ("late", "base")
     assert late.ratio.mean == pytest.approx(math.exp(-0.05), rel=1e-9)
     p = [
@@ -76,7 +78,7 @@ def test_the_stated_tests_are_paired_and_adjusted_over_all_of_them(study: Path) 
     ]
 
     # A test whose runs are missing counts all the same.
-    (alone,) = ceiling_rows.tests_of(ceiling.PRIMARY, {row: rows[row] for row in ("late", "base")}, ceiling_rows.ERROR)
+    (alone,) = ceiling_rows.tests_of(ceiling.STATED, {row: rows[row] for row in ("late", "base")}, ceiling_rows.ERROR)
     assert alone.p == pytest.approx(3 * p[1], rel=1e-6)
 
 
@@ -120,7 +122,7 @@ def test_the_table_counts_the_runs_whose_last_validation_is_the_best(study: Path
 def test_a_table_of_comparisons_without_any_is_left_out(study: Path) -> None:
     rows = ceiling_rows.by_family(ceiling_rows.winners([study])[0])
     made = ceiling.tables(rows, dict.fromkeys(rows, "800"), {}, ceiling_rows.ERROR)
-    assert [table.title for table in made] == ["Primary tests", "All rows"]
+    assert [table.title for table in made] == ["Stated tests", "All rows"]
 
 
 def test_winners_of_both_budgets_of_a_family_are_an_error(study: Path) -> None:
@@ -161,6 +163,40 @@ def test_controls_in_a_second_folder_are_tested_by_themselves(study: Path, tmp_p
     p = stats.ttest_1samp([0.02 - n for n in NOISE], 0.0).pvalue
     assert (test.effect.p, test.p) == pytest.approx((p, 4 * p), rel=1e-6)
     assert not (tmp_path / "controls" / "verdict.md").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/speed_and_ceiling.md"])
+def test_the_tables_shown_are_those_of_the_committed_verdicts(page: str) -> None:
+    columns = {
+        "WikiText-2": "ceiling_language",
+        "CIFAR-10": "ceiling_cifar",
+        "CIFAR-10 augmented": "ceiling_cifar_augmented",
+        "800 evaluations": "ceiling_cifar_augmented",
+        "1,600 evaluations": "ceiling_cifar_augmented_long",
+    }
+    compared = 0
+    for table in re.findall(r"^\| row \|.*\n(?:\|.*\n)+", (ROOT / page).read_text(), re.M):
+        heads, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+        for place, head in enumerate(heads):
+            study = columns.get(head.split(", ")[-1])
+            if study is None or not head.startswith("test"):
+                continue
+            verdict = (ROOT / "results" / study / "verdict.md").read_text()
+            for name, *cells in rows:
+                shown = numbers(cells[place - 1])
+                if not shown or name == "Base, control":
+                    continue
+                row = re.escape(re.sub(r" \(.*", "", name))
+                (made,) = re.findall(rf"^\| {row} \| [\d,]+ \| \d+ \| (.*?) \|", verdict, re.M)
+                percent = 100 if "%" in cells[place - 1] else 1
+                # The page has one decimal of percent and of perplexity.
+                assert shown == pytest.approx([percent * value for value in numbers(made)], abs=0.051), name
+                compared += 1
+    assert compared == {"README.md": 23, "docs/speed_and_ceiling.md": 27}[page]
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)]
 
 
 def test_a_folder_without_winners_is_an_error_in_one_sentence(
