@@ -179,10 +179,10 @@ def tables(
         "trials",
     ]
     notes = [
-        "Each family at its better budget, if it had two. Geometric means (test) and means (validation) over seeds, with "
-        "95 % intervals. Seeds count the runs with a test, and 'last is best' those whose last validation is the best. The "
-        "gap is last validation loss minus last training loss. Trials count all budgets, and the best trials on "
-        "further seeds; the settings of controls were not searched. The ratio of the best trials is that of the "
+        "Each family at its better budget, if it had two. Geometric means (test) and means (validation) over seeds, "
+        "with 95 % intervals. Seeds count the runs with a test, and 'last is best' those whose last validation is the "
+        "best. The gap is last validation loss minus last training loss. Trials count all budgets, and the best trials "
+        "on further seeds; the settings of controls were not searched. The ratio of the best trials is that of the "
         "validated measure to Base's, on the trials' seed. Its interval has 95 % of the ratios where the trials are "
         "drawn again with replacement: the luck of the search, which the intervals over seeds do not include."
     ]
