@@ -204,6 +204,7 @@ def draw(rows: Mapping[str, Mapping[str, Run]], measure: Measure) -> Figure:
                 axes.plot([mean.low, mean.high], [place] * 2, color=COLOURS[0], linewidth=2.5)
             axes.plot(mean.mean, place, "o", color=COLOURS[0], markersize=5)
         axes.set_yticks(range(len(order)), [NAMES[name] for name in order])
+        axes.set_ylim(-0.5, len(order) - 0.5)  # two rows would otherwise lie on the edges
         axes.set_xlabel(f"{measure.name}\n(points: seeds; bars: 95 % intervals of the mean)")
     return figure
 
