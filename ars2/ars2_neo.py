@@ -296,7 +296,8 @@ class ARS2Neo(TrackedOptimizer):
 
         ``n = m_hat / (sqrt(v_hat) + eps) * |p|``, from the moments of the steps so far. Before the first step nothing
         moves. After the backward pass call :meth:`restore`. To accumulate gradients, do so for each micro-batch or once
-        around all of them, which leads to the same point.
+        around all of them, which leads to the same point. After an evaluation, FSDP2 needs ``reshard()`` of its modules
+        before it, which :meth:`passes` calls.
 
         Raises:
             RuntimeError: the mode is another one, or the parameters have moved already.
@@ -442,7 +443,7 @@ class ARS2Neo(TrackedOptimizer):
                 :meth:`distribute` prevents.
         """
         if self.never_two_pass:
-            with first_pass(self):
+            with first_pass(self, model):
                 yield 1
             return
         if not self.decides_alike and has_several_processes():

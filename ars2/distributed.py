@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ars2 import kernels
 from ars2.kernels import Tensors
@@ -188,6 +188,18 @@ def like(param: Tensor, value: Tensor) -> Tensor:
 def same_layout(tensor: Any, param: Any) -> bool:
     """Return whether ``tensor`` is a DTensor with mesh and placements of ``param``."""
     return is_sharded(tensor) and (tensor.device_mesh, tensor.placements) == (param.device_mesh, param.placements)
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop the gathered parameters that FSDP2 keeps after a forward pass without a backward pass.
+
+    The next forward pass would use them, although a move along the momentum has changed the sharded ones.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # a sharded module exists only after this import
+    if fsdp is not None:
+        for module in model.modules():
+            if isinstance(module, fsdp.FSDPModule):
+                module.reshard()
 
 
 def has_several_processes() -> bool:

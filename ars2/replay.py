@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ars2.distributed import reshard
+
 Result = TypeVar("Result")
 
 
@@ -162,14 +164,15 @@ def devices_of(model: nn.Module) -> set[torch.device]:
 
 
 @contextmanager
-def first_pass(optimizer: Any) -> Iterator[None]:
+def first_pass(optimizer: Any, model: nn.Module) -> Iterator[None]:
     """Make a block the first pass of a step, of all its batches or of some.
 
-    In mode ``"momentum"`` of :class:`ars2.ARS2Neo` it is made at moved parameters. At its end they are restored, also
-    after an exception.
+    In mode ``"momentum"`` of :class:`ars2.ARS2Neo` it is made at moved parameters of ``model``. At its end they are
+    restored, also after an exception.
     """
     moved = getattr(optimizer, "moves_first_pass", False)
     if moved:
+        reshard(model)
         optimizer.move_along_momentum()
     try:
         yield

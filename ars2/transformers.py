@@ -104,7 +104,7 @@ class TwoPassTrainer(Trainer):
         if not isinstance(optimizer, ARS2Neo) or optimizer.never_two_pass:
             if getattr(optimizer, "moves_first_pass", False):
                 self._check_support()
-            with first_pass(optimizer):
+            with first_pass(optimizer, model):
                 loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
         if not any(param.grad is not None for group in optimizer.param_groups for param in group["params"]):

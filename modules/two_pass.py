@@ -191,7 +191,7 @@ class TwoPassModule(ResumableModule):
         weight = self._weight(batch)
         self._window.append((batch, weight, random_state(self.device)) if two_pass else None)
         is_last = len(self._window) == self.accumulate_grad_batches or self.trainer.is_last_batch
-        with first_pass(optimizer):
+        with first_pass(optimizer, self):
             loss = self.checked_loss(batch, self.train_metrics)
             self.train_metrics["loss"].update(loss.detach(), self.batch_size(batch))
             self._record.losses[0].append(loss.detach())

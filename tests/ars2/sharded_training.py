@@ -94,7 +94,9 @@ def one_step(model: UnevenProblem, optimizer: Any, step: int, rank: int, ranks: 
         torch.stack(losses).mean().backward()
 
     optimizer.zero_grad()
-    with first_pass(optimizer):
+    with torch.no_grad():
+        model.loss(step)  # an evaluation, after which FSDP2 keeps parameters gathered
+    with first_pass(optimizer, model):
         backward()
     if hasattr(optimizer, "wants_second_pass") and optimizer.wants_second_pass():
         optimizer.perturb()

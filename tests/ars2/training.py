@@ -83,7 +83,7 @@ def step_by_parts(
     `between` runs before the update.
     """
     optimizer.zero_grad()
-    with first_pass(optimizer):
+    with first_pass(optimizer, model):
         (model.loss(step) * loss_scale).backward()
     again = optimizer.wants_second_pass(grad_scale=loss_scale)
     if again:

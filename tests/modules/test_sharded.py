@@ -20,7 +20,7 @@ Results = dict[str, dict[str, Any]]
 
 EVERY_MODE: dict[str, Run] = {name: (name, {}) for name in OPTIONS}
 # The others differ in the optimizer alone, whose steps tests/ars2/test_sharded.py compares.
-MODES: dict[str, Run] = {name: (name, {}) for name in ("adamw", "muon", "aga")}
+MODES: dict[str, Run] = {name: (name, {}) for name in ("adamw", "muon", "aga", "momentum")}
 VARIANTS: dict[str, Run] = {
     "clipped": ("sync", {"gradient_clip_val": 0.1, "clip_first_pass": True}),
     "accumulated and clipped by value": (
