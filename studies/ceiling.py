@@ -3,9 +3,9 @@
     python -m studies.ceiling results/ceiling_language [results/ceiling_language_controls]
     python -m studies.ceiling results/ceiling_cifar [results/ceiling_cifar_controls]
 
-The folder has the runs of configs/sweeps/ceiling_language.yaml or ceiling_cifar.yaml, unpacked or in an archive. A
-second folder may have those of its controls. The command writes into the first folder ``verdict.md`` (the tests that
-the sweep's file states, the controls, further comparisons, and a table of all rows) and ``verdict.svg``.
+The folder has the runs of one of configs/sweeps/ceiling_*.yaml, unpacked or in an archive. A second folder may have
+those of its controls. The command writes into the first folder ``verdict.md`` (the tests stated for these studies, the
+controls, further comparisons, and a table of all rows) and ``verdict.svg``.
 
 The measure is that of the best checkpoint on the test split: perplexity, or the share of errors. Checkpoint and
 settings are chosen on validation data. Rows are compared on the seeds that both have, by the ratio of the measure.
@@ -116,8 +116,8 @@ def tested(
 def tables(
     rows: Mapping[str, Mapping[str, Run]], budgets: Mapping[str, str], trials: Mapping[str, list[Run]], measure: Measure
 ) -> list[Table]:
-    """Return the tests, the controls if there are any, and the table of all rows, the best first."""
-    stated = [
+    """Return the tables of comparisons that have any, and that of all rows, the best first."""
+    comparisons = [
         (
             "Stated tests",
             STATED,
@@ -130,9 +130,9 @@ def tables(
         (
             "Controls",
             CONTROLS,
-            "Base runs with the settings that the search of another row found. If it is the row that it is compared "
-            "with, only the method differs. These controls were added after the winners were known; p (Holm) is "
-            "adjusted for them alone.",
+            "Base runs with the settings that the search of another row found. Where they are the settings of the row "
+            "that it is compared with, only the method differs. These controls were added after the winners were "
+            "known; p (Holm) is adjusted for them alone.",
         ),
         (
             "Further comparisons",
@@ -140,7 +140,7 @@ def tables(
             "These comparisons were not stated before the first run; p (Holm) is adjusted for them alone.",
         ),
     ]
-    tests = (tested(title, pairs, rows, measure, note) for title, pairs, note in stated)
+    tests = (tested(title, pairs, rows, measure, note) for title, pairs, note in comparisons)
     found = [table for table in tests if table.rows]
     lines = []
     order = sorted(rows, key=lambda name: geometric_interval([measure.of(run) for run in rows[name].values()]).mean)
