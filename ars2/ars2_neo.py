@@ -296,8 +296,10 @@ class ARS2Neo(TrackedOptimizer):
 
         ``n = m_hat / (sqrt(v_hat) + eps) * |p|``, from the moments of the steps so far. Before the first step nothing
         moves. After the backward pass call :meth:`restore`. To accumulate gradients, do so for each micro-batch or once
-        around all of them, which leads to the same point. After an evaluation, FSDP2 needs ``reshard()`` of its modules
-        before it, which :meth:`passes` calls.
+        around all of them, which leads to the same point.
+
+        After a forward pass without a backward pass, such as an evaluation, call ``reshard()`` of every module that
+        FSDP2 has sharded before you call this. :meth:`passes` does so.
 
         Raises:
             RuntimeError: the mode is another one, or the parameters have moved already.

@@ -193,7 +193,7 @@ def same_layout(tensor: Any, param: Any) -> bool:
 def reshard(model: nn.Module) -> None:
     """Drop the gathered parameters that FSDP2 keeps after a forward pass without a backward pass.
 
-    The next forward pass would use them, although a move along the momentum has changed the sharded ones.
+    The next forward pass would use them, even if the sharded parameters have moved since.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")  # a sharded module exists only after this import
     if fsdp is not None:
