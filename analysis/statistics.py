@@ -1,15 +1,21 @@
-"""Compute intervals over seeds, paired tests, and medians of censored times."""
+"""Compute intervals over seeds and paired tests.
+
+Times to a target, some of which are censored, are in :mod:`analysis.times`.
+"""
 
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 
 CONFIDENCE = 0.95
 POWER = 0.8
+# Number of random sign changes and of bootstrap draws; up to 13 seeds every change of signs is made.
+_RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
@@ -49,18 +55,29 @@ def bounded_interval(values: Sequence[float], most: float = np.inf) -> Mean:
     an upper bound, the logit scale for shares.
     """
     mean = mean_interval(values)
-    if mean.high is None or not 0 < mean.mean < most:
+    if mean.high is None:
         return mean
-    odds = mean.mean / (1 - mean.mean / most)
-    half = (mean.high - mean.mean) * odds / mean.mean**2
-    low, high = (x / (1 + x / most) for x in odds * np.exp([-half, half]))
+    low, high = _within(np.asarray(mean.mean), np.asarray(mean.high - mean.mean), most)
     return Mean(mean.n, mean.mean, float(low), float(high))
 
 
-def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _within(mean: np.ndarray, half: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the limits of intervals that stay between 0 and ``most``; at these ends they are those of the t-interval."""
+    inside = (mean > 0) & (mean < most)
+    m = np.where(inside, mean, 0.5 if most < np.inf else 1.0)
+    odds = m / (1 - m / most)
+    limits = (odds * np.exp(sign * half * odds / m**2) for sign in (-1, 1))
+    low, high = (
+        np.where(inside, x / (1 + x / most), mean + sign * half) for x, sign in zip(limits, (-1, 1), strict=True)
+    )
+    return low, high
+
+
+def mean_intervals(values: np.ndarray, most: float | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the means of columns and the limits of their t-intervals.
 
-    Both limits are the mean where a column has fewer than two finite values.
+    Both limits are the mean where a column has fewer than two finite values. With ``most``, see
+    :func:`bounded_interval`.
     """
     finite = np.isfinite(values)
     n = finite.sum(axis=0)
@@ -70,7 +87,7 @@ def mean_intervals(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
         error = np.sqrt(squares.sum(axis=0) / (n - 1) / n)
     factors = {count: _quantile(int(count) - 1, CONFIDENCE) for count in np.unique(n) if count > 1}
     half = np.where(n > 1, np.vectorize(lambda count: factors.get(count, 0.0))(n) * error, 0.0)
-    return mean, mean - half, mean + half
+    return mean, *((mean - half, mean + half) if most is None else _within(mean, half, most))
 
 
 def exponential(log: Mean) -> Mean:
@@ -91,13 +108,15 @@ def geometric_interval(values: Sequence[float]) -> Mean:
 class Paired:
     """Differences between two rows on the seeds that both have.
 
-    ``p`` is of the paired t-test. ``detectable`` is the smallest true difference that a test with this number and
-    scatter of seeds detects at the 5 % level with a power of 80 %. Smaller ones are not excluded.
+    ``p`` is of the paired t-test. ``p_permutation`` is of the permutation test, which assumes no normal distribution; it
+    cannot be below 2 to the power of 1 - n. ``detectable`` is the smallest true difference that a t-test with this
+    number and scatter of seeds detects at the 5 % level with a power of 80 %. Smaller ones are not excluded.
     """
 
     difference: Mean
     p: float
     detectable: float
+    p_permutation: float
 
 
 def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paired | None:
@@ -107,34 +126,37 @@ def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paire
     """
     seeds = sorted(seed for seed in values.keys() & reference.keys() if np.isfinite(values[seed] - reference[seed]))
     differences = np.asarray([values[seed] - reference[seed] for seed in seeds])
-    n = len(differences)
-    if n < 2:
+    if len(differences) < 2:
         return None
-    error = differences.std(ddof=1) / np.sqrt(n)
+    mean = mean_interval(differences.tolist())
     # Metrics are in single precision. Differences of the size of its rounding are not scatter.
     if np.ptp(differences) <= 1e-6 * max(abs(side[seed]) for side in (values, reference) for seed in seeds):
-        return Paired(mean_interval(differences.tolist()), np.nan, 0.0)
-    p = float(stats.ttest_1samp(differences, 0.0).pvalue)
-    return Paired(mean_interval(differences.tolist()), p, float(detectable_effect(n) * error))
+        return Paired(mean, np.nan, 0.0, np.nan)
+    detectable = detectable_effect(len(differences)) * differences.std(ddof=1)
+    p, p_permutation = one_sample_tests(differences)
+    return Paired(mean, p, float(detectable), p_permutation)
+
+
+def one_sample_tests(differences: np.ndarray) -> tuple[float, float]:
+    """Return the two-sided p-values that the mean is zero, of the t-test and of the permutation test.
+
+    The second compares the mean with those after changes of signs, all of them or 9,999 at random.
+    """
+    test = stats.permutation_test(
+        (differences,),
+        np.mean,
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=_RESAMPLES,
+        rng=np.random.default_rng(0),
+    )
+    return float(stats.ttest_1samp(differences, 0.0).pvalue), float(test.pvalue)
 
 
 @functools.cache
-def detectable_effect(n: int, power: float = POWER, confidence: float = CONFIDENCE) -> float:
-    """Return the true mean that a t-test of ``n`` values detects with ``power``.
-
-    It is given in standard errors, for a two-sided test.
-    """
-    critical = stats.t.ppf((1 + confidence) / 2, n - 1)
-    # The estimated deviation over the true one; the mean is normal and independent of it.
-    deviation = stats.chi(n - 1, scale=1 / np.sqrt(n - 1))
-
-    def shortfall(effect: float) -> float:
-        rejected = deviation.expect(
-            lambda u: stats.norm.sf(critical * u - effect) + stats.norm.cdf(-critical * u - effect)
-        )
-        return float(rejected - power)
-
-    return float(optimize.brentq(shortfall, 0.0, 2 * critical + 2))
+def detectable_effect(n: int) -> float:
+    """Return the true mean, in deviations of one value, that a two-sided t-test of ``n`` values detects with 80 %."""
+    return float(TTestPower().solve_power(nobs=n, alpha=1 - CONFIDENCE, power=POWER))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -142,130 +164,40 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     NaN stays NaN and is not counted.
     """
-    adjusted = np.full(len(p_values), np.nan)
-    known = [i for i in np.argsort(p_values) if np.isfinite(p_values[i])]
-    highest = 0.0
-    for rank, i in enumerate(known):
-        highest = max(highest, min(1.0, (len(known) - rank) * p_values[i]))
-        adjusted[i] = highest
-    return [float(value) for value in adjusted]
+    p = np.asarray(p_values, dtype=float)
+    known = np.isfinite(p)
+    if known.any():
+        p[known] = multipletests(p[known], method="holm")[1]
+    return p.tolist()
 
 
-@dataclass(frozen=True)
-class Median:
-    """The median of times to a target, some of which are longer than their run.
+def improvement(ahead: np.ndarray) -> Mean:
+    """Return the probability that a run of one row is ahead of one of another (Agarwal et al. 2021).
 
-    ``None`` is a time beyond ``horizon``, the longest time that a run was watched.
-    ``low`` and ``high`` are the limits of its interval; both are ``None`` for a single run, see ``n``. Its coverage
-    differs from 95 %, see :func:`median_coverage`.
-    """
-
-    n: int
-    reached: int
-    median: float | None
-    low: float | None
-    high: float | None
-    horizon: float
-
-
-@dataclass(frozen=True)
-class Time:
-    """The time at which a run reached a target.
+    The interval is of the percentile bootstrap over the runs of both rows. There is none where all pairs agree, because
+    the bootstrap has no scatter there.
 
     Args:
-        reached: the time, ``None`` if it did not reach it.
-        watched: how long the run was; infinite for one that diverged, which would never have reached the target.
+        ahead: for each pair of their runs 1 if the first is ahead, 0 if the second is, and 1/2 if neither.
     """
-
-    reached: float | None
-    watched: float
-
-
-def median_time(times: Sequence[Time]) -> Median:
-    """Return the Kaplan-Meier median of right-censored times (Kaplan and Meier 1958).
-
-    It is the first time at which at most one half is left: the 12th of 24 that were all reached. Its interval is that
-    of Brookmeyer and Crowley (1982): where the log-log band of the survival curve has one half.
-    """
-    n = len(times)
-    reached = np.asarray([time.reached for time in times if time.reached is not None], dtype=float)
-    missed = np.asarray([time.watched for time in times if time.reached is None], dtype=float)
-    finite = np.concatenate([reached, missed[np.isfinite(missed)]])
-    horizon = float(finite.max()) if len(finite) else np.nan
-    # A run that can never reach it outlasts every other.
-    missed = np.where(np.isfinite(missed), missed, 2 * np.nanmax([horizon, 1.0]))
-    if len(reached) == 0:
-        return Median(n, 0, None, None, None, horizon)
-    survival = stats.ecdf(stats.CensoredData(uncensored=reached, right=missed)).sf
-    steps = survival.quantiles
-
-    def crossing(probabilities: np.ndarray) -> float | None:
-        # The curve is a product of fractions: where it is one half, rounding may leave it just above.
-        below = np.flatnonzero(probabilities <= 0.5 + 1e-9)
-        return float(steps[below[0]]) if len(below) else None
-
-    median = crossing(survival.probabilities)
-    if n < 2:
-        return Median(n, len(reached), median, None, None, horizon)
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-        band = survival.confidence_interval(CONFIDENCE, method="log-log")
-    # The band has no value where the curve is 1 or 0; there it is the curve.
-    lower = np.where(np.isnan(band.low.probabilities), survival.probabilities, band.low.probabilities)
-    upper = np.where(np.isnan(band.high.probabilities), survival.probabilities, band.high.probabilities)
-    return Median(n, len(reached), median, crossing(lower), crossing(upper), horizon)
+    mean, n = float(ahead.mean()), min(ahead.shape)
+    if n < 2 or np.ptp(ahead) == 0:
+        return Mean(n, mean, None, None)
+    found = stats.bootstrap(
+        tuple(map(np.arange, ahead.shape)),
+        lambda one, other, axis: ahead[one[..., :, None], other[..., None, :]].mean(axis=(-2, -1)),
+        n_resamples=_RESAMPLES // 5,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Mean(n, mean, float(found.low), float(found.high))
 
 
-@functools.cache
-def median_coverage(n: int) -> float:
-    """Return how often the interval of :func:`median_time` covers the true median of ``n`` times.
-
-    It is exact for times that were all reached: the limits are order statistics, and the number of times below the
-    median is binomial. Times that are equal only make it larger.
-    """
-    found = median_time([Time(time, time) for time in range(1, n + 1)])
-    if found.low is None:
-        return 0.0
-    high = n + 1 if found.high is None else found.high
-    return float(stats.binom.cdf(high - 1, n, 0.5) - stats.binom.cdf(found.low - 1, n, 0.5))
-
-
-@dataclass(frozen=True)
-class Race:
-    """Counts of which of two rows reached a target first, with a sign test.
-
-    ``ratio`` is the geometric mean of the ratios of their times with its interval, and ``p_ratio`` is of the t-test of
-    their logarithms; ``None`` and NaN unless both reached the target on every common seed. A pair of which neither is
-    known to have been first is in ``undecided``.
-    """
-
-    first: int
-    second: int
-    undecided: int
-    p: float
-    ratio: Mean | None
-    p_ratio: float
-
-
-def race(times: Mapping[str, Time], reference: Mapping[str, Time]) -> Race:
-    """Compare a row's times to a target with those of a reference, seed by seed."""
-    seeds = sorted(times.keys() & reference.keys())
-    pairs = [(times[seed], reference[seed]) for seed in seeds]
-    first = sum(_is_first(one, other) for one, other in pairs)
-    second = sum(_is_first(other, one) for one, other in pairs)
-    ratios = [
-        one.reached / other.reached for one, other in pairs if one.reached is not None and other.reached is not None
-    ]
-    decided = first + second
-    p = float(stats.binomtest(first, decided).pvalue) if decided else np.nan
-    if not seeds or len(ratios) < len(seeds):
-        return Race(first, second, len(seeds) - decided, p, None, np.nan)
-    varied = len(ratios) > 1 and np.ptp(ratios) > 0
-    p_ratio = float(stats.ttest_1samp(np.log(ratios), 0.0).pvalue) if varied else np.nan
-    return Race(first, second, len(seeds) - decided, p, geometric_interval(ratios), p_ratio)
-
-
-def _is_first(time: Time, other: Time) -> bool:
-    """Return whether ``time`` is known to be shorter than ``other``."""
-    if time.reached is None:
-        return False
-    return time.reached < other.reached if other.reached is not None else time.reached <= other.watched
+def pairs_ahead(values: Sequence[float], others: Sequence[float], lower: bool) -> np.ndarray:
+    """Return which value of each pair is better, for :func:`improvement`; NaN is worse than any other."""
+    worst = np.inf if lower else -np.inf
+    one, other = (np.nan_to_num(np.asarray(side, dtype=float), nan=worst) for side in (values, others))
+    with np.errstate(invalid="ignore"):
+        better = np.sign(other[None, :] - one[:, None] if lower else one[:, None] - other[None, :])
+    return np.asarray((1 + np.nan_to_num(better)) / 2)
