@@ -81,9 +81,14 @@ def _table(group: Group, name: str, switches: tuple[str, ...], corners: dict[Cor
         value = run.last("flatness/hessian_top")
         return float(np.log(value)) if value > 0 else np.nan
 
-    kinds: dict[str, tuple[Callable[[Run], float], bool]] = {
+    # A metric that runs were stopped on is fixed by that, and not tested.
+    stopped = any(group.stopped_on(row, group.metric) for row in corners.values())
+    values: dict[str, tuple[Callable[[Run], float], bool]] = {
         f"best {group.metric}{' (points)' if scale == 100 else ''}": (best, False),
         "last val/loss": (loss, False),
+    }
+    kinds: dict[str, tuple[Callable[[Run], float], bool]] = {
+        **({} if stopped else values),
         f"evaluations to {goal}, ratio": (evaluations, True),
         "top eigenvalue, ratio": (top, True),
     }

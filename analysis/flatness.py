@@ -56,13 +56,15 @@ def _with_validation(group: Group) -> Table:
         f"better {group.metric}": lambda run: sign * run.last(group.metric),
         "lower val/loss": lambda run: run.last("val/loss"),
     }
+    # A metric that a run was stopped on says when that was, and nothing of how good the run is.
+    rows = [row for row in group.rows if not group.stopped_on(row, group.metric)]
     lines = []
     for column, name in MEASURES.items():
         cells = []
         for value in kinds.values():
             pairs = [
                 np.asarray([(run.last(column), value(run)) for run in row.runs.values() if run.has(column)])
-                for row in group.rows
+                for row in rows
             ]
             pairs = [pair[np.isfinite(pair).all(axis=1)] for pair in pairs if len(pair)]
             # The scatter between seeds of one setting, without differences between rows.
@@ -75,7 +77,7 @@ def _with_validation(group: Group) -> Table:
         "Spearman's rank correlation over runs (p-value, runs). Above zero, flatter runs validate better. Over all "
         "runs it mixes optimizers, whose validation may differ for other reasons. Within rows, each row's mean is "
         "subtracted first, so that only seeds of one setting are compared. Values are from the end of training, and "
-        "p-values are not adjusted."
+        "p-values are not adjusted. Rows whose runs were stopped at a level of a validation metric are left out."
     ]
     return Table("Does flatter go with better?", ["flatter by", *heads], lines, notes)
 

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from analysis.flatness import given
 from analysis.rows import Group, Row
-from analysis.statistics import mean_interval, paired
+from analysis.statistics import bounded_interval, mean_interval, paired
 from analysis.tables import Table, mean_text, number
 
 # Columns of callbacks.robustness_probe and callbacks.forgetting_probe, and which columns to subtract from them.
@@ -33,12 +35,16 @@ def robustness(group: Group, reference: Row | None) -> Iterator[Table]:
     if not measures:
         return
     columns = {"loss": next((column, "") for column in _LOSSES if any(run.has(column) for run in runs)), **measures}
-    lines = [
-        [row.label, str(len(row.runs))]
-        + [mean_text(mean_interval(list(_values(row, *pair).values())), 3) for pair in columns.values()]
-        for row in rows
-    ]
-    yield Table("Robustness of the tested checkpoint", ["row", "seeds", *columns], lines, [_note(rows)])
+    cells = []
+    for pair in columns.values():
+        values = [list(_values(row, *pair).values()) for row in rows]
+        # A column of positive values scatters by factors, and its intervals should not reach below zero.
+        positive = all(value > 0 for found in values for value in found if np.isfinite(value))
+        cells.append([mean_text((bounded_interval if positive else mean_interval)(found), 3) for found in values])
+    lines = [[row.label, str(len(row.runs)), *line] for row, *line in zip(rows, *cells, strict=True)]
+    heads = ["row", "seeds", *columns]
+    optional = {"seeds", "learned", *list(rounded)[:-1]}
+    yield Table("Robustness of the tested checkpoint", heads, lines, [_note(rows)], optional=optional)
     if reference is None:
         return
     lines = []
@@ -63,7 +69,7 @@ def _note(rows: Sequence[Row]) -> str:
     noise, radius = (given(rows, "RobustnessProbe", option) for option in ("noise", "rho"))
     steps, rate = (given(rows, "ForgettingProbe", option) for option in ("steps", "lr"))
     return (
-        "Mean and 95 % interval over seeds. The loss is that of the first test batches. Rises are from it: by rounding "
+        "Mean and 95 % interval over seeds, on the log scale where a column has positive values only. The loss is that of the first test batches. Rises are from it: by rounding "
         f"the weights of every output to so many bits, and by noise of {noise} relative to the root mean square of a "
         "tensor. Top eigenvalue and rise along the gradient are of the training loss in evaluation mode, at radius "
         f"{radius} in every tensor. Forgotten is the rise of the test loss by {steps} steps of AdamW at learning rate "

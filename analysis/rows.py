@@ -1,6 +1,5 @@
 """Group runs into tables by task and protocol, and into rows by setting."""
 
-import difflib
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,13 +10,20 @@ from typing import Any
 import numpy as np
 import yaml
 
+from analysis.labels import tell_apart
+from analysis.palette import Style, styles
 from analysis.runs import AXES, Problem, Run
-from analysis.statistics import Mean, Median, Time, mean_interval, median_time
+from analysis.statistics import Mean, mean_interval
+from analysis.times import Median, Time, median_time
 from experiment.identity import RunIdentity
 from experiment.metric_names import with_slash
 from experiment.target import Target
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
+# Headings of tasks whose protocol is not a published one.
+TITLES = {"modular_addition": "Modular addition", "cifar": "CIFAR-10", "wikitext": "WikiText-2"}
+# The axis of costs: a step with a second pass counts as two.
+AXIS = "cost/gradient_evaluations"
 
 
 @dataclass
@@ -28,12 +34,14 @@ class Row:
         label: its name in every table and picture.
         trials: how many settings were tried to find this one; ``None`` if it is not a search's.
         name: its label where the report gives it no other.
+        style: of its lines and marks in every picture.
     """
 
     runs: dict[str, Run]
     label: str
     trials: int | None = None
     name: str = ""
+    style: Style = field(default_factory=Style)
 
     @property
     def names(self) -> set[str]:
@@ -91,6 +99,38 @@ class Row:
         return mean_interval([end for run in self.runs.values() if (end := run.at_end(axis)) is not None])
 
 
+@dataclass(frozen=True)
+class Measure:
+    """What the rows of a table are ranked by: evaluations to a target, or a metric.
+
+    Attributes:
+        target: the level to reach, if it is a time.
+        column: the axis of that time, or the metric.
+        lower: whether less is better.
+    """
+
+    target: Target | None
+    column: str
+    lower: bool
+
+    def __str__(self) -> str:
+        return self.column if self.target is None else f"{AXES[self.column]} to {self.target}"
+
+    def values(self, row: Row) -> dict[str, float]:
+        """Return the values of a metric by seed, those of a validation metric from the best epoch.
+
+        A time has none, see :meth:`Row.times`.
+        """
+        return row.last(self.column) if self.column.startswith("test/") else row.best(self.column, self.lower)
+
+    def of_trial(self, run: Run) -> float | None:
+        """Return the value of a trial, ``None`` if it has none. Trials are not tested, so the metric is of validation."""
+        if self.target is not None:
+            return run.reached(self.target, self.column)
+        value = run.best(self.column.replace("test/", "val/"), self.lower)
+        return None if np.isnan(value) else value
+
+
 @dataclass
 class Group:
     """Collect the rows of one table, of one task and protocol.
@@ -103,6 +143,8 @@ class Group:
         sweeps: trials of searches, by (name of the search, optimizer).
         failed: number of further trials that left no readable run, by the same keys.
         milestones: the metric of each milestone that the task has, by its name.
+        labels: of rows by their names, also of those that only have trials.
+        families: names of a search's rows that belong together, by that of the family.
     """
 
     task: str
@@ -116,11 +158,17 @@ class Group:
     sweeps: dict[tuple[str, str], list[Run]] = field(default_factory=dict)
     failed: Counter[tuple[str, str]] = field(default_factory=Counter)
     milestones: dict[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    families: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
         """Heading of its part of the report."""
-        return str(self.published.get("title") or self.task.replace("_", " ").capitalize())
+        return str(self.published.get("title") or TITLES.get(self.task) or self.task.replace("_", " ").capitalize())
+
+    def label_of(self, search: str, name: str) -> str:
+        """Return the label of a row of a search, which may have only trials."""
+        return next((row.label for row in self.rows if row.search == (search, name)), self.labels.get(name, name))
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -145,45 +193,40 @@ class Group:
         """The last of :attr:`aims`."""
         return self.aims[-1] if self.aims else None
 
-    def stopped_on(self, row: Row, metric: str) -> bool:
-        """Return whether a run of ``row`` was stopped at a level of ``metric``.
+    @property
+    def measure(self) -> Measure:
+        """What rows are ranked by.
 
-        Its best and last value are then those of that level for every optimizer.
+        It is the test metric if every row was tested; else gradient evaluations to the last target, unless that is
+        borrowed from another protocol; else the best value of the metric.
+        """
+        test = f"test/{self.metric.removeprefix('val/')}"
+        if self.rows and all(any(run.has(test) for run in row.runs.values()) for row in self.rows):
+            return Measure(None, test, self.lower)
+        axis = AXIS if AXIS in self.axes else "epoch"
+        if self.goal is not None and not self.borrowed:
+            return Measure(self.goal, axis, True)
+        return Measure(None, self.metric, self.lower)
+
+    def stopped_on(self, row: Row, metric: str) -> bool:
+        """Return whether ``metric`` is of validation and a run of ``row`` was stopped at a level of such a metric.
+
+        Its best and last value are then those of that level, or of the time at which the run reached it.
         """
         names = {run.stopped_at for run in row.runs.values()} - {None}
-        return any(self.milestones.get(str(name), metric) == metric for name in names)
+        stage = metric.partition("/")[0]
+        return any(self.milestones.get(str(name), metric).partition("/")[0] == stage for name in names)
 
     def order(self, row: Row) -> tuple[float, ...]:
-        """Sort rows by gradient evaluations to the last target, then by best value."""
-        axis = "cost/gradient_evaluations" if "cost/gradient_evaluations" in self.axes else "epoch"
-        goal = self.goal
-        median = row.median(goal, axis) if goal else None
-        best = mean_interval(list(row.best(self.metric, self.lower).values())).mean
-        time = np.inf if median is None or median.median is None else median.median
-        return time, np.nan_to_num(best if self.lower else -best, nan=np.inf)
-
-
-def check_names(groups: Sequence[Group], baseline: str | None, targets: Sequence[Target]) -> None:
-    """Refuse an unknown baseline, and a target whose metric no run has logged.
-
-    Raises:
-        ValueError: such a name, with the nearest valid one.
-    """
-    rows = [row for entry in groups for row in entry.rows]
-    names = {name for row in rows for name in row.names}
-    if baseline is not None and baseline not in names:
-        raise ValueError(f"no row or optimizer is named {baseline}, the --baseline{_nearest(baseline, names)}")
-    metrics = {str(column) for row in rows for run in row.runs.values() for column in run.log}
-    for target in targets:
-        if target.metric not in metrics:
-            raise ValueError(
-                f"no run logged {target.metric}, the metric of a --target{_nearest(target.metric, metrics)}"
-            )
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    found = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.0)
-    return f"; did you mean {found[0]}?" if found else ""
+        """Sort rows by the measure, and by the best value where times are equal or there are none."""
+        measure, time = self.measure, 0.0
+        if measure.target is not None:
+            median = row.median(measure.target, measure.column)
+            time = np.inf if median is None or median.median is None else median.median
+        values = measure.values(row) if measure.target is None else row.best(self.metric, self.lower)
+        best = mean_interval(list(values.values())).mean
+        lower = measure.lower if measure.target is None else self.lower
+        return time, np.nan_to_num(best if lower else -best, nan=np.inf)
 
 
 def matches(options: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
@@ -199,6 +242,7 @@ def group(
     problems: Iterable[Problem] = (),
     targets: Sequence[Target] = (),
     labels: Mapping[str, str] | None = None,
+    families: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Group]:
     """Sort runs into groups and rows.
 
@@ -207,6 +251,7 @@ def group(
         problems: folders from which no run could be read. Trials among them count in the tuning budget.
         targets: in place of those of the task in ``published.yaml``, or else of the milestones in the runs' configs.
         labels: of rows, by their names.
+        families: names of a search's rows that belong together; they share a colour.
     """
     by_protocol: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -230,6 +275,8 @@ def group(
             published=entry,
             borrowed=not targets and not entry and not own,
             milestones={target.name: target.metric for target in levels},
+            labels=labels or {},
+            families=families or {},
         )
         for identity in lost:
             if identity.sweep and (identity.task, identity.protocol_digest) == (task, digest):
@@ -258,8 +305,11 @@ def group(
                 settings = {run.identity.sweep.trial for run in found.sweeps.get(search, []) if run.identity.sweep}
                 row.trials = len(settings) + found.failed[search]
         found.rows = list(rows.values())
-        _tell_apart(found.rows)
-        found.rows.sort(key=found.order)
+        tell_apart(found.rows)
+        # A list that is being sorted in place is empty to whoever reads it, as the measure does.
+        found.rows = sorted(found.rows, key=found.order)
+        for row, style in zip(found.rows, styles([_in_family(row) for row in found.rows], families), strict=True):
+            row.style = style
         groups.append(found)
     return groups
 
@@ -271,42 +321,9 @@ def published_entries() -> dict[str, dict[str, Any]]:
     return entries
 
 
+def _in_family(row: Row) -> str:
+    return row.name if row.search is None else row.search[1]
+
+
 def _is_trial(identity: RunIdentity) -> bool:
     return identity.sweep is not None and identity.sweep.trial is not None
-
-
-def _tell_apart(rows: list[Row]) -> None:
-    """Add to labels that several rows have the options in which these rows differ."""
-    by_label: dict[str, list[Row]] = {}
-    for row in rows:
-        by_label.setdefault(row.label, []).append(row)
-    for label, same in by_label.items():
-        if len(same) == 1:
-            continue
-        settings = [row.any.identity.setting for row in same]
-        if _differs("model.optimizer", settings):
-            # Optimizers of different classes differ in most of their options, which would fill the label.
-            for row, setting in zip(same, settings, strict=True):
-                row.label = f"{label}, optimizer {setting.get('model.optimizer')}"
-            _tell_apart(same)
-            continue
-        keys = [key for key in dict.fromkeys(key for s in settings for key in s) if _differs(key, settings)]
-        for row, setting in zip(same, settings, strict=True):
-            options = [f"{key.partition('.')[2]} {value_text(setting.get(key))}" for key in keys]
-            row.label = ", ".join([label, *options])
-
-
-def value_text(value: Any) -> str:
-    """Return an option as text; a callback is its class's name and options."""
-    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
-        return " and ".join(map(value_text, value))
-    if not isinstance(value, dict) or "class_path" not in value:
-        return str(value)
-    stated = {key: option for key, option in (value.get("init_args") or {}).items() if option is not None}
-    options = ", ".join(f"{key} {value_text(option)}" for key, option in stated.items())
-    name = str(value["class_path"]).rpartition(".")[2]
-    return f"{name} ({options})" if options else name
-
-
-def _differs(key: str, settings: list[dict[str, Any]]) -> bool:
-    return any(setting.get(key) != settings[0].get(key) for setting in settings)

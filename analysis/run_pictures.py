@@ -14,19 +14,20 @@ def draw(folder: Path) -> None:
     Raises:
         ValueError: there is no config.
     """
-    from analysis import plots
+    from analysis.curves import curves, second_passes
     from analysis.rows import group
     from analysis.runs import Run
+    from analysis.style import add_legend
 
     (compared,) = group([Run(folder)])
     if not compared.rows:
         return
     figures = {
-        "curves": plots.curves(compared, compared.metric, "epoch"),
-        "second_passes": plots.second_passes(compared.rows[0]),
+        "curves": curves(compared, compared.metric, "epoch"),
+        "second_passes": second_passes(compared.rows[0]),
     }
     if figures["curves"] is not None:
-        plots.add_legend(figures["curves"])
+        add_legend(figures["curves"])
     (folder / "pictures").mkdir(exist_ok=True)
     for name, figure in figures.items():
         if figure is not None:

@@ -24,11 +24,11 @@ from experiment.metric_names import with_slash
 from experiment.quantities import count
 from experiment.target import Target
 
-# Axes over which curves can be drawn: column of the log, and label.
+# Axes over which curves can be drawn: column of the log, and label. The first one is shown unless another is chosen.
 AXES = {
-    "epoch": "epochs",
-    "cost/optimizer_steps": "optimizer steps",
     "cost/gradient_evaluations": "gradient evaluations",
+    "cost/optimizer_steps": "optimizer steps",
+    "epoch": "epochs",
     "cost/flops": "FLOPs",
     "cost/training_seconds": "training seconds",
 }

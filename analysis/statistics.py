@@ -108,15 +108,19 @@ def geometric_interval(values: Sequence[float]) -> Mean:
 class Paired:
     """Differences between two rows on the seeds that both have.
 
-    ``p`` is of the paired t-test. ``p_permutation`` is of the permutation test, which assumes no normal distribution; it
-    cannot be below 2 to the power of 1 - n. ``detectable`` is the smallest true difference that a t-test with this
-    number and scatter of seeds detects at the 5 % level with a power of 80 %. Smaller ones are not excluded.
+    ``p`` is of the paired t-test, NaN without scatter. ``detectable`` is the smallest true difference that a t-test with
+    this number and scatter of seeds detects at the 5 % level with a power of 80 %. Smaller ones are not excluded.
     """
 
     difference: Mean
     p: float
     detectable: float
-    p_permutation: float
+    differences: tuple[float, ...]
+
+    @property
+    def p_permutation(self) -> float:
+        """Of the permutation test, NaN without scatter."""
+        return np.nan if np.isnan(self.p) else permutation_p(self.differences)
 
 
 def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paired | None:
@@ -125,32 +129,32 @@ def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paire
     ``None`` is returned for fewer than two seeds with a finite value in both.
     """
     seeds = sorted(seed for seed in values.keys() & reference.keys() if np.isfinite(values[seed] - reference[seed]))
-    differences = np.asarray([values[seed] - reference[seed] for seed in seeds])
+    differences = [values[seed] - reference[seed] for seed in seeds]
     if len(differences) < 2:
         return None
-    mean = mean_interval(differences.tolist())
+    p, detectable = np.nan, 0.0
     # Metrics are in single precision. Differences of the size of its rounding are not scatter.
-    if np.ptp(differences) <= 1e-6 * max(abs(side[seed]) for side in (values, reference) for seed in seeds):
-        return Paired(mean, np.nan, 0.0, np.nan)
-    detectable = detectable_effect(len(differences)) * differences.std(ddof=1)
-    p, p_permutation = one_sample_tests(differences)
-    return Paired(mean, p, float(detectable), p_permutation)
+    if np.ptp(differences) > 1e-6 * max(abs(side[seed]) for side in (values, reference) for seed in seeds):
+        p = float(stats.ttest_1samp(differences, 0.0).pvalue)
+        detectable = detectable_effect(len(differences)) * float(np.std(differences, ddof=1))
+    return Paired(mean_interval(differences), p, detectable, tuple(differences))
 
 
-def one_sample_tests(differences: np.ndarray) -> tuple[float, float]:
-    """Return the two-sided p-values that the mean is zero, of the t-test and of the permutation test.
+def permutation_p(differences: Sequence[float]) -> float:
+    """Return the two-sided p-value that differences are symmetric about zero, without assuming a normal distribution.
 
-    The second compares the mean with those after changes of signs, all of them or 9,999 at random.
+    Their mean is compared with those after changes of their signs, all of them or 9,999 at random. With n differences
+    it cannot be below 2 to the power of 1 - n.
     """
     test = stats.permutation_test(
-        (differences,),
+        (np.asarray(differences),),
         np.mean,
         permutation_type="samples",
         vectorized=True,
         n_resamples=_RESAMPLES,
         rng=np.random.default_rng(0),
     )
-    return float(stats.ttest_1samp(differences, 0.0).pvalue), float(test.pvalue)
+    return float(test.pvalue)
 
 
 @functools.cache

@@ -13,11 +13,14 @@ A folder of runs may state these in a ``study.yaml``:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from experiment.target import Target
+
+if TYPE_CHECKING:
+    from analysis.rows import Group
 
 FILE = "study.yaml"
 
@@ -70,6 +73,24 @@ class Study:
             families=content.get("families", {}),
             note=" ".join(content.get("note", "").split()),
         )
+
+    def check_rows(self, groups: Sequence["Group"]) -> None:
+        """Refuse a name in ``labels`` or ``families`` that no row has.
+
+        Raises:
+            ValueError: such a name, with the nearest valid one.
+        """
+        from analysis.labels import nearest  # imports NumPy, which compare.py --help does not need
+
+        named = {row.name for group in groups for row in group.rows}
+        searched = {row for group in groups for _, row in group.sweeps}
+        for option, names, valid in (
+            ("labels", self.labels, named | searched),
+            ("families", [row for rows in self.families.values() for row in rows], searched),
+        ):
+            for name in names:
+                if name not in valid:
+                    raise ValueError(f"no row is named {name}, in {option} of {FILE}{nearest(name, valid)}")
 
     def overridden(self, title: str | None, baseline: str | None, targets: Sequence[Target]) -> "Study":
         """Return the study with the options that were given on the command line."""

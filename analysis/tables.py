@@ -5,7 +5,10 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from analysis.statistics import Mean, Median
+import numpy as np
+
+from analysis.statistics import Mean
+from analysis.times import Median
 
 # LaTeX has commands for these, and fonts may lack them.
 _LATEX = {
@@ -19,6 +22,8 @@ _LATEX = {
     "·": r"$\cdot$",
 }
 
+# Characters of notes from which a page shows them on request.
+_LONG_NOTES = 260
 # Number of columns from which cells may wrap, so that the last ones are visible without scrolling.
 _MANY = 9
 
@@ -33,6 +38,7 @@ class Table:
         rows: as many cells each as there are columns.
         notes: sentences below it.
         strong: indices of rows to stand out, if any.
+        optional: columns that a page hides where the table is too wide for it.
     """
 
     title: str
@@ -40,6 +46,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     notes: list[str] = field(default_factory=list)
     strong: set[int] = field(default_factory=set)
+    optional: set[str] = field(default_factory=set)
 
     def markdown(self, level: int = 3) -> str:
         """Return heading, table and notes in GitHub's Markdown."""
@@ -50,16 +57,19 @@ class Table:
         lines = [f"{'#' * level} {self.title}", "", line(self.columns), line(["---"] * len(self.columns))]
         for index, (first, *others) in enumerate(self.rows):
             lines.append(line([f"**{first}**" if index in self.strong else first, *others]))
-        lines += [part for note in self.notes for part in ("", _markdown_text(note))]
+        lines += [part for note in self.notes for part in ("", markdown_text(note))]
         return "\n".join(lines) + "\n"
 
     def html(self) -> str:
         """Return a figure with heading, table and notes; all text in it is escaped."""
         heads = [html.escape(column).replace("/", "/<wbr>") for column in self.columns]
-        head = "".join(f'<th scope="col">{column}</th>' for column in heads)
+        optional = [" data-optional" if column in self.optional else "" for column in self.columns]
+        head = "".join(f'<th scope="col"{mark}>{text}</th>' for mark, text in zip(optional, heads, strict=True))
         marks = [' class="strong"' if index in self.strong else "" for index in range(len(self.rows))]
         body = "".join(f"<tr{mark}>{''.join(_cells(row))}</tr>" for mark, row in zip(marks, self.rows, strict=True))
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        if len(notes) > _LONG_NOTES:
+            notes = f"<details><summary>how to read this table</summary>{notes}</details>"
         kinds = f"table{' some' if self.strong else ''}{' many' if len(self.columns) > _MANY else ''}"
         return (
             f'<figure class="{kinds}"><h3>{html.escape(self.title)}</h3>'
@@ -90,7 +100,8 @@ def _cells(row: Sequence[str]) -> list[str]:
     return [f'<th scope="row">{name}</th>', *(f"<td>{value}</td>" for value in values)]
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """Return text in which no character marks it up."""
     return re.sub(r"([*_`<>\[\]])", r"\\\1", text)
 
 
@@ -124,6 +135,21 @@ def mean_text(mean: Mean, digits: int = 4) -> str:
     """Return the mean with its interval in brackets."""
     interval = "" if mean.low is None else f" [{number(mean.low, digits)}, {number(mean.high, digits)}]"
     return number(mean.mean, digits) + interval
+
+
+def percent_text(share: Mean) -> str:
+    """Return a share in percent with its interval in brackets."""
+    shown = [None if value is None else f"{100 * value:.0f}" for value in (share.mean, share.low, share.high)]
+    return f"{shown[0]} %" if shown[1] is None else f"{shown[0]} % [{shown[1]}, {shown[2]}]"
+
+
+def quartiles_text(values: Sequence[float], digits: int = 4) -> str:
+    """Return the median of values, and from three on with their quartiles in brackets."""
+    if not len(values):
+        return "-"
+    lower, median, upper = np.quantile(values, [0.25, 0.5, 0.75])
+    quartiles = f" [{number(lower, digits)}, {number(upper, digits)}]" if len(values) > 2 else ""
+    return number(median, digits) + quartiles
 
 
 def median_text(median: Median, text_of: Callable[[float | None], str] = number) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from analysis.statistics import CONFIDENCE, Mean, geometric_interval, holm, improvement, one_sample_tests
+from analysis.statistics import CONFIDENCE, Mean, geometric_interval, improvement, permutation_p
 
 
 @dataclass(frozen=True)
@@ -110,78 +110,72 @@ def reached_share(times: Sequence[Time]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([[0.0], x, [horizon]]), np.concatenate([[0.0], y, y[-1:]])
 
 
-# Pairs of rows with fewer common seeds are left unsettled.
-FEWEST_SEEDS = 5
-LEVEL = 0.05
-
-
 @dataclass(frozen=True)
 class Race:
     """Compare how early two rows reached a target, on common seeds.
 
     Attributes:
         first, second: how often the row was first, or the reference; ``undecided`` if neither is known to have been.
-        p_sign: of the sign test of ``first`` and ``second``.
-        ratio: geometric mean of the ratios of their times, ``None`` unless both reached the target on every common seed.
-        p_ratio, p_permutation: of the t-test and the permutation test of their logarithms, or else NaN.
-        ahead: probability that a run of the row is faster than one of the reference, over all pairs of runs.
+        ratios: of their times by seed; empty unless both reached the target on every common seed.
+        pairs: for all pairs of runs 1 if that of the row was first, 0 if that of the reference, 1/2 if undecided.
     """
 
     first: int
     second: int
     undecided: int
-    p_sign: float
-    ratio: Mean | None
-    p_ratio: float
-    p_permutation: float
-    ahead: Mean
+    ratios: tuple[float, ...]
+    pairs: np.ndarray
+
+    @property
+    def ratio(self) -> Mean | None:
+        """Geometric mean of the ratios."""
+        return geometric_interval(self.ratios) if self.ratios else None
+
+    @property
+    def p_sign(self) -> float:
+        """Of the sign test; NaN if no pair is decided."""
+        decided = self.first + self.second
+        return float(stats.binomtest(self.first, decided).pvalue) if decided else np.nan
+
+    @property
+    def p_ratio(self) -> float:
+        """Of the t-test of the logarithms of the ratios; NaN without ratios that differ."""
+        return float(stats.ttest_1samp(np.log(self.ratios), 0.0).pvalue) if self._scatters else np.nan
+
+    @property
+    def p_permutation(self) -> float:
+        """Of the permutation test of these logarithms."""
+        return permutation_p(np.log(self.ratios).tolist()) if self._scatters else np.nan
 
     @property
     def p(self) -> float:
-        """Of the t-test of the ratios if every common seed has one, and of the sign test otherwise."""
-        return self.p_sign if np.isnan(self.p_ratio) else self.p_ratio
+        """Of the t-test if every common seed has a ratio, and of the sign test otherwise."""
+        return self.p_ratio if self._scatters else self.p_sign
+
+    @property
+    def ahead(self) -> Mean:
+        """Probability that a run of the row is faster than one of the reference."""
+        return improvement(self.pairs)
+
+    @property
+    def _scatters(self) -> bool:
+        return len(self.ratios) > 1 and float(np.ptp(self.ratios)) > 0
 
 
 def race(times: Mapping[str, Time], reference: Mapping[str, Time]) -> Race:
     """Compare a row's times to a target with those of a reference, seed by seed."""
-    seeds = sorted(times.keys() & reference.keys())
-    pairs = [(times[seed], reference[seed]) for seed in seeds]
-    first = sum(_is_first(one, other) for one, other in pairs)
-    second = sum(_is_first(other, one) for one, other in pairs)
-    decided = first + second
-    p_sign = float(stats.binomtest(first, decided).pvalue) if decided else np.nan
-    ahead = [[(1 + _is_first(a, b) - _is_first(b, a)) / 2 for b in reference.values()] for a in times.values()]
-    both = [(one.reached, other.reached) for one, other in pairs]
-    ratios = np.asarray([one / other for one, other in both if one is not None and other is not None])
-    ratio, p_ratio, p_permutation = None, np.nan, np.nan
-    if seeds and len(ratios) == len(seeds):
-        ratio = geometric_interval(ratios.tolist())
-        if np.ptp(ratios) > 0:
-            p_ratio, p_permutation = one_sample_tests(np.log(ratios))
-    undecided = len(seeds) - decided
-    return Race(
-        first, second, undecided, p_sign, ratio, p_ratio, p_permutation, improvement(np.asarray(ahead, dtype=float))
-    )
+    common = [(times[seed], reference[seed]) for seed in sorted(times.keys() & reference.keys())]
+    first = sum(_is_first(one, other) for one, other in common)
+    second = sum(_is_first(other, one) for one, other in common)
+    reached = [(one.reached, other.reached) for one, other in common]
+    ratios = tuple(one / other for one, other in reached if one is not None and other is not None)
+    pairs = [[0.5 + (_is_first(a, b) - _is_first(b, a)) / 2 for b in reference.values()] for a in times.values()]
+    undecided = len(common) - first - second
+    return Race(first, second, undecided, ratios if len(ratios) == len(common) else (), np.asarray(pairs))
 
 
 def _is_first(time: Time, other: Time) -> bool:
     """Return whether ``time`` is known to be shorter than ``other``."""
     if time.reached is None:
         return False
-    return time.reached < other.reached if other.reached is not None else time.reached <= other.watched
-
-
-def settle(rows: Sequence[Mapping[str, Time]]) -> np.ndarray:
-    """Return for each pair of rows 1 if the first needs less than the second, -1 if more, and 0 if it is not settled.
-
-    A pair is settled if it has at least five common seeds, and if :attr:`Race.p` is below 5 % after Holm's adjustment
-    for all such pairs.
-    """
-    pairs = [(i, j) for i in range(len(rows)) for j in range(i) if len(rows[i].keys() & rows[j].keys()) >= FEWEST_SEEDS]
-    races = [race(rows[i], rows[j]) for i, j in pairs]
-    settled = np.zeros((len(rows), len(rows)), dtype=int)
-    for (i, j), found, p in zip(pairs, races, holm([found.p for found in races]), strict=True):
-        if p < LEVEL:
-            less = found.ratio.mean < 1 if found.ratio is not None else found.first > found.second
-            settled[i, j], settled[j, i] = (1, -1) if less else (-1, 1)
-    return settled
+    return bool(time.reached < other.reached if other.reached is not None else time.reached <= other.watched)

@@ -1,17 +1,17 @@
-"""Count the trials and costs of every search, its luck, and collect sensitivities."""
+"""Count the trials and costs of every search and its luck."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from analysis.palette import DASHES, Style, styles
 from analysis.rows import Group, Row
 from analysis.runs import Run
 from analysis.statistics import Mean
 from analysis.tables import Table, mean_text, number
 from experiment.quantities import count, duration
-from experiment.target import Target
 
 # Options whose sensitivity is of interest: of any track, any optimizer.
 _SENSITIVE = ("lr", "weight_decay", "rho")
@@ -23,15 +23,16 @@ def tuning_budgets(group: Group) -> Iterator[Table]:
     """Yield the budget of each optimizer for every search; unequal ones are flagged."""
     keys = dict.fromkeys([*group.sweeps, *group.failed])
     for name in dict.fromkeys(name for name, _ in keys):
-        lines, budgets = [], set()
+        lines: list[list[str]] = []
+        budgets: dict[str, int] = {}
         for optimizer in [optimizer for other, optimizer in keys if other == name]:
             trials, failed = group.sweeps.get((name, optimizer), []), group.failed[name, optimizer]
             ended = sum(run.finished and not run.diverged for run in trials)
             diverged = sum(run.diverged for run in trials)
-            budgets.add(len(trials) + failed)
+            budgets[group.label_of(name, optimizer)] = len(trials) + failed
             lines.append(
                 [
-                    optimizer,
+                    group.label_of(name, optimizer),
                     str(len(trials) + failed),
                     str(ended),
                     str(len(trials) - ended - diverged),
@@ -40,11 +41,12 @@ def tuning_budgets(group: Group) -> Iterator[Table]:
                     duration(_total(trials, "cost/training_seconds")),
                 ]
             )
-        heads = ["optimizer", "trials", "ended", "cut short", "diverged or failed"]
+        heads = ["row", "trials", "ended", "cut short", "diverged or failed"]
         heads += ["gradient evaluations", "training time"]
         notes = ["Every run of a trial that was begun is counted, however it ended, and with those on further seeds."]
-        if len(budgets) > 1:
-            counts = f"from {min(budgets)} to {count(max(budgets), 'trial')}"
+        if len(set(budgets.values())) > 1:
+            least, most = (which(budgets, key=budgets.__getitem__) for which in (min, max))
+            counts = f"from {count(budgets[least], 'trial')} ({least}) to {budgets[most]} ({most})"
             notes.append(f"UNEQUAL BUDGETS: {counts}; the winners of this search are not comparable.")
         yield Table(f"Tuning budget of {name}", heads, lines, notes)
 
@@ -53,13 +55,10 @@ def _total(runs: list[Run], axis: str) -> float:
     return sum(run.at_end(axis) or 0.0 for run in runs)
 
 
-def searches_luck(group: Group, reference: Row, families: Mapping[str, Sequence[str]]) -> Iterator[Table]:
+def searches_luck(group: Group, reference: Row) -> Iterator[Table]:
     """Yield the ratios of the best trials of every search, with intervals over its trials.
 
-    Args:
-        group: has the searches.
-        reference: the row that others are compared with.
-        families: names of rows that count together, by the name of the family. Any other row is a family by itself.
+    Rows of a family count together. Any other row is a family by itself.
     """
     goal = None if group.borrowed else group.goal
     worst = math.inf if goal or group.lower else 0.0
@@ -68,14 +67,13 @@ def searches_luck(group: Group, reference: Row, families: Mapping[str, Sequence[
         found = run.reached(goal, _AXIS) if goal else run.best(group.metric, group.lower)
         return worst if found is None or math.isnan(found) else found
 
-    names = {row.search: row.label for row in group.rows}
     for name in dict.fromkeys(name for name, _ in group.sweeps):
         values: dict[str, list[list[float]]] = {}
         base = None
         for (other, row), trials in group.sweeps.items():
             if other == name:
-                own = names.get((name, row), row)
-                family = next((family for family, rows in families.items() if row in rows), own)
+                own = group.label_of(name, row)
+                family = next((family for family, rows in group.families.items() if row in rows), own)
                 values.setdefault(family, []).append([value(run) for run in first_runs(trials)])
                 if _is_reference(name, row, trials[0], reference):
                     base = base or family
@@ -110,8 +108,9 @@ def _is_reference(name: str, row: str, trial: Run, reference: Row) -> bool:
 
 
 def first_runs(trials: Sequence[Run]) -> list[Run]:
-    """Return the first run of every trial. Only the best trials run again on further seeds."""
-    return list({run.identity.sweep.trial: run for run in reversed(trials) if run.identity.sweep}.values())
+    """Return the first run of every trial, in their order. Only the best trials run again on further seeds."""
+    first = {run.identity.sweep.trial or 0: run for run in reversed(trials) if run.identity.sweep}
+    return [first[trial] for trial in sorted(first)]
 
 
 def luck(trials: Sequence[Sequence[float]], others: Sequence[Sequence[float]], lower: bool = True) -> Mean:
@@ -135,43 +134,39 @@ def luck(trials: Sequence[Sequence[float]], others: Sequence[Sequence[float]], l
     return Mean(sum(map(len, trials)), float(ratio), float(low), float(high))
 
 
-Points: TypeAlias = list[tuple[float, float]]
+def searched_rows(group: Group, name: str) -> dict[str, tuple[list[Run], Style]]:
+    """Return the first runs of the trials of a search by the label of their row, in the order of rows, with its style.
 
-
-def best_of(group: Group) -> Callable[[Run], float | None]:
-    """Return a function of a run's best value of the group's metric."""
-    return lambda run: run.best(group.metric, group.lower)
-
-
-def evaluations_to(target: Target) -> Callable[[Run], float | None]:
-    """Return a function of a run's gradient evaluations to ``target``, if reached."""
-    return lambda run: run.reached(target, _AXIS)
-
-
-def evaluations_without(target: Target) -> Callable[[Run], float | None]:
-    """Return a function of a run's gradient evaluations if ``target`` was not reached."""
-    return lambda run: run.at_end(_AXIS) if run.reached(target, _AXIS) is None else None
-
-
-def sensitivities(group: Group, name: str, value_of: Callable[[Run], float | None]) -> dict[str, dict[str, Points]]:
-    """Return the trials of a search by option and optimizer, as (option, value).
-
-    Options are those that the search varied, out of the learning rates and weight decays of either track and the
-    radius. A trial without a finite value is left out.
+    A row that has only trials has the colour of its family.
     """
-    points: dict[str, dict[str, Points]] = {}
-    for (other, optimizer), trials in group.sweeps.items():
-        if other != name:
-            continue
-        options = [run.identity.options for run in trials]
-        for key in options[0]:
-            values = [option.get(key) for option in options]
-            numbers = [value for value in values if isinstance(value, (int, float))]
-            if key.rpartition(".")[2] in _SENSITIVE and len(set(numbers)) > 1:
-                of_trials = zip(values, map(value_of, trials), strict=True)
-                points.setdefault(key, {})[optimizer] = sorted(
-                    (float(option), value)
-                    for option, value in of_trials
-                    if option is not None and value is not None and math.isfinite(value)
-                )
-    return points
+    rows = {row.search[1]: row for row in group.rows if row.search is not None and row.search[0] == name}
+    searched = [row for other, row in group.sweeps if other == name]
+    spare = dict(zip(searched, styles(searched), strict=True))
+    for members in group.families.values():
+        colour = next((rows[member].style.colour for member in members if member in rows), None)
+        for member in members:
+            if colour and member in spare:
+                spare[member] = replace(spare[member], colour=colour, dash=DASHES[1])
+    ordered = sorted(searched, key=lambda row: group.rows.index(rows[row]) if row in rows else len(group.rows))
+    return {
+        group.label_of(name, row): (
+            first_runs(group.sweeps[name, row]),
+            rows[row].style if row in rows else spare[row],
+        )
+        for row in ordered
+    }
+
+
+def options_of(trials: Sequence[Run]) -> list[str]:
+    """Return the options whose sensitivity is of interest, and that differ between trials.
+
+    They are learning rates and weight decays of either track, and the radius.
+    """
+    options = [run.identity.options for run in trials]
+    return [
+        key
+        for key in options[0]
+        if key.rpartition(".")[2] in _SENSITIVE
+        and all(isinstance(option.get(key), (int, float)) for option in options)
+        and len({option[key] for option in options}) > 1
+    ]

@@ -1,0 +1,235 @@
+"""Compare rows with each other on common seeds."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from analysis.labels import nearest
+from analysis.results import is_share
+from analysis.rows import AXIS, Group, Measure, Row
+from analysis.runs import AXES
+from analysis.statistics import Mean, Paired, holm, improvement, paired, pairs_ahead
+from analysis.tables import Table, mean_text, number, percent_text
+from analysis.times import Race, race
+from experiment.target import Target
+
+# Rows with fewer common seeds are left unsettled.
+FEWEST_SEEDS = 5
+LEVEL = 0.05
+
+
+def check_names(groups: Sequence[Group], wanted: str | None, targets: Sequence[Target]) -> None:
+    """Refuse an unknown baseline, and a target whose metric no run has logged.
+
+    Raises:
+        ValueError: such a name, with the nearest valid one.
+    """
+    rows = [row for entry in groups for row in entry.rows]
+    names = {name for row in rows for name in row.names}
+    if wanted is not None and wanted not in names:
+        raise ValueError(f"no row or optimizer is named {wanted}, the --baseline{nearest(wanted, names)}")
+    metrics = {str(column) for row in rows for run in row.runs.values() for column in run.log}
+    for target in targets:
+        if target.metric not in metrics:
+            raise ValueError(
+                f"no run logged {target.metric}, the metric of a --target{nearest(target.metric, metrics)}"
+            )
+
+
+def baseline(group: Group, wanted: str | None) -> Row | None:
+    """Return the row that others are compared with.
+
+    Without a wanted one it is the best AdamW, or else the best row. ``None`` is returned where the wanted one is not in
+    this group, or where there is nothing to compare.
+    """
+    if len(group.rows) < 2:
+        return None
+    if wanted is not None:
+        return next((row for row in group.rows if wanted in row.names), None)
+    return next((row for row in group.rows if row.optimizer == "adamw"), group.rows[0])
+
+
+def compare_times(measure: Measure, row: Row, other: Row) -> Race:
+    """Return which of two rows needed less for the target of ``measure``."""
+    assert measure.target is not None
+    return race(row.times(measure.target, measure.column), other.times(measure.target, measure.column))
+
+
+def compare_values(group: Group, measure: Measure, row: Row, other: Row) -> Paired | None:
+    """Return the differences of a metric between two rows.
+
+    ``None`` is returned for fewer than two common seeds, and where runs were stopped at a level of it.
+    """
+    if any(group.stopped_on(one, measure.column) for one in (row, other)):
+        return None
+    return paired(measure.values(row), measure.values(other))
+
+
+def common_seeds(row: Row, other: Row) -> int:
+    """Return the number of seeds that both rows have."""
+    return len(row.runs.keys() & other.runs.keys())
+
+
+def settled(group: Group) -> tuple[np.ndarray, int]:
+    """Return for each pair of rows 1 if the first is ahead on the group's measure, -1 if behind, 0 if not settled.
+
+    A pair is settled if it has at least five common seeds and p is below 5 % after Holm's adjustment for all such
+    pairs. For times p is that of :attr:`analysis.times.Race.p`, and for a metric that of the paired t-test.
+
+    The second value is the number of pairs that could be tested.
+    """
+    rows, measure = group.rows, group.measure
+    found = {
+        (i, j): _tested(group, measure, rows[i], rows[j])
+        for i in range(len(rows))
+        for j in range(i)
+        if common_seeds(rows[i], rows[j]) >= FEWEST_SEEDS
+    }
+    sign = np.zeros((len(rows), len(rows)), dtype=int)
+    adjusted = holm([p for p, _ in found.values()])
+    for ((i, j), (_, ahead)), p in zip(found.items(), adjusted, strict=True):
+        if p < LEVEL:
+            sign[i, j], sign[j, i] = (1, -1) if ahead else (-1, 1)
+    return sign, int(np.isfinite(adjusted).sum())
+
+
+def _tested(group: Group, measure: Measure, row: Row, other: Row) -> tuple[float, bool]:
+    """Return the p-value of a pair, and whether the first row is ahead."""
+    if measure.target is not None:
+        found = compare_times(measure, row, other)
+        return found.p, found.ratio.mean < 1 if found.ratio is not None else found.first > found.second
+    pair = compare_values(group, measure, row, other)
+    return (np.nan, False) if pair is None else (pair.p, (pair.difference.mean < 0) == measure.lower)
+
+
+def who_is_ahead(group: Group) -> Table | None:
+    """Return which rows each row is ahead of; ``None`` where no pair of rows can be tested."""
+    rows, measure = group.rows, group.measure
+    sign, tested = settled(group)
+    if not tested:
+        return None
+    lines = []
+    for i, row in enumerate(rows):
+        places = [[j + 1 for j in range(len(rows)) if j != i and sign[i, j] == kind] for kind in (1, -1, 0)]
+        lines.append([row.label, str(i + 1), *(_places(found) for found in places)])
+    rule = "the paired t-test of the logarithms of the ratios, or the sign test where a run missed the target"
+    notes = [
+        f"By {measure}; numbers are those of the second column. A pair of rows is settled if it has at least "
+        f"{FEWEST_SEEDS} common seeds and p is below 5 % after Holm's adjustment for all {tested} such pairs. "
+        f"The test is {rule if measure.target is not None else 'the paired t-test'}. Rows that are not settled may "
+        "still differ."
+    ]
+    return Table("Which row is ahead of which", ["row", "no.", "ahead of", "behind", "not settled"], lines, notes)
+
+
+def _places(numbers: Sequence[int]) -> str:
+    """Return numbers as ranges, such as "1, 3 to 5"."""
+    ranges: list[list[int]] = []
+    for n in numbers:
+        if ranges and n == ranges[-1][-1] + 1:
+            ranges[-1].append(n)
+        else:
+            ranges.append([n])
+    words = [str(r[0]) if len(r) == 1 else f"{r[0]}, {r[1]}" if len(r) == 2 else f"{r[0]} to {r[-1]}" for r in ranges]
+    return ", ".join(words) or "-"
+
+
+def pairs(group: Group, reference: Row) -> Iterator[Table]:
+    """Yield the comparisons with one row on common seeds.
+
+    One is of values of the metric, the other of the order in which rows reached the goal. Nothing is yielded where no
+    row has two seeds in common with it.
+    """
+    others = [row for row in group.rows if row is not reference]
+    if max((common_seeds(row, reference) for row in others), default=0) < 2:
+        return
+    measure = group.measure
+    valued = measure if measure.target is None else Measure(None, group.metric, group.lower)
+    table = _values_table(group, valued, others, reference)
+    if any(line[2] != "-" for line in table.rows):
+        yield table
+    goal = group.goal
+    if goal is not None and AXIS in group.axes:
+        yield _times_table(group, Measure(goal, AXIS, True), others, reference)
+
+
+def _values_table(group: Group, measure: Measure, others: Sequence[Row], reference: Row) -> Table:
+    scale, unit = (100, " (points)") if is_share(measure.column) else (1, "")
+    compared = [compare_values(group, measure, row, reference) for row in others]
+    adjusted = [
+        holm([np.nan if pair is None else p(pair) for pair in compared])
+        for p in (lambda pair: pair.p, lambda pair: pair.p_permutation)
+    ]
+    lines = []
+    for row, pair, p, permuted in zip(others, compared, *adjusted, strict=True):
+        if pair is None:
+            lines.append([row.label, str(common_seeds(row, reference)), *["-"] * 5])
+            continue
+        values, base = (list(measure.values(one).values()) for one in (row, reference))
+        better = improvement(pairs_ahead(values, base, measure.lower))
+        cells = [mean_text(scaled(pair.difference, scale), 3), number(p, 2), number(permuted, 2)]
+        lines.append(
+            [row.label, str(pair.difference.n), *cells, percent_text(better), number(scale * pair.detectable, 3)]
+        )
+    heads = ["row", "common seeds", f"difference{unit}", "p (t-test)", "p (permutation)"]
+    heads += ["probability of being better", f"smallest detectable{unit}"]
+    which = measure.column if measure.column.startswith("test/") else f"best {measure.column}"
+    notes = [
+        f"{which[0].upper()}{which[1:]} minus that of {reference.label}, paired by seed: mean and 95 % interval, with "
+        "the p-values of the paired t-test and of the permutation test of signs, each adjusted for the number of rows "
+        "by Holm's rule. The permutation test assumes no normal distribution; unadjusted, its p is at least 0.0625 with "
+        "five seeds. The probability that a run of the row is better than one of the baseline is over all pairs of "
+        "runs, with a bootstrap interval; there is none where all pairs agree. The last column is the true difference "
+        "that this number of seeds detects with a power of 80 % at the unadjusted 5 % level; smaller ones are not "
+        "excluded. A dash marks fewer than two common seeds, seeds without scatter, or runs that were stopped when "
+        "a validation metric had reached a level, so that its final value is unknown."
+    ]
+    return Table(f"Paired seeds against {reference.label}: {which}", heads, lines, notes, optional={heads[-1]})
+
+
+def _times_table(group: Group, measure: Measure, others: Sequence[Row], reference: Row) -> Table:
+    races = [compare_times(measure, row, reference) for row in others]
+    adjusted = [holm(p) for p in zip(*((r.p_ratio, r.p_permutation, r.p_sign) for r in races), strict=True)]
+    further = [axis for axis in ("cost/optimizer_steps", "cost/training_seconds") if axis in group.axes]
+
+    def ratio_on(row: Row, axis: str) -> str:
+        ratio = compare_times(Measure(measure.target, axis, True), row, reference).ratio
+        return "-" if ratio is None else mean_text(ratio, 3)
+
+    lines = [
+        [
+            row.label,
+            f"{r.first} / {r.second} / {r.undecided}",
+            "-" if r.ratio is None else mean_text(r.ratio, 3),
+            *(number(value, 2) for value in p),
+            percent_text(r.ahead),
+            *(ratio_on(row, axis) for axis in further),
+        ]
+        for row, r, *p in zip(others, races, *adjusted, strict=True)
+    ]
+    tests = ["p (t-test)", "p (permutation)", "p (sign test)"]
+    ratios = [f"ratio of {AXES[axis]}" for axis in further]
+    heads = [
+        "row",
+        "first / second / undecided",
+        "ratio of evaluations",
+        *tests,
+        "probability of being faster",
+        *ratios,
+    ]
+    notes = [
+        f"Gradient evaluations to {measure.target} against {reference.label}, paired by seed: how often the row was "
+        "first, and the geometric mean of the ratios with its 95 % interval. Below 1 the row needs less. The t-test "
+        "and the permutation test of signs are of the logarithms of the ratios, the sign test of how often the row was "
+        "first; all p-values are adjusted for the number of rows by Holm's rule. Unadjusted, those of the permutation "
+        "and the sign test are at least 0.0625 with five seeds. Ratios are shown only if both rows reached the target "
+        "on every common seed. The probability that a run of the row is faster than one of the baseline is over all "
+        "pairs of runs, with a bootstrap interval; there is none where all pairs agree."
+    ]
+    title = f"Paired seeds against {reference.label}: {measure.target}"
+    return Table(title, heads, lines, notes, optional={*tests[2:], *ratios})
+
+
+def scaled(mean: Mean, factor: float) -> Mean:
+    """Return a mean and its interval in another unit."""
+    return Mean(mean.n, factor * mean.mean, *(None if x is None else factor * x for x in (mean.low, mean.high)))

@@ -1,0 +1,80 @@
+"""Name rows, briefly and each differently."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from analysis.runs import Run
+
+# A label with more characters of options numbers its rows instead; the table of settings has the options.
+_LONGEST = 32
+
+
+class Labelled(Protocol):
+    """A row of a table."""
+
+    label: str
+
+    @property
+    def any(self) -> Run:
+        """One of its runs."""
+
+
+def tell_apart(rows: Sequence[Labelled]) -> None:
+    """Add to labels that several rows have the options in which these rows differ, or numbers where those are long."""
+    by_label: dict[str, list[Labelled]] = {}
+    for row in rows:
+        by_label.setdefault(row.label, []).append(row)
+    for label, same in by_label.items():
+        if len(same) == 1:
+            continue
+        settings = [row.any.identity.setting for row in same]
+        if "model.optimizer" in differing(settings):
+            # Optimizers of different classes differ in most of their options, which would fill the label.
+            for row, setting in zip(same, settings, strict=True):
+                row.label = f"{label}, {str(setting.get('model.optimizer')).rpartition('.')[2]}"
+            tell_apart(same)
+            continue
+        names = short_names(differing(settings))
+        options = [
+            ", ".join(f"{name} {value_text(setting.get(key))}" for key, name in names.items()) for setting in settings
+        ]
+        numbered = max(map(len, options)) > _LONGEST or len(set(options)) < len(options)
+        for number, (row, text) in enumerate(zip(same, options, strict=True), 1):
+            row.label = f"{label}, setting {number}" if numbered else f"{label}, {text}"
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the options that are not the same in all settings, in their order."""
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    return [key for key in keys if any(setting.get(key) != settings[0].get(key) for setting in settings)]
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Return the last part of each option's name, or as many as tell it from the others."""
+    names = {}
+    for key in keys:
+        parts = key.split(".")
+        tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+        names[key] = next(
+            (t for t in tails if not any(o != key and (o == t or o.endswith(f".{t}")) for o in keys)), key
+        )
+    return names
+
+
+def value_text(value: Any) -> str:
+    """Return an option as text; a callback is its class's name and options."""
+    if isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        return " and ".join(map(value_text, value))
+    if not isinstance(value, dict) or "class_path" not in value:
+        return str(value)
+    stated = {key: option for key, option in (value.get("init_args") or {}).items() if option is not None}
+    options = ", ".join(f"{key} {value_text(option)}" for key, option in stated.items())
+    name = str(value["class_path"]).rpartition(".")[2]
+    return f"{name} ({options})" if options else name
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Return a question that names the most similar of ``names``; empty if there is none."""
+    found = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.0)
+    return f"; did you mean {found[0]}?" if found else ""
