@@ -8,7 +8,7 @@ from analysis.labels import nearest
 from analysis.results import is_share
 from analysis.rows import AXIS, Group, Measure, Row
 from analysis.runs import AXES
-from analysis.statistics import Mean, Paired, holm, improvement, paired, pairs_ahead
+from analysis.statistics import Paired, holm, improvement, paired, pairs_ahead, scaled
 from analysis.tables import Table, mean_text, number, percent_text
 from analysis.times import Race, race
 from experiment.target import Target
@@ -228,8 +228,3 @@ def _times_table(group: Group, measure: Measure, others: Sequence[Row], referenc
     ]
     title = f"Paired seeds against {reference.label}: {measure.target}"
     return Table(title, heads, lines, notes, optional={*tests[2:], *ratios})
-
-
-def scaled(mean: Mean, factor: float) -> Mean:
-    """Return a mean and its interval in another unit."""
-    return Mean(mean.n, factor * mean.mean, *(None if x is None else factor * x for x in (mean.low, mean.high)))

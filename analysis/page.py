@@ -22,7 +22,9 @@ _WARNINGS = ("UNEQUAL", "The rows were not tuned")
 _TITLES = {"target": "Reaching the target", "search": "The search", "passes": "Second passes"}
 
 
-def page(study: Study, sections: Sequence[Section], left_out: Table) -> str:
+def page(
+    study: Study, sections: Sequence[Section], left_out: Table, over_tasks: tuple[Picture, Table] | None = None
+) -> str:
     """Return the page of a report.
 
     Its tables sort, filter and hide columns; without a script they are plain ones.
@@ -31,6 +33,7 @@ def page(study: Study, sections: Sequence[Section], left_out: Table) -> str:
         study: its title and note.
         sections: in their order.
         left_out: folders in no table, with the reasons.
+        over_tasks: performance profile of all tasks, and its table.
     """
     rows, runs = (
         sum(counts) for counts in ([len(s.group.rows) for s in sections], [count_runs(s.group) for s in sections])
@@ -48,7 +51,8 @@ def page(study: Study, sections: Sequence[Section], left_out: Table) -> str:
     header = f'<h1>{html.escape(study.title)}</h1>{note}<p class="soft">{counts}.</p>'
     if len(sections) > 1:
         header += f'<nav><ul class="headline">{contents}</ul></nav>'
-    body = "".join(_section(section) for section in sections)
+    body = "" if over_tasks is None else over_all_tasks(*over_tasks)
+    body += "".join(_section(section) for section in sections)
     if problems:
         body += f'<section id="left-out">{_wide(left_out.html())}</section>'
     return document(study.title, header, body, _choices(sections))
@@ -65,6 +69,14 @@ def document(title: str, header: str, body: str, style: str = "") -> str:
     )
 
 
+def over_all_tasks(picture: Picture, table: Table) -> str:
+    """Return the part about several tasks together."""
+    (figure,) = _figures([picture], "profile")
+    caption = f"<figcaption><p>{html.escape(picture.caption)}</p></figcaption>"
+    drawn = f'<figure class="one">{figure}{caption}</figure>'
+    return f'<section id="all-tasks"><h2>Over all tasks</h2>{drawn}{table.html()}</section>'
+
+
 def _section(section: Section) -> str:
     group = section.group
     parts = [f'<section id="{section.anchor}"><h2>{html.escape(group.title)}</h2>']
@@ -72,7 +84,7 @@ def _section(section: Section) -> str:
     notes = [note for table in section.tables for note in table.notes if note.startswith(_WARNINGS)]
     parts += [f'<p class="warning">{html.escape(note)}</p>' for note in dict.fromkeys(notes)]
     *tables, runs = section.tables
-    first = 2 if tables and tables[0].title == "Published against measured" else 1
+    first = 1 + [table.title for table in tables].count("Published against measured")
     parts += [table.html() for table in tables[:first]]
     parts.append(_curves(section))
     for place, title in _TITLES.items():

@@ -2,23 +2,31 @@
 
 import csv
 import functools
+import io
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis import profile
 from analysis.comparison import check_names
 from analysis.flatness import MEASURES
 from analysis.page import page
 from analysis.rows import Group, group
 from analysis.runs import AXES, Problem, read
-from analysis.section import Section, count_runs, make_section
+from analysis.section import Picture, Section, count_runs, make_section
+from analysis.study import FILE as STUDY
 from analysis.study import Study
-from analysis.style import on_white
+from analysis.style import add_legend, on_white, svg
 from analysis.tables import Table, markdown_text
 from experiment.quantities import count
 
 FILES = ("report.html", "report.md", "report.tex", "runs.csv")
+PROFILE = (
+    "For each ratio, the share of tasks on which an optimizer needs at most that many times the gradient evaluations of "
+    "the task's best optimizer. Higher is better; the left end is the share of tasks on which it is the best."
+)
 
 
 def _no_progress(steps: Sequence[Any], description: str) -> Iterable[Any]:
@@ -35,9 +43,10 @@ def compare(
     """Read runs and write their report.
 
     Args:
-        folders: run folders, folders that contain some, or archives.
+        folders: run folders, folders that contain some, or archives. Where several of them have a ``study.yaml``, each
+            is in tables of its own.
         output: folder to write to, see :func:`write`.
-        study: the report's options.
+        study: the options of the command line, or of a single study.
         unfinished: whether to include runs that did not finish.
         progress: yields the steps that it is given, and shows how many are done under a ``description``.
 
@@ -48,17 +57,41 @@ def compare(
         ValueError: there is no finished run, a name in ``study`` is wrong, or ``output`` has other files.
     """
     check_folder(output)
-    runs, problems = read(folders, unfinished, functools.partial(progress, description="reading runs"))
-    groups = group(runs, problems, study.targets, study.labels, study.families)
-    if not groups:
-        reasons = f", such as {problems[0].folder}: {problems[0].reason}" if problems else ""
-        raise ValueError(f"there is no finished run in {', '.join(map(str, folders))}{reasons}")
-    check_names(groups, study.baseline, study.targets)
-    study.check_rows(groups)
+    groups, problems = read_groups(folders, study, unfinished, functools.partial(progress, description="reading runs"))
     sections = write(
         output, groups, problems, study, functools.partial(progress, description="writing tables and pictures")
     )
     return summary(sections, problems)
+
+
+def read_groups(
+    folders: Sequence[Path], study: Study, unfinished: bool = False, progress: Callable[..., Iterable[Any]] = iter
+) -> tuple[list[Group], list[Problem]]:
+    """Return the groups of all runs in folders, and the folders that are in no table.
+
+    Raises:
+        ValueError: as :func:`compare`.
+    """
+    groups: list[Group] = []
+    problems: list[Problem] = []
+    several = len(folders) > 1
+    apart = [[folder] for folder in folders if several and (folder / STUDY).is_file()]
+    others = [folder for folder in folders if [folder] not in apart]
+    for part in [*apart, *([others] if others else [])]:
+        stated = Study.of(part) if several else study
+        runs, lost = read(part, unfinished, progress)
+        found = group(runs, lost, study.targets or stated.targets, stated.labels, stated.families)
+        stated.check_rows(found)
+        for entry in found:
+            entry.baseline, entry.heading = study.baseline or stated.baseline, stated.title if part in apart else ""
+        check_names(found, None if several and study.baseline else stated.baseline, ())
+        groups += found
+        problems += lost
+    if not groups:
+        reasons = f", such as {problems[0].folder}: {problems[0].reason}" if problems else ""
+        raise ValueError(f"there is no finished run in {', '.join(map(str, folders))}{reasons}")
+    check_names(groups, study.baseline, study.targets)
+    return groups, problems
 
 
 def write(
@@ -82,24 +115,50 @@ def write(
     """
     check_folder(folder)
     sections = [make_section(group, study, index) for index, group in enumerate(progress(groups))]
+    over_tasks = profile_of(groups)
     left_out = _left_out(problems)
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures(folder):
-        picture.unlink(missing_ok=True)
+    for former in pictures(folder):
+        former.unlink(missing_ok=True)
     (folder / "pictures").mkdir(exist_ok=True)
-    for section in sections:
-        for drawn in section.pictures:
-            (folder / "pictures" / drawn.file).write_text(on_white(drawn.standalone), encoding="utf-8")
-    (folder / "report.html").write_text(page(study, sections, left_out), encoding="utf-8")
-    (folder / "report.md").write_text(_markdown(study, sections, left_out), encoding="utf-8")
+    drawn = [picture for section in sections for picture in section.pictures]
+    for picture in [*drawn, *([over_tasks[0]] if over_tasks else [])]:
+        save(folder / "pictures" / picture.file, on_white(picture.standalone))
+    save(folder / "report.html", page(study, sections, left_out, over_tasks))
+    save(folder / "report.md", _markdown(study, sections, left_out, over_tasks))
     tables = [table.latex() for section in sections for table in section.tables]
-    (folder / "report.tex").write_text("% Needs \\usepackage{booktabs}.\n" + "\n".join(tables), encoding="utf-8")
-    lines = list(_numbers(groups))
-    with (folder / "runs.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(key for line in lines for key in line), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    save(folder / "report.tex", "% Needs \\usepackage{booktabs}.\n" + "\n".join(tables))
+    save(folder / "runs.csv", _csv(list(_numbers(groups))))
     return sections
+
+
+def save(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def profile_of(groups: Sequence[Group]) -> tuple[Picture, Table] | None:
+    """Return the performance profile and its costs where at least two tasks share at least two optimizers."""
+    tasks = {f"{entry.title} ({entry.digest})": entry for entry in {entry.digest: entry for entry in groups}.values()}
+    by_task = profile.costs(tasks)
+    if len(by_task) < 2 or len(next(iter(by_task.values()))) < 2:
+        return None
+    figure = profile.draw(by_task)
+    add_legend(figure)
+    return Picture("profile", svg(figure), PROFILE, "profile.svg", svg(figure)), profile.table(tasks, by_task)
+
+
+def _csv(lines: Sequence[dict[str, object]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, dict.fromkeys(key for line in lines for key in line), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
 
 
 def check_folder(folder: Path) -> None:
@@ -144,8 +203,12 @@ def _numbers(groups: Sequence[Group]) -> Iterator[dict[str, object]]:
                 yield line | {"folder": str(run.shown)}
 
 
-def _markdown(study: Study, sections: Sequence[Section], left_out: Table) -> str:
+def _markdown(
+    study: Study, sections: Sequence[Section], left_out: Table, over_tasks: tuple[Picture, Table] | None
+) -> str:
     parts = [f"# {study.title}\n", *([f"{study.note}\n"] if study.note else [])]
+    if over_tasks is not None:
+        parts += ["## Over all tasks\n", over_tasks[0].markdown("pictures"), over_tasks[1].markdown()]
     for section in sections:
         parts.append(f"## {section.group.title}, protocol {section.group.digest}\n")
         parts.append("".join(f"* {markdown_text(line)}\n" for line in section.headlines))

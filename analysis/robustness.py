@@ -35,7 +35,7 @@ def robustness(group: Group, reference: Row | None) -> Iterator[Table]:
     if not measures:
         return
     columns = {"loss": next((column, "") for column in _LOSSES if any(run.has(column) for run in runs)), **measures}
-    cells = []
+    cells: list[list[str]] = []
     for pair in columns.values():
         values = [list(_values(row, *pair).values()) for row in rows]
         # A column of positive values scatters by factors, and its intervals should not reach below zero.
@@ -51,8 +51,8 @@ def robustness(group: Group, reference: Row | None) -> Iterator[Table]:
     for row in rows:
         differences = [paired(_values(row, *pair), _values(reference, *pair)) for pair in measures.values()]
         if row is not reference and any(differences):
-            cells = ["-" if d is None else f"{mean_text(d.difference, 3)} ({number(d.p, 2)})" for d in differences]
-            lines.append([row.label, *cells])
+            texts = ["-" if d is None else f"{mean_text(d.difference, 3)} ({number(d.p, 2)})" for d in differences]
+            lines.append([row.label, *texts])
     notes = [
         f"Differences to {reference.label} on common seeds: mean, 95 % interval and the p-value of the paired t-test, "
         "which is not adjusted for the number of tests. Except for what was learned, less is better."

@@ -145,6 +145,8 @@ class Group:
         milestones: the metric of each milestone that the task has, by its name.
         labels: of rows by their names, also of those that only have trials.
         families: names of a search's rows that belong together, by that of the family.
+        baseline: what the study names as its baseline.
+        heading: title of the study, where a report has several.
     """
 
     task: str
@@ -160,11 +162,18 @@ class Group:
     milestones: dict[str, str] = field(default_factory=dict)
     labels: Mapping[str, str] = field(default_factory=dict)
     families: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    baseline: str | None = None
+    heading: str = ""
 
     @property
     def title(self) -> str:
         """Heading of its part of the report."""
-        return str(self.published.get("title") or TITLES.get(self.task) or self.task.replace("_", " ").capitalize())
+        return str(
+            self.heading
+            or self.published.get("title")
+            or TITLES.get(self.task)
+            or self.task.replace("_", " ").capitalize()
+        )
 
     def label_of(self, search: str, name: str) -> str:
         """Return the label of a row of a search, which may have only trials."""

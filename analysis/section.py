@@ -9,6 +9,7 @@ from analysis.ablation import ablations
 from analysis.comparison import baseline, pairs, who_is_ahead
 from analysis.curves import curves, second_passes
 from analysis.flatness import flatness
+from analysis.glance import at_a_glance
 from analysis.results import milestones, published, results, step_cost, to_target
 from analysis.robustness import robustness
 from analysis.rows import Group, Row
@@ -57,6 +58,7 @@ class Section:
         protocol: in sentences.
         tables: in their order; the runs themselves come last.
         reference: the row that others are compared with, if any.
+        anchor: its id in a page.
         every_picture: also those that only a page has, where the reader chooses the axis.
     """
 
@@ -65,12 +67,8 @@ class Section:
     headlines: list[str]
     protocol: str
     tables: list[Table]
+    anchor: str
     every_picture: list[Picture] = field(default_factory=list)
-
-    @property
-    def anchor(self) -> str:
-        """Its id in a page."""
-        return f"{self.group.task}-{self.group.digest}"
 
     @property
     def pictures(self) -> list[Picture]:
@@ -80,16 +78,20 @@ class Section:
 
 def make_section(group: Group, study: Study, index: int) -> Section:
     """Return the section of a group, the ``index``-th of its report."""
-    reference = baseline(group, study.baseline)
+    reference = baseline(group, group.baseline or study.baseline)
     drawn = _pictures(group, reference, f"{index + 1}-{group.task}")
     words = list(headlines(group, reference)), protocol_words(group)
-    return Section(group, reference, *words, list(_tables(group, reference)), list(drawn))
+    return Section(group, reference, *words, list(_tables(group, reference)), f"table-{index + 1}", list(drawn))
 
 
 def _tables(group: Group, reference: Row | None) -> Iterator[Table]:
     """Yield the tables of a group that have rows."""
     found, cost = results(group), to_target(group)
-    tables = [published(group), *([found, cost] if group.measure.target is None else [cost, found])]
+    tables = [
+        at_a_glance(group, reference),
+        published(group),
+        *([found, cost] if group.measure.target is None else [cost, found]),
+    ]
     tables += [] if reference is None else list(pairs(group, reference))
     tables += [who_is_ahead(group), milestones(group)]
     tables += [*ablations(group), *flatness(group), *robustness(group, reference)]

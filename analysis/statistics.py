@@ -96,6 +96,11 @@ def exponential(log: Mean) -> Mean:
     return Mean(log.n, float(np.exp(log.mean)), low, high)
 
 
+def scaled(mean: Mean, factor: float) -> Mean:
+    """Return a mean and its interval in another unit."""
+    return Mean(mean.n, factor * mean.mean, *(None if x is None else factor * x for x in (mean.low, mean.high)))
+
+
 def geometric_interval(values: Sequence[float]) -> Mean:
     """Return geometric mean and interval of positive ``values``.
 

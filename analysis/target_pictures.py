@@ -1,13 +1,11 @@
-"""Draw how rows rank, how many of their seeds reached the target, and how optimizers do over several tasks."""
+"""Draw how rows rank, and how many of their seeds reached the target."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.palette import Style
 from analysis.results import is_share, metric_mean, metric_text
 from analysis.rows import AXIS, Group, Measure, Row
 from analysis.runs import AXES
@@ -17,8 +15,6 @@ from analysis.times import Median, reached_share
 
 # Characters of a row's name in a line of the ranking.
 _WRAP = 22
-# Performance profiles end at this ratio, as those of AlgoPerf do.
-FURTHEST = 4.0
 
 
 def ranking(group: Group, reference: Row | None) -> Figure | None:
@@ -157,49 +153,3 @@ def reached_over_cost(group: Group) -> Figure | None:
         axes.set_xlim(left=0.85 * min(reached))
         axes.set_ylim(-2, 103)
     return figure
-
-
-def performance_profile(costs: Mapping[str, Mapping[str, float]], painted: Mapping[str, Style]) -> Figure:
-    """Draw the share of tasks on which an optimizer's cost is at most a multiple of the best one's (Dolan and More 2002).
-
-    Args:
-        costs: of every optimizer by task; infinite where it did not reach the target.
-        painted: style by optimizer, in the order of the legend.
-    """
-    with matplotlib.rc_context(STYLE):
-        figure, axes = make_axes("performance profile", "cost over that of the task's best optimizer", "tasks, %")
-        for optimizer, style in painted.items():
-            x, y = profile(
-                [[by_optimizer[o] for o in painted] for by_optimizer in costs.values()], [*painted].index(optimizer)
-            )
-            axes.step(
-                x,
-                100 * y,
-                where="post",
-                linewidth=1.6,
-                label=optimizer,
-                marker=style.marker,
-                markersize=4,
-                **style.line,
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_xticks([1, 1.5, 2, 3, 4], ["1", "1.5", "2", "3", "4"])
-        axes.minorticks_off()
-        axes.set_xlim(1, FURTHEST)
-        axes.set_ylim(-2, 103)
-    return figure
-
-
-def profile(costs: Sequence[Sequence[float]], optimizer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return ratios, ascending from 1, and the share of tasks on which an optimizer is within them of the best.
-
-    Args:
-        costs: of every optimizer, by task.
-        optimizer: its place in them.
-    """
-    ratios = sorted(task[optimizer] / min(task) for task in costs if np.isfinite(task[optimizer]))
-    inside = [ratio for ratio in ratios if ratio <= FURTHEST]
-    shares = np.arange(1, len(inside) + 1) / len(costs)
-    start = [0.0] if not inside or inside[0] > 1 else []
-    x = np.concatenate([[1.0] if start else [], inside, [FURTHEST]])
-    return x, np.concatenate([start, shares, shares[-1:] if inside else [0.0]])

@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from analysis.comparison import common_seeds, compare_times, compare_values, scaled, settled
+from analysis.comparison import common_seeds, compare_times, compare_values, settled
 from analysis.labels import short_names
 from analysis.results import is_share, metric_mean, metric_text
 from analysis.rows import AXIS, Group, Measure, Row
 from analysis.runs import AXES
-from analysis.statistics import holm
+from analysis.statistics import holm, scaled
 from analysis.tables import mean_text, median_text, number
 from experiment.quantities import count
 

@@ -1,0 +1,236 @@
+"""Report all studies of a project on one page, and each of them in a folder beside it.
+
+A folder with a ``project.yaml`` is a project:
+
+    title: ARS2-Neo against AdamW and Muon
+    output: docs/results                # folder to write to
+    profile: [grok_tuned, cifar_tuned]  # studies, folders below, that the performance profile is over
+    parts:
+      - title: Tuned
+        note: Every row had the same number of trials.
+        studies: [grok_tuned, cifar_tuned]
+"""
+
+import html
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from analysis.labels import nearest
+from analysis.page import document, first_screen, over_all_tasks
+from analysis.report import profile_of, read_groups, save, write
+from analysis.rows import Group
+from analysis.section import Picture, Section
+from analysis.study import FILE as STUDY
+from analysis.study import Study
+from analysis.style import on_white
+from analysis.tables import Table, markdown_text
+from experiment.quantities import count
+
+FILE = "project.yaml"
+# The first line of the page, by which a former one is known.
+MADE = "<!-- Made by compare.py from the runs of all studies. -->"
+# Tables of a study, by how their title begins, that the page has beside the first one.
+_SHOWN = ("Published against measured", "Effect of each switch", "Flatness at the end")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Studies under a heading."""
+
+    title: str
+    note: str
+    studies: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Project:
+    """Define which studies of a folder are reported together.
+
+    Args:
+        folder: that the studies are in.
+        title: of the page.
+        output: folder to write to.
+        note: a paragraph below the title.
+        parts: in their order.
+        profile: studies that the performance profile is over.
+    """
+
+    folder: Path
+    title: str
+    output: Path
+    note: str
+    parts: tuple[Part, ...]
+    profile: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, folders: Sequence[Path]) -> "Project | None":
+        """Read the ``project.yaml`` of a single folder; ``None`` without it.
+
+        Raises:
+            ValueError: the file is damaged, has an unknown option, or names a folder without a study.
+        """
+        file = folders[0] / FILE if len(folders) == 1 else None
+        if file is None or not file.is_file():
+            return None
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            parts = tuple(_part(part) for part in content.pop("parts"))
+            title, output = str(content.pop("title")), Path(content.pop("output"))
+            note, profile = " ".join(content.pop("note", "").split()), tuple(content.pop("profile", ()))
+        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not as analysis/project.py describes it: {error}") from error
+        if content:
+            raise ValueError(f"{file} has the option {next(iter(content))}, which no project has")
+        project = cls(folders[0], title, output, note, parts, profile)
+        valid = {path.parent.relative_to(folders[0]).as_posix() for path in folders[0].rglob(STUDY)}
+        for name in [*project.studies, *profile]:
+            if name not in valid:
+                raise ValueError(f"{file} names {name}, which has no {STUDY}{nearest(name, valid)}")
+        return project
+
+    @property
+    def studies(self) -> list[str]:
+        """Names of all studies, in their order."""
+        return [name for part in self.parts for name in part.studies]
+
+
+def _part(content: dict[str, Any]) -> Part:
+    return Part(str(content["title"]), " ".join(content.get("note", "").split()), tuple(map(str, content["studies"])))
+
+
+def report(
+    project: Project,
+    output: Path | None = None,
+    progress: Callable[..., Iterable[Any]] = lambda steps, description: steps,
+) -> str:
+    """Write the page of a project and the reports of its studies.
+
+    Args:
+        project: what to report.
+        output: in place of the project's.
+        progress: as in :func:`analysis.report.compare`.
+
+    Returns:
+        The result in words, for the terminal.
+
+    Raises:
+        ValueError: a study has no finished run, or the folder has other files.
+    """
+    folder = output or project.output
+    _check_folder(folder, project)
+    sections: dict[str, list[Section]] = {}
+    groups: dict[str, list[Group]] = {}
+    titles: dict[str, str] = {}
+    for name in progress(project.studies, "reporting studies"):
+        study = Study.of([project.folder / name])
+        groups[name], problems = read_groups([project.folder / name], study)
+        sections[name] = write(folder / name, groups[name], problems, study)
+        titles[name] = study.title
+        for entry in groups[name]:
+            entry.heading = study.title
+    over_tasks = profile_of([entry for name in project.profile for entry in groups[name]])
+    (folder / "pictures").mkdir(exist_ok=True)
+    for former in (folder / "pictures").glob("*.svg"):
+        former.unlink()
+    for name, found in sections.items():
+        for index, section in enumerate(found):
+            for picture in _first(section):
+                save(folder / "pictures" / _file(name, index), on_white(picture.standalone))
+    if over_tasks is not None:
+        save(folder / "pictures" / over_tasks[0].file, on_white(over_tasks[0].standalone))
+    save(folder / "index.md", _markdown(project, titles, sections, over_tasks))
+    save(folder / "report.html", _page(project, titles, sections, over_tasks))
+    return f"{count(len(sections), 'study').replace('studys', 'studies')} in {folder / 'index.md'}"
+
+
+def _check_folder(folder: Path, project: Project) -> None:
+    """Check that a folder is new, empty, or has the page of a project."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder: name another one to write the report to")
+    page = folder / "index.md"
+    if folder.exists() and any(folder.iterdir()):
+        if not page.is_file() or not page.read_text(encoding="utf-8").startswith(MADE):
+            raise ValueError(f"{folder} is not empty and has no report: name another folder to write the report to")
+
+
+def _first(section: Section) -> list[Picture]:
+    return [picture for picture in section.pictures if picture.place == "first"]
+
+
+def _file(study: str, index: int) -> str:
+    return f"{study.replace('/', '-')}{f'-{index + 1}' if index else ''}.svg"
+
+
+def _tables(section: Section) -> list[Table]:
+    """Return the tables of a section that the page has."""
+    first, *others = section.tables
+    return [first, *(table for table in others if table.title.startswith(_SHOWN))]
+
+
+def _markdown(
+    project: Project,
+    titles: dict[str, str],
+    sections: dict[str, list[Section]],
+    over_tasks: tuple[Picture, Table] | None,
+) -> str:
+    """Return the page in Markdown; its links lead to the studies' own pages."""
+    parts = [MADE, f"# {project.title}\n", *([f"{markdown_text(project.note)}\n"] if project.note else [])]
+    if over_tasks is not None:
+        picture, table = over_tasks
+        parts += ["## Over all tasks\n", picture.markdown("pictures"), table.markdown()]
+    for part in project.parts:
+        parts += [f"## {part.title}\n", *([f"{markdown_text(part.note)}\n"] if part.note else [])]
+        for name in part.studies:
+            for index, section in enumerate(sections[name]):
+                parts.append(f"### {titles[name]}\n")
+                parts.append("".join(f"* {markdown_text(line)}\n" for line in section.headlines))
+                for picture in _first(section):
+                    file = _file(name, index)
+                    parts.append(f"![{titles[name]}: all rows](pictures/{file})\n")
+                    parts.append(f"{markdown_text(picture.caption)}\n")
+                parts.append(f"{markdown_text(section.protocol)}\n")
+                parts += [table.markdown(4) for table in _tables(section)]
+                parts.append(f"More: {_link(project, name)}; `python compare.py {project.folder / name}`\n")
+    return "\n".join(parts)
+
+
+def _link(project: Project, name: str) -> str:
+    """Return a link to the page of a study, or of the folder that has its text."""
+    folder = project.folder / name
+    page = next(page for page in (folder / "README.md", folder.parent / "README.md") if page.is_file())
+    up = "/".join([".."] * len(project.output.parts))
+    return f"[{page}]({up}/{page.as_posix()})"
+
+
+def _page(
+    project: Project,
+    titles: dict[str, str],
+    sections: dict[str, list[Section]],
+    over_tasks: tuple[Picture, Table] | None,
+) -> str:
+    """Return the page in HTML; its links lead to the studies' reports beside it."""
+    contents, body = "", "" if over_tasks is None else over_all_tasks(*over_tasks)
+    for part in project.parts:
+        note = f"<p>{html.escape(part.note)}</p>" if part.note else ""
+        body += f"<h2>{html.escape(part.title)}</h2>{note}"
+        lines = ""
+        for name in part.studies:
+            key = re.sub(r"\W", "-", name)
+            title = html.escape(titles[name])
+            for index, section in enumerate(sections[name]):
+                anchor = f"{key}-{index + 1}"
+                tables = "".join(table.html() for table in _tables(section))
+                link = f'<p><a href="{name}/report.html">The whole report of this study</a></p>'
+                body += (
+                    f'<section id="{anchor}"><h3>{title}</h3>{first_screen(section, anchor)}{tables}{link}</section>'
+                )
+                lines += f'<li><a href="#{anchor}">{title}</a> {html.escape(section.headlines[0])}</li>'
+        contents += f"<p><b>{html.escape(part.title)}</b></p><ul>{lines}</ul>"
+    note = f"<p>{html.escape(project.note)}</p>" if project.note else ""
+    header = f"<h1>{html.escape(project.title)}</h1>{note}<nav>{contents}</nav>"
+    return document(project.title, header, body)
