@@ -65,6 +65,11 @@ def compare_values(group: Group, measure: Measure, row: Row, other: Row) -> Pair
     return paired(measure.values(row), measure.values(other))
 
 
+def chance_text(found: Race) -> str:
+    """Return the probability of being faster; a dash where no pair of runs is decided."""
+    return "-" if (found.pairs == 0.5).all() else percent_text(found.ahead)
+
+
 def common_seeds(row: Row, other: Row) -> int:
     """Return the number of seeds that both rows have."""
     return len(row.runs.keys() & other.runs.keys())
@@ -202,7 +207,7 @@ def _times_table(group: Group, measure: Measure, others: Sequence[Row], referenc
             f"{r.first} / {r.second} / {r.undecided}",
             "-" if r.ratio is None else mean_text(r.ratio, 3),
             *(number(value, 2) for value in p),
-            percent_text(r.ahead),
+            chance_text(r),
             *(ratio_on(row, axis) for axis in further),
         ]
         for row, r, *p in zip(others, races, *adjusted, strict=True)

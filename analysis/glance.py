@@ -1,6 +1,6 @@
 """Tabulate what rows are ranked by, against the baseline: the first table of a report."""
 
-from analysis.comparison import compare_times, compare_values
+from analysis.comparison import chance_text, compare_times, compare_values
 from analysis.results import is_share, metric_mean, metric_text
 from analysis.rows import Group, Measure, Row
 from analysis.statistics import holm, improvement, pairs_ahead, scaled
@@ -53,10 +53,11 @@ def _compared(group: Group, measure: Measure, reference: Row) -> dict[str, tuple
             continue
         if measure.target is not None:
             race = compare_times(measure, row, reference)
-            order = f"first on {race.first} of {race.first + race.second + race.undecided}"
-            if race.first + race.second + race.undecided > 1:
+            seeds = race.first + race.second + race.undecided
+            if seeds > 1:
+                order = f"first on {race.first} of {seeds}" if race.undecided < seeds else "undecided"
                 effect = order if race.ratio is None else mean_text(race.ratio, 3)
-                found[row.label] = effect, race.p, percent_text(race.ahead)
+                found[row.label] = effect, race.p, chance_text(race)
             continue
         pair = compare_values(group, measure, row, reference)
         if pair is not None:

@@ -13,8 +13,9 @@ A folder with a ``project.yaml`` is a project:
 
 import html
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from experiment.quantities import count
 FILE = "project.yaml"
 # The first line of the page, by which a former one is known.
 MADE = "<!-- Made by compare.py from the runs of all studies. -->"
+# Characters of a line.
+_WIDTH = 120
 # Tables of a study, by how their title begins, that the page has beside the first one.
 _SHOWN = ("Published against measured", "Effect of each switch", "Flatness at the end")
 
@@ -179,24 +182,35 @@ def _markdown(
     over_tasks: tuple[Picture, Table] | None,
 ) -> str:
     """Return the page in Markdown; its links lead to the studies' own pages."""
-    parts = [MADE, f"# {project.title}\n", *([f"{markdown_text(project.note)}\n"] if project.note else [])]
+    parts = [MADE, f"# {project.title}\n", *_paragraphs(project.note)]
+    noted: set[str] = set()
     if over_tasks is not None:
         picture, table = over_tasks
-        parts += ["## Over all tasks\n", picture.markdown("pictures"), table.markdown()]
+        parts += ["## Over all tasks\n", picture.markdown("pictures"), _table(table, noted, 3)]
     for part in project.parts:
-        parts += [f"## {part.title}\n", *([f"{markdown_text(part.note)}\n"] if part.note else [])]
+        parts += [f"## {part.title}\n", *_paragraphs(part.note)]
         for name in part.studies:
             for index, section in enumerate(sections[name]):
-                parts.append(f"### {titles[name]}\n")
-                parts.append("".join(f"* {markdown_text(line)}\n" for line in section.headlines))
+                parts += [f"### {titles[name]}\n", *_paragraphs(*section.headlines)]
                 for picture in _first(section):
                     file = _file(name, index)
-                    parts.append(f"![{titles[name]}: all rows](pictures/{file})\n")
-                    parts.append(f"{markdown_text(picture.caption)}\n")
-                parts.append(f"{markdown_text(section.protocol)}\n")
-                parts += [table.markdown(4) for table in _tables(section)]
+                    parts += [f"![{titles[name]}: all rows](pictures/{file})\n", *_paragraphs(picture.caption)]
+                parts += _paragraphs(section.protocol)
+                parts += [_table(table, noted, 4) for table in _tables(section)]
                 parts.append(f"More: {_link(project, name)}; `python compare.py {project.folder / name}`\n")
     return "\n".join(parts)
+
+
+def _paragraphs(*texts: str) -> list[str]:
+    return [f"{textwrap.fill(markdown_text(text), _WIDTH, break_on_hyphens=False)}\n" for text in texts if text]
+
+
+def _table(table: Table, noted: set[str], level: int) -> str:
+    """Return a table with those of its notes that no table above has."""
+    notes = [note for note in table.notes if note not in noted]
+    noted.update(notes)
+    text = replace(table, notes=[]).markdown(level)
+    return "\n".join([text, *_paragraphs(*notes)])
 
 
 def _link(project: Project, name: str) -> str:

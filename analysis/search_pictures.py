@@ -55,9 +55,15 @@ def _over_option(group: Group, key: str, rows: dict[str, tuple[list[Run], Style]
         if min(options) > 0:
             panels[0].set_xscale("log")
         else:
+            largest = max(map(abs, options))
             panels[0].set_xscale("symlog", linthresh=min((abs(x) for x in options if x), default=1e-3))
-        for axes in panels:
-            label_plainly(axes.xaxis)
+            # Of an option that is zero or negative on some trials, the ends tell enough.
+            ends = {-largest, 0.0, largest} if min(options) < 0 else {0.0, largest}
+            panels[0].set_xticks(sorted(ends), [f"{x:.2g}" for x in sorted(ends)])
+            panels[0].minorticks_off()
+        if min(options) > 0:
+            for axes in panels:
+                label_plainly(axes.xaxis)
         if scale == 1:
             log_if_wide(panels[0], low, high, _WIDE)
         _label(figure, panels, key.removeprefix("model."), _axis_label(measure))
@@ -167,7 +173,7 @@ def _panels(title: str, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
         axes.set_visible(False)
     for axes, label in zip(grid, labels, strict=False):
         axes.set_title(textwrap.fill(label, _WRAP), loc="left", fontsize=8)
-        axes.tick_params(labelsize=7.5)
+        axes.tick_params(which="both", labelsize=7.5)
     return figure, list(grid[: len(labels)])
 
 

@@ -97,8 +97,9 @@ def exponential(log: Mean) -> Mean:
 
 
 def scaled(mean: Mean, factor: float) -> Mean:
-    """Return a mean and its interval in another unit."""
-    return Mean(mean.n, factor * mean.mean, *(None if x is None else factor * x for x in (mean.low, mean.high)))
+    """Return a mean and its interval in another unit, or of the other sign."""
+    low, high = sorted(factor * x for x in (mean.low, mean.high) if x is not None) or (None, None)
+    return Mean(mean.n, factor * mean.mean, low, high)
 
 
 def geometric_interval(values: Sequence[float]) -> Mean:

@@ -32,7 +32,7 @@ def sentence(group: Group, reference: Row | None) -> str:
     if value is None:
         return f"No run reached {measure.target}." if measure.target else f"No run has a finite {measure}."
     if not others:
-        return f"{best.label} is the only row: {measure} {value}."
+        return f"{best.label} is the only row. {_sentence_case(str(measure))}: {value}."
     if reference is None or reference is best:
         other, against = others[0], "the next row"
     else:
@@ -41,7 +41,7 @@ def sentence(group: Group, reference: Row | None) -> str:
     few = max(len(row.runs) for row in group.rows)
     if few < FEWEST:
         return f"{text}. At most {count(few, 'seed')} a row: nothing here is settled."
-    return f"{text}{_against(group, measure, best, other, against)}. {_rest(group)}"
+    return f"{text}. {_against(group, measure, best, other, against)}. {_rest(group)}"
 
 
 def _what(measure: Measure) -> str:
@@ -56,9 +56,17 @@ def _value(measure: Measure, row: Row) -> str | None:
         median = row.median(measure.target, measure.column)
         if median is None or median.median is None:
             return None
-        return f"{median_text(median)}, median of {count(median.n, 'seed')}"
+        return f"{median_text(median)}, {_of('median', median.n)}"
     mean = metric_mean(measure.column, measure.values(row))
-    return None if np.isnan(mean.mean) else f"{metric_text(measure.column, mean)}, mean of {count(mean.n, 'seed')}"
+    return None if np.isnan(mean.mean) else f"{metric_text(measure.column, mean)}, {_of('mean', mean.n)}"
+
+
+def _of(kind: str, seeds: int) -> str:
+    return f"{kind} of {seeds} seeds" if seeds > 1 else "from one seed"
+
+
+def _sentence_case(text: str) -> str:
+    return text if "/" in text.split()[0] else f"{text[0].upper()}{text[1:]}"
 
 
 def _against(group: Group, measure: Measure, row: Row, other: Row, against: str) -> str:
@@ -69,21 +77,20 @@ def _against(group: Group, measure: Measure, row: Row, other: Row, against: str)
         found = races[row.label]
         p = _adjusted({label: each.p for label, each in races.items()}, row.label)
         if found.ratio is None:
-            return f", first on {found.first} of {seeds} common seeds against {against} {other.label} ({p})"
-        return (
-            f", {mean_text(found.ratio, 3)} times those of {against} {other.label} ({count(seeds, 'common seed')}, {p})"
-        )
+            return f"It was first on {found.first} of {count(seeds, 'common seed')} with {against}, {other.label} ({p})"
+        ratio = f"{mean_text(found.ratio, 3)} times those of {against}, {other.label}"
+        return f"That is {ratio} ({count(seeds, 'common seed')}, {p})"
     pairs = {one.label: compare_values(group, measure, one, other) for one in group.rows if one is not other}
     pair = pairs[row.label]
     if pair is None:
-        return f"; it is not tested against {against} {other.label}"
+        return f"It is not tested against {against}, {other.label}"
     p = _adjusted({label: np.nan if each is None else each.p for label, each in pairs.items()}, row.label)
     scale, unit = (100, " points") if is_share(measure.column) else (1, "")
     difference = scaled(pair.difference, scale)
     word = "less" if difference.mean < 0 else "more"
-    size = scaled(difference, -1) if difference.mean < 0 else difference
-    size = type(size)(size.n, size.mean, *sorted(x for x in (size.low, size.high) if x is not None))
-    return f", {mean_text(size, 3)}{unit} {word} than {against} {other.label} ({count(pair.difference.n, 'common seed')}, {p})"
+    size = scaled(difference, np.sign(difference.mean) or 1.0)
+    seeds_text = count(difference.n, "common seed")
+    return f"That is {mean_text(size, 3)}{unit} {word} than {against}, {other.label} ({seeds_text}, {p})"
 
 
 def _adjusted(p_values: dict[str, float], label: str) -> str:
