@@ -108,9 +108,8 @@ def _is_reference(name: str, row: str, trial: Run, reference: Row) -> bool:
 
 
 def first_runs(trials: Sequence[Run]) -> list[Run]:
-    """Return the first run of every trial, in their order. Only the best trials run again on further seeds."""
-    first = {run.identity.sweep.trial or 0: run for run in reversed(trials) if run.identity.sweep}
-    return [first[trial] for trial in sorted(first)]
+    """Return the first run of every trial. Only the best trials run again on further seeds."""
+    return list({run.identity.sweep.trial: run for run in reversed(trials) if run.identity.sweep}.values())
 
 
 def luck(trials: Sequence[Sequence[float]], others: Sequence[Sequence[float]], lower: bool = True) -> Mean:
@@ -135,9 +134,9 @@ def luck(trials: Sequence[Sequence[float]], others: Sequence[Sequence[float]], l
 
 
 def searched_rows(group: Group, name: str) -> dict[str, tuple[list[Run], Style]]:
-    """Return the first runs of the trials of a search by the label of their row, in the order of rows, with its style.
+    """Return the first runs of a search's trials by the label of their row, and its style.
 
-    A row that has only trials has the colour of its family.
+    They are in the order of the rows and of the trials. A row that has only trials has the colour of its family.
     """
     rows = {row.search[1]: row for row in group.rows if row.search is not None and row.search[0] == name}
     searched = [row for other, row in group.sweeps if other == name]
@@ -150,11 +149,16 @@ def searched_rows(group: Group, name: str) -> dict[str, tuple[list[Run], Style]]
     ordered = sorted(searched, key=lambda row: group.rows.index(rows[row]) if row in rows else len(group.rows))
     return {
         group.label_of(name, row): (
-            first_runs(group.sweeps[name, row]),
+            sorted(first_runs(group.sweeps[name, row]), key=_trial),
             rows[row].style if row in rows else spare[row],
         )
         for row in ordered
     }
+
+
+def _trial(run: Run) -> int:
+    sweep = run.identity.sweep
+    return -1 if sweep is None or sweep.trial is None else sweep.trial
 
 
 def options_of(trials: Sequence[Run]) -> list[str]:

@@ -25,11 +25,11 @@ import yaml
 from matplotlib.figure import Figure
 
 from analysis.archive import ARCHIVE, pack
-from analysis.plots import COLOURS, on_white, svg
+from analysis.palette import COLOURS
 from analysis.runs import Run, read
+from analysis.style import STYLE, on_white, svg
 from analysis.tables import number
 from experiment.target import Target
-from studies.ceiling import STYLE
 from studies.newton_schulz_runs import ended, options_of
 
 FOLDER = Path("results") / "after_grokking"

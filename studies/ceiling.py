@@ -14,15 +14,15 @@ settings are chosen on validation data. Rows are compared on the seeds that both
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from analysis.plots import COLOURS, on_white, svg
+from analysis.palette import COLOURS
 from analysis.results import metric_text
 from analysis.runs import Run
 from analysis.statistics import exponential, geometric_interval, mean_interval, paired
+from analysis.style import STYLE, on_white, svg
 from analysis.tables import Table, mean_text, number
 from analysis.tuning_budget import luck
 from studies.ceiling_rows import (
@@ -60,7 +60,6 @@ FURTHER = (
     ("functional", "base_at_momentum"),
     ("periodic", "base_at_momentum"),
 )
-STYLE: Any = {"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False}
 NAMES = {
     "base": "Base",
     "base_averaged": "Base, averaged",

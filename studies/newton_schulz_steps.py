@@ -30,7 +30,8 @@ from matplotlib.figure import Figure
 from scipy import optimize
 from torch import Tensor
 
-from analysis.plots import COLOURS, on_white, svg
+from analysis.palette import styles
+from analysis.style import on_white, svg
 from ars2 import ARS2Neo, newton_schulz, orthogonalize
 from experiment.folders import RunFolder
 
@@ -257,19 +258,19 @@ def draw() -> Figure:
     grid = np.geomspace(1e-3, 1, 800)
     above.axhspan(0.7, 1.3, color="#8a8f98", alpha=0.15, linewidth=0)
     shown = [name for name in candidates() if name not in ("polar_express_5", "polar_express_2")]
-    for name, colour in zip(shown, COLOURS, strict=False):
+    for name, style in zip(shown, styles(shown), strict=True):
         count, coefficients = candidates()[name]
         margin = newton_schulz.POLAR_EXPRESS_MARGIN if coefficients == "polar_express" else 1.0
         schedule = newton_schulz.schedule(coefficients, count)
-        above.plot(grid, compose(schedule, grid / margin), color=colour, label=name, linewidth=1.3)
+        above.plot(grid, compose(schedule, grid / margin), label=name, linewidth=1.3, **style.line)
     above.set_ylabel("singular value after")
     above.legend(frameon=False, fontsize=7, ncols=2)
-    for ((task, mode), steps), colour in zip(recorded().items(), COLOURS, strict=False):
+    for ((task, mode), steps), style in zip(recorded().items(), styles([f"{one}" for one in recorded()]), strict=True):
         values = [relative_values(u) for directions in steps.values() for u in directions]
         weights = np.concatenate([np.full(len(one), 1 / len(one) / len(values)) for one in values])
         if mode == "base":
             bins = np.geomspace(1e-3, 1, 60)
-            below.hist(np.concatenate(values), bins, weights=weights, histtype="step", color=colour, label=task)
+            below.hist(np.concatenate(values), bins, weights=weights, histtype="step", label=task, **style.line)
     below.set(xscale="log", xlabel="singular value before, over the Frobenius norm", ylabel="share")
     below.legend(frameon=False, fontsize=7, loc="upper left")
     return figure

@@ -7,22 +7,21 @@ ended counts with its last accuracy.
 """
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.plots import COLOURS, on_white, svg
+from analysis.palette import styles
 from analysis.rows import Row
 from analysis.runs import Run, Target, read
+from analysis.style import STYLE, on_white, svg
 
 RESULTS = Path("results/grok_tuned")
 PICTURE = Path("docs/pictures/grok_tuned_curves.svg")
 # Names in the search, and in the README's table.
 ROWS = {"base_all": "ARS2-Neo Base", "adamw_hidden": "AdamW", "aga_all": "ARS2-Neo AGA", "muon_hidden": "Muon"}
 AXIS, GOAL, END = "cost/gradient_evaluations", Target("99 %", "val/accuracy", 0.99), 500
-STYLE: Any = {"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 
 def draw(rows: list[Row]) -> Figure:
@@ -33,15 +32,15 @@ def draw(rows: list[Row]) -> Figure:
         axes.set_xlabel("gradient evaluations")
         axes.set_ylabel("validation accuracy, %")
         axes.axhline(100 * GOAL.level, color="#8a8f98", linewidth=0.8, linestyle=(0, (4, 3)))
-        for row, colour in zip(rows, COLOURS, strict=False):
+        for row, style in zip(rows, styles([row.label for row in rows]), strict=True):
             curves = [run.curve(GOAL.metric, AXIS) for run in row.runs.values()]
             for x, y in curves:
-                axes.plot(x, 100 * y, color=colour, linewidth=0.6, alpha=0.35)
+                axes.plot(x, 100 * y, linewidth=0.6, alpha=0.35, **style.line)
             reached = row.median(GOAL, AXIS)
             assert reached is not None and reached.median is not None
             grid = np.arange(1, reached.median + 1)
             median = np.quantile([np.interp(grid, x, y) for x, y in curves], 0.5, axis=0, method="higher")
-            axes.plot(grid, 100 * median, color=colour, linewidth=2.2, label=f"{row.label}: {reached.median:.0f}")
+            axes.plot(grid, 100 * median, linewidth=2.2, **style.line, label=f"{row.label}: {reached.median:.0f}")
         axes.legend(loc="lower right", title="median evaluations to 99 %", alignment="left")
     return figure
 
