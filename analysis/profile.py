@@ -86,7 +86,8 @@ def draw(by_task: Mapping[str, Mapping[str, float]]) -> Figure:
         for name, style in zip(names, styles(names), strict=True):
             x, y = profile(list(by_task.values()), name)
             axes.step(x, 100 * y, where="post", linewidth=1.7, alpha=0.9, **style.line)
-            axes.plot(x[1:-1], 100 * y[1:-1], markersize=6, **style.points)
+            tops = np.flatnonzero(np.diff(x) > 0)[int(y[0] == y[1]) :]  # the top of every step
+            axes.plot(x[tops], 100 * y[tops], markersize=6, **style.points)
             axes.plot([], [], label=name, linewidth=1.7, marker=style.marker, **style.line)
         axes.set_xscale("log", base=2)
         axes.set_xticks([1, 1.5, 2, 3, 4], ["1", "1.5", "2", "3", "4"])

@@ -17,25 +17,18 @@ import yaml
 from matplotlib.figure import Figure
 from scipy import stats
 
-from analysis import plots
+from analysis.comparison import baseline, pairs, who_is_ahead
+from analysis.curves import band, second_passes
+from analysis.labels import value_text
 from analysis.report import pictures, write
-from analysis.results import (
-    baseline,
-    is_share,
-    metric_text,
-    milestones,
-    pairs,
-    published,
-    results,
-    step_cost,
-    to_target,
-)
-from analysis.rows import Group, group, value_text
+from analysis.results import is_share, metric_text, milestones, published, results, step_cost, to_target
+from analysis.rows import Group, group
 from analysis.runs import AXES, Problem, Run, read
+from analysis.search_pictures import sensitivity
 from analysis.statistics import bounded_interval, geometric_interval, mean_interval
 from analysis.study import Study
 from analysis.tables import Table
-from analysis.tuning_budget import best_of, luck, searches_luck, sensitivities, tuning_budgets
+from analysis.tuning_budget import luck, options_of, searched_rows, searches_luck, tuning_budgets
 from experiment.target import Target
 from tests.analysis.runs import SEEDS, copy, cut, unpack
 
@@ -482,7 +475,7 @@ def test_names_break_between_words_and_intervals_keep_together() -> None:
 
 def test_bands_end_where_the_shortest_run_does() -> None:
     long, short = np.arange(1.0, 11.0), np.arange(1.0, 6.0)
-    x, mean, low, high = plots.band([(long, long), (short, 3 * short), (short, 2 * short)])
+    x, mean, low, high = band([(long, long), (short, 3 * short), (short, 2 * short)])
     assert (x[0], x[-1]) == (1, 5)
     middle = np.abs(x - 3).argmin()
     assert mean[middle] == pytest.approx(2 * x[middle])
@@ -492,14 +485,14 @@ def test_bands_end_where_the_shortest_run_does() -> None:
 
 def test_second_passes_are_drawn_for_rows_that_make_some(groups: list[Group]) -> None:
     by_label = {entry.label: entry for entry in groups[0].rows}
-    figure = plots.second_passes(by_label["grok_aga"])
+    figure = second_passes(by_label["grok_aga"])
     assert figure is not None
     # Every step was logged: each second pass is a line over the loss.
     run = by_label["grok_aga"].any
     _, rate = run.curve("flatness/trigger_rate", "cost/optimizer_steps")
     over_loss = figure.axes[0].lines
     assert len(over_loss) == 1 + int((rate > 0).sum())
-    assert plots.second_passes(by_label["grok_adamw"]) is None
+    assert second_passes(by_label["grok_adamw"]) is None
 
 
 class Page(HTMLParser):

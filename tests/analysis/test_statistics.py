@@ -7,17 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.statistics import (
-    Time,
-    bounded_interval,
-    detectable_effect,
-    holm,
-    mean_interval,
-    median_coverage,
-    median_time,
-    paired,
-    race,
-)
+from analysis.statistics import bounded_interval, detectable_effect, holm, mean_interval, paired
+from analysis.times import Time, median_coverage, median_time, race
 
 
 def reached(*times: float) -> list[Time]:
