@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from analysis.palette import COLOURS
 from analysis.results import is_share
 from analysis.rows import Group, Row
-from analysis.runs import AXES, Run
+from analysis.runs import AXES, Run, curve_title
 from analysis.statistics import mean_intervals
 from analysis.style import INK, STYLE, label_plainly, log_if_wide, make_axes, set_margins
 
@@ -121,11 +121,6 @@ def curves(group: Group, metric: str, axis: str) -> Figure | None:
             else:
                 log_if_wide(axes, lowest, highest)
     return figure if drawn else None
-
-
-def curve_title(metric: str, axis: str) -> str:
-    """Return the title of a picture of curves, the same in a report and on Weights & Biases."""
-    return f"{metric} over {AXES[axis]}"
 
 
 def second_passes(row: Row) -> Figure | None:

@@ -3,14 +3,16 @@
     python -m analysis.dashboard ENTITY/PROJECT modular_addition cifar wikitext
 
 It needs a key. The dashboard is a W&B report with a section a task, and updates as runs come in. The sections of a
-workspace would all show the same runs. Runs are grouped by everything but the seed.
+workspace would all show the same runs. Runs are grouped by everything but the seed. Rows, axes and titles have the names
+of a report of compare.py.
 """
 
 import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from analysis.runs import AXES
+from analysis.rows import AXIS, TITLES
+from analysis.runs import AXES, curve_title
 
 if TYPE_CHECKING:
     import wandb_workspaces.reports.v2 as wr
@@ -23,10 +25,10 @@ def panels(metric: str) -> list[Any]:
     """Return the panels of a task, its metric over every axis among them."""
     import wandb_workspaces.reports.v2 as wr
 
-    def line(title: str, x: str, *y: str, log: bool = False) -> wr.LinePlot:
+    def line(x: str, *y: str, log: bool = False) -> wr.LinePlot:
         # Groups of runs that differ in their seeds: mean, and the deviation as a band.
         return wr.LinePlot(
-            title=title,
+            title=curve_title(" and ".join(y), x),
             x=x,
             y=list(y),
             log_y=log,
@@ -38,13 +40,12 @@ def panels(metric: str) -> list[Any]:
 
     lower = not metric.endswith("accuracy")
     return [
-        *(line(f"{metric} over {name}", axis, metric, log=lower) for axis, name in AXES.items()),
-        line("training loss", "epoch", "train/loss", log=True),
-        line("validation loss", "epoch", "val/loss", log=True),
-        line("phi and its threshold", "cost/optimizer_steps", "flatness/phi", "flatness/threshold"),
-        line("second-pass rate", "cost/optimizer_steps", "flatness/trigger_rate"),
-        line("top Hessian eigenvalue", "cost/optimizer_steps", "flatness/hessian_top", log=True),
-        line("size of the update over the weights", "cost/optimizer_steps", "optimizer/update_ratio_matrix", log=True),
+        *(line(axis, metric, log=lower) for axis in AXES),
+        *(line(AXIS, loss, log=True) for loss in ("train/loss", "val/loss") if loss != metric),
+        line("cost/optimizer_steps", "flatness/phi", "flatness/threshold"),
+        line("cost/optimizer_steps", "flatness/trigger_rate"),
+        line("cost/optimizer_steps", "flatness/hessian_top", log=True),
+        line("cost/optimizer_steps", "optimizer/update_ratio_matrix", log=True),
         wr.BarPlot(
             title=f"best {metric}",
             metrics=[f"{metric}.{'min' if lower else 'max'}"],
@@ -76,11 +77,11 @@ def dashboard(entity: str, project: str, tasks: list[str]) -> "wr.Report":
         runs = wr.Runset(
             name=task,
             filters=[expr.Config("task") == task],
-            groupby=["config.optimizer", "config.group"],
+            groupby=["config.row", "config.group"],
         )
         text = "Groups differ in their settings, runs of a group in their seeds; protocols are tags."
         grid = wr.PanelGrid(runsets=[runs], panels=panels(METRICS.get(task, "val/loss")))
-        blocks += [wr.H2(text=task.replace("_", " ")), wr.P(text=text), grid]
+        blocks += [wr.H2(text=TITLES.get(task, task.replace("_", " "))), wr.P(text=text), grid]
     return wr.Report(
         entity=entity,
         project=project,

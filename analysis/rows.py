@@ -297,7 +297,7 @@ def group(
             if sweep is not None and _is_trial(run.identity):
                 found.sweeps.setdefault((sweep.name, sweep.optimizer), []).append(run)
                 continue
-            name = run.identity.experiment if sweep is None else f"{sweep.optimizer} of {sweep.name}"
+            name = run.identity.row
             of_search = "" if sweep is None else name
             if sweep is not None and len(searches) == 1:
                 name = sweep.optimizer  # its name is unambiguous

@@ -33,6 +33,12 @@ AXES = {
     "cost/training_seconds": "training seconds",
 }
 
+
+def curve_title(metric: str, axis: str) -> str:
+    """Return the title of a picture of curves, the same in a report and on Weights & Biases."""
+    return f"{metric} over {AXES[axis]}"
+
+
 # Ten times as fast where PyYAML was built with libyaml.
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 

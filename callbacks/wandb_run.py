@@ -1,5 +1,6 @@
 """Draw a finished run, and send its pictures and files to Weights & Biases."""
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,8 @@ def _send(run: Any, folder: Path) -> None:
     pictures = sorted((folder / "pictures").glob("*.png"))
     if pictures:
         run.log({f"pictures/{path.stem}": wandb.Image(str(path)) for path in pictures})
-    artifact = wandb.Artifact(f"{run.name}-{run.id}", type="run")
+    # An artifact's name has fewer characters to choose from than a run's.
+    artifact = wandb.Artifact(re.sub(r"[^\w.-]+", "-", f"{run.name}-{run.id}"), type="run")
     for name in FILES:
         if (folder / name).is_file():
             artifact.add_file(str(folder / name))

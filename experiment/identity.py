@@ -357,11 +357,17 @@ class RunIdentity:
         return digest(self.setting)
 
     @property
+    def row(self) -> str:
+        """Its row in a report, such as ``grok_sync``, or ``sync of grok`` for a run of a search."""
+        return self.experiment if self.sweep is None else f"{self.sweep.optimizer} of {self.sweep.name}"
+
+    @property
     def group(self) -> str:
-        """Task, optimizer and setting digest, such as ``cifar-ars2_sync-1a2b3c4d``."""
-        return f"{self.task}-{self.optimizer}-{self.setting_digest}"
+        """Row and setting digest, such as ``grok_sync (1a2b3c4d)``."""
+        return f"{self.row} ({self.setting_digest})"
 
     @property
     def name(self) -> str:
-        """Task, optimizer and seed, such as ``cifar-ars2_sync-s0``."""
-        return f"{self.task}-{self.optimizer}-s{self.seed}"
+        """Row, trial and seed, such as ``grok_sync, seed 0`` or ``sync of grok, trial 3, seed 0``."""
+        trial = None if self.sweep is None else self.sweep.trial
+        return f"{self.row}{'' if trial is None else f', trial {trial}'}, seed {self.seed}"

@@ -206,13 +206,14 @@ def nested(config: Mapping[str, Any]) -> dict[str, Any]:
 def init_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return name, group, tags and config for ``wandb.init``.
 
-    The name is task, optimizer and seed, such as ``cifar-ars2_sync-s0``. The group is everything but the seed, with a
-    digest of the settings. The tags are task, optimizer, protocol, and the search that the run is a trial of. The
-    config also has ``task``, ``optimizer``, ``group``, ``seed`` and ``protocol`` as keys to filter by.
+    The name is the run's row in a report and its seed, such as ``grok_sync, seed 0``. The group is everything but the
+    seed, with a digest of the settings. The tags are task, optimizer, protocol, and the search that the run is of. The
+    config also has ``task``, ``row``, ``optimizer``, ``group``, ``seed`` and ``protocol`` as keys to filter by.
     """
     identity = RunIdentity(config)
     about = {
         "task": identity.task,
+        "row": identity.row,
         "optimizer": identity.optimizer,
         "group": identity.group,
         "seed": identity.seed,

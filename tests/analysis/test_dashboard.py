@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from analysis.dashboard import main
+from analysis.rows import TITLES
+from analysis.runs import AXES
 from tests.helpers.commands import ROOT, clean_environment
 
 SPECIFY = """
@@ -44,7 +46,7 @@ def sections(specification: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_every_task_has_one_section_with_its_runs(specification: dict[str, Any]) -> None:
     found = sections(specification)
-    assert list(found) == [task.replace("_", " ") for task in TASKS]
+    assert list(found) == [TITLES[task] for task in TASKS]
     for task, grid in zip(TASKS, found.values(), strict=True):
         (runs,) = grid["runSets"]
         (condition,) = runs["filters"]["filters"]
@@ -54,7 +56,7 @@ def test_every_task_has_one_section_with_its_runs(specification: dict[str, Any])
             task,
         )
         # The keys under which the runs' config has them.
-        assert [key["name"] for key in runs["grouping"]] == ["optimizer.value", "group.value"]
+        assert [key["name"] for key in runs["grouping"]] == ["row.value", "group.value"]
 
 
 def test_every_section_draws_its_metric_over_every_cost(specification: dict[str, Any]) -> None:
@@ -66,6 +68,10 @@ def test_every_section_draws_its_metric_over_every_cost(specification: dict[str,
         costs = ("flops", "gradient_evaluations", "optimizer_steps", "training_seconds")
         assert over == {"epoch", *(f"cost/{cost}" for cost in costs)}
         assert all(line["groupBy"] == "group.value" for line in lines)
+        # The titles are those of a report, and its first axis comes first.
+        titles = [line["chartTitle"] for line in lines]
+        assert titles[: len(AXES)] == [f"{metrics[task]} over {name}" for name in AXES.values()]
+        assert "train/loss over gradient evaluations" in titles
         drawn = {name for line in lines for name in line["metrics"]}
         assert {"train/loss", "val/loss", "flatness/phi", "flatness/trigger_rate", "flatness/hessian_top"} <= drawn
         (best,) = [panel["config"] for panel in panels if panel["viewType"] == "Bar Chart"]

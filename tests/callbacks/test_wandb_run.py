@@ -55,8 +55,8 @@ def of(kind: str, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_it_is_named_grouped_and_tagged(recorded: tuple[Path, list[dict[str, Any]]]) -> None:
     run = of("run", recorded[1])[0]
-    assert run["display_name"] == "modular_addition-ars2_aga-s0"
-    assert run["run_group"].startswith("modular_addition-ars2_aga-")
+    assert run["display_name"] == "grok_aga, seed 0"
+    assert run["run_group"].startswith("grok_aga (")
     assert run["tags"][:2] == ["modular_addition", "ars2_aga"]
     assert run["tags"][2].startswith("protocol ")
 
@@ -68,7 +68,7 @@ def test_its_config_has_nested_keys(recorded: tuple[Path, list[dict[str, Any]]])
     assert config["model"]["optimizer"]["phi_lambda"] == 0.1
     assert config["data"]["p"] == 7
     assert (config["task"], config["optimizer"], config["seed"]) == ("modular_addition", "ars2_aga", "0")
-    assert config["group"] == run["run_group"]
+    assert (config["row"], config["group"]) == ("grok_aga", run["run_group"])
 
 
 def test_its_metrics_have_best_values_and_axes(recorded: tuple[Path, list[dict[str, Any]]]) -> None:

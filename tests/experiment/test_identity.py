@@ -34,11 +34,18 @@ def aga() -> RunIdentity:
 
 def test_names(aga: RunIdentity) -> None:
     assert (aga.task, aga.optimizer, aga.seed, aga.experiment) == ("modular_addition", "ars2_aga", "42", "grok_aga")
-    assert aga.name == "modular_addition-ars2_aga-s42"
-    assert aga.group == f"modular_addition-ars2_aga-{aga.setting_digest}"
+    assert (aga.row, aga.name) == ("grok_aga", "grok_aga, seed 42")
+    assert aga.group == f"{aga.row} ({aga.setting_digest})"
     adamw = RunIdentity(resolved(*ADAMW, "--seed_everything", "3"))
     # The data has a separate seed.
-    assert adamw.name == "modular_addition-adamw-s3.42"
+    assert adamw.name == "grok_adamw, seed 3.42"
+
+
+def test_a_run_of_a_search_has_the_name_of_its_row_there(aga: RunIdentity) -> None:
+    sweep = ("--sweep.name", "grok", "--sweep.optimizer", "aga_all")
+    winner, trial = (RunIdentity(resolved(*AGA, *sweep, *more)) for more in ((), ("--sweep.trial", "3")))
+    assert (winner.row, winner.name) == ("aga_all of grok", "aga_all of grok, seed 42")
+    assert trial.name == "aga_all of grok, trial 3, seed 42"
 
 
 def test_a_trailing_number_is_not_part_of_a_tasks_name() -> None:
@@ -50,7 +57,7 @@ def test_a_trailing_number_is_not_part_of_a_tasks_name() -> None:
         },
         "data": {"class_path": "datamodules.cifar10.Data", "init_args": {"seed": 0}},
     }
-    assert RunIdentity(config).name == "cifar-ars2_sync-s0"
+    assert RunIdentity(config).task == "cifar"
 
 
 def test_a_switch_is_named_where_it_is_off_and_runs_from_before_there_was_one_are_repeats() -> None:
@@ -218,7 +225,7 @@ def test_every_callback_here_declares_whether_it_changes_training() -> None:
 
 def test_a_task_has_the_name_that_it_is_given_wherever_its_file_is() -> None:
     assert RunIdentity(config_of()).task == "cifar"  # a run of a version without task names
-    assert RunIdentity(config_of() | {"task": "photographs"}).name == "photographs-ars2_sync-s0"
+    assert RunIdentity(config_of() | {"task": "photographs"}).task == "photographs"
 
 
 @pytest.mark.parametrize(
