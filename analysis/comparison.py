@@ -182,12 +182,12 @@ def _values_table(group: Group, measure: Measure, others: Sequence[Row], referen
     notes = [
         f"{which[0].upper()}{which[1:]} minus that of {reference.label}, paired by seed: mean and 95 % interval, with "
         "the p-values of the paired t-test and of the permutation test of signs, each adjusted for the number of rows "
-        "by Holm's rule. The permutation test assumes no normal distribution; unadjusted, its p is at least 0.0625 with "
-        "five seeds. The probability that a run of the row is better than one of the baseline is over all pairs of "
-        "runs, with a bootstrap interval; there is none where all pairs agree. The last column is the true difference "
-        "that this number of seeds detects with a power of 80 % at the unadjusted 5 % level; smaller ones are not "
-        "excluded. A dash marks fewer than two common seeds, seeds without scatter, or runs that were stopped when "
-        "a validation metric had reached a level, so that its final value is unknown."
+        "by Holm's rule. The permutation test assumes no normal distribution; unadjusted, its p is at least 0.0625 "
+        "with five seeds. The probability that a run of the row is better than one of the baseline is over all pairs "
+        "of runs, with a bootstrap interval; there is none where all pairs agree. The last column is the true "
+        "difference that this number of seeds detects with a power of 80 % at the unadjusted 5 % level; smaller ones "
+        "are not excluded. A dash marks fewer than two common seeds, seeds without scatter, or runs that were stopped "
+        "when a validation metric had reached a level, so that its final value is unknown."
     ]
     return Table(f"Paired seeds against {reference.label}: {which}", heads, lines, notes, optional={heads[-1]})
 

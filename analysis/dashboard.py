@@ -3,8 +3,8 @@
     python -m analysis.dashboard ENTITY/PROJECT modular_addition cifar wikitext
 
 It needs a key. The dashboard is a W&B report with a section a task, and updates as runs come in. The sections of a
-workspace would all show the same runs. Runs are grouped by everything but the seed. Rows, axes and titles have the names
-of a report of compare.py.
+workspace would all show the same runs. Runs are grouped by everything but the seed. Rows, axes and titles have the
+names of a report of compare.py.
 """
 
 import argparse

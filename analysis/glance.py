@@ -71,12 +71,12 @@ def _compared(group: Group, measure: Measure, reference: Row) -> dict[str, tuple
 def _note(measure: Measure, reference: Row | None) -> str:
     if measure.target is not None:
         value = (
-            "Median over seeds with its interval (Kaplan-Meier), and in parentheses how many seeds reached the target, if "
-            "not all did."
+            "Median over seeds with its interval (Kaplan-Meier), and in parentheses how many seeds reached the target, "
+            "if not all did."
         )
         effect = (
-            " The ratio is a geometric mean over common seeds with its 95 % interval, and how often the row was first where "
-            "a run missed the target. p is of the paired t-test of the logarithms, or then of the sign test"
+            " The ratio is a geometric mean over common seeds with its 95 % interval, and how often the row was first "
+            "where a run missed the target. p is of the paired t-test of the logarithms, or then of the sign test"
         )
     else:
         value = "Mean over seeds with its 95 % interval."

@@ -107,9 +107,9 @@ def table(groups: Mapping[str, Group], by_task: Mapping[str, Mapping[str, float]
     lines.append(["score", "-", *(f"{score(list(by_task.values()), name):.2f}" for name in names)])
     notes = [
         "Median gradient evaluations over seeds, of the faster row of each optimizer. The target is the task's own, or "
-        "the level that half of tuned AdamW's runs reach. The score is the mean height of the profile for ratios from 1 "
-        f"to {FURTHEST:g}: 1 for an optimizer that is the best on every task. Optimizers that some task lacks are left "
-        "out. Costs are as fine as the distance between validations, and a few tasks are no sample of all tasks."
+        "the level that half of tuned AdamW's runs reach. The score is the mean height of the profile for ratios from "
+        f"1 to {FURTHEST:g}: 1 for an optimizer that is the best on every task. Optimizers that some task lacks are "
+        "left out. Costs are as fine as the distance between validations, and a few tasks are no sample of all tasks."
     ]
     return Table("Cost by task", ["task", "target", *names], lines, notes, strong={len(lines) - 1})
 

@@ -125,7 +125,7 @@ def report(
         ValueError: a study has no finished run, or the folder has other files.
     """
     folder = output or project.output
-    _check_folder(folder, project)
+    _check_folder(folder)
     sections: dict[str, list[Section]] = {}
     groups: dict[str, list[Group]] = {}
     titles: dict[str, str] = {}
@@ -151,14 +151,14 @@ def report(
     return f"{count(len(sections), 'study').replace('studys', 'studies')} in {folder / 'index.md'}"
 
 
-def _check_folder(folder: Path, project: Project) -> None:
+def _check_folder(folder: Path) -> None:
     """Check that a folder is new, empty, or has the page of a project."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: name another one to write the report to")
     page = folder / "index.md"
-    if folder.exists() and any(folder.iterdir()):
-        if not page.is_file() or not page.read_text(encoding="utf-8").startswith(MADE):
-            raise ValueError(f"{folder} is not empty and has no report: name another folder to write the report to")
+    made = page.is_file() and page.read_text(encoding="utf-8").startswith(MADE)
+    if folder.exists() and any(folder.iterdir()) and not made:
+        raise ValueError(f"{folder} is not empty and has no report: name another folder to write the report to")
 
 
 def _first(section: Section) -> list[Picture]:

@@ -24,8 +24,8 @@ from experiment.quantities import count
 
 FILES = ("report.html", "report.md", "report.tex", "runs.csv")
 PROFILE = (
-    "For each ratio, the share of tasks on which an optimizer needs at most that many times the gradient evaluations of "
-    "the task's best optimizer. Higher is better; the left end is the share of tasks on which it is the best."
+    "For each ratio, the share of tasks on which an optimizer needs at most that many times the gradient evaluations "
+    "of the task's best optimizer. Higher is better; the left end is the share of tasks on which it is the best."
 )
 
 

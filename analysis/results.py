@@ -109,8 +109,8 @@ def results(group: Group) -> Table:
         lines.append([row.label, *cells, f"{len(row.runs)}{diverged}", trials, _epochs(row)])
     notes = [
         "Mean and 95 % t-interval over seeds, on the logit scale for percentages and on the log scale for other "
-        "positive values. The best value of a run is of the epoch that is best by itself, so it is a little optimistic. "
-        "Runs that diverged have no last value and miss every target."
+        "positive values. The best value of a run is of the epoch that is best by itself, so it is a little "
+        "optimistic. Runs that diverged have no last value and miss every target."
     ]
     if tests:
         notes.append(f"Tested after training: the checkpoint with the best {group.metric}.")
@@ -119,8 +119,8 @@ def results(group: Group) -> Table:
     stopped = [row.label for row in group.rows if group.stopped_on(row, group.metric)]
     if stopped:
         notes.append(
-            f"Runs of {named(stopped, len(group.rows))} were stopped when a validation metric had reached a level. Their "
-            "values are of that time, so they say nothing of how good the row would become, and are not tested."
+            f"Runs of {named(stopped, len(group.rows))} were stopped when a validation metric had reached a level. "
+            "Their values are of that time, so they say nothing of how good the row would become, and are not tested."
         )
     if len(group.rows) > 1 and (missing := _missing_seeds(group)):
         notes.append(missing)
@@ -193,8 +193,8 @@ def to_target(group: Group) -> Table | None:
         lines.append([row.label, counts, *texts[:1], f"{number(lower)} to {number(upper)}", *texts[1:]])
     notes = [
         "Median over seeds and its interval. The quartiles are the times by which a quarter and three quarters of the "
-        "seeds had reached the target, a dash where fewer have. Seconds are of training alone, and compare only between runs on one "
-        f"machine that did nothing else.{_coverage(group)}"
+        "seeds had reached the target, a dash where fewer have. Seconds are of training alone, and compare only "
+        f"between runs on one machine that did nothing else.{_coverage(group)}"
     ]
     first_axis, *axes = (unit if axis == "cost/flops" else AXES[axis] for axis in group.axes)
     heads = ["row", "reached", first_axis, f"quartiles of {first_axis}", *axes]
@@ -248,8 +248,8 @@ def step_cost(group: Group, reference: Row | None) -> Table | None:
         "machine",
     ]
     notes = [
-        "Median over seeds, and in brackets the quartiles. Training alone, without evaluation; times compare only within "
-        "one machine that did nothing else."
+        "Median over seeds, and in brackets the quartiles. Training alone, without evaluation; times compare only "
+        "within one machine that did nothing else."
     ]
     return Table("Step cost", heads, lines, notes, optional={"machine"})
 

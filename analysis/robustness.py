@@ -69,9 +69,10 @@ def _note(rows: Sequence[Row]) -> str:
     noise, radius = (given(rows, "RobustnessProbe", option) for option in ("noise", "rho"))
     steps, rate = (given(rows, "ForgettingProbe", option) for option in ("steps", "lr"))
     return (
-        "Mean and 95 % interval over seeds, on the log scale where a column has positive values only. The loss is that of the first test batches. Rises are from it: by rounding "
-        f"the weights of every output to so many bits, and by noise of {noise} relative to the root mean square of a "
-        "tensor. Top eigenvalue and rise along the gradient are of the training loss in evaluation mode, at radius "
-        f"{radius} in every tensor. Forgotten is the rise of the test loss by {steps} steps of AdamW at learning rate "
-        f"{rate} on other data, and learned is the fall of the loss on the other data."
+        "Mean and 95 % interval over seeds, on the log scale where a column has positive values only. The loss is that "
+        "of the first test batches. Rises are from it: by rounding the weights of every output to so many bits, and "
+        f"by noise of {noise} relative to the root mean square of a tensor. Top eigenvalue and rise along the gradient "
+        f"are of the training loss in evaluation mode, at radius {radius} in every tensor. Forgotten is the rise of "
+        f"the test loss by {steps} steps of AdamW at learning rate {rate} on other data, and learned is the fall of "
+        "the loss on the other data."
     )

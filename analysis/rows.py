@@ -124,7 +124,10 @@ class Measure:
         return row.last(self.column) if self.column.startswith("test/") else row.best(self.column, self.lower)
 
     def of_trial(self, run: Run) -> float | None:
-        """Return the value of a trial, ``None`` if it has none. Trials are not tested, so the metric is of validation."""
+        """Return the value of a trial, ``None`` if it has none.
+
+        Trials are not tested, so a metric is that of validation.
+        """
         if self.target is not None:
             return run.reached(self.target, self.column)
         value = run.best(self.column.replace("test/", "val/"), self.lower)

@@ -28,9 +28,9 @@ BAND = (0.1, 0.9)
 def sensitivity(group: Group, name: str) -> list[Figure]:
     """Draw the trials of a search over each option that it varied, in a small picture for each row.
 
-    A hollow mark is a trial that ended without reaching the target, at the evaluations that it was given, and a cross at
-    the edge one without a finite value. A ring is around each trial that was the best so far when it ran, and the best
-    of all is large.
+    A hollow mark is a trial that ended without reaching the target, at the evaluations that it was given, and a cross
+    at the edge one without a finite value. A ring is around each trial that was the best so far when it ran, and the
+    best of all is large.
     """
     rows = searched_rows(group, name)
     keys = dict.fromkeys(key for trials, *_ in rows.values() for key in options_of(trials))
@@ -136,9 +136,9 @@ def best_after(group: Group, name: str) -> Figure | None:
 def best_of_k(values: Sequence[float | None], lower: bool) -> np.ndarray:
     """Return quantiles of the best of k values chosen at random without replacement, for k from 1 to their number.
 
-    The columns are the lower end of :data:`BAND`, the median and its upper end. A missing value is worse than any other;
-    where it is the best, the quantile is not finite. For the expected best see Dodge et al. (2019), "Show Your Work";
-    the median exists also where some trials have no value.
+    The columns are the lower end of :data:`BAND`, the median and its upper end. A missing value is worse than any
+    other; where it is the best, the quantile is not finite. For the expected best see Dodge et al. (2019), "Show Your
+    Work"; the median exists also where some trials have no value.
     """
     worst = math.inf if lower else -math.inf
     ordered = np.sort([worst if value is None else value for value in values])

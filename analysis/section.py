@@ -132,15 +132,16 @@ def _picture(place: str, figure: Figure | None, caption: str, file: str, legend:
 
 
 _CURVES = (
-    "Thick lines are means over seeds, of losses geometric ones, from three seeds on with their 95 % band, until a seed "
-    "ends. Up to six rows have thin lines for their seeds."
+    "Thick lines are means over seeds, of losses geometric ones, from three seeds on with their 95 % band, until a "
+    "seed ends. Up to six rows have thin lines for their seeds."
 )
 _PASSES = (
     "The first seed of the row: its loss, phi with the threshold below which a second pass is made, and their rate."
 )
 _BEST = (
     "If only k of a row's trials had been run, chosen at random: the median of the best, and the band has 80 % of such "
-    "choices. Grey lines are the other rows' medians. A line begins where half of the choices have a trial with a value."
+    "choices. Grey lines are the other rows' medians. A line begins where half of the choices have a trial with a "
+    "value."
 )
 
 
@@ -159,8 +160,8 @@ def _trials_caption(group: Group) -> str:
     if group.measure.target is not None:
         missed = " A hollow one ended without reaching the target, at the evaluations that it was given."
     return (
-        f"A mark is a trial.{missed} A cross at the edge is one without a finite value. Rings are around trials that were "
-        "the best so far when they ran. The large mark is the best of all."
+        f"A mark is a trial.{missed} A cross at the edge is one without a finite value. Rings are around trials that "
+        "were the best so far when they ran. The large mark is the best of all."
     )
 
 

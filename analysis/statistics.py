@@ -62,7 +62,10 @@ def bounded_interval(values: Sequence[float], most: float = np.inf) -> Mean:
 
 
 def _within(mean: np.ndarray, half: np.ndarray, most: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the limits of intervals that stay between 0 and ``most``; at these ends they are those of the t-interval."""
+    """Return the limits of intervals that stay between 0 and ``most``.
+
+    Where the mean is one of these ends, they are those of the t-interval.
+    """
     inside = (mean > 0) & (mean < most)
     m = np.where(inside, mean, 0.5 if most < np.inf else 1.0)
     odds = m / (1 - m / most)
@@ -114,8 +117,8 @@ def geometric_interval(values: Sequence[float]) -> Mean:
 class Paired:
     """Differences between two rows on the seeds that both have.
 
-    ``p`` is of the paired t-test, NaN without scatter. ``detectable`` is the smallest true difference that a t-test with
-    this number and scatter of seeds detects at the 5 % level with a power of 80 %. Smaller ones are not excluded.
+    ``p`` is of the paired t-test, NaN without scatter. ``detectable`` is the smallest true difference that a t-test
+    with this number and scatter of seeds detects at the 5 % level with a power of 80 %. Smaller ones are not excluded.
     """
 
     difference: Mean

@@ -20,7 +20,8 @@ _WRAP = 22
 def ranking(group: Group, reference: Row | None) -> Figure | None:
     """Draw the measure of every row: its seeds, the median or mean with its interval, and both as text.
 
-    The best row is at the top. A dashed line is at the reference. Seeds that missed the target are hollow, at the right.
+    The best row is at the top. A dashed line is at the reference. Seeds that missed the target are hollow, at the
+    right.
 
     Returns ``None`` where no row has a value.
     """

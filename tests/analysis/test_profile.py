@@ -12,7 +12,8 @@ from analysis.rows import Group, group
 from analysis.runs import read
 from experiment.target import Target
 
-# Of three tasks: A is the best of one and twice the best of the second; B is the best of two, and never reaches the last.
+# Of three tasks: A is the best of one and twice the best of the second; B is the best of two, and never reaches the
+# last.
 TASKS: Mapping[str, Mapping[str, float]] = {
     "first": {"A": 100.0, "B": 300.0},
     "second": {"A": 200.0, "B": 100.0},
