@@ -37,8 +37,9 @@ const table = document.querySelector("table"), heads = [...table.tHead.rows[0].c
 const names = () => [...body.rows].filter((row) => !row.hidden).map((row) => row.cells[0].textContent);
 const press = (column) => { heads[column].querySelector("button").click(); return names(); };
 const result = (() => { %s })();
-parent.postMessage(JSON.stringify({result, failure, width: document.documentElement.scrollWidth, screen: innerWidth}),
-"*"); </script>"""
+const width = document.documentElement.scrollWidth;
+parent.postMessage(JSON.stringify({result, failure, width, screen: innerWidth}), "*");
+</script>"""
 # A window has a least width, which a frame has not.
 FRAME = """<!doctype html><title>nothing came back</title>
 <script>addEventListener("message", (event) => { document.title = event.data; });</script>
@@ -51,8 +52,9 @@ def in_browser(page: str, steps: str, folder: Path, width: int = 1280) -> Any:
     before, script = head.rsplit("<script>", 1)
     (folder / "page.html").write_text(before + PROBE % (f"<script>{script}", steps) + f"</body>{end}", encoding="utf-8")
     (folder / "frame.html").write_text(FRAME % width, encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder /
-    'profile'}"] options += ["--window-size=1400,1000", "--virtual-time-budget=5000", "--dump-dom"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    options += [f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000"]
+    options += ["--virtual-time-budget=5000", "--dump-dom"]
     command = [str(BROWSER), *options, (folder / "frame.html").as_uri()]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     title = re.search(r"<title>(.*?)</title>", found.stdout, re.S)
