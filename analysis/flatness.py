@@ -9,6 +9,7 @@ from analysis.rows import Group, Row
 from analysis.runs import Run
 from analysis.statistics import geometric_interval, mean_interval
 from analysis.tables import Table, mean_text, number
+from experiment.quantities import count
 
 # Columns of callbacks.flatness_probe.FlatnessProbe; of each, less is flatter.
 MEASURES = {
@@ -69,25 +70,31 @@ def _with_validation(group: Group) -> Table:
             pairs = [pair[np.isfinite(pair).all(axis=1)] for pair in pairs if len(pair)]
             # The scatter between seeds of one setting, without differences between rows.
             apart = [pair - pair.mean(axis=0) for pair in pairs if len(pair) > 1]
-            cells += [_correlation(pairs), _correlation(apart)]
+            cells += [_correlation(pairs), _correlation(apart, means=len(apart))]
         if any(cell != "-" for cell in cells):
             lines.append([name, *cells])
     heads = [head for name in kinds for head in (f"with {name}", f"with {name}, within rows")]
     notes = [
-        "Spearman's rank correlation over runs (p-value, runs). Above zero, flatter runs validate better. Over all "
-        "runs it mixes optimizers, whose validation may differ for other reasons. Within rows, each row's mean is "
-        "subtracted first, so that only seeds of one setting are compared. Values are from the end of training, and "
+        "Spearman's rank correlation, and the number of runs. Above zero, flatter runs validate better. Over all "
+        "runs it mixes optimizers, whose validation may differ for other reasons. Runs of a row are alike, so it has "
+        "no p-value. Within rows, each row's mean is subtracted first, so that only seeds of one setting are compared; "
+        "p is of the t-test with as many degrees of freedom fewer. Values are from the end of training, and "
         "p-values are not adjusted. Rows whose runs were stopped at a level of a validation metric are left out."
     ]
     return Table("Does flatter go with better?", ["flatter by", *heads], lines, notes)
 
 
-def _correlation(pairs: Sequence[np.ndarray]) -> str:
+def _correlation(pairs: Sequence[np.ndarray], means: int = 0) -> str:
+    """Return the rank correlation over runs, with its p-value if ``means`` of rows were subtracted from them."""
     values = np.concatenate(pairs) if pairs else np.empty((0, 2))
     if len(values) < _FEWEST or np.ptp(values, axis=0).min() == 0:
         return "-"
-    found = stats.spearmanr(values[:, 0], values[:, 1])
-    return f"{found.statistic:+.2f} ({number(float(found.pvalue), 2)}, {len(values)})"
+    rho = float(stats.spearmanr(values[:, 0], values[:, 1]).statistic)
+    freedom = len(values) - 1 - means
+    if not means or freedom < 1:
+        return f"{rho:+.2f} ({count(len(values), 'run')})"
+    t = rho * np.sqrt(freedom / max(1 - rho**2, 1e-12))
+    return f"{rho:+.2f} ({count(len(values), 'run')}, p {number(2 * float(stats.t.sf(abs(t), freedom)), 2)})"
 
 
 def given(rows: Iterable[Row], probe: str, option: str) -> str:

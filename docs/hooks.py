@@ -6,13 +6,14 @@ On the code host such a link works as it is. The site has only the pages: its li
 """
 
 import logging
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-# A link in Markdown whose target lies outside docs/; pages and pictures have no "../".
-OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)(#[^)\s]*)?\)")
+# A link in Markdown that leads upwards, out of docs/ or of a folder in it.
+UPWARDS = re.compile(r"\]\(((?:\.\./)+[^)#\s]+)(#[^)\s]*)?\)")
 # mkdocs checks every link without a scheme, so these get one until it has done so.
 SCHEME = "repository:"
 ROLE = re.compile(r":(?:class|func|meth|mod):(?=<code>)")
@@ -23,14 +24,18 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Check that linked files exist, and hide their links from mkdocs."""
 
     def hide(match: re.Match[str]) -> str:
-        if not (ROOT / match[1]).exists():
-            log.warning("%s links to ../%s, which does not exist", page.file.src_uri, match[1])
-        return f"]({SCHEME}{match[1]}{match[2] or ''})"
+        target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page.file.src_uri), match[1]))
+        if target.startswith("docs/"):
+            return match[0]
+        if not (ROOT / target).exists():
+            log.warning("%s links to %s, which does not exist", page.file.src_uri, match[1])
+        return f"]({SCHEME}{target}{match[2] or ''})"
 
-    return OUTSIDE.sub(hide, markdown)
+    return UPWARDS.sub(hide, markdown)
 
 
-def on_page_content(html: str, config: Any, **_: Any) -> str:
+def on_page_content(html: str, page: Any, config: Any, **_: Any) -> str:
     """Lead the hidden links to the repository, or to the checkout."""
-    base = f"{config.repo_url.rstrip('/')}/blob/main/" if config.repo_url else "../"
+    checkout = "../" * (1 + page.file.src_uri.count("/"))
+    base = f"{config.repo_url.rstrip('/')}/blob/main/" if config.repo_url else checkout
     return ROLE.sub("", html).replace(f'href="{SCHEME}', f'href="{base}')

@@ -3,6 +3,7 @@
 Features and their tests, commands and configs are checked; tests/test_rooms.py checks the map of the rooms.
 """
 
+import argparse
 import ast
 import importlib.util
 import re
@@ -256,6 +257,13 @@ def test_the_settings_shown_are_those_of_the_winners() -> None:
             assert (not row and not numbers) or same(numbers, winner(study, row)["optimizer"]["init_args"]["rho"]), row
 
 
+class Page:
+    """Stand for the part of mkdocs' page that the hook reads."""
+
+    def __init__(self, source: str) -> None:
+        self.file = argparse.Namespace(src_uri=source)
+
+
 class Config:
     """Stand for the part of mkdocs' config that the hook reads."""
 
@@ -263,14 +271,23 @@ class Config:
         self.repo_url = repo_url
 
 
-@pytest.mark.parametrize(("url", "start"), [("", "../"), ("https://host/a/b/", "https://host/a/b/blob/main/")])
-def test_links_out_of_the_pages_lead_to_the_repository(url: str, start: str) -> None:
+@pytest.mark.parametrize(
+    ("url", "source", "up", "start"),
+    [
+        ("", "algorithm.md", "../", "../"),
+        ("", "results/index.md", "../../", "../../"),
+        ("https://host/a/b/", "results/index.md", "../../", "https://host/a/b/blob/main/"),
+    ],
+)
+def test_links_out_of_the_pages_lead_to_the_repository(url: str, source: str, up: str, start: str) -> None:
     specification = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
     assert specification is not None and specification.loader is not None
     hooks = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(hooks)
-    hidden = hooks.on_page_markdown("[a](../ars2/muon.py) [b](tasks.md)", page=None)
-    target = re.search(r"\[a\]\((.*?)\) \[b\]\(tasks.md\)", hidden)
+    inside = "[b](tasks.md)" if up == "../" else "[b](../tasks.md)"  # stays within docs/
+    hidden = hooks.on_page_markdown(f"[a]({up}ars2/muon.py) {inside}", page=Page(source))
+    target = re.search(rf"\[a\]\((.*?)\) {re.escape(inside)}", hidden)
     assert target is not None and "../" not in target[1]
-    html = hooks.on_page_content(f'<a href="{target[1]}">:func:<code>step</code></a>', config=Config(url))
+    link = f'<a href="{target[1]}">:func:<code>step</code></a>'
+    html = hooks.on_page_content(link, page=Page(source), config=Config(url))
     assert html == f'<a href="{start}ars2/muon.py"><code>step</code></a>'
