@@ -1,15 +1,13 @@
 """Compare rows with each other on common seeds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from analysis.labels import nearest
-from analysis.results import is_share
-from analysis.rows import AXIS, Group, Measure, Row
-from analysis.runs import AXES
-from analysis.statistics import Paired, holm, improvement, paired, pairs_ahead, scaled
-from analysis.tables import Table, mean_text, number, percent_text
+from analysis.rows import Group, Measure, Row
+from analysis.statistics import Paired, holm, paired
+from analysis.tables import Table, percent_text
 from analysis.times import Race, race
 from experiment.target import Target
 
@@ -122,7 +120,7 @@ def who_is_ahead(group: Group) -> Table | None:
         f"By {measure}; numbers are those of the second column. A pair of rows is settled if it has at least "
         f"{FEWEST_SEEDS} common seeds and p is below 5 % after Holm's adjustment for all {tested} such pairs. "
         f"The test is {rule if measure.target is not None else 'the paired t-test'}. Rows that are not settled may "
-        "still differ."
+        "still differ: with few seeds the sign test cannot settle a pair, whatever its runs did."
     ]
     return Table("Which row is ahead of which", ["row", "no.", "ahead of", "behind", "not settled"], lines, notes)
 
@@ -137,99 +135,3 @@ def _places(numbers: Sequence[int]) -> str:
             ranges.append([n])
     words = [str(r[0]) if len(r) == 1 else f"{r[0]}, {r[1]}" if len(r) == 2 else f"{r[0]} to {r[-1]}" for r in ranges]
     return ", ".join(words) or "-"
-
-
-def pairs(group: Group, reference: Row) -> Iterator[Table]:
-    """Yield the comparisons with one row on common seeds.
-
-    One is of values of the metric, the other of the order in which rows reached the goal. Nothing is yielded where no
-    row has two seeds in common with it.
-    """
-    others = [row for row in group.rows if row is not reference]
-    if max((common_seeds(row, reference) for row in others), default=0) < 2:
-        return
-    measure = group.measure
-    valued = measure if measure.target is None else Measure(None, group.metric, group.lower)
-    table = _values_table(group, valued, others, reference)
-    if any(line[2] != "-" for line in table.rows):
-        yield table
-    goal = group.goal
-    if goal is not None and AXIS in group.axes:
-        yield _times_table(group, Measure(goal, AXIS, True), others, reference)
-
-
-def _values_table(group: Group, measure: Measure, others: Sequence[Row], reference: Row) -> Table:
-    scale, unit = (100, " (points)") if is_share(measure.column) else (1, "")
-    compared = [compare_values(group, measure, row, reference) for row in others]
-    adjusted = [
-        holm([np.nan if pair is None else p(pair) for pair in compared])
-        for p in (lambda pair: pair.p, lambda pair: pair.p_permutation)
-    ]
-    lines = []
-    for row, pair, p, permuted in zip(others, compared, *adjusted, strict=True):
-        if pair is None:
-            lines.append([row.label, str(common_seeds(row, reference)), *["-"] * 5])
-            continue
-        values, base = (list(measure.values(one).values()) for one in (row, reference))
-        better = improvement(pairs_ahead(values, base, measure.lower))
-        cells = [mean_text(scaled(pair.difference, scale), 3), number(p, 2), number(permuted, 2)]
-        lines.append(
-            [row.label, str(pair.difference.n), *cells, percent_text(better), number(scale * pair.detectable, 3)]
-        )
-    heads = ["row", "common seeds", f"difference{unit}", "p (t-test)", "p (permutation)"]
-    heads += ["probability of being better", f"smallest detectable{unit}"]
-    which = measure.column if measure.column.startswith("test/") else f"best {measure.column}"
-    notes = [
-        f"{which[0].upper()}{which[1:]} minus that of {reference.label}, paired by seed: mean and 95 % interval, with "
-        "the p-values of the paired t-test and of the permutation test of signs, each adjusted for the number of rows "
-        "by Holm's rule. The permutation test assumes no normal distribution; unadjusted, its p is at least 0.0625 "
-        "with five seeds. The probability that a run of the row is better than one of the baseline is over all pairs "
-        "of runs, with a bootstrap interval; there is none where all pairs agree. The last column is the true "
-        "difference that this number of seeds detects with a power of 80 % at the unadjusted 5 % level; smaller ones "
-        "are not excluded. A dash marks fewer than two common seeds, seeds without scatter, or runs that were stopped "
-        "when a validation metric had reached a level, so that its final value is unknown."
-    ]
-    return Table(f"Paired seeds against {reference.label}: {which}", heads, lines, notes, optional={heads[-1]})
-
-
-def _times_table(group: Group, measure: Measure, others: Sequence[Row], reference: Row) -> Table:
-    races = [compare_times(measure, row, reference) for row in others]
-    adjusted = [holm(p) for p in zip(*((r.p_ratio, r.p_permutation, r.p_sign) for r in races), strict=True)]
-    further = [axis for axis in ("cost/optimizer_steps", "cost/training_seconds") if axis in group.axes]
-
-    def ratio_on(row: Row, axis: str) -> str:
-        ratio = compare_times(Measure(measure.target, axis, True), row, reference).ratio
-        return "-" if ratio is None else mean_text(ratio, 3)
-
-    lines = [
-        [
-            row.label,
-            f"{r.first} / {r.second} / {r.undecided}",
-            "-" if r.ratio is None else mean_text(r.ratio, 3),
-            *(number(value, 2) for value in p),
-            chance_text(r),
-            *(ratio_on(row, axis) for axis in further),
-        ]
-        for row, r, *p in zip(others, races, *adjusted, strict=True)
-    ]
-    tests = ["p (t-test)", "p (permutation)", "p (sign test)"]
-    ratios = [f"ratio of {AXES[axis]}" for axis in further]
-    heads = [
-        "row",
-        "first / second / undecided",
-        "ratio of evaluations",
-        *tests,
-        "probability of being faster",
-        *ratios,
-    ]
-    notes = [
-        f"Gradient evaluations to {measure.target} against {reference.label}, paired by seed: how often the row was "
-        "first, and the geometric mean of the ratios with its 95 % interval. Below 1 the row needs less. The t-test "
-        "and the permutation test of signs are of the logarithms of the ratios, the sign test of how often the row was "
-        "first; all p-values are adjusted for the number of rows by Holm's rule. Unadjusted, those of the permutation "
-        "and the sign test are at least 0.0625 with five seeds. Ratios are shown only if both rows reached the target "
-        "on every common seed. The probability that a run of the row is faster than one of the baseline is over all "
-        "pairs of runs, with a bootstrap interval; there is none where all pairs agree."
-    ]
-    title = f"Paired seeds against {reference.label}: {measure.target}"
-    return Table(title, heads, lines, notes, optional={*tests[2:], *ratios})

@@ -190,15 +190,19 @@ def to_target(group: Group) -> Table | None:
         ]
         first = next((m for m in medians if m is not None), None)
         lower, upper = (None, None) if first is None else first.quartiles
-        lines.append([row.label, counts, *texts[:1], f"{number(lower)} to {number(upper)}", *texts[1:]])
+        lines.append([row.label, counts, *texts[:1], _range(lower, upper), *texts[1:]])
     notes = [
         "Median over seeds and its interval. The quartiles are the times by which a quarter and three quarters of the "
-        "seeds had reached the target, a dash where fewer have. Seconds are of training alone, and compare only "
+        "seeds had reached the target, a dash where fewer did. Seconds are of training alone, and compare only "
         f"between runs on one machine that did nothing else.{_coverage(group)}"
     ]
     first_axis, *axes = (unit if axis == "cost/flops" else AXES[axis] for axis in group.axes)
     heads = ["row", "reached", first_axis, f"quartiles of {first_axis}", *axes]
     return Table(f"Cost of reaching {target}", heads, lines, notes, optional={*axes} - {"training seconds"})
+
+
+def _range(lower: float | None, upper: float | None) -> str:
+    return "-" if lower is None else f"{number(lower)} to {number(upper)}"
 
 
 def _flops(column: Sequence[float | None]) -> tuple[str, Callable[[float | None], str]]:

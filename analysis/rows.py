@@ -210,14 +210,15 @@ class Group:
         """What rows are ranked by.
 
         It is the test metric if every row was tested; else gradient evaluations to the last target, unless that is
-        borrowed from another protocol; else the best value of the metric.
+        borrowed from another protocol or no run reached it; else the best value of the metric.
         """
         test = f"test/{self.metric.removeprefix('val/')}"
         if self.rows and all(any(run.has(test) for run in row.runs.values()) for row in self.rows):
             return Measure(None, test, self.lower)
         axis = AXIS if AXIS in self.axes else "epoch"
-        if self.goal is not None and not self.borrowed:
-            return Measure(self.goal, axis, True)
+        goal, runs = self.goal, [run for row in self.rows for run in row.runs.values()]
+        if goal is not None and not self.borrowed and any(run.reached(goal) is not None for run in runs):
+            return Measure(goal, axis, True)
         return Measure(None, self.metric, self.lower)
 
     def stopped_on(self, row: Row, metric: str) -> bool:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from matplotlib.figure import Figure
 
 from analysis.ablation import ablations
-from analysis.comparison import baseline, pairs, who_is_ahead
+from analysis.comparison import baseline, who_is_ahead
 from analysis.curves import curves, second_passes
 from analysis.flatness import flatness
 from analysis.glance import at_a_glance
+from analysis.pairs import pairs
 from analysis.results import milestones, published, results, step_cost, to_target
 from analysis.robustness import robustness
 from analysis.rows import Group, Row

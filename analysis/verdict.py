@@ -118,6 +118,8 @@ def headlines(group: Group, reference: Row | None) -> Iterator[str]:
     yield sentence(group, reference)
     measure = group.measure
     if measure.target is None:
+        if group.goal is not None and not group.borrowed and not measure.column.startswith("test/"):
+            yield f"No run reached {group.goal}."
         return
     missed = [
         row.label

@@ -1,0 +1,102 @@
+"""Tabulate the comparisons with one row on common seeds, by several tests."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from analysis.comparison import chance_text, common_seeds, compare_times, compare_values
+from analysis.results import is_share
+from analysis.rows import AXIS, Group, Measure, Row
+from analysis.runs import AXES
+from analysis.statistics import holm, improvement, pairs_ahead, scaled
+from analysis.tables import Table, mean_text, number, percent_text
+
+_SIGNS = (
+    "The permutation test of signs assumes no normal distribution, and neither it nor the sign test can give less than "
+    "0.0625 with five seeds. "
+)
+_UNADJUSTED = (
+    "p is adjusted for the number of rows by Holm's rule, as in the first table. The columns after it are not. "
+)
+
+
+def pairs(group: Group, reference: Row) -> Iterator[Table]:
+    """Yield the comparisons with one row on common seeds.
+
+    One is of values of the metric, the other of the order in which rows reached the goal. Nothing is yielded where no
+    row has two seeds in common with it.
+    """
+    others = [row for row in group.rows if row is not reference]
+    if max((common_seeds(row, reference) for row in others), default=0) < 2:
+        return
+    measure = group.measure
+    valued = measure if measure.target is None else Measure(None, group.metric, group.lower)
+    table = _values_table(group, valued, others, reference)
+    if any(line[2] != "-" for line in table.rows):
+        yield table
+    goal = group.goal
+    if goal is not None and AXIS in group.axes:
+        yield _times_table(group, Measure(goal, AXIS, True), others, reference)
+
+
+def _values_table(group: Group, measure: Measure, others: Sequence[Row], reference: Row) -> Table:
+    scale, unit = (100, " (points)") if is_share(measure.column) else (1, "")
+    compared = [compare_values(group, measure, row, reference) for row in others]
+    adjusted = holm([np.nan if pair is None else pair.p for pair in compared])
+    lines = []
+    for row, pair, p in zip(others, compared, adjusted, strict=True):
+        if pair is None:
+            lines.append([row.label, str(common_seeds(row, reference)), *["-"] * 6])
+            continue
+        values, base = (list(measure.values(one).values()) for one in (row, reference))
+        cells = [str(pair.difference.n), mean_text(scaled(pair.difference, scale), 3)]
+        cells += [number(value, 2) for value in (p, pair.p, pair.p_permutation)]
+        cells += [percent_text(improvement(pairs_ahead(values, base, measure.lower)))]
+        lines.append([row.label, *cells, number(scale * pair.detectable, 3)])
+    tests = ["t-test", "permutation test"]
+    last = ["probability of being better", f"smallest detectable{unit}"]
+    which = measure.column if measure.column.startswith("test/") else f"best {measure.column}"
+    notes = [
+        f"{which[0].upper()}{which[1:]} minus that of {reference.label}, paired by seed: mean, 95 % interval and "
+        f"p-values. {_UNADJUSTED}{_SIGNS}The probability that a run of the row is better than one of the baseline is "
+        "over all pairs of runs, with a bootstrap interval; there is none where all pairs agree. The last column is "
+        "the true difference that this number of seeds detects with a power of 80 % at the unadjusted 5 % level; "
+        "smaller ones are not excluded. A dash marks fewer than two common seeds, seeds without scatter, or runs that "
+        "were stopped when a validation metric had reached a level, so that its final value is unknown."
+    ]
+    heads = ["row", "common seeds", f"difference{unit}", "p", *tests, *last]
+    return Table(f"Paired seeds against {reference.label}: {which}", heads, lines, notes, optional={*tests, last[-1]})
+
+
+def _times_table(group: Group, measure: Measure, others: Sequence[Row], reference: Row) -> Table:
+    races = [compare_times(measure, row, reference) for row in others]
+    further = [axis for axis in ("cost/optimizer_steps", "cost/training_seconds") if axis in group.axes]
+
+    def ratio_on(row: Row, axis: str) -> str:
+        ratio = compare_times(Measure(measure.target, axis, True), row, reference).ratio
+        return "-" if ratio is None else mean_text(ratio, 3)
+
+    lines = [
+        [
+            row.label,
+            f"{r.first} / {r.second} / {r.undecided}",
+            "-" if r.ratio is None else mean_text(r.ratio, 3),
+            *(number(value, 2) for value in (p, r.p_ratio, r.p_permutation, r.p_sign)),
+            chance_text(r),
+            *(ratio_on(row, axis) for axis in further),
+        ]
+        for row, r, p in zip(others, races, holm([r.p for r in races]), strict=True)
+    ]
+    tests, ratios = ["t-test", "permutation test", "sign test"], [f"ratio of {AXES[axis]}" for axis in further]
+    heads = ["row", "first / second / undecided", "ratio of evaluations", "p", *tests, "probability of being faster"]
+    notes = [
+        f"Gradient evaluations to {measure.target} against {reference.label}, paired by seed: how often the row was "
+        "first, and the geometric mean of the ratios with its 95 % interval. Below 1 the row needs less. p is of the "
+        f"t-test, or of the sign test where a run missed the target. {_UNADJUSTED}The t-test and the permutation test "
+        f"are of the logarithms of the ratios, the sign test of how often the row was first. {_SIGNS}Ratios are shown "
+        "only if both rows reached the target on every common seed. The probability that a run of the row is faster "
+        "than one of the baseline is over all pairs of runs, with a bootstrap interval; there is none where all pairs "
+        "agree."
+    ]
+    title = f"Paired seeds against {reference.label}: {measure.target}"
+    return Table(title, [*heads, *ratios], lines, notes, optional={*tests, *ratios})
