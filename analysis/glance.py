@@ -23,11 +23,22 @@ def at_a_glance(group: Group, reference: Row | None) -> Table:
         diverged = f", {row.diverged} diverged" if row.diverged else ""
         trials = "none" if row.trials is None else str(row.trials)
         lines.append([row.label, _text(measure, row), *cells, f"{len(row.runs)}{diverged}", trials])
-    against = "the baseline" if reference is None else reference.label
+    if reference is None:
+        lines = [[*line[:2], *line[-2:]] for line in lines]
+        heads = ["row", _head(measure), "seeds", "trials"]
+        return Table("At a glance", heads, lines, [_note(measure, reference)], optional={"trials"})
     kind = "ratio to" if measure.target is not None else "difference to"
     unit = " (points)" if measure.target is None and is_share(measure.column) else ""
     which = "faster" if measure.target is not None else "better"
-    heads = ["row", _head(measure), f"{kind} {against}{unit}", "p", f"probability of being {which}", "seeds", "trials"]
+    heads = [
+        "row",
+        _head(measure),
+        f"{kind} {reference.label}{unit}",
+        "p",
+        f"probability of being {which}",
+        "seeds",
+        "trials",
+    ]
     return Table("At a glance", heads, lines, [_note(measure, reference)], optional={"trials"})
 
 

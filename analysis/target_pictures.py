@@ -23,13 +23,13 @@ def ranking(group: Group, reference: Row | None) -> Figure | None:
     The best row is at the top. A dashed line is at the reference. Seeds that missed the target are hollow, at the
     right.
 
-    Returns ``None`` where no row has a value.
+    Returns ``None`` where no row has a value, and for a single run.
     """
     measure = group.measure
     found = {row.label: _summary(measure, row) for row in group.rows}
     values = {row.label: _seeds(measure, row) for row in group.rows}
     finite = [x for seeds in values.values() for x in seeds if np.isfinite(x)]
-    if not finite:
+    if not finite or sum(map(len, values.values())) < 2:
         return None
     names = [textwrap.fill(row.label, _WRAP) for row in group.rows]
     heights = [0.2 + 0.14 * name.count("\n") + 0.06 for name in names]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from analysis.comparison import common_seeds, compare_times, compare_values, settled
+from analysis.comparison import LEVEL, common_seeds, compare_times, compare_values, settled
 from analysis.labels import short_names
 from analysis.results import is_share, metric_mean, metric_text
 from analysis.rows import AXIS, Group, Measure, Row
@@ -41,7 +41,7 @@ def sentence(group: Group, reference: Row | None) -> str:
     few = max(len(row.runs) for row in group.rows)
     if few < FEWEST:
         return f"{text}. At most {count(few, 'seed')} a row: nothing here is settled."
-    return f"{text}. {_against(group, measure, best, other, against)}. {_rest(group)}"
+    return f"{text}. {_against(group, measure, best, other, against)}.{_rest(group, other)}"
 
 
 def _what(measure: Measure) -> str:
@@ -70,47 +70,61 @@ def _sentence_case(text: str) -> str:
 
 
 def _against(group: Group, measure: Measure, row: Row, other: Row, against: str) -> str:
-    """Return the comparison of two rows as a part of a sentence, with p adjusted for all rows."""
-    seeds = common_seeds(row, other)
+    """Return the comparison of two rows in a sentence, with p adjusted for all rows."""
+    seeds, name = count(common_seeds(row, other), "common seed"), f"{against}, {other.label}"
+    others = [one for one in group.rows if one is not other]
     if measure.target is not None:
-        races = {one.label: compare_times(measure, one, other) for one in group.rows if one is not other}
+        races = {one.label: compare_times(measure, one, other) for one in others}
         found = races[row.label]
         p = _adjusted({label: each.p for label, each in races.items()}, row.label)
         if found.ratio is None:
-            return f"It was first on {found.first} of {count(seeds, 'common seed')} with {against}, {other.label} ({p})"
-        ratio = f"{mean_text(found.ratio, 3)} times those of {against}, {other.label}"
-        return f"That is {ratio} ({count(seeds, 'common seed')}, {p})"
-    pairs = {one.label: compare_values(group, measure, one, other) for one in group.rows if one is not other}
+            return f"It was first on {found.first} of {seeds} with {name} ({_p_text(p)})"
+        ratio, about = mean_text(found.ratio, 3), f"({seeds}, {_p_text(p)})"
+        return f"That is {ratio} times those of {name} {about}" if p < LEVEL else _alike(name, "ratio", ratio, about)
+    pairs = {one.label: compare_values(group, measure, one, other) for one in others}
     pair = pairs[row.label]
     if pair is None:
-        return f"It is not tested against {against}, {other.label}"
+        return f"It is not tested against {name}"
     p = _adjusted({label: np.nan if each is None else each.p for label, each in pairs.items()}, row.label)
     scale, unit = (100, " points") if is_share(measure.column) else (1, "")
-    difference = scaled(pair.difference, scale)
-    word = "less" if difference.mean < 0 else "more"
-    size = scaled(difference, np.sign(difference.mean) or 1.0)
-    seeds_text = count(difference.n, "common seed")
-    return f"That is {mean_text(size, 3)}{unit} {word} than {against}, {other.label} ({seeds_text}, {p})"
+    difference, about = scaled(pair.difference, scale), f"({seeds}, {_p_text(p)})"
+    if not p < LEVEL:
+        return _alike(name, "difference", f"{mean_text(difference, 3)}{unit}", about)
+    size = mean_text(scaled(difference, np.sign(difference.mean)), 3)
+    return f"That is {size}{unit} {'less' if difference.mean < 0 else 'more'} than {name} {about}"
 
 
-def _adjusted(p_values: dict[str, float], label: str) -> str:
-    p = dict(zip(p_values, holm(list(p_values.values())), strict=True))[label]
+def _alike(name: str, kind: str, value: str, about: str) -> str:
+    return f"It cannot be distinguished from {name}: the {kind} is {value} {about}"
+
+
+def _adjusted(p_values: dict[str, float], label: str) -> float:
+    return dict(zip(p_values, holm(list(p_values.values())), strict=True))[label]
+
+
+def _p_text(p: float) -> str:
     return "p not available" if np.isnan(p) else f"p {number(p, 2)} after Holm"
 
 
-def _rest(group: Group) -> str:
-    """Return which rows the best one cannot be distinguished from."""
+def _rest(group: Group, other: Row) -> str:
+    """Return which rows the best one is not settled to be ahead of, apart from one that was named before."""
     sign, tested = settled(group)
     if not tested:
-        return "Rows have too few common seeds to be tested in pairs."
-    others = group.rows[1:]
-    unsettled = [row.label for row, found in zip(others, sign[0, 1:], strict=True) if found == 0]
+        return " Rows have too few common seeds to be tested in pairs."
+    found = dict(zip((row.label for row in group.rows), sign[0], strict=True))
+    others = [row.label for row in group.rows[1:]]
+    unsettled = [label for label in others if found[label] == 0]
+    further = [label for label in others if label != other.label]
+    if not further:
+        return ""
     if not unsettled:
-        return f"It is ahead of {'the other row' if len(others) == 1 else f'each of the {len(others)} other rows'}."
-    if len(unsettled) == len(others) > 1:
-        return "Its lead is not settled over any other row."
+        return f" It is ahead of each of the {len(others)} other rows."
+    if len(unsettled) == len(others):
+        return " Its lead is not settled over any other row."
+    if unsettled == [other.label]:
+        return " It is ahead of all further rows."
     names = "; ".join(unsettled) if len(unsettled) <= _NAMED else f"{len(unsettled)} of the {len(others)} other rows"
-    return f"Its lead is not settled over: {names}."
+    return f" Its lead is not settled over: {names}."
 
 
 def headlines(group: Group, reference: Row | None) -> Iterator[str]:
