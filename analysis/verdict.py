@@ -117,6 +117,9 @@ def _rest(group: Group, other: Row) -> str:
     further = [label for label in others if label != other.label]
     if not further:
         return ""
+    behind = [label for label in others if found[label] < 0]
+    if behind:
+        return f" On common seeds it is behind: {'; '.join(behind)}."
     if not unsettled:
         return f" It is ahead of each of the {len(others)} other rows."
     if len(unsettled) == len(others):
