@@ -1,11 +1,17 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
+from analysis.report import write
+from analysis.rows import Group, group
+from analysis.runs import Problem, Run, read
+from analysis.study import Study
 from tests.analysis.runs import unpack
 
 # Columns of the robustness and the forgetting probe, and some of their options.
@@ -24,6 +30,42 @@ PROBES = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of real runs; tests copy a run before they damage it."""
     return unpack("runs", tmp_path_factory.mktemp("unpacked"))
+
+
+@pytest.fixture(scope="session")
+def groups(runs: Path) -> list[Group]:
+    """Return the groups of the real runs, the larger one first; for tests to copy."""
+    found, problems = read([runs])
+    assert problems == []
+    return sorted(group(found), key=lambda entry: -len(entry.rows))
+
+
+@pytest.fixture(scope="session")
+def run(groups: list[Group]) -> Run:
+    """Return a run that tests read again, with other values in its log."""
+    return groups[0].rows[0].any
+
+
+@pytest.fixture(scope="session")
+def saved() -> list[Figure]:
+    """Return the figures that were saved for the report, in order."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def written(groups: list[Group], saved: list[Figure], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the report of both groups, for tests to copy."""
+    folder = tmp_path_factory.mktemp("report")
+    save = Figure.savefig
+
+    def count(figure: Figure, *arguments: Any, **options: Any) -> None:
+        saved.append(figure)
+        save(figure, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", count)
+        write(folder, groups, [Problem(Path("runs/<lost>"), "it has no config.yaml")], Study(title="A & B"))
+    return folder
 
 
 @pytest.fixture(scope="session")

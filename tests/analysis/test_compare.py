@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from analysis import runs as run_folders
-from analysis.rows import check_names, group
+from analysis.comparison import check_names
+from analysis.rows import group
 from analysis.study import Study
 from compare import main
 from tests.callbacks.test_wandb_run import of, read
@@ -52,8 +53,8 @@ def test_a_fresh_run_becomes_a_report(wandb: tuple[str, ...], tmp_path: Path, mo
     assert result.code == 0
     assert "reading runs" in result.err and "writing tables and pictures" in result.err
     assert "1 run in 1 row" in result.out
-    assert "At most 1 seed a row: nothing here is settled." in result.out
-    assert re.search(r"train/loss < 1000 after [\d,]+ gradient evaluations \(its one run reached it", result.out)
+    assert "grok_aga is the only row." in result.out
+    assert re.search(r"Gradient evaluations to train/loss < 1000: [\d,]+, from one seed\.", result.out)
     assert f"report: {tmp_path / 'out' / 'report.html'}" in result.out.splitlines()
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<h1>One seed</h1>" in page
@@ -72,15 +73,13 @@ def test_a_fresh_run_becomes_a_report(wandb: tuple[str, ...], tmp_path: Path, mo
 
 
 def test_two_seeds_and_a_target_are_summed_up(runs: Path, tmp_path: Path) -> None:
-    shutil.copytree(runs / "grok_aga", tmp_path / "grok_aga")
-    shutil.rmtree(next((tmp_path / "grok_aga").glob("*seed2")))
+    for row in ("grok_aga", "grok_adamw"):
+        shutil.copytree(runs / row, tmp_path / row, ignore=shutil.ignore_patterns("*seed2", "*seed42"))
     result = compare(tmp_path, "--target", "train/loss < 1000", "--output", tmp_path / "out")
     assert result.code == 0
-    assert "2 runs in 1 row" in result.out
-    assert "At most 2 seeds a row: nothing here is settled." in result.out
-    assert re.search(
-        r"train/loss < 1000 after [\d,]+ \[[\d,]+, [\d,]+\] gradient evaluations \(2 of 2 runs", result.out
-    )
+    assert "4 runs in 2 rows" in result.out
+    needs = r"grok_adamw needs the fewest gradient evaluations to train/loss < 1000: [\d,]+ \[[\d,]+, [\d,]+\]"
+    assert re.search(rf"{needs}, median of 2 seeds\. At most 2 seeds a row: nothing here is settled\.", result.out)
 
 
 def test_a_wrong_name_is_refused_with_the_nearest_right_one(runs: Path, tmp_path: Path) -> None:
@@ -150,12 +149,10 @@ def test_every_study_can_be_compared_with_its_options(study: str) -> None:
     folder = ROOT / "results" / study
     options = Study.of([folder])
     runs, problems = run_folders.read([folder])
-    (entry,) = group(runs, problems, options.targets, options.labels)
+    (entry,) = group(runs, problems, options.targets, options.labels, options.families)
     assert problems == []
     check_names([entry], options.baseline, options.targets)
-    assert options.labels.keys() <= {row.name for row in entry.rows}
-    searched = {row for _, row in entry.sweeps}
-    assert {row for rows in options.families.values() for row in rows} <= searched
+    options.check_rows([entry])
     # The parts of a study share the text of the folder above.
     text = folder / "README.md" if (folder / "README.md").is_file() else folder.parent / "README.md"
     assert f"python compare.py results/{study}" in text.read_text()

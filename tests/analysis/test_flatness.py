@@ -12,6 +12,7 @@ from analysis.report import write
 from analysis.rows import Group, group
 from analysis.runs import read
 from analysis.study import Study
+from analysis.tables import number
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,11 @@ def test_correlations_are_spearmans_with_flatter_and_better_above_zero(entry: Gr
     apart = measured - measured.groupby(rows).transform("mean")
     lines = {line[0]: line for line in table.rows}
     for column, name in MEASURES.items():
-        for cell, values in ((lines[name][3], measured), (lines[name][4], apart)):
-            found = stats.spearmanr(values[column], values["val/loss"])
-            assert cell.startswith(f"{found.statistic:+.2f} (") and cell.endswith(", 16)")
+        mixed, within = (stats.spearmanr(found[column], found["val/loss"]).statistic for found in (measured, apart))
+        assert lines[name][3] == f"{mixed:+.2f} (16 runs)"
+        # Of 16 runs the means of eight rows were subtracted: t has 7 degrees of freedom.
+        p = 2 * stats.t.sf(abs(within) * np.sqrt(7 / (1 - within**2)), 7)
+        assert lines[name][4] == f"{within:+.2f} (16 runs, p {number(float(p), 2)})"
 
 
 def test_better_is_higher_for_an_accuracy(entry: Group) -> None:

@@ -6,8 +6,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from analysis.statistics import Mean, Median
-from analysis.tables import Table, mean_text, median_text, number
+from analysis.statistics import Mean
+from analysis.tables import Table, mean_text, median_text, number, percent_text, quartiles_text
+from analysis.times import Median
 
 NASTY = r"a_b & 50 % <i>|x| $1 #2 {c} ~d ^e \f ± ≥ -"
 TABLE = Table(
@@ -39,6 +40,26 @@ def test_html_has_every_cell_as_text() -> None:
     assert "i" not in reader.tags
 
 
+def test_names_break_between_words_and_intervals_keep_together() -> None:
+    text = Table("A", ["row", "value"], [["periodic_hidden", "99.38 % [99.22, 99.54]"]]).html()
+    assert "periodic_<wbr>hidden" in text
+    assert "99.38\xa0% [99.22,\xa099.54]" in text
+
+
+@pytest.mark.parametrize(("characters", "folded"), [(253, False), (254, True)])
+def test_long_notes_are_shown_on_request(characters: int, folded: bool) -> None:
+    # With the marks of a paragraph these are 260 characters, and 261.
+    note = "x" * characters
+    text = Table("A", ["row"], [["one"]], [note]).html()
+    assert f"<p>{note}</p>" in text
+    assert ("<details><summary>" in text, "</details></figcaption>" in text) == (folded, folded)
+
+
+def test_columns_that_may_be_hidden_are_marked() -> None:
+    text = Table("A", ["row", "first", "second"], [["one", "1", "2"]], optional={"second"}).html()
+    assert '<th scope="col">first</th><th scope="col" data-optional>second</th>' in text
+
+
 def test_markdown_has_as_many_cells_in_every_line() -> None:
     lines = [line for line in TABLE.markdown().splitlines() if line.startswith("|")]
     assert len(lines) == 4
@@ -66,6 +87,17 @@ def test_latex_escapes_what_latex_reads_as_code() -> None:
 )
 def test_numbers(value: float | None, text: str) -> None:
     assert number(value) == text
+
+
+def test_shares_are_in_whole_percent() -> None:
+    assert percent_text(Mean(9, 0.666, 0.25, 1.0)) == "67 % [25, 100]"
+    assert percent_text(Mean(9, 1.0, None, None)) == "100 %"
+
+
+def test_a_median_has_its_quartiles_from_three_values_on() -> None:
+    assert quartiles_text([4.0, 1.0, 2.0, 3.0]) == "2.5 [1.75, 3.25]"
+    assert quartiles_text([1.0, 2.0]) == "1.5"
+    assert quartiles_text([]) == "-"
 
 
 def test_means_and_medians_show_what_is_known() -> None:

@@ -1,0 +1,205 @@
+"""Test that the result in words says what the numbers say, and no more."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from analysis.rows import Group, group
+from analysis.runs import Run
+from analysis.tables import number
+from analysis.verdict import headlines, protocol_words, sentence
+from tests.analysis.runs import EPOCHS, HALF, ranked, repeated, timed, valued
+
+FAST, SLOW = [10.0, 11.0, 12.0, 10.0, 13.0], [20.0, 25.0, 21.0, 26.0, 20.0]
+
+
+def ratio(one: list[float], other: list[float], rows: int) -> tuple[str, str]:
+    """Return a ratio of times in words, and the smallest p of some rows, by SciPy."""
+    logs = np.log(one) - np.log(other)
+    low, high = np.exp(stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs)))
+    p = rows * stats.ttest_1samp(logs, 0).pvalue
+    interval = f"[{number(float(low), 3)}, {number(float(high), 3)}]"
+    return f"That is {number(float(np.exp(logs.mean())), 3)} {interval} times those of", number(float(p), 2)
+
+
+def test_the_best_row_is_compared_with_the_baseline(groups: list[Group], run: Run) -> None:
+    base, middle = timed(run, "base", SLOW), timed(run, "middle", [15, 16, 18, 17, 16])
+    entry = ranked(groups[0], [base, timed(run, "best", FAST), middle], [HALF])
+    that_is, p = ratio(FAST, SLOW, rows=2)
+    assert sentence(entry, base) == (
+        "best needs the fewest gradient evaluations to val/accuracy >= 0.5: 11 [10, 13], median of 5 seeds. "
+        f"{that_is} the baseline, base (5 common seeds, p {p} after Holm). It is ahead of each of the 2 other rows."
+    )
+
+
+def test_a_baseline_that_is_best_is_compared_with_the_next_row(groups: list[Group], run: Run) -> None:
+    base, rows = timed(run, "base", FAST), [timed(run, "next", SLOW), timed(run, "last", [30, 31, 41, 32, 35])]
+    entry = ranked(groups[0], [*rows, base], [HALF])
+    for reference in (base, None):
+        found = sentence(entry, reference)
+        assert found.startswith("base needs the fewest")
+        assert f"{ratio(FAST, SLOW, rows=2)[0]} the next row, next (5 common seeds, p " in found
+
+
+def test_a_metric_is_compared_in_points_more_or_less(groups: list[Group], run: Run) -> None:
+    values = {"high": [0.8, 0.86, 0.83, 0.8, 0.85], "low": [0.7, 0.77, 0.72, 0.74, 0.71]}
+    rows = {label: valued(run, label, row) for label, row in values.items()}
+    differences = 100 * np.subtract(values["high"], values["low"])
+    limits = stats.t.interval(0.95, 4, differences.mean(), stats.sem(differences))
+    size = f"{number(float(differences.mean()), 3)} [{', '.join(number(float(limit), 3) for limit in limits)}]"
+    p = number(float(stats.ttest_1samp(differences, 0).pvalue), 2)
+    found = sentence(ranked(groups[0], [*rows.values()]), rows["low"])
+    assert found.startswith("high reaches the highest val/accuracy: 82.80 % [")
+    assert found.endswith(
+        f", mean of 5 seeds. That is {size} points more than the baseline, low (5 common seeds, p {p} after Holm)."
+    )
+    losses = {label: valued(run, label, row, "val/loss") for label, row in values.items()}
+    found = sentence(ranked(replace(groups[0], metric="val/loss", lower=True), [*losses.values()]), losses["high"])
+    assert found.startswith("low reaches the lowest val/loss: 0.728 [")
+    assert f"That is {number(float(differences.mean()) / 100, 3)} [" in found and "] less than the baseline" in found
+
+
+def test_a_tested_metric_is_had_and_not_reached(groups: list[Group], run: Run) -> None:
+    rows = [valued(run, label, [x, x + 0.1, x], "test/accuracy") for label, x in (("high", 0.8), ("low", 0.7))]
+    assert sentence(ranked(groups[0], rows), rows[1]).startswith("high has the highest test/accuracy: 83.33 % [")
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_with_fewer_than_three_seeds_nothing_is_settled(seeds: int, groups: list[Group], run: Run) -> None:
+    base, best = timed(run, "base", SLOW[:seeds]), timed(run, "best", FAST[:seeds])
+    found = sentence(ranked(groups[0], [base, best], [HALF]), base)
+    kind = {1: "10, from one seed", 2: "10 [10, 11], median of 2 seeds"}[seeds]
+    least = {1: "At most 1 seed a row", 2: "At most 2 seeds a row"}[seeds]
+    assert found == (
+        f"best needs the fewest gradient evaluations to val/accuracy >= 0.5: {kind}. {least}: nothing here is settled."
+    )
+
+
+def test_with_three_or_four_seeds_no_pair_is_tested(groups: list[Group], run: Run) -> None:
+    base, best = timed(run, "base", SLOW[:4]), timed(run, "best", FAST[:4])
+    found = sentence(ranked(groups[0], [base, best], [HALF]), base)
+    assert "(4 common seeds, p " in found and "nothing here is settled" not in found
+    assert found.endswith("Rows have too few common seeds to be tested in pairs.")
+
+
+def test_rows_that_never_reached_the_target_are_compared_by_their_metric(groups: list[Group], run: Run) -> None:
+    base, best = valued(run, "base", [0.1, 0.12, 0.14]), valued(run, "best", [0.3, 0.35, 0.4])
+    first, second = headlines(ranked(groups[0], [base, best], [HALF]), base)
+    assert first.startswith("best reaches the highest val/accuracy: 35.00 % [")
+    assert second == "No run reached val/accuracy >= 0.5."
+    # Those of another protocol are none to miss, and a tested row has another measure.
+    assert len([*headlines(replace(ranked(groups[0], [base, best], [HALF]), borrowed=True), base)]) == 1
+    tested = [valued(run, label, [0.1], "test/accuracy") for label in ("one", "other")]
+    assert len([*headlines(ranked(groups[0], tested, [HALF]), None)]) == 1
+
+
+def test_a_metric_without_finite_values_has_no_winner(groups: list[Group], run: Run) -> None:
+    rows = [valued(run, label, [np.nan, np.inf]) for label in ("one", "other")]
+    assert sentence(ranked(groups[0], rows), rows[0]) == "No run has a finite val/accuracy."
+
+
+def test_a_single_row_and_none_are_said_to_be(groups: list[Group]) -> None:
+    assert sentence(groups[1], None) == "grok_adamw is the only row. val/accuracy: 5.00 %, from one seed."
+    only = replace(groups[1], targets=[replace(HALF, level=0.01)], borrowed=False)
+    assert sentence(only, None).startswith("grok_adamw is the only row. Gradient evaluations to val/accuracy >= 0.01: ")
+    (trials,) = group([run for runs in groups[0].sweeps.values() for run in runs])
+    assert [*headlines(trials, None)] == ["There are only trials of searches, and no row."]
+
+
+def test_the_rows_that_the_lead_is_not_settled_over_are_named(groups: list[Group], run: Run) -> None:
+    best = valued(run, "best", [0.8, 0.86, 0.83, 0.8, 0.85])
+    clear = valued(run, "clear", [0.3, 0.37, 0.32, 0.34, 0.31])
+    near = [valued(run, f"near {n}", [0.79, 0.87, 0.82, 0.81, 0.84 - n / 1000]) for n in range(4)]
+    ends = {
+        1: "Its lead is not settled over: near 0.",
+        3: "Its lead is not settled over: near 0; near 1; near 2.",
+        4: "Its lead is not settled over: 4 of the 5 other rows.",
+    }
+    for number_, end in ends.items():
+        assert sentence(ranked(groups[0], [best, clear, *near[:number_]]), clear).endswith(f"). {end}")
+    # The baseline was named before.
+    found = sentence(ranked(groups[0], [best, clear, near[0]]), near[0])
+    assert found.endswith("after Holm). It is ahead of all further rows.")
+    assert sentence(ranked(groups[0], [best, near[0]]), near[0]).endswith(" after Holm).")
+    found = sentence(ranked(groups[0], [best, *near]), near[0])
+    assert found.endswith("). Its lead is not settled over any other row.")
+
+
+def test_a_row_that_may_be_no_better_cannot_be_distinguished(groups: list[Group], run: Run) -> None:
+    base, near = timed(run, "base", SLOW), timed(run, "near", [19, 26, 20, 27, 19])
+    that_is, p = ratio([19, 26, 20, 27, 19], SLOW, rows=1)
+    value = that_is.removeprefix("That is ").removesuffix(" times those of")
+    assert sentence(ranked(groups[0], [base, near], [HALF]), base).endswith(
+        f"It cannot be distinguished from the baseline, base: the ratio is {value} (5 common seeds, p {p} after Holm)."
+    )
+    values = {"base": [0.5, 0.6, 0.7], "near": [0.51, 0.62, 0.68]}
+    rows = {label: valued(run, label, row) for label, row in values.items()}
+    found = sentence(ranked(groups[0], [*rows.values()]), rows["base"])
+    assert "It cannot be distinguished from the baseline, base: the difference is 0.333 [" in found
+    assert " points (3 common seeds, p " in found
+
+
+def test_who_was_first_is_said_where_a_run_missed_the_target(groups: list[Group], run: Run) -> None:
+    base = timed(run, "base", [20, 25, 21, 26, 20])
+    entry = ranked(groups[0], [base, timed(run, "best", [10, 11, 12, 13, None])], [HALF])
+    assert "It was first on 4 of 5 common seeds with the baseline, base (p 0.38 after Holm)." in sentence(entry, base)
+
+
+def test_runs_that_were_stopped_are_not_tested(groups: list[Group], run: Run) -> None:
+    base, best = (valued(run, label, [x, x, x + 0.02]) for label, x in (("base", 0.6), ("best", 0.7)))
+    best.runs["0"].log["milestone/full"] = np.full(len(run.log["epoch"]), 6.0)
+    assert "It is not tested against the baseline, base. " in sentence(ranked(groups[0], [base, best]), base)
+
+
+def test_rows_that_never_reached_the_target_are_named_below(groups: list[Group], run: Run) -> None:
+    base = timed(run, "base", FAST)
+    never = [timed(run, label, [None] * 5) for label in ("one", "other")]
+    entry = ranked(groups[0], [base, *never, timed(run, "once", [*[None] * 4, 900])], [HALF])
+    first, second = headlines(entry, base)
+    assert first == sentence(entry, base)
+    assert second == "Never val/accuracy >= 0.5: one; other."
+    assert len([*headlines(ranked(groups[0], [base], [HALF]), base)]) == 1
+
+
+def test_the_protocol_is_that_of_the_configs(groups: list[Group]) -> None:
+    assert protocol_words(groups[0]) == (
+        "Every run trains ModularAddition (p 7, width 8, heads 2, mlp width 16) on ModularAdditionData (p 7, train "
+        "fraction 0.3, batch size 8, val batch size 4,096). It is validated every epoch. It lasts at most 6 epochs. "
+        "Runs made 12 to 21 gradient evaluations. Rows have 1 to 3 seeds, and settings from 0 to 2 trials each."
+    )
+    ends = [run.at_end("cost/gradient_evaluations") for row in groups[0].rows for run in row.runs.values()]
+    assert (min(map(float, filter(None, ends))), max(map(float, filter(None, ends)))) == (12, 21)
+    assert protocol_words(groups[1]).endswith(
+        "Runs made 24 gradient evaluations. Rows have 1 seed, and settings that were not searched here."
+    )
+
+
+def test_the_protocol_says_how_often_and_on_how_much_is_validated(groups: list[Group]) -> None:
+    row = replace(groups[1].rows[0], runs={"0": repeated(groups[1].rows[0].any, 0, {})})
+    row.any.identity.options |= {
+        "trainer.check_val_every_n_epoch": 2,
+        "trainer.limit_train_batches": 20,
+        "trainer.limit_val_batches": 30,
+    }
+    words = "It is validated every 2 epochs, with 20 batches an epoch and 30 batches of the validation set."
+    assert words in protocol_words(replace(groups[1], rows=[row]))
+
+
+def test_the_protocol_says_how_long_runs_are_and_what_ends_them(groups: list[Group], run: Run) -> None:
+    row = timed(run, "some", [10, 20])
+    entry = ranked(groups[0], [row], [HALF])
+    assert f"It lasts at most {EPOCHS} epochs. Runs made 10 to 20 gradient" in protocol_words(entry)
+    row.runs["0"].identity.options["trainer.max_epochs"] = 12
+    row.runs["0"].log["milestone/full"] = np.full(len(run.log["epoch"]), 6.0)
+    assert "It lasts at most 6 to 12 epochs, by row, and ends when it reaches full. " in protocol_words(entry)
+    # A milestone that is a target is shown as its level.
+    entry = replace(entry, targets=groups[0].targets)
+    assert "and ends when it reaches val/accuracy >= 0.99. " in protocol_words(entry)
+
+
+def test_the_protocol_says_which_checkpoint_was_tested(groups: list[Group], run: Run) -> None:
+    entry = ranked(groups[0], [valued(run, "tested", [0.5], "test/accuracy")])
+    assert ". The checkpoint with the best val/accuracy was tested. Rows have 1 seed" in protocol_words(entry)
+    assert "tested" not in protocol_words(groups[0])
