@@ -1,12 +1,13 @@
 """Compare rows with each other on common seeds."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from analysis.labels import nearest
 from analysis.rows import Group, Measure, Row
-from analysis.statistics import Paired, holm, paired
+from analysis.statistics import Paired, holm, improvement, paired, pairs_ahead
 from analysis.tables import Table, percent_text
 from analysis.times import Race, race
 from experiment.target import Target
@@ -47,25 +48,61 @@ def baseline(group: Group, wanted: str | None) -> Row | None:
     return next((row for row in group.rows if row.optimizer == "adamw"), group.rows[0])
 
 
-def compare_times(measure: Measure, row: Row, other: Row) -> Race:
-    """Return which of two rows needed less for the target of ``measure``."""
-    assert measure.target is not None
-    return race(row.times(measure.target, measure.column), other.times(measure.target, measure.column))
+@dataclass(frozen=True)
+class Comparison:
+    """How a row compares with another one on their common seeds.
 
-
-def compare_values(group: Group, measure: Measure, row: Row, other: Row) -> Paired | None:
-    """Return the differences of a metric between two rows.
-
-    ``None`` is returned for fewer than two common seeds, and where runs were stopped at a level of it.
+    Attributes:
+        n: number of common seeds that both have a value for.
+        found: which was first on each, for times, or the differences of a metric.
+        ahead: whether the row is the better one on average.
+        p: of the paired t-test of differences or of logarithms of ratios, or of the sign test where a run missed the
+            target; NaN where nothing scatters.
+        adjusted: p after Holm's adjustment for all rows that are compared with the same one.
     """
+
+    n: int
+    found: Race | Paired
+    ahead: bool
+    p: float
+    adjusted: float = np.nan
+
+
+def compare(group: Group, measure: Measure, row: Row, other: Row) -> Comparison | None:
+    """Compare two rows by a measure.
+
+    ``None`` is returned for fewer than two common seeds, and where runs were stopped at a level of the metric.
+    """
+    if measure.target is not None:
+        times = row.times(measure.target, measure.column), other.times(measure.target, measure.column)
+        found = race(*times)
+        n = found.first + found.second + found.undecided
+        ahead = found.ratio.mean < 1 if found.ratio is not None else found.first > found.second
+        return Comparison(n, found, ahead, found.p) if n > 1 else None
     if any(group.stopped_on(one, measure.column) for one in (row, other)):
         return None
-    return paired(measure.values(row), measure.values(other))
+    pair = paired(measure.values(row), measure.values(other))
+    if pair is None:
+        return None
+    return Comparison(pair.difference.n, pair, (pair.difference.mean < 0) == measure.lower, pair.p)
 
 
-def chance_text(found: Race) -> str:
-    """Return the probability of being faster; a dash where no pair of runs is decided."""
-    return "-" if (found.pairs == 0.5).all() else percent_text(found.ahead)
+def against(group: Group, measure: Measure, reference: Row) -> dict[str, Comparison]:
+    """Return the comparisons of all other rows with one, by their labels; rows that cannot be compared are left out."""
+    rows = [row for row in group.rows if row is not reference]
+    found = {row.label: one for row in rows if (one := compare(group, measure, row, reference)) is not None}
+    adjusted = holm([one.p for one in found.values()])
+    return {label: replace(one, adjusted=p) for (label, one), p in zip(found.items(), adjusted, strict=True)}
+
+
+def chance_text(measure: Measure, found: Race | Paired, row: Row, other: Row) -> str:
+    """Return the probability that a run of a row is ahead of one of another; a dash where no pair is decided."""
+    if isinstance(found, Race):
+        pairs = found.pairs
+    else:
+        values, others = (list(measure.values(one).values()) for one in (row, other))
+        pairs = pairs_ahead(values, others, measure.lower)
+    return "-" if (pairs == 0.5).all() else percent_text(improvement(pairs))
 
 
 def common_seeds(row: Row, other: Row) -> int:
@@ -76,33 +113,18 @@ def common_seeds(row: Row, other: Row) -> int:
 def settled(group: Group) -> tuple[np.ndarray, int]:
     """Return for each pair of rows 1 if the first is ahead on the group's measure, -1 if behind, 0 if not settled.
 
-    A pair is settled if it has at least five common seeds and p is below 5 % after Holm's adjustment for all such
-    pairs. For times p is that of :attr:`analysis.times.Race.p`, and for a metric that of the paired t-test.
-
-    The second value is the number of pairs that could be tested.
+    A pair is settled if it has at least five common seeds and :attr:`Comparison.p` is below 5 % after Holm's adjustment
+    for all such pairs. The second value is the number of pairs that could be tested.
     """
     rows, measure = group.rows, group.measure
-    found = {
-        (i, j): _tested(group, measure, rows[i], rows[j])
-        for i in range(len(rows))
-        for j in range(i)
-        if common_seeds(rows[i], rows[j]) >= FEWEST_SEEDS
-    }
+    every = {(i, j): compare(group, measure, rows[i], rows[j]) for i in range(len(rows)) for j in range(i)}
+    found = {place: one for place, one in every.items() if one is not None and one.n >= FEWEST_SEEDS}
     sign = np.zeros((len(rows), len(rows)), dtype=int)
-    adjusted = holm([p for p, _ in found.values()])
-    for ((i, j), (_, ahead)), p in zip(found.items(), adjusted, strict=True):
+    adjusted = holm([one.p for one in found.values()])
+    for ((i, j), one), p in zip(found.items(), adjusted, strict=True):
         if p < LEVEL:
-            sign[i, j], sign[j, i] = (1, -1) if ahead else (-1, 1)
+            sign[i, j], sign[j, i] = (1, -1) if one.ahead else (-1, 1)
     return sign, int(np.isfinite(adjusted).sum())
-
-
-def _tested(group: Group, measure: Measure, row: Row, other: Row) -> tuple[float, bool]:
-    """Return the p-value of a pair, and whether the first row is ahead."""
-    if measure.target is not None:
-        found = compare_times(measure, row, other)
-        return found.p, found.ratio.mean < 1 if found.ratio is not None else found.first > found.second
-    pair = compare_values(group, measure, row, other)
-    return (np.nan, False) if pair is None else (pair.p, (pair.difference.mean < 0) == measure.lower)
 
 
 def who_is_ahead(group: Group) -> Table | None:

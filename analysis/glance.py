@@ -1,23 +1,22 @@
 """Tabulate what rows are ranked by, against the baseline: the first table of a report."""
 
-from analysis.comparison import chance_text, compare_times, compare_values
+from analysis.comparison import Comparison, against, chance_text
 from analysis.results import is_share, metric_mean, metric_text
 from analysis.rows import Group, Measure, Row
-from analysis.statistics import holm, improvement, pairs_ahead, scaled
-from analysis.tables import Table, mean_text, median_text, number, percent_text
+from analysis.statistics import Paired, scaled
+from analysis.tables import Table, mean_text, median_text, number
 
 
 def at_a_glance(group: Group, reference: Row | None) -> Table:
     """Return the measure of every row, and how it compares with the reference on common seeds."""
     measure = group.measure
-    compared = {} if reference is None else _compared(group, measure, reference)
-    adjusted = dict(zip(compared, holm([p for _, p, _ in compared.values()]), strict=True))
+    compared = {} if reference is None else against(group, measure, reference)
     lines = []
     for row in group.rows:
         cells = ["-"] * 3
-        if row.label in compared:
-            effect, _, better = compared[row.label]
-            cells = [effect, number(adjusted[row.label], 2), better]
+        if reference is not None and (one := compared.get(row.label)) is not None:
+            chance = chance_text(measure, one.found, row, reference)
+            cells = [_effect(measure, one), number(one.adjusted, 2), chance]
         elif row is reference:
             cells = ["baseline", "-", "-"]
         diverged = f", {row.diverged} diverged" if row.diverged else ""
@@ -56,27 +55,13 @@ def _text(measure: Measure, row: Row) -> str:
     return median_text(median) + missed
 
 
-def _compared(group: Group, measure: Measure, reference: Row) -> dict[str, tuple[str, float, str]]:
-    """Return effect, p-value and probability of being better by row, for those that can be compared."""
-    found = {}
-    for row in group.rows:
-        if row is reference:
-            continue
-        if measure.target is not None:
-            race = compare_times(measure, row, reference)
-            seeds = race.first + race.second + race.undecided
-            if seeds > 1:
-                order = f"first on {race.first} of {seeds}" if race.undecided < seeds else "undecided"
-                effect = order if race.ratio is None else mean_text(race.ratio, 3)
-                found[row.label] = effect, race.p, chance_text(race)
-            continue
-        pair = compare_values(group, measure, row, reference)
-        if pair is not None:
-            scale = 100 if is_share(measure.column) else 1
-            own, others = (list(measure.values(one).values()) for one in (row, reference))
-            better = improvement(pairs_ahead(own, others, measure.lower))
-            found[row.label] = mean_text(scaled(pair.difference, scale), 3), pair.p, percent_text(better)
-    return found
+def _effect(measure: Measure, one: Comparison) -> str:
+    """Return ratio or difference, or how often the row was first where there is no ratio."""
+    if isinstance(one.found, Paired):
+        return mean_text(scaled(one.found.difference, 100 if is_share(measure.column) else 1), 3)
+    if one.found.ratio is not None:
+        return mean_text(one.found.ratio, 3)
+    return f"first on {one.found.first} of {one.n}" if one.found.undecided < one.n else "undecided"
 
 
 def _note(measure: Measure, reference: Row | None) -> str:

@@ -83,7 +83,7 @@ def _section(section: Section) -> str:
     parts.append(first_screen(section, section.anchor))
     notes = [note for table in section.tables for note in table.notes if note.startswith(_WARNINGS)]
     parts += [f'<p class="warning">{html.escape(note)}</p>' for note in dict.fromkeys(notes)]
-    *tables, runs = section.tables
+    tables = section.tables
     first = 1 + [table.title for table in tables].count("Published against measured")
     parts += [table.html() for table in tables[:first]]
     parts.append(_curves(section))
@@ -93,8 +93,10 @@ def _section(section: Section) -> str:
             words = "".join(f'<p class="soft">{html.escape(caption)}</p>' for caption in captions(shown))
             parts.append(f"<h3>{title}</h3>{words}{_grid(_figures(shown, f'{section.anchor}-{place}'))}")
     parts += [table.html() for table in tables[first:]]
-    parts.append(f"<details><summary>{html.escape(runs.title)}</summary>{_wide(runs.html())}</details></section>")
-    return "".join(parts)
+    if section.runs.rows:
+        runs = section.runs
+        parts.append(f"<details><summary>{html.escape(runs.title)}</summary>{_wide(runs.html())}</details>")
+    return "".join([*parts, "</section>"])
 
 
 def first_screen(section: Section, anchor: str) -> str:

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from analysis.comparison import chance_text, common_seeds, compare_times, compare_values
+from analysis.comparison import against, chance_text, common_seeds, compare
 from analysis.results import is_share
 from analysis.rows import AXIS, Group, Measure, Row
 from analysis.runs import AXES
-from analysis.statistics import holm, improvement, pairs_ahead, scaled
-from analysis.tables import Table, mean_text, number, percent_text
+from analysis.statistics import Paired, scaled
+from analysis.tables import Table, mean_text, number
+from analysis.times import Race
 
 _SIGNS = (
     "The permutation test of signs assumes no normal distribution, and neither it nor the sign test can give less than "
@@ -41,18 +40,18 @@ def pairs(group: Group, reference: Row) -> Iterator[Table]:
 
 def _values_table(group: Group, measure: Measure, others: Sequence[Row], reference: Row) -> Table:
     scale, unit = (100, " (points)") if is_share(measure.column) else (1, "")
-    compared = [compare_values(group, measure, row, reference) for row in others]
-    adjusted = holm([np.nan if pair is None else pair.p for pair in compared])
+    compared = against(group, measure, reference)
     lines = []
-    for row, pair, p in zip(others, compared, adjusted, strict=True):
-        if pair is None:
+    for row in others:
+        one = compared.get(row.label)
+        if one is None or not isinstance(one.found, Paired):
             lines.append([row.label, str(common_seeds(row, reference)), *["-"] * 6])
             continue
-        values, base = (list(measure.values(one).values()) for one in (row, reference))
-        cells = [str(pair.difference.n), mean_text(scaled(pair.difference, scale), 3)]
-        cells += [number(value, 2) for value in (p, pair.p, pair.p_permutation)]
-        cells += [percent_text(improvement(pairs_ahead(values, base, measure.lower)))]
-        lines.append([row.label, *cells, number(scale * pair.detectable, 3)])
+        pair = one.found
+        cells = [str(one.n), mean_text(scaled(pair.difference, scale), 3)]
+        cells += [number(value, 2) for value in (one.adjusted, one.p, pair.p_permutation)]
+        cells += [chance_text(measure, pair, row, reference), number(scale * pair.detectable, 3)]
+        lines.append([row.label, *cells])
     tests = ["t-test", "permutation test"]
     last = ["probability of being better", f"smallest detectable{unit}"]
     which = measure.column if measure.column.startswith("test/") else f"best {measure.column}"
@@ -69,24 +68,22 @@ def _values_table(group: Group, measure: Measure, others: Sequence[Row], referen
 
 
 def _times_table(group: Group, measure: Measure, others: Sequence[Row], reference: Row) -> Table:
-    races = [compare_times(measure, row, reference) for row in others]
+    compared = against(group, measure, reference)
     further = [axis for axis in ("cost/optimizer_steps", "cost/training_seconds") if axis in group.axes]
-
-    def ratio_on(row: Row, axis: str) -> str:
-        ratio = compare_times(Measure(measure.target, axis, True), row, reference).ratio
-        return "-" if ratio is None else mean_text(ratio, 3)
-
-    lines = [
-        [
-            row.label,
-            f"{r.first} / {r.second} / {r.undecided}",
-            "-" if r.ratio is None else mean_text(r.ratio, 3),
-            *(number(value, 2) for value in (p, r.p_ratio, r.p_permutation, r.p_sign)),
-            chance_text(r),
-            *(ratio_on(row, axis) for axis in further),
-        ]
-        for row, r, p in zip(others, races, holm([r.p for r in races]), strict=True)
-    ]
+    lines = []
+    for row in others:
+        one = compared.get(row.label)
+        if one is None or not isinstance(one.found, Race):
+            lines.append([row.label, *["-"] * (7 + len(further))])
+            continue
+        found = one.found
+        cells = [f"{found.first} / {found.second} / {found.undecided}", _ratio(found)]
+        cells += [number(p, 2) for p in (one.adjusted, found.p_ratio, found.p_permutation, found.p_sign)]
+        cells.append(chance_text(measure, found, row, reference))
+        for axis in further:
+            other = compare(group, Measure(measure.target, axis, True), row, reference)
+            cells.append("-" if other is None else _ratio(other.found))
+        lines.append([row.label, *cells])
     tests, ratios = ["t-test", "permutation test", "sign test"], [f"ratio of {AXES[axis]}" for axis in further]
     heads = ["row", "first / second / undecided", "ratio of evaluations", "p", *tests, "probability of being faster"]
     notes = [
@@ -100,3 +97,7 @@ def _times_table(group: Group, measure: Measure, others: Sequence[Row], referenc
     ]
     title = f"Paired seeds against {reference.label}: {measure.target}"
     return Table(title, [*heads, *ratios], lines, notes, optional={*tests, *ratios})
+
+
+def _ratio(found: Race | Paired) -> str:
+    return "-" if isinstance(found, Paired) or found.ratio is None else mean_text(found.ratio, 3)

@@ -126,7 +126,7 @@ def write(
         save(folder / "pictures" / picture.file, on_white(picture.standalone))
     save(folder / "report.html", page(study, sections, left_out, over_tasks))
     save(folder / "report.md", _markdown(study, sections, left_out, over_tasks))
-    tables = [table.latex() for section in sections for table in section.tables]
+    tables = [table.latex() for section in sections for table in [*section.tables, section.runs] if table.rows]
     save(folder / "report.tex", "% Needs \\usepackage{booktabs}.\n" + "\n".join(tables))
     save(folder / "runs.csv", _csv(list(_numbers(groups))))
     return sections
@@ -150,7 +150,8 @@ def profile_of(groups: Sequence[Group]) -> tuple[Picture, Table] | None:
         return None
     figure = profile.draw(by_task)
     add_legend(figure)
-    return Picture("profile", svg(figure), PROFILE, "profile.svg", svg(figure)), profile.table(tasks, by_task)
+    drawn = svg(figure)
+    return Picture("profile", drawn, PROFILE, "profile.svg", drawn), profile.table(tasks, by_task)
 
 
 def _csv(lines: Sequence[dict[str, object]]) -> str:
@@ -214,10 +215,9 @@ def _markdown(
         parts.append("".join(f"* {markdown_text(line)}\n" for line in section.headlines))
         parts += [picture.markdown("pictures") for picture in section.pictures if picture.place == "first"]
         parts.append(f"{markdown_text(section.protocol)}\n")
-        *tables, runs = section.tables
-        parts += [table.markdown() for table in tables]
+        parts += [table.markdown() for table in section.tables]
         parts += [picture.markdown("pictures") for picture in section.pictures if picture.place != "first"]
-        parts.append(runs.markdown())
+        parts += [section.runs.markdown()] if section.runs.rows else []
     if left_out.rows:
         parts.append(left_out.markdown(2))
     return "\n".join(parts)

@@ -176,7 +176,7 @@ def milestones(group: Group) -> Table | None:
 def to_target(group: Group) -> Table | None:
     """Return the cost of reaching the goal on every axis; ``None`` without one."""
     target = group.goal
-    if target is None:
+    if target is None or not group.axes:
         return None
     lines = []
     found = [row.median(target, "cost/flops") for row in group.rows if "cost/flops" in group.axes]

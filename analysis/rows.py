@@ -231,15 +231,16 @@ class Group:
         return any(self.milestones.get(str(name), metric).partition("/")[0] == stage for name in names)
 
     def order(self, row: Row) -> tuple[float, ...]:
-        """Sort rows by the measure, and by the best value where times are equal or there are none."""
-        measure, time = self.measure, 0.0
+        """Sort rows by the measure, without a median by how many runs missed the target, and then by the best value."""
+        measure, time, missed = self.measure, 0.0, 0.0
         if measure.target is not None:
             median = row.median(measure.target, measure.column)
             time = np.inf if median is None or median.median is None else median.median
+            missed = 1.0 if median is None else 1 - median.reached / median.n
         values = measure.values(row) if measure.target is None else row.best(self.metric, self.lower)
         best = mean_interval(list(values.values())).mean
         lower = measure.lower if measure.target is None else self.lower
-        return time, np.nan_to_num(best if lower else -best, nan=np.inf)
+        return time, missed if np.isinf(time) else 0.0, np.nan_to_num(best if lower else -best, nan=np.inf)
 
 
 def matches(options: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

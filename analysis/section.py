@@ -11,6 +11,7 @@ from analysis.curves import curves, second_passes
 from analysis.flatness import flatness
 from analysis.glance import at_a_glance
 from analysis.pairs import pairs
+from analysis.protocol import protocol_words
 from analysis.results import milestones, published, results, step_cost, to_target
 from analysis.robustness import robustness
 from analysis.rows import Group, Row
@@ -21,7 +22,7 @@ from analysis.style import add_legend, svg
 from analysis.tables import Table, markdown_text
 from analysis.target_pictures import ranking, reached_over_cost
 from analysis.tuning_budget import searches_luck, tuning_budgets
-from analysis.verdict import headlines, protocol_words
+from analysis.verdict import headlines
 
 # Flatness measures that are drawn as curves; the others are only in the table.
 PROBED = ("flatness/hessian_top", "flatness/rise_gradient")
@@ -57,7 +58,8 @@ class Section:
     Attributes:
         headlines: the result in sentences.
         protocol: in sentences.
-        tables: in their order; the runs themselves come last.
+        tables: in their order, without that of the runs.
+        runs: every run, with the command that repeats it.
         reference: the row that others are compared with, if any.
         anchor: its id in a page.
         every_picture: also those that only a page has, where the reader chooses the axis.
@@ -68,6 +70,7 @@ class Section:
     headlines: list[str]
     protocol: str
     tables: list[Table]
+    runs: Table
     anchor: str
     every_picture: list[Picture] = field(default_factory=list)
 
@@ -82,7 +85,9 @@ def make_section(group: Group, study: Study, index: int) -> Section:
     reference = baseline(group, group.baseline or study.baseline)
     drawn = _pictures(group, reference, f"{index + 1}-{group.task}")
     words = list(headlines(group, reference)), protocol_words(group)
-    return Section(group, reference, *words, list(_tables(group, reference)), f"table-{index + 1}", list(drawn))
+    return Section(
+        group, reference, *words, list(_tables(group, reference)), runs_table(group), f"table-{index + 1}", list(drawn)
+    )
 
 
 def _tables(group: Group, reference: Row | None) -> Iterator[Table]:
@@ -98,7 +103,7 @@ def _tables(group: Group, reference: Row | None) -> Iterator[Table]:
     tables += [*ablations(group), *flatness(group), *robustness(group, reference)]
     tables += [step_cost(group, reference), *tuning_budgets(group)]
     tables += [] if reference is None else list(searches_luck(group, reference))
-    tables += [settings(group), runs_table(group)]
+    tables += [settings(group)]
     yield from (table for table in tables if table is not None and table.rows)
 
 

@@ -82,7 +82,9 @@ class Study:
         """
         from analysis.labels import nearest  # imports NumPy, which compare.py --help does not need
 
-        named = {row.name for group in groups for row in group.rows}
+        # The name of an unfinished run ends with how far it got.
+        rows = [row for group in groups for row in group.rows]
+        named = {row.name.removesuffix(f", {row.any.so_far}") for row in rows}
         searched = {row for group in groups for _, row in group.sweeps}
         for option, names, valid in (
             ("labels", self.labels, named | searched),

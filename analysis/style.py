@@ -53,7 +53,11 @@ def svg(figure: Figure) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     # Use the font of the page, and scale the picture to the width of the page.
-    text = re.sub(r"font(-family)?: ([\d.]+px )?[^;\"]*", lambda m: f"font: {m[2] or ''}sans-serif", text)
+    text = re.sub(
+        r"font(-family)?: ([\d.]+px )?[^;\"]*",
+        lambda m: f"font: {m[2]}sans-serif" if m[2] else "font-family: sans-serif",
+        text,
+    )
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     # Coordinates need two decimals; labels between the tags keep all of theirs.
     text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(?<=\.\d\d)\d+", "", tag[0]), text)

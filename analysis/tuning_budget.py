@@ -140,7 +140,9 @@ def searched_rows(group: Group, name: str) -> dict[str, tuple[list[Run], Style]]
     """
     rows = {row.search[1]: row for row in group.rows if row.search is not None and row.search[0] == name}
     searched = [row for other, row in group.sweeps if other == name]
-    spare = dict(zip(searched, styles(searched), strict=True))
+    # Styles after those of the rows, so that no two are equal.
+    further = styles([*(row.label for row in group.rows), *searched])[len(group.rows) :]
+    spare = dict(zip(searched, further, strict=True))
     for members in group.families.values():
         colour = next((rows[member].style.colour for member in members if member in rows), None)
         for member in members:

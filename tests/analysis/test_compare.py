@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 
 from analysis import runs as run_folders
-from analysis.comparison import check_names
+from analysis.comparison import baseline, check_names
+from analysis.glance import at_a_glance
+from analysis.project import Project
+from analysis.protocol import protocol_words
 from analysis.rows import group
 from analysis.study import Study
+from analysis.tables import markdown_text
+from analysis.verdict import headlines
 from compare import main
 from tests.callbacks.test_wandb_run import of, read
 from tests.helpers.commands import AGA, ROOT, TINY, Result, clean_environment, fit
@@ -156,6 +161,19 @@ def test_every_study_can_be_compared_with_its_options(study: str) -> None:
     # The parts of a study share the text of the folder above.
     text = folder / "README.md" if (folder / "README.md").is_file() else folder.parent / "README.md"
     assert f"python compare.py results/{study}" in text.read_text()
+    # The committed page of all results is what python compare.py results makes of these runs.
+    page = " ".join((ROOT / "docs/results/index.md").read_text().split())
+    reference = baseline(entry, options.baseline)
+    for line in [*headlines(entry, reference), protocol_words(entry)]:
+        assert " ".join(markdown_text(line).split()) in page
+    rows = at_a_glance(entry, reference).markdown().splitlines()
+    assert len(rows) > 4 and all(line in page for line in rows if line.startswith("| "))
+
+
+def test_the_page_of_all_results_has_every_study() -> None:
+    project = Project.of([ROOT / "results"])
+    assert project is not None and sorted(project.studies) == STUDIES
+    assert project.output == Path("docs/results")
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from analysis.page import page
+from analysis.protocol import protocol_words
 from analysis.report import write
 from analysis.rows import Group, group
 from analysis.runs import AXES, read
 from analysis.section import make_section
 from analysis.study import Study
 from analysis.tables import Table
-from analysis.verdict import protocol_words, sentence
+from analysis.verdict import sentence
 from experiment.target import Target
 from tests.analysis.runs import copy
 

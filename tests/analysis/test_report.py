@@ -14,6 +14,7 @@ from analysis.report import FILES, pictures, read_groups, summary, write
 from analysis.rows import AXIS, Group
 from analysis.runs import AXES, Problem, Run
 from analysis.section import Section
+from analysis.settings import runs_table
 from analysis.study import Study
 from analysis.verdict import headlines
 from tests.analysis.runs import SEEDS
@@ -104,7 +105,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(groups: list[Group], tmp_p
 
 
 def test_the_summary_has_the_result_of_every_table_and_counts_what_is_in_none(groups: list[Group]) -> None:
-    sections = [Section(entry, None, [*headlines(entry, None)], "", [], "") for entry in groups]
+    sections = [Section(entry, None, [*headlines(entry, None)], "", [], runs_table(entry), "") for entry in groups]
     problems = [Problem(Path(name), "it has no config.yaml") for name in ("a", "b")]
     lines = summary(sections, problems).splitlines()
     assert lines[0] == f"Modular addition, protocol {groups[0].digest}: 7 runs in 3 rows"

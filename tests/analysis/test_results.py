@@ -197,3 +197,8 @@ def test_the_last_value_is_of_the_last_epoch_and_the_best_of_the_best(groups: li
     cells = line_of(results(groups[0]), groups[0].rows[0].label)
     assert cells["best val/accuracy"] == f"{100 * log.max():.2f} %"
     assert cells["last val/accuracy"] == f"{100 * log.iloc[-1]:.2f} %"
+
+
+def test_a_target_without_any_logged_axis_has_no_cost(groups: list[Group]) -> None:
+    only_trials = Group(**{**vars(groups[0]), "rows": [], "targets": [Target("any", "val/accuracy", 0.0)]})
+    assert only_trials.axes == [] and to_target(only_trials) is None

@@ -9,7 +9,7 @@ from analysis.rows import Group, group
 from analysis.runs import read
 from analysis.study import Study
 from experiment.target import Target
-from tests.analysis.runs import unpack
+from tests.analysis.runs import copy, cut, unpack
 
 FILE = """
 title: Published & measured
@@ -71,3 +71,11 @@ def test_a_misspelt_row_is_refused_with_the_nearest_name(study: Study, message: 
 def test_a_family_is_refused_where_nothing_was_searched(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no row is named aga, in families of study\.yaml$"):
         Study(families={"AGA": ["aga"]}).check_rows(group(read([unpack("settings", tmp_path)])[0]))
+
+
+def test_the_label_of_an_unfinished_run_is_known(runs: Path, tmp_path: Path) -> None:
+    folder = copy(min((runs / "grok_aga").iterdir()), tmp_path, "short")
+    cut(folder, 4)
+    (found,) = group(read([tmp_path], unfinished=True)[0], labels={"grok_aga": "AGA"})
+    assert found.rows[0].label.startswith("AGA, ")
+    Study(labels={"grok_aga": "AGA"}).check_rows([found])

@@ -161,3 +161,11 @@ def test_options_of_interest_are_rates_decays_and_the_radius_that_were_varied(gr
     assert options_of([first, first]) == []
     second.identity.options |= {"model.optimizer.rho": 0.5, "model.optimizer.weight_decay": 0.9, "model.optimizer.k": 3}
     assert sorted(options_of([first, second])) == [f"model.optimizer.{key}" for key in ("lr", "rho", "weight_decay")]
+
+
+def test_a_row_that_has_only_trials_has_a_style_of_its_own(groups: list[Group]) -> None:
+    (adamw, own), (_, winner) = sorted(
+        ((label, style) for label, (_, style) in searched_rows(groups[0], "search").items()), key=lambda pair: pair[0]
+    )
+    assert adamw == "adamw" and winner == groups[0].rows[[r.label for r in groups[0].rows].index("aga of search")].style
+    assert all(own != row.style for row in groups[0].rows)

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from analysis.glance import at_a_glance
+from analysis.pairs import pairs
 from analysis.rows import Group, group
 from analysis.runs import Run
 from analysis.tables import number
-from analysis.verdict import headlines, protocol_words, sentence
-from tests.analysis.runs import EPOCHS, HALF, ranked, repeated, timed, valued
+from analysis.verdict import headlines, sentence
+from tests.analysis.runs import HALF, ranked, timed, valued
 
 FAST, SLOW = [10.0, 11.0, 12.0, 10.0, 13.0], [20.0, 25.0, 21.0, 26.0, 20.0]
 
@@ -163,43 +165,53 @@ def test_rows_that_never_reached_the_target_are_named_below(groups: list[Group],
     assert len([*headlines(ranked(groups[0], [base], [HALF]), base)]) == 1
 
 
-def test_the_protocol_is_that_of_the_configs(groups: list[Group]) -> None:
-    assert protocol_words(groups[0]) == (
-        "Every run trains ModularAddition (p 7, width 8, heads 2, mlp width 16) on ModularAdditionData (p 7, train "
-        "fraction 0.3, batch size 8, val batch size 4,096). It is validated every epoch. It lasts at most 6 epochs. "
-        "Runs made 12 to 21 gradient evaluations. Rows have 1 to 3 seeds, and settings from 0 to 2 trials each."
-    )
-    ends = [run.at_end("cost/gradient_evaluations") for row in groups[0].rows for run in row.runs.values()]
-    assert (min(map(float, filter(None, ends))), max(map(float, filter(None, ends)))) == (12, 21)
-    assert protocol_words(groups[1]).endswith(
-        "Runs made 24 gradient evaluations. Rows have 1 seed, and settings that were not searched here."
-    )
+def test_a_target_that_fewer_than_half_of_the_seeds_reached_is_not_said_to_be_missed(
+    groups: list[Group], run: Run
+) -> None:
+    some, none = timed(run, "some", [10, None, None]), timed(run, "none", [None] * 3)
+    entry = ranked(groups[0], [none, some], [HALF])
+    assert [row.label for row in entry.rows] == ["some", "none"]
+    first, second = headlines(entry, none)
+    assert first.startswith("some needs the fewest gradient evaluations to val/accuracy >= 0.5: not within 1,000 ")
+    assert ", median of 3 seeds, reached by 1 of 3. It was first on 1 of 3 common seeds with the baseline" in first
+    assert second == "Never val/accuracy >= 0.5: none."
 
 
-def test_the_protocol_says_how_often_and_on_how_much_is_validated(groups: list[Group]) -> None:
-    row = replace(groups[1].rows[0], runs={"0": repeated(groups[1].rows[0].any, 0, {})})
-    row.any.identity.options |= {
-        "trainer.check_val_every_n_epoch": 2,
-        "trainer.limit_train_batches": 20,
-        "trainer.limit_val_batches": 30,
-    }
-    words = "It is validated every 2 epochs, with 20 batches an epoch and 30 batches of the validation set."
-    assert words in protocol_words(replace(groups[1], rows=[row]))
+def test_rows_without_common_seeds_are_not_said_to_be_compared(groups: list[Group], run: Run) -> None:
+    base = timed(run, "base", SLOW, first=10)
+    found = sentence(ranked(groups[0], [timed(run, "best", FAST), base], [HALF]), base)
+    assert ". It has too few seeds in common with the baseline, base." in found
+    assert "0 of 0" not in found
 
 
-def test_the_protocol_says_how_long_runs_are_and_what_ends_them(groups: list[Group], run: Run) -> None:
-    row = timed(run, "some", [10, 20])
-    entry = ranked(groups[0], [row], [HALF])
-    assert f"It lasts at most {EPOCHS} epochs. Runs made 10 to 20 gradient" in protocol_words(entry)
-    row.runs["0"].identity.options["trainer.max_epochs"] = 12
-    row.runs["0"].log["milestone/full"] = np.full(len(run.log["epoch"]), 6.0)
-    assert "It lasts at most 6 to 12 epochs, by row, and ends when it reaches full. " in protocol_words(entry)
-    # A milestone that is a target is shown as its level.
-    entry = replace(entry, targets=groups[0].targets)
-    assert "and ends when it reaches val/accuracy >= 0.99. " in protocol_words(entry)
+def test_a_difference_without_scatter_has_neither_p_nor_doubt(groups: list[Group], run: Run) -> None:
+    base = valued(run, "base", [0.5] * 5)
+    found = sentence(ranked(groups[0], [base, valued(run, "best", [0.75] * 5)]), base)
+    assert found.endswith(". The difference to the baseline, base is 25 points on all of 5 common seeds.")
 
 
-def test_the_protocol_says_which_checkpoint_was_tested(groups: list[Group], run: Run) -> None:
-    entry = ranked(groups[0], [valued(run, "tested", [0.5], "test/accuracy")])
-    assert ". The checkpoint with the best val/accuracy was tested. Rows have 1 seed" in protocol_words(entry)
-    assert "tested" not in protocol_words(groups[0])
+def test_only_seeds_with_a_value_are_counted(groups: list[Group], run: Run) -> None:
+    base = valued(run, "base", [0.5, 0.52, 0.51, 0.53, np.nan])
+    entry = ranked(groups[0], [base, valued(run, "best", [0.75, 0.8, 0.76, 0.79, 0.77])])
+    assert "(4 common seeds, p " in sentence(entry, base)
+
+
+def test_the_p_of_the_sentence_is_that_of_the_first_table(groups: list[Group], run: Run) -> None:
+    base, best = timed(run, "base", SLOW), timed(run, "best", FAST)
+    others = [timed(run, "one seed", [12.0]), timed(run, "more", [15, 19, 18, 14, 16])]
+    entry = ranked(groups[0], [base, best, *others], [HALF])
+    table = at_a_glance(entry, base)
+    p = {line[0]: line[table.columns.index("p")] for line in table.rows}
+    assert f"(5 common seeds, p {p['best']} after Holm)" in sentence(entry, base)
+    by_test = next(table for table in pairs(entry, base) if "val/accuracy >= 0.5" in table.title)
+    assert {line[0]: line[3] for line in by_test.rows} == {label: x for label, x in p.items() if label != "base"}
+
+
+def test_a_row_that_others_are_ahead_of_on_common_seeds_is_said_to_be_behind(groups: list[Group], run: Run) -> None:
+    # The lowest median is that of a row which is slower on each seed that the other has.
+    best = timed(run, "best", [30, 33, 31, 36, 32, *[1] * 7])
+    other = timed(run, "other", [10, 12, 10.5, 13, 11])
+    third = timed(run, "third", [100, 130, 110, 140, 120])
+    entry = ranked(groups[0], [best, other, third], [HALF])
+    assert entry.rows[0] is best
+    assert sentence(entry, third).endswith(" On common seeds it is behind: other.")
