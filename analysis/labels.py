@@ -31,17 +31,33 @@ def tell_apart(rows: Sequence[Labelled]) -> None:
         settings = [row.any.identity.setting for row in same]
         if "model.optimizer" in differing(settings):
             # Optimizers of different classes differ in most of their options, which would fill the label.
-            for row, setting in zip(same, settings, strict=True):
-                row.label = f"{label}, {str(setting.get('model.optimizer')).rpartition('.')[2]}"
+            paths = [str(setting.get("model.optimizer")) for setting in settings]
+            classes = [path.rpartition(".")[2] for path in paths]
+            shown = classes if len(set(classes)) == len(set(paths)) else paths
+            for row, name in zip(same, shown, strict=True):
+                row.label = f"{label}, {name}"
             tell_apart(same)
             continue
-        names = short_names(differing(settings))
-        options = [
-            ", ".join(f"{name} {value_text(setting.get(key))}" for key, name in names.items()) for setting in settings
-        ]
+        options = _options(settings)
         numbered = max(map(len, options)) > _LONGEST or len(set(options)) < len(options)
         for number, (row, text) in enumerate(zip(same, options, strict=True), 1):
-            row.label = f"{label}, setting {number}" if numbered else f"{label}, {text}"
+            row.label = f"{label}, setting {number}" if numbered else ", ".join(filter(None, [label, text]))
+
+
+def _options(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return for each setting the options in which it differs, and of lists of callbacks the classes."""
+    texts: list[list[str]] = [[] for _ in settings]
+    for key, name in short_names(differing(settings)).items():
+        values = [setting.get(key) for setting in settings]
+        if any(isinstance(value, list) and any(isinstance(part, dict) for part in value) for value in values):
+            lists = [value or [] for value in values]
+            for text, found in zip(texts, lists, strict=True):
+                own = [part for part in found if not all(part in other for other in lists)]
+                text.extend(value_text({"class_path": str(part.get("class_path"))}) for part in own)
+        else:
+            for text, value in zip(texts, values, strict=True):
+                text.append(f"{name} {value_text(value)}")
+    return [", ".join(text) for text in texts]
 
 
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -82,6 +82,10 @@ def test_optimizers_of_one_label_are_distinguished_by_their_class_and_then_by_th
     others[1].identity.options["model.optimizer"] = "elsewhere.Other"
     found = {row.label for row in rows_of(run, *others)}
     assert found == {"grok_aga, ARS2Neo, lr 0.001", "grok_aga, ARS2Neo, lr 0.5", "grok_aga, Other"}
+    # Classes of the same name are in different packages.
+    others[1].identity.options["model.optimizer"] = "elsewhere.ARS2Neo"
+    found = {row.label for row in rows_of(run, others[1])}
+    assert found == {"grok_aga, ars2.ARS2Neo", "grok_aga, elsewhere.ARS2Neo"}
 
 
 def test_an_option_is_named_by_as_much_as_tells_it_from_others() -> None:

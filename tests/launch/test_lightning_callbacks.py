@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from analysis.rows import group
 from analysis.runs import read
+from analysis.settings import settings
 from tests.helpers.commands import ADAMW, AGA, TINY, call, fit, metrics
 from tests.helpers.marks import slow
 from tests.helpers.resuming import checkpoint, differences
@@ -108,9 +109,12 @@ def test_a_report_tells_a_run_with_an_average_apart(tmp_path: Path) -> None:
     for options in ((), EMA):
         fit(tmp_path / "runs", *AGA, *TINY, *options)
     runs, problems = read([tmp_path / "runs"])
-    labels = " ".join(row.label for table in group(runs) for row in table.rows)
+    (table,) = group(runs)
     assert len(runs) == 2 and not problems
-    assert "EMAWeightAveraging (use_buffers True, decay 0.5, update_every_n_steps 1)" in labels
+    assert {row.label for row in table.rows} == {"grok_aga", "grok_aga, EMAWeightAveraging"}
+    text = settings(table)
+    assert text is not None
+    assert "EMAWeightAveraging (use_buffers True, decay 0.5, update_every_n_steps 1)" in text.markdown()
 
 
 @pytest.mark.parametrize("config", [AGA, slow(ADAMW)])

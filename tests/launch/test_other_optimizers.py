@@ -162,8 +162,8 @@ def test_rows_of_one_experiment_are_named_by_their_optimizers(tmp_path: Path) ->
     assert not problems
     # ADOPT's default is a lambda, whose address is different in each run.
     assert {row.label: sorted(row.runs) for row in table.rows} == {
-        "other, optimizer heavyball.AdamW": ["0.42"],
-        "other, optimizer pytorch_optimizer.ADOPT": ["1.42", "2.42"],
+        "other, AdamW": ["0.42"],
+        "other, ADOPT": ["1.42", "2.42"],
     }
 
 
