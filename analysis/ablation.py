@@ -71,7 +71,8 @@ def _table(group: Group, name: str, switches: tuple[str, ...], corners: dict[Cor
         return scale * run.best(group.metric, group.lower)
 
     def loss(run: Run) -> float:
-        return run.last("val/loss")
+        value = run.last("val/loss")
+        return float(np.log(value)) if value > 0 else np.nan
 
     def evaluations(run: Run) -> float:
         reached = run.reached(goal, _AXIS) if goal else None
@@ -85,7 +86,7 @@ def _table(group: Group, name: str, switches: tuple[str, ...], corners: dict[Cor
     stopped = any(group.stopped_on(row, group.metric) for row in corners.values())
     values: dict[str, tuple[Callable[[Run], float], bool]] = {
         f"best {group.metric}{' (points)' if scale == 100 else ''}": (best, False),
-        "last val/loss": (loss, False),
+        "last val/loss, ratio": (loss, True),
     }
     kinds: dict[str, tuple[Callable[[Run], float], bool]] = {
         **({} if stopped else values),
@@ -103,8 +104,9 @@ def _table(group: Group, name: str, switches: tuple[str, ...], corners: dict[Cor
         lines.append([f"{switch}, mean of {_COUNT[len(pairs)]}", *_cells([pair[:2] for pair in pairs], kinds)])
         lines += [[f"{switch}, {words}", *_cells([(on, off)], kinds)] for on, off, words in pairs]
     notes = [
-        "On minus off, or on over off, for pairs of corners that differ only in one switch, each at the learning rate "
-        "and radius that the search found for it. Cells have the mean over common seeds, its 95 % interval, and the "
+        "On minus off, or on over off, for pairs of corners that differ in one switch, and in the learning rate and "
+        "radius that the search found for each. At equal gradient evaluations, runs with flatness have half the steps. "
+        "Cells have the mean over common seeds, its 95 % interval, and the "
         "unadjusted p-value of the paired t-test. A dash marks fewer than two common seeds, or a run without the "
         "value, such as one that missed the target."
     ]

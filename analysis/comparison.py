@@ -57,7 +57,7 @@ class Comparison:
         found: which was first on each, for times, or the differences of a metric.
         ahead: whether the row is the better one on average.
         p: of the paired t-test of differences or of logarithms of ratios, or of the sign test where a run missed the
-            target; NaN where nothing scatters.
+            target or all ratios are equal; NaN where differences do not scatter.
         adjusted: p after Holm's adjustment for all rows that are compared with the same one.
     """
 
@@ -137,13 +137,19 @@ def who_is_ahead(group: Group) -> Table | None:
     for i, row in enumerate(rows):
         places = [[j + 1 for j in range(len(rows)) if j != i and sign[i, j] == kind] for kind in (1, -1, 0)]
         lines.append([row.label, str(i + 1), *(_places(found) for found in places)])
-    rule = "the paired t-test of the logarithms of the ratios, or the sign test where a run missed the target"
+    rule = "the paired t-test"
+    if measure.target is not None:
+        rule += (
+            " of the logarithms of the ratios, or the sign test where a run missed the target or all ratios are equal"
+        )
     notes = [
         f"By {measure}; numbers are those of the second column. A pair of rows is settled if it has at least "
-        f"{FEWEST_SEEDS} common seeds and p is below 5 % after Holm's adjustment for all {tested} such pairs. "
-        f"The test is {rule if measure.target is not None else 'the paired t-test'}. Rows that are not settled may "
-        "still differ: with few seeds the sign test cannot settle a pair, whatever its runs did."
+        f"{FEWEST_SEEDS} common seeds and p is below 5 % after Holm's adjustment for the {tested} pairs that could be "
+        f"tested. The test is {rule}. Rows that are not settled "
+        "may still differ."
     ]
+    if measure.target is not None:
+        notes[0] += " With few seeds the sign test cannot settle a pair, whatever its runs did."
     return Table("Which row is ahead of which", ["row", "no.", "ahead of", "behind", "not settled"], lines, notes)
 
 

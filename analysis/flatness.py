@@ -20,6 +20,7 @@ MEASURES = {
     "flatness/rise_random": "rise at random",
 }
 _FEWEST = 5  # runs for a correlation
+_PERMUTATIONS = 9999
 
 
 def flatness(group: Group) -> Iterator[Table]:
@@ -68,33 +69,40 @@ def _with_validation(group: Group) -> Table:
                 for row in rows
             ]
             pairs = [pair[np.isfinite(pair).all(axis=1)] for pair in pairs if len(pair)]
-            # The scatter between seeds of one setting, without differences between rows.
-            apart = [pair - pair.mean(axis=0) for pair in pairs if len(pair) > 1]
-            cells += [_correlation(pairs), _correlation(apart, means=len(apart))]
+            cells += [_over_all(pairs), _within_rows(pairs)]
         if any(cell != "-" for cell in cells):
             lines.append([name, *cells])
     heads = [head for name in kinds for head in (f"with {name}", f"with {name}, within rows")]
     notes = [
-        "Spearman's rank correlation, and the number of runs. Above zero, flatter runs validate better. Over all "
-        "runs it mixes optimizers, whose validation may differ for other reasons. Runs of a row are alike, so it has "
-        "no p-value. Within rows, each row's mean is subtracted first, so that only seeds of one setting are compared; "
-        "p is of the t-test with as many degrees of freedom fewer. Values are from the end of training, and "
-        "p-values are not adjusted. Rows whose runs were stopped at a level of a validation metric are left out."
+        "Rank correlations, and the number of runs. Above zero, flatter runs validate better. Over all runs "
+        "(Spearman) it mixes optimizers, whose validation may differ for other reasons, and there is no p-value, "
+        "because runs of one row are not independent. Within rows, values are ranked among the seeds of one row; p is "
+        "of 9,999 permutations within rows, and not adjusted for the number of cells. Values are from the end of "
+        "training. Rows whose runs were stopped at a level of a validation metric are left out."
     ]
     return Table("Does flatter go with better?", ["flatter by", *heads], lines, notes)
 
 
-def _correlation(pairs: Sequence[np.ndarray], means: int = 0) -> str:
-    """Return the rank correlation over runs, with its p-value if ``means`` of rows were subtracted from them."""
+def _over_all(pairs: Sequence[np.ndarray]) -> str:
     values = np.concatenate(pairs) if pairs else np.empty((0, 2))
     if len(values) < _FEWEST or np.ptp(values, axis=0).min() == 0:
         return "-"
-    rho = float(stats.spearmanr(values[:, 0], values[:, 1]).statistic)
-    freedom = len(values) - 1 - means
-    if not means or freedom < 1:
-        return f"{rho:+.2f} ({count(len(values), 'run')})"
-    t = rho * np.sqrt(freedom / max(1 - rho**2, 1e-12))
-    return f"{rho:+.2f} ({count(len(values), 'run')}, p {number(2 * float(stats.t.sf(abs(t), freedom)), 2)})"
+    return f"{stats.spearmanr(values[:, 0], values[:, 1]).statistic:+.2f} ({count(len(values), 'run')})"
+
+
+def _within_rows(pairs: Sequence[np.ndarray]) -> str:
+    """Return the correlation of ranks among the seeds of each row, and its p-value by permutations within rows."""
+    ranks = [stats.rankdata(pair, axis=0) - (len(pair) + 1) / 2 for pair in pairs if len(pair) > 1]
+    x, y = np.concatenate(ranks).T if ranks else np.empty((2, 0))
+    if len(x) < _FEWEST or not x.any() or not y.any():
+        return "-"
+    generator, scale = np.random.default_rng(0), np.sqrt((x**2).sum() * (y**2).sum())
+    drawn = np.zeros(_PERMUTATIONS)
+    for rank in ranks:
+        drawn += generator.permuted(np.tile(rank[:, 0], (_PERMUTATIONS, 1)), axis=1) @ rank[:, 1]
+    as_large = (np.abs(drawn) >= abs(x @ y) - 1e-9).sum()
+    p = (1 + as_large) / (1 + _PERMUTATIONS)
+    return f"{x @ y / scale:+.2f} ({count(len(x), 'run')}, p {number(p, 2)})"
 
 
 def given(rows: Iterable[Row], probe: str, option: str) -> str:

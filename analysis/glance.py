@@ -1,10 +1,13 @@
 """Tabulate what rows are ranked by, against the baseline: the first table of a report."""
 
 from analysis.comparison import Comparison, against, chance_text
-from analysis.results import is_share, metric_mean, metric_text
+from analysis.results import GRAIN, is_share, metric_mean, metric_text
 from analysis.rows import Group, Measure, Row
 from analysis.statistics import Paired, scaled
-from analysis.tables import Table, mean_text, median_text, number
+from analysis.tables import Table, mean_text, median_text, p_text
+
+# With so few seeds the notes say what a p-value rests on.
+_FEW = 6
 
 
 def at_a_glance(group: Group, reference: Row | None) -> Table:
@@ -16,7 +19,7 @@ def at_a_glance(group: Group, reference: Row | None) -> Table:
         cells = ["-"] * 3
         if reference is not None and (one := compared.get(row.label)) is not None:
             chance = chance_text(measure, one.found, row, reference)
-            cells = [_effect(measure, one), number(one.adjusted, 2), chance]
+            cells = [_effect(measure, one), p_text(one.adjusted), chance]
         elif row is reference:
             cells = ["baseline", "-", "-"]
         diverged = f", {row.diverged} diverged" if row.diverged else ""
@@ -25,7 +28,7 @@ def at_a_glance(group: Group, reference: Row | None) -> Table:
     if reference is None:
         lines = [[*line[:2], *line[-2:]] for line in lines]
         heads = ["row", _head(measure), "seeds", "trials"]
-        return Table("At a glance", heads, lines, [_note(measure, reference)], optional={"trials"})
+        return Table("At a glance", heads, lines, _note(group, reference), optional={"trials"})
     kind = "ratio to" if measure.target is not None else "difference to"
     unit = " (points)" if measure.target is None and is_share(measure.column) else ""
     which = "faster" if measure.target is not None else "better"
@@ -38,7 +41,7 @@ def at_a_glance(group: Group, reference: Row | None) -> Table:
         "seeds",
         "trials",
     ]
-    return Table("At a glance", heads, lines, [_note(measure, reference)], optional={"trials"})
+    return Table("At a glance", heads, lines, _note(group, reference), optional={"trials"})
 
 
 def _head(measure: Measure) -> str:
@@ -64,22 +67,34 @@ def _effect(measure: Measure, one: Comparison) -> str:
     return f"first on {one.found.first} of {one.n}" if one.found.undecided < one.n else "undecided"
 
 
-def _note(measure: Measure, reference: Row | None) -> str:
+def _note(group: Group, reference: Row | None) -> list[str]:
+    measure, fewest = group.measure, min(len(row.runs) for row in group.rows)
     if measure.target is not None:
         value = (
-            "Median over seeds with its interval (Kaplan-Meier), and in parentheses how many seeds reached the target, "
-            "if not all did."
+            "Median over seeds (Kaplan-Meier) with an interval of nominally 95 %, and in parentheses how many seeds "
+            f"reached the target, if not all did. {GRAIN}"
         )
         effect = (
-            " The ratio is a geometric mean over common seeds with its 95 % interval, and how often the row was first "
-            "where a run missed the target. p is of the paired t-test of the logarithms, or then of the sign test"
+            "The ratio is a geometric mean over common seeds with its 95 % interval, and p is of the paired t-test of "
+            "its logarithm. Where a run missed the target, the cell says how often the row was first, and p is of the "
+            "sign test, as it is where all ratios are equal."
         )
     else:
         value = "Mean over seeds with its 95 % interval."
-        effect = " The difference is a mean over common seeds with its 95 % interval. p is of the paired t-test"
+        if not measure.column.startswith("test/"):
+            value += " The value of a seed is that of its best validation, so it is optimistic."
+        effect = "The difference is a mean over common seeds with its 95 % interval, and p is of the paired t-test."
     if reference is None:
-        return value
-    return (
-        f"{value}{effect}, adjusted for the number of rows by Holm's rule. The probability is that a run of the row is "
-        "ahead of one of the baseline, over all pairs of runs, with a bootstrap interval unless all pairs agree."
-    )
+        return [value]
+    notes = [
+        f"{value} {effect} p is adjusted for the number of rows by Holm's rule; the intervals are not adjusted. The "
+        "probability is that a run of the row is ahead of one of the baseline, over all pairs of runs, with a "
+        "bootstrap interval. A tie, or a pair that both missed, counts one half. Where all pairs agree, the limit is "
+        "that of as many pairs of different runs as there are seeds."
+    ]
+    if fewest <= _FEW:
+        notes.append(
+            f"With {fewest} seeds p rests on normally distributed differences: a permutation test could not give less "
+            f"than {2.0 ** (1 - fewest):g}."
+        )
+    return notes

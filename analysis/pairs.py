@@ -3,19 +3,25 @@
 from collections.abc import Iterator, Sequence
 
 from analysis.comparison import against, chance_text, common_seeds, compare
-from analysis.results import is_share
+from analysis.results import GRAIN, is_share
 from analysis.rows import AXIS, Group, Measure, Row
 from analysis.runs import AXES
 from analysis.statistics import Paired, scaled
-from analysis.tables import Table, mean_text, number
+from analysis.tables import Table, mean_text, number, p_text
 from analysis.times import Race
 
 _SIGNS = (
-    "The permutation test of signs assumes no normal distribution, and neither it nor the sign test can give less than "
-    "0.0625 with five seeds. "
+    "The permutation test of signs assumes no normal distribution. Neither it nor the sign test can give less than "
+    "0.0625 with five seeds. With more than 13 seeds it makes 9,999 random changes of signs, and cannot give less than "
+    "0.0002. "
 )
 _UNADJUSTED = (
-    "p is adjusted for the number of rows by Holm's rule, as in the first table. The columns after it are not. "
+    "p is adjusted for the number of rows by Holm's rule, as in the first table. The columns after it are not, and "
+    "neither are the intervals. "
+)
+_CHANCE = (
+    "all pairs of runs, with a bootstrap interval. A tie, or a pair that both missed, counts one half. Where all pairs "
+    "agree, the limit is that of as many pairs of different runs as there are seeds."
 )
 
 
@@ -49,19 +55,18 @@ def _values_table(group: Group, measure: Measure, others: Sequence[Row], referen
             continue
         pair = one.found
         cells = [str(one.n), mean_text(scaled(pair.difference, scale), 3)]
-        cells += [number(value, 2) for value in (one.adjusted, one.p, pair.p_permutation)]
+        cells += [p_text(p) for p in (one.adjusted, one.p, pair.p_permutation)]
         cells += [chance_text(measure, pair, row, reference), number(scale * pair.detectable, 3)]
         lines.append([row.label, *cells])
     tests = ["t-test", "permutation test"]
     last = ["probability of being better", f"smallest detectable{unit}"]
     which = measure.column if measure.column.startswith("test/") else f"best {measure.column}"
     notes = [
-        f"{which[0].upper()}{which[1:]} minus that of {reference.label}, paired by seed: mean, 95 % interval and "
-        f"p-values. {_UNADJUSTED}{_SIGNS}The probability that a run of the row is better than one of the baseline is "
-        "over all pairs of runs, with a bootstrap interval; there is none where all pairs agree. The last column is "
-        "the true difference that this number of seeds detects with a power of 80 % at the unadjusted 5 % level; "
-        "smaller ones are not excluded. A dash marks fewer than two common seeds, seeds without scatter, or runs that "
-        "were stopped when a validation metric had reached a level, so that its final value is unknown."
+        f"The {which} minus that of {reference.label}, paired by seed: mean, 95 % interval and p-values. {_UNADJUSTED}"
+        f"{_SIGNS}The probability that a run of the row is better than one of the baseline is over {_CHANCE} The last "
+        "column is the true difference that this many seeds, with the scatter seen here, would detect in 80 % of "
+        "repetitions at the unadjusted 5 % level. A dash marks fewer than two common seeds, seeds without scatter, or "
+        "runs that were stopped when a validation metric had reached a level, so that its final value is unknown."
     ]
     heads = ["row", "common seeds", f"difference{unit}", "p", *tests, *last]
     return Table(f"Paired seeds against {reference.label}: {which}", heads, lines, notes, optional={*tests, last[-1]})
@@ -78,7 +83,7 @@ def _times_table(group: Group, measure: Measure, others: Sequence[Row], referenc
             continue
         found = one.found
         cells = [f"{found.first} / {found.second} / {found.undecided}", _ratio(found)]
-        cells += [number(p, 2) for p in (one.adjusted, found.p_ratio, found.p_permutation, found.p_sign)]
+        cells += [p_text(p) for p in (one.adjusted, found.p_ratio, found.p_permutation, found.p_sign)]
         cells.append(chance_text(measure, found, row, reference))
         for axis in further:
             other = compare(group, Measure(measure.target, axis, True), row, reference)
@@ -89,11 +94,10 @@ def _times_table(group: Group, measure: Measure, others: Sequence[Row], referenc
     notes = [
         f"Gradient evaluations to {measure.target} against {reference.label}, paired by seed: how often the row was "
         "first, and the geometric mean of the ratios with its 95 % interval. Below 1 the row needs less. p is of the "
-        f"t-test, or of the sign test where a run missed the target. {_UNADJUSTED}The t-test and the permutation test "
-        f"are of the logarithms of the ratios, the sign test of how often the row was first. {_SIGNS}Ratios are shown "
-        "only if both rows reached the target on every common seed. The probability that a run of the row is faster "
-        "than one of the baseline is over all pairs of runs, with a bootstrap interval; there is none where all pairs "
-        "agree."
+        f"t-test, or of the sign test where a run missed the target or all ratios are equal. {_UNADJUSTED}The t-test "
+        "and the permutation test are of the logarithms of the ratios, the sign test of how often the row was first. "
+        f"{_SIGNS}Ratios are shown only if both rows reached the target on every common seed. The probability that a "
+        f"run of the row is faster than one of the baseline is over {_CHANCE} {GRAIN}"
     ]
     title = f"Paired seeds against {reference.label}: {measure.target}"
     return Table(title, [*heads, *ratios], lines, notes, optional={*tests, *ratios})

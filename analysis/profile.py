@@ -1,12 +1,14 @@
 """Compare optimizers over several tasks by a performance profile (Dolan and More 2002), as AlgoPerf does."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.palette import styles
+from analysis.results import GRAIN
 from analysis.rows import AXIS, Group, Row
 from analysis.style import STYLE, make_axes
 from analysis.tables import Table, number
@@ -36,23 +38,35 @@ def target_of(group: Group) -> Target | None:
     return Target("profile", group.metric, level, group.lower)
 
 
-def costs(groups: Mapping[str, Group]) -> dict[str, dict[str, float]]:
-    """Return by task the median gradient evaluations that each optimizer needs for the task's target.
+@dataclass(frozen=True)
+class Cost:
+    """Median gradient evaluations to a task's target.
 
-    Rows of a family are one optimizer, which has the cost of its faster row. Only those that every task has are
-    returned. The cost is infinite where fewer than half of the runs reached the target.
+    Where fewer than half of the runs reached it, ``value`` is how long they were watched.
     """
-    found: dict[str, dict[str, float]] = {}
+
+    value: float
+    reached: bool
+
+
+def costs(groups: Mapping[str, Group]) -> dict[str, dict[str, Cost]]:
+    """Return by task the cost of each optimizer.
+
+    Rows of a family are one optimizer, which has the cost of its faster row. Only optimizers that every task has are
+    returned.
+    """
+    found: dict[str, dict[str, Cost]] = {}
     for task, group in groups.items():
         target = target_of(group)
         if target is None or AXIS not in group.axes:
             continue
         for row in group.rows:
             median = row.median(target, AXIS)
-            cost = np.inf if median is None or median.median is None else median.median
-            by_optimizer = found.setdefault(task, {})
-            name = _family(group, row)
-            by_optimizer[name] = min(cost, by_optimizer.get(name, np.inf))
+            if median is None:
+                continue
+            cost = Cost(median.horizon, False) if median.median is None else Cost(median.median, True)
+            by_optimizer, name = found.setdefault(task, {}), _family(group, row)
+            by_optimizer[name] = min(cost, by_optimizer.get(name, cost), key=lambda one: (not one.reached, one.value))
     shared = [
         name for name in next(iter(found.values()), {}) if all(name in by_optimizer for by_optimizer in found.values())
     ]
@@ -64,21 +78,28 @@ def _family(group: Group, row: Row) -> str:
     return next((family for family, names in group.families.items() if name in names), row.label)
 
 
-def profile(by_task: Sequence[Mapping[str, float]], optimizer: str) -> tuple[np.ndarray, np.ndarray]:
+def profile(
+    by_task: Sequence[Mapping[str, Cost]], optimizer: str, optimistic: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Return ratios, ascending from 1 to :data:`FURTHEST`, and the share of tasks within each of the best optimizer.
 
     Args:
         by_task: cost of every optimizer for each task.
         optimizer: one of them.
+        optimistic: whether an optimizer that missed a target is taken to reach it where its runs end, and not never.
     """
-    finite = [task for task in by_task if np.isfinite(task[optimizer])]
-    ratios = sorted(task[optimizer] / min(task.values()) for task in finite)
+    ratios = sorted(
+        max(1.0, task[optimizer].value / best)
+        for task in by_task
+        if (best := min((one.value for one in task.values() if one.reached), default=np.nan)) > 0
+        and (task[optimizer].reached or optimistic)
+    )
     inside = [ratio for ratio in ratios if ratio <= FURTHEST]
     shares = [0.0, *(np.arange(1, len(inside) + 1) / len(by_task))]
     return np.asarray([1.0, *inside, FURTHEST]), np.asarray([*shares, shares[-1]])
 
 
-def draw(by_task: Mapping[str, Mapping[str, float]]) -> Figure:
+def draw(by_task: Mapping[str, Mapping[str, Cost]]) -> Figure:
     """Draw the profiles of all optimizers."""
     names = list(next(iter(by_task.values())))
     with matplotlib.rc_context(STYLE):
@@ -97,24 +118,30 @@ def draw(by_task: Mapping[str, Mapping[str, float]]) -> Figure:
     return figure
 
 
-def table(groups: Mapping[str, Group], by_task: Mapping[str, Mapping[str, float]]) -> Table:
+def table(groups: Mapping[str, Group], by_task: Mapping[str, Mapping[str, Cost]]) -> Table:
     """Return the costs behind the profile, and the area below it that AlgoPerf scores by."""
-    names = list(next(iter(by_task.values())))
+    names, tasks = list(next(iter(by_task.values()))), list(by_task.values())
     lines = []
     for task, by_optimizer in by_task.items():
-        cells = ["not reached" if np.isinf(by_optimizer[name]) else number(by_optimizer[name]) for name in names]
+        cells = [f"{'' if (one := by_optimizer[name]).reached else '> '}{number(one.value)}" for name in names]
         lines.append([task, str(target_of(groups[task])), *cells])
-    lines.append(["score", "-", *(f"{score(list(by_task.values()), name):.2f}" for name in names)])
+    scores = []
+    for name in names:
+        low, high = (f"{score(tasks, name, optimistic):.2f}" for optimistic in (False, True))
+        scores.append(low if low == high else f"{low} to {high}")
+    lines.append(["score", "-", *scores])
     notes = [
-        "Median gradient evaluations over seeds, of the faster row of each optimizer. The target is the task's own, or "
-        "the level that half of tuned AdamW's runs reach. The score is the mean height of the profile for ratios from "
-        f"1 to {FURTHEST:g}: 1 for an optimizer that is the best on every task. Optimizers that some task lacks are "
-        "left out. Costs are as fine as the distance between validations, and a few tasks are no sample of all tasks."
+        "Median gradient evaluations over seeds, of the faster row of each optimizer. The target is the study's own, "
+        "or a level that at least half of tuned AdamW's runs reach. Where fewer than half of the runs reached it, the "
+        "cost is greater than their length. The score is the mean height of the profile for ratios from 1 to "
+        f"{FURTHEST:g}: 1 for an optimizer that no other beats. Its lower end counts a missed target as never reached, "
+        "the upper one as reached where the runs end. Optimizers that some study lacks are left out. Most rows were "
+        f"tuned for the value at the end, and not for this time. {GRAIN} A few studies are no sample of all tasks."
     ]
     return Table("Cost by task", ["task", "target", *names], lines, notes, strong={len(lines) - 1})
 
 
-def score(by_task: Sequence[Mapping[str, float]], optimizer: str) -> float:
+def score(by_task: Sequence[Mapping[str, Cost]], optimizer: str, optimistic: bool = False) -> float:
     """Return the mean height of a profile between the ratios 1 and :data:`FURTHEST`."""
-    x, y = profile(by_task, optimizer)
+    x, y = profile(by_task, optimizer, optimistic)
     return float((np.diff(x) * y[:-1]).sum() / (FURTHEST - 1))

@@ -128,12 +128,11 @@ def report(
     _check_folder(folder)
     sections: dict[str, list[Section]] = {}
     groups: dict[str, list[Group]] = {}
-    titles: dict[str, str] = {}
+    stated: dict[str, Study] = {}
     for name in progress(project.studies, "reporting studies"):
-        study = Study.of([project.folder / name])
+        study = stated[name] = Study.of([project.folder / name])
         groups[name], problems = read_groups([project.folder / name], study)
         sections[name] = write(folder / name, groups[name], problems, study)
-        titles[name] = study.title
         for entry in groups[name]:
             entry.heading = study.title
     over_tasks = profile_of([entry for name in project.profile for entry in groups[name]])
@@ -146,8 +145,8 @@ def report(
                 save(folder / "pictures" / _file(name, index), on_white(picture.standalone))
     if over_tasks is not None:
         save(folder / "pictures" / over_tasks[0].file, on_white(over_tasks[0].standalone))
-    save(folder / "index.md", _markdown(project, titles, sections, over_tasks))
-    save(folder / "report.html", _page(project, titles, sections, over_tasks))
+    save(folder / "index.md", _markdown(project, stated, sections, over_tasks))
+    save(folder / "report.html", _page(project, stated, sections, over_tasks))
     return f"{count(len(sections), 'study').replace('studys', 'studies')} in {folder / 'index.md'}"
 
 
@@ -177,7 +176,7 @@ def _tables(section: Section) -> list[Table]:
 
 def _markdown(
     project: Project,
-    titles: dict[str, str],
+    stated: dict[str, Study],
     sections: dict[str, list[Section]],
     over_tasks: tuple[Picture, Table] | None,
 ) -> str:
@@ -191,10 +190,10 @@ def _markdown(
         parts += [f"## {part.title}\n", *_paragraphs(part.note)]
         for name in part.studies:
             for index, section in enumerate(sections[name]):
-                parts += [f"### {titles[name]}\n", *_paragraphs(*section.headlines)]
+                parts += [f"### {stated[name].title}\n", *_paragraphs(*section.headlines, stated[name].note)]
                 for picture in _first(section):
                     file = _file(name, index)
-                    parts += [f"![{titles[name]}: all rows](pictures/{file})\n", *_paragraphs(picture.caption)]
+                    parts += [f"![{stated[name].title}: all rows](pictures/{file})\n", *_paragraphs(picture.caption)]
                 parts += _paragraphs(section.protocol)
                 parts += [_table(table, noted, 4) for table in _tables(section)]
                 parts.append(f"More: {_link(project, name)}; `python compare.py {project.folder / name}`\n")
@@ -223,7 +222,7 @@ def _link(project: Project, name: str) -> str:
 
 def _page(
     project: Project,
-    titles: dict[str, str],
+    stated: dict[str, Study],
     sections: dict[str, list[Section]],
     over_tasks: tuple[Picture, Table] | None,
 ) -> str:
@@ -235,14 +234,14 @@ def _page(
         lines = ""
         for name in part.studies:
             key = re.sub(r"\W", "-", name)
-            title = html.escape(titles[name])
+            title, note = html.escape(stated[name].title), html.escape(stated[name].note)
+            words = f"<p>{note}</p>" if note else ""
             for index, section in enumerate(sections[name]):
                 anchor = f"{key}-{index + 1}"
                 tables = "".join(table.html() for table in _tables(section))
                 link = f'<p><a href="{name}/report.html">The whole report of this study</a></p>'
-                body += (
-                    f'<section id="{anchor}"><h3>{title}</h3>{first_screen(section, anchor)}{tables}{link}</section>'
-                )
+                body += f'<section id="{anchor}"><h3>{title}</h3>{words}{first_screen(section, anchor)}{tables}{link}'
+                body += "</section>"
                 lines += f'<li><a href="#{anchor}">{title}</a> {html.escape(section.headlines[0])}</li>'
         contents += f"<p><b>{html.escape(part.title)}</b></p><ul>{lines}</ul>"
     note = f"<p>{html.escape(project.note)}</p>" if project.note else ""

@@ -28,13 +28,13 @@ def _validation(protocol: Mapping[str, Any]) -> str:
         often = f"{interval:g} epochs"
     elif isinstance(interval, int):
         often = _batches(interval)
+    # A float is a share, and an integer a number of batches.
     parts = [
-        f"{_batches(value) if isinstance(value, int) else f'{100 * value:g} %'} of {of}"
-        for key, of in (("train", "an epoch"), ("val", "the validation set"))
-        # A float is a share, and an integer a number of batches.
+        f"{text} {_batches(value) if isinstance(value, int) else f'{100 * value:g} % of all batches'}"
+        for key, text in (("train", "an epoch has"), ("val", "a validation has"))
         if (value := protocol.get(f"trainer.limit_{key}_batches", 1.0)) != 1.0 or isinstance(value, int)
     ]
-    limits = f", with {' and '.join(parts)}" if parts else ""
+    limits = f"; {' and '.join(parts)}" if parts else ""
     return f"It is validated every {often}{limits}."
 
 
@@ -58,11 +58,15 @@ def _plain(value: object) -> str:
 def _lengths(group: Group) -> str:
     """Return how long runs last, what ends them, and what is tested."""
     runs = [run for row in group.rows for run in row.runs.values()]
-    limits: dict[str, list[str]] = {}
-    for limit in sorted({run.limit for run in runs}, key=lambda text: (len(text), text)):
-        limits.setdefault(limit.split()[-1].removesuffix("s"), []).append(limit)
-    spans = [found[0] if len(found) == 1 else f"{found[0].split()[0]} to {found[-1]}" for found in limits.values()]
-    length = " or ".join(spans) + (", by row" if sum(map(len, limits.values())) > 1 else "")
+    budgets: dict[str, list[str]] = {}
+    for budget in sorted({run.budget for run in runs}, key=lambda text: (len(text), text)):
+        number, unit = budget.split(" ", 1)
+        budgets.setdefault(unit.removesuffix("s"), []).append(number)
+    spans = [
+        f"{found[0]} to {found[-1]} {unit}s" if len(found) > 1 else f"{found[0]} {unit}{'' if found[0] == '1' else 's'}"
+        for unit, found in budgets.items()
+    ]
+    length = " or ".join(spans) + (", by row" if sum(map(len, budgets.values())) > 1 else "")
     stops = {run.stopped_at for run in runs} - {None}
     targets = {target.name: str(target) for target in group.targets}
     until = " or ".join(sorted(targets.get(str(stop), str(stop)) for stop in stops))

@@ -25,7 +25,8 @@ from experiment.quantities import count
 FILES = ("report.html", "report.md", "report.tex", "runs.csv")
 PROFILE = (
     "For each ratio, the share of tasks on which an optimizer needs at most that many times the gradient evaluations "
-    "of the task's best optimizer. Higher is better; the left end is the share of tasks on which it is the best."
+    "of the task's best optimizer. Higher is better; the left end is the share of tasks on which no other was faster. "
+    "A missed target counts as never reached."
 )
 
 
@@ -79,7 +80,7 @@ def read_groups(
     others = [folder for folder in folders if [folder] not in apart]
     for part in [*apart, *([others] if others else [])]:
         stated = Study.of(part) if several else study
-        runs, lost = read(part, unfinished, progress)
+        runs, lost = read([*part, *stated.also], unfinished, progress)
         found = group(runs, lost, study.targets or stated.targets, stated.labels, stated.families)
         stated.check_rows(found)
         for entry in found:

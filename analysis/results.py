@@ -12,6 +12,8 @@ from analysis.times import median_coverage
 from experiment.quantities import count, quantity
 from experiment.target import Target
 
+# Times are known only to a validation.
+GRAIN = "Times are multiples of the distance between validations."
 # Rows that a sentence names; of more it gives the number.
 _FEW = 4
 
@@ -106,11 +108,11 @@ def results(group: Group) -> Table:
             cells += [metric_text(metric, metric_mean(metric, found)) for found in values]
         trials = "none" if row.trials is None else str(row.trials)
         diverged = f", {row.diverged} diverged" if row.diverged else ""
-        lines.append([row.label, *cells, f"{len(row.runs)}{diverged}", trials, _epochs(row)])
+        lines.append([row.label, *cells, f"{len(row.runs)}{diverged}", trials, row.any.budget])
     notes = [
-        "Mean and 95 % t-interval over seeds, on the logit scale for percentages and on the log scale for other "
-        "positive values. The best value of a run is of the epoch that is best by itself, so it is a little "
-        "optimistic. Runs that diverged have no last value and miss every target."
+        "Mean over seeds. Its 95 % t-interval is carried over to the logit scale for percentages and to the log scale "
+        "for other positive values, by the delta method. The best value of a run is that of its best validation, so it "
+        "is optimistic. Runs that diverged have no last value and miss every target."
     ]
     if tests:
         notes.append(f"Tested after training: the checkpoint with the best {group.metric}.")
@@ -124,7 +126,7 @@ def results(group: Group) -> Table:
         )
     if len(group.rows) > 1 and (missing := _missing_seeds(group)):
         notes.append(missing)
-    effort = ["seeds", "tuning trials", "at most epochs"]
+    effort = ["seeds", "tuning trials", "at most"]
     optional = {*(heads[2:] if not tests else heads), *effort[1:]}
     return Table("Results", ["row", *tests, *heads, *effort], lines, notes, optional=optional)
 
@@ -168,7 +170,7 @@ def milestones(group: Group) -> Table | None:
         lines.append([row.label, *("-" if median is None else median_text(median) for median in medians)])
     notes = [
         "Epochs: Kaplan-Meier median over seeds and its interval. A run that ended without reaching a target counts as "
-        f"longer than it was watched.{_coverage(group)}"
+        f"needing more than its whole length.{_coverage(group)}"
     ]
     return Table("Milestones", ["row", *heads], lines, notes)
 
@@ -192,9 +194,9 @@ def to_target(group: Group) -> Table | None:
         lower, upper = (None, None) if first is None else first.quartiles
         lines.append([row.label, counts, *texts[:1], _range(lower, upper), *texts[1:]])
     notes = [
-        "Median over seeds and its interval. The quartiles are the times by which a quarter and three quarters of the "
-        "seeds had reached the target, a dash where fewer did. Seconds are of training alone, and compare only "
-        f"between runs on one machine that did nothing else.{_coverage(group)}"
+        f"Median over seeds and its interval. {GRAIN} The quartiles are the times by which a quarter and three "
+        "quarters of the seeds had reached the target, a dash where fewer did. Seconds are of training alone, and "
+        f"compare only between runs on one machine that did nothing else.{_coverage(group)}"
     ]
     first_axis, *axes = (unit if axis == "cost/flops" else AXES[axis] for axis in group.axes)
     heads = ["row", "reached", first_axis, f"quartiles of {first_axis}", *axes]
@@ -264,5 +266,7 @@ def _machines(row: Row) -> str:
         environment = run.summary.get("environment") or {}
         accelerator = environment.get("accelerator", "none")
         where = environment.get("processor", "not recorded") if accelerator == "none" else accelerator
-        found.add(f"{where}, {environment['threads']} threads" if "threads" in environment else str(where))
+        found.add(
+            f"{where}, {count(int(environment['threads']), 'thread')}" if "threads" in environment else str(where)
+        )
     return "; ".join(sorted(found))

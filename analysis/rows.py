@@ -178,6 +178,20 @@ class Group:
             or self.task.replace("_", " ").capitalize()
         )
 
+    def trials_of(self, search: str, name: str) -> int:
+        """Return how many settings a search tried for a row; one that ran again on further seeds counts once."""
+        trials = {run.identity.sweep.trial for run in self.sweeps.get((search, name), []) if run.identity.sweep}
+        return len(trials) + self.failed[search, name]
+
+    def searched_for(self, row: Row) -> list[str]:
+        """Return the names of a search's rows whose trials found a row: its own, and those of its family without "
+        "one."""
+        assert row.search is not None
+        search, own = row.search
+        won = {other.search[1] for other in self.rows if other.search is not None and other.search[0] == search}
+        family = next((names for names in self.families.values() if own in names), ())
+        return [own, *(name for name in family if name not in won and self.trials_of(search, name))]
+
     def label_of(self, search: str, name: str) -> str:
         """Return the label of a row of a search, which may have only trials."""
         return next((row.label for row in self.rows if row.search == (search, name)), self.labels.get(name, name))
@@ -295,7 +309,9 @@ def group(
         for identity in lost:
             if identity.sweep and (identity.task, identity.protocol_digest) == (task, digest):
                 found.failed[identity.sweep.name, identity.sweep.optimizer] += 1
-        searches = {run.identity.sweep.name if run.identity.sweep else None for run in members}
+        only_searches = all(run.identity.sweep is not None for run in members)
+        named = {run.identity.sweep for run in members if run.identity.sweep is not None}
+        searches = Counter(name for _, name in {(sweep.name, sweep.optimizer) for sweep in named})
         rows: dict[tuple[str, str, str], Row] = {}
         for run in members:
             sweep = run.identity.sweep
@@ -304,21 +320,18 @@ def group(
                 continue
             name = run.identity.row
             of_search = "" if sweep is None else name
-            if sweep is not None and len(searches) == 1:
-                name = sweep.optimizer  # its name is unambiguous
+            if sweep is not None and only_searches and searches[sweep.optimizer] == 1:
+                name = sweep.optimizer  # it is unambiguous
             # Unfinished runs of different lengths are not repeats of each other.
             far = f", {run.so_far}" if run.so_far else ""
             label = (labels or {}).get(name, name)
             key = (run.identity.setting_digest, of_search, run.so_far)
             row = rows.setdefault(key, Row({}, label + far, name=name + far))
             row.runs[run.identity.seed] = run
-        for row in rows.values():
-            search = row.search
-            if search is not None:
-                # A trial that ran again on further seeds is one setting.
-                settings = {run.identity.sweep.trial for run in found.sweeps.get(search, []) if run.identity.sweep}
-                row.trials = len(settings) + found.failed[search]
         found.rows = list(rows.values())
+        for row in found.rows:
+            if row.search is not None:
+                row.trials = sum(found.trials_of(row.search[0], name) for name in found.searched_for(row))
         tell_apart(found.rows)
         # A list that is being sorted in place is empty to whoever reads it, as the measure does.
         found.rows = sorted(found.rows, key=found.order)

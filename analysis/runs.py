@@ -168,6 +168,18 @@ class Run:
         return "" if self.finished else f"{self.epochs} of {self.limit}"
 
     @property
+    def budget(self) -> str:
+        """What it was to spend at most, in words: gradient evaluations if it had such a budget, or its length."""
+        callbacks = self.identity.options.get("trainer.callbacks") or []
+        budgets = [
+            options["gradient_evaluations"]
+            for callback in callbacks
+            if str(callback.get("class_path", "")).endswith(".EvaluationBudget")
+            and isinstance((options := callback.get("init_args") or {}).get("gradient_evaluations"), int)
+        ]
+        return count(min(budgets), "gradient evaluation") if budgets else self.limit
+
+    @property
     def limit(self) -> str:
         """How far it was to go, in words."""
         options = self.identity.options

@@ -138,16 +138,17 @@ def _picture(place: str, figure: Figure | None, caption: str, file: str, legend:
 
 
 _CURVES = (
-    "Thick lines are means over seeds, of losses geometric ones, from three seeds on with their 95 % band, until a "
-    "seed ends. Up to six rows have thin lines for their seeds."
+    "A thick line is the mean over seeds (geometric for losses), and ends where the first seed ends. From three seeds "
+    "on the band is the pointwise 95 % interval. Up to six rows have thin lines for their seeds."
 )
 _PASSES = (
     "The first seed of the row: its loss, phi with the threshold below which a second pass is made, and their rate."
 )
 _BEST = (
-    "If only k of a row's trials had been run, chosen at random: the median of the best, and the band has 80 % of such "
-    "choices. Grey lines are the other rows' medians. A line begins where half of the choices have a trial with a "
-    "value."
+    "The best among k of a row's trials, chosen at random: the median, and a band with 80 % of the choices. Grey lines "
+    "are the other rows' medians. A trial that the search stopped early has no value, though it might have reached the "
+    "target later, so the lines are pessimistic for small k. A line begins where half of the choices have a trial with "
+    "a value."
 )
 
 
@@ -167,7 +168,7 @@ def _trials_caption(group: Group) -> str:
         missed = " A hollow one ended without reaching the target, at the evaluations that it was given."
     return (
         f"A mark is a trial.{missed} A cross at the edge is one without a finite value. Rings are around trials that "
-        "were the best so far when they ran. The large mark is the best of all."
+        "were the best so far when they ran. The large mark is the best on the first seed of the trials."
     )
 
 

@@ -20,7 +20,10 @@ def settings(group: Group) -> Table | None:
         [row.label, row.name, *("-" if setting.get(key) is None else _brief(setting[key]) for key in names)]
         for row, setting in zip(group.rows, found, strict=True)
     ]
-    notes = ["Options in which rows differ; a dash marks one that the row does not have, or has not set."]
+    notes = [
+        "Options in which rows differ, also those that a row's mode does not use. A dash marks one that the row does "
+        "not have, or has not set."
+    ]
     return Table("Settings", ["row", "name of its runs", *names.values()], lines, notes)
 
 

@@ -187,15 +187,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def improvement(ahead: np.ndarray) -> Mean:
     """Return the probability that a run of one row is ahead of one of another (Agarwal et al. 2021).
 
-    The interval is of the percentile bootstrap over the runs of both rows. There is none where all pairs agree, because
-    the bootstrap has no scatter there.
+    The interval is of the percentile bootstrap over the runs of both rows. Where all pairs agree the bootstrap has no
+    scatter: the limit is then that of Clopper and Pearson (1934) for as many pairs of different runs as there are.
 
     Args:
         ahead: for each pair of their runs 1 if the first is ahead, 0 if the second is, and 1/2 if neither.
     """
     mean, n = float(ahead.mean()), min(ahead.shape)
-    if n < 2 or np.ptp(ahead) == 0:
+    if n < 2 or mean == 0.5 == ahead.min() == ahead.max():
         return Mean(n, mean, None, None)
+    if mean in (0.0, 1.0):
+        limit = ((1 - CONFIDENCE) / 2) ** (1 / n)
+        return Mean(n, mean, limit if mean else 0.0, 1.0 if mean else 1 - limit)
     found = stats.bootstrap(
         tuple(map(np.arange, ahead.shape)),
         lambda one, other, axis: ahead[one[..., :, None], other[..., None, :]].mean(axis=(-2, -1)),

@@ -7,6 +7,7 @@ A folder of runs may state these in a ``study.yaml``:
     targets: [val/accuracy >= 0.9]  # in place of the task's targets
     labels: {grok_adamw: AdamW}     # how rows are named in tables and pictures
     families: {AdamW: [adamw_all, adamw_hidden]}    # rows of a search that stand for one optimizer
+    also: [../grok_controls]        # further folders whose runs are rows of its tables, named as their study.yaml says
     note: Settings as published, none of them tuned.
 """
 
@@ -37,6 +38,7 @@ class Study:
         families: names of a search's rows that stand for one optimizer, such as those of two policies or budgets. Their
             trials count together in the luck of the search.
         note: a paragraph below the title.
+        also: further folders whose runs are rows of the same tables.
     """
 
     title: str = "Comparison of optimizers"
@@ -45,6 +47,7 @@ class Study:
     labels: Mapping[str, str] = field(default_factory=dict)
     families: Mapping[str, Sequence[str]] = field(default_factory=dict)
     note: str = ""
+    also: Sequence[Path] = ()
 
     @classmethod
     def of(cls, folders: Sequence[Path]) -> "Study":
@@ -65,13 +68,21 @@ class Study:
         if not isinstance(content, dict):
             raise ValueError(f"{file} has no options")
         _check(content, file)
+        also = [file.parent / path for path in content.get("also", ())]
+        others = [cls.of([folder]) for folder in also]
+        own = content.get("labels", {}), content.get("families", {})
         return cls(
             title=content.get("title", cls.title),
             baseline=content.get("baseline"),
             targets=tuple(map(Target.parse, content.get("targets", ()))),
-            labels=content.get("labels", {}),
-            families=content.get("families", {}),
+            labels={
+                name: label for part in (*(other.labels for other in others), own[0]) for name, label in part.items()
+            },
+            families={
+                name: rows for part in (*(other.families for other in others), own[1]) for name, rows in part.items()
+            },
             note=" ".join(content.get("note", "").split()),
+            also=also,
         )
 
     def check_rows(self, groups: Sequence["Group"]) -> None:
@@ -105,7 +116,15 @@ class Study:
 
 
 def _check(content: dict[Any, Any], file: Path) -> None:
-    kinds = {"title": str, "baseline": str, "targets": list, "labels": dict, "families": dict, "note": str}
+    kinds = {
+        "title": str,
+        "baseline": str,
+        "targets": list,
+        "labels": dict,
+        "families": dict,
+        "note": str,
+        "also": list,
+    }
     for key, value in content.items():
         if key not in kinds:
             raise ValueError(

@@ -137,6 +137,11 @@ def mean_text(mean: Mean, digits: int = 4) -> str:
     return number(mean.mean, digits) + interval
 
 
+def p_text(p: float) -> str:
+    """Return a p-value with two digits, but no smaller one than tests of few seeds can be trusted with."""
+    return "< 0.0001" if p < 1e-4 else number(p, 2)
+
+
 def percent_text(share: Mean) -> str:
     """Return a share in percent with its interval in brackets."""
     shown = [None if value is None else f"{100 * value:.0f}" for value in (share.mean, share.low, share.high)]
@@ -157,8 +162,8 @@ def median_text(median: Median, text_of: Callable[[float | None], str] = number)
     if median.median is None:
         if median.horizon != median.horizon:  # not watched at all: every run diverged
             return "not reached"
-        text = f"not within {text_of(median.horizon)}"
-        return text if not median.reached else f"{text} [{text_of(median.low)}, -]"
+        end = text_of(median.horizon)
+        return f"not within {end}" + (f" [{text_of(median.low)}, > {end}]" if median.low is not None else "")
     if median.n < 2:
         return text_of(median.median)
     high = f"> {text_of(median.horizon)}" if median.high is None else text_of(median.high)

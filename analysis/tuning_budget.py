@@ -41,9 +41,12 @@ def tuning_budgets(group: Group) -> Iterator[Table]:
                     duration(_total(trials, "cost/training_seconds")),
                 ]
             )
-        heads = ["row", "trials", "ended", "cut short", "diverged or failed"]
+        heads = ["row", "runs of trials", "ended", "interrupted", "diverged or failed"]
         heads += ["gradient evaluations", "training time"]
-        notes = ["Every run of a trial that was begun is counted, however it ended, and with those on further seeds."]
+        notes = [
+            "Counts every run that a trial began, also those on further seeds. Those that the search stopped early "
+            "have ended."
+        ]
         if len(set(budgets.values())) > 1:
             least, most = (which(budgets, key=budgets.__getitem__) for which in (min, max))
             counts = f"from {count(budgets[least], 'trial')} ({least}) to {budgets[most]} ({most})"
@@ -62,10 +65,14 @@ def searches_luck(group: Group, reference: Row) -> Iterator[Table]:
     """
     goal = None if group.borrowed else group.goal
     worst = math.inf if goal or group.lower else 0.0
+    # Ratios of losses mean little; those of perplexities are exponentials of differences.
+    is_loss = goal is None and group.metric.endswith("/loss")
 
     def value(run: Run) -> float:
         found = run.reached(goal, _AXIS) if goal else run.best(group.metric, group.lower)
-        return worst if found is None or math.isnan(found) else found
+        if found is None or math.isnan(found):
+            return worst
+        return math.exp(found) if is_loss else found
 
     for name in dict.fromkeys(name for name, _ in group.sweeps):
         values: dict[str, list[list[float]]] = {}
@@ -77,7 +84,8 @@ def searches_luck(group: Group, reference: Row) -> Iterator[Table]:
                 values.setdefault(family, []).append([value(run) for run in first_runs(trials)])
                 if _is_reference(name, row, trials[0], reference):
                     base = base or family
-        if base is None or len(values) < 2:
+        most = max((len(row) for rows in values.values() for row in rows), default=0)
+        if base is None or len(values) < 2 or most < 2:  # a single trial is a stated setting, without luck
             continue
         best = {
             family: sorted((one for row in rows for one in row if one != worst), reverse=not worst)[:3]
@@ -87,15 +95,18 @@ def searches_luck(group: Group, reference: Row) -> Iterator[Table]:
         for family, rows in values.items():
             ratio = "1" if family == base else "-"
             if family != base and best[family] and best[base]:
-                ratio = mean_text(luck(rows, values[base], lower=worst > 0), 3)
+                ratio = mean_text(luck(rows, values[base], lower=worst > 0), 4)
             lines.append([family, str(sum(map(len, rows))), ", ".join(map(number, best[family])) or "-", ratio])
-        what = f"gradient evaluations to {goal}" if goal else f"best {group.metric}"
+        metric = f"exp({group.metric})" if is_loss else group.metric
+        what = f"gradient evaluations to {goal}" if goal else f"best {metric}"
         heads = ["row", "trials", "best three trials", f"ratio of the best to {base}"]
         notes = [
             f"{what[0].upper()}{what[1:]} of single trials. Rows that stand for one optimizer, such as those of two "
             "policies or budgets, count together where study.yaml says so. The interval has 95 % of the ratios where "
             "the trials of every row are drawn again with replacement: it shows how much the comparison owes to a few "
-            "lucky points. A trial without a value, such as one that was ended early, counts as the worst."
+            "lucky points. A trial without a value, such as one that was ended early, counts as the worst, so that the "
+            "intervals are too wide where a search stops trials early. The best of redrawn trials is never better than "
+            "the real best. The luck of the seed that the trials share is not in the intervals."
         ]
         yield Table(f"Luck of the search {name}", heads, lines, notes)
 

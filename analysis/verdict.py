@@ -9,7 +9,7 @@ from analysis.results import is_share, metric_mean, metric_text
 from analysis.rows import Group, Measure, Row
 from analysis.runs import AXES
 from analysis.statistics import scaled
-from analysis.tables import mean_text, median_text, number
+from analysis.tables import mean_text, median_text, number, p_text
 from analysis.times import Race
 from experiment.quantities import count
 
@@ -29,22 +29,26 @@ def sentence(group: Group, reference: Row | None) -> str:
         return f"No run has a finite {measure}."
     if not others:
         return f"{best.label} is the only row. {_sentence_case(str(measure))}: {value}."
-    if reference is None or reference is best:
-        other, name = others[0], f"the next row, {others[0].label}"
-    else:
-        other, name = reference, f"the baseline, {reference.label}"
     text = f"{best.label} {_what(measure)}: {value}"
     few = max(len(row.runs) for row in group.rows)
     if few < FEWEST:
         return f"{text}. At most {count(few, 'seed')} a row: nothing here is settled."
-    return f"{text}. {_against(group, measure, best, other, name)}.{_rest(group, other)}"
+    if reference is None or reference is best:
+        other, comparison = (
+            others[0],
+            _against(group, measure, others[0], best, f"The next row, {others[0].label},", "it"),
+        )
+    else:
+        other = reference
+        comparison = _against(group, measure, best, reference, "It", f"the baseline, {reference.label}")
+    return f"{text}. {comparison}.{_rest(group, other)}"
 
 
 def _what(measure: Measure) -> str:
     if measure.target is not None:
-        return f"needs the fewest {AXES[measure.column]} to {measure.target}"
+        return f"has the lowest median of {AXES[measure.column]} to {measure.target}"
     extreme = "lowest" if measure.lower else "highest"
-    return f"{'has' if measure.column.startswith('test/') else 'reaches'} the {extreme} {measure.column}"
+    return f"has the {extreme} mean of {'' if measure.column.startswith('test/') else 'best '}{measure.column}"
 
 
 def _value(measure: Measure, row: Row) -> str | None:
@@ -53,44 +57,45 @@ def _value(measure: Measure, row: Row) -> str | None:
         if median is None:
             return None
         reached = f", reached by {median.reached} of {median.n}" if median.reached < median.n else ""
-        return f"{median_text(median)}, {_of('median', median.n)}{reached}"
+        return f"{median_text(median)}, {_over(median.n)}{reached}"
     mean = metric_mean(measure.column, measure.values(row))
-    return None if np.isnan(mean.mean) else f"{metric_text(measure.column, mean)}, {_of('mean', mean.n)}"
+    return None if np.isnan(mean.mean) else f"{metric_text(measure.column, mean)}, {_over(mean.n)}"
 
 
-def _of(kind: str, seeds: int) -> str:
-    return f"{kind} of {seeds} seeds" if seeds > 1 else "from one seed"
+def _over(seeds: int) -> str:
+    return f"over {seeds} seeds" if seeds > 1 else "from one seed"
 
 
 def _sentence_case(text: str) -> str:
     return text if "/" in text.split()[0] else f"{text[0].upper()}{text[1:]}"
 
 
-def _against(group: Group, measure: Measure, row: Row, other: Row, name: str) -> str:
-    """Return the comparison of two rows in a sentence, with p adjusted for all rows."""
+def _against(group: Group, measure: Measure, row: Row, other: Row, subject: str, name: str) -> str:
+    """Return the comparison of two rows in a sentence, with p adjusted for all rows that are compared with "
+    "``other``."""
     one = against(group, measure, other).get(row.label)
     if one is None:
         few = common_seeds(row, other) < 2
-        return f"It has too few seeds in common with {name}" if few else f"It is not tested against {name}"
-    about = f"({count(one.n, 'common seed')}, p {number(one.adjusted, 2)} after Holm)"
+        return (
+            f"{subject} has too few seeds in common with {name}" if few else f"{subject} is not tested against {name}"
+        )
+    seeds = count(one.n, "common seed")
+    about = f"({seeds})" if np.isnan(one.adjusted) else f"({seeds}, p {p_text(one.adjusted)} after Holm)"
     if isinstance(one.found, Race):
         if one.found.ratio is None:
-            p = "" if np.isnan(one.adjusted) else f" (p {number(one.adjusted, 2)} after Holm)"
-            return f"It was first on {one.found.first} of {count(one.n, 'common seed')} with {name}{p}"
+            return f"{subject} was first on {one.found.first} of {count(one.n, 'seed')} in common with {name} {about}"
         kind, value, unit = "ratio", one.found.ratio, ""
-        text = f"That is {mean_text(value, 3)} times those of {name} {about}"
+        effect = f"needs {mean_text(value, 3)} times the evaluations of {name}"
     else:
         kind, unit = "difference", " points" if is_share(measure.column) else ""
         value = scaled(one.found.difference, 100 if unit else 1)
         size = mean_text(scaled(value, np.sign(value.mean) or 1), 3)
-        text = f"That is {size}{unit} {'less' if value.mean < 0 else 'more'} than {name} {about}"
+        effect = f"has {size}{unit} {'less' if value.mean < 0 else 'more'} than {name}"
     if np.isnan(one.adjusted):
-        return f"The {kind} to {name} is {number(value.mean, 3)}{unit} on all of {count(one.n, 'common seed')}"
-    return text if one.adjusted < LEVEL else _alike(name, kind, f"{mean_text(value, 3)}{unit}", about)
-
-
-def _alike(name: str, kind: str, value: str, about: str) -> str:
-    return f"It cannot be distinguished from {name}: the {kind} is {value} {about}"
+        return f"{subject} differs from {name} by {number(value.mean, 3)}{unit} on all of {seeds}"
+    if one.adjusted < LEVEL:
+        return f"{subject} {effect} {about}"
+    return f"{subject} cannot be distinguished from {name}: the {kind} is {mean_text(value, 3)}{unit} {about}"
 
 
 def _rest(group: Group, other: Row) -> str:
@@ -99,24 +104,29 @@ def _rest(group: Group, other: Row) -> str:
     if not tested:
         rows = group.rows
         most = max(common_seeds(one, another) for i, one in enumerate(rows) for another in rows[:i])
-        return " Rows have too few common seeds to be tested in pairs." if most < FEWEST_SEEDS else ""
+        return f" With {count(most, 'common seed')}, no lead counts as settled." if most < FEWEST_SEEDS else ""
     found = dict(zip((row.label for row in group.rows), sign[0], strict=True))
     others = [row.label for row in group.rows[1:]]
     unsettled = [label for label in others if found[label] == 0]
-    further = [label for label in others if label != other.label]
-    if not further:
-        return ""
     behind = [label for label in others if found[label] < 0]
     if behind:
-        return f" On common seeds it is behind: {'; '.join(behind)}."
+        return f" On common seeds it is behind {_list(behind, len(others))}."
+    if len(others) < 2:
+        return ""
     if not unsettled:
-        return f" It is ahead of each of the {len(others)} other rows."
+        return f" {group.rows[0].label} is ahead of each of the {len(others)} other rows."
     if len(unsettled) == len(others):
-        return " Its lead is not settled over any other row."
+        return " No lead over another row is settled."
     if unsettled == [other.label]:
-        return " It is ahead of all further rows."
-    names = "; ".join(unsettled) if len(unsettled) <= _NAMED else f"{len(unsettled)} of the {len(others)} other rows"
-    return f" Its lead is not settled over: {names}."
+        return f" {group.rows[0].label} is ahead of all other rows."
+    if len(unsettled) == 1:
+        return f" The lead over {unsettled[0]} is not settled."
+    return f" The lead is not settled over {_list(unsettled, len(others))}."
+
+
+def _list(labels: list[str], of: int) -> str:
+    """Return labels, which may have commas themselves, or their number."""
+    return f"{len(labels)} of the {of} other rows" if len(labels) > _NAMED else "; ".join(labels)
 
 
 def headlines(group: Group, reference: Row | None) -> Iterator[str]:
@@ -130,4 +140,4 @@ def headlines(group: Group, reference: Row | None) -> Iterator[str]:
     times = {row.label: row.times(measure.target, measure.column).values() for row in group.rows}
     missed = [label for label, found in times.items() if found and all(time.reached is None for time in found)]
     if missed:
-        yield f"Never {measure.target}: {'; '.join(missed)}."
+        yield f"No run of these rows reached {measure.target}: {'; '.join(missed)}."
