@@ -83,9 +83,11 @@ def _against(group: Group, measure: Measure, row: Row, other: Row, subject: str,
     about = f"({seeds})" if np.isnan(one.adjusted) else f"({seeds}, p {p_text(one.adjusted)} after Holm)"
     if isinstance(one.found, Race):
         if one.found.ratio is None:
-            return f"{subject} was first on {one.found.first} of {count(one.n, 'seed')} in common with {name} {about}"
+            p = "" if np.isnan(one.adjusted) else f" (p {p_text(one.adjusted)} after Holm)"
+            return f"{subject} was first on {one.found.first} of {seeds} with {name}{p}"
         kind, value, unit = "ratio", one.found.ratio, ""
-        effect = f"needs {mean_text(value, 3)} times the evaluations of {name}"
+        evaluations = "its evaluations" if name == "it" else f"the evaluations of {name}"
+        effect = f"needs {mean_text(value, 3)} times {evaluations}"
     else:
         kind, unit = "difference", " points" if is_share(measure.column) else ""
         value = scaled(one.found.difference, 100 if unit else 1)
