@@ -36,22 +36,26 @@ def last(corners: Path, column: str) -> dict[tuple[bool, bool, bool], np.ndarray
     return {corner: np.asarray([by[seed] for seed in sorted(by)]) for corner, by in values.items()}
 
 
-def test_differences_are_those_of_the_logs(entry: Group, corners: Path) -> None:
+def test_effects_are_those_of_the_logs(entry: Group, corners: Path) -> None:
     (table,) = ablations(entry)
     assert table.title == "Effect of each switch, in corners"
     assert len(table.rows) == 15 and table.strong == {0, 5, 10}
     lines = {line[0]: line for line in table.rows}
-    assert list(table.columns)[2] == "last val/loss"
+    assert list(table.columns)[:3] == ["switch", "best val/accuracy (points)", "last val/loss, ratio"]
     losses = last(corners, "val/loss")
     for name, on, off in (
         ("flatness, with geometry, with energy", (True, True, True), (False, True, True)),
         ("geometry, with flatness, without energy", (True, True, False), (True, False, False)),
         ("energy, without flatness, without geometry", (False, False, True), (False, False, False)),
     ):
-        test = stats.ttest_rel(losses[on], losses[off])
+        # A ratio of geometric means, with the interval and the test of its logarithm.
+        logs = np.log(losses[on] / losses[off])
+        limits = np.exp(stats.t.interval(0.95, 1, logs.mean(), stats.sem(logs)))
+        interval = ", ".join(number(float(limit), 3) for limit in limits)
+        test = stats.ttest_rel(np.log(losses[on]), np.log(losses[off]))
         mean, p = lines[name][2].split(" [")[0], lines[name][2].rpartition(" ")[2]
-        assert float(mean) == pytest.approx((losses[on] - losses[off]).mean(), rel=6e-3)
-        assert p == number(float(test.pvalue), 2)
+        assert float(mean) == pytest.approx(stats.gmean(losses[on]) / stats.gmean(losses[off]), rel=6e-3)
+        assert lines[name][2] == f"{mean} [{interval}], p {p}" and p == number(float(test.pvalue), 2)
 
 
 def test_the_mean_is_over_the_four_pairs_and_ratios_are_of_geometric_means(entry: Group, corners: Path) -> None:
@@ -96,7 +100,7 @@ def test_the_halves_of_energy_have_a_table_of_their_own(entry: Group, corners: P
     ]
     losses = last(corners, "val/loss")
     both, scalar = losses[False, True, True], losses[False, False, True]
-    assert float(table.rows[1][2].split(" [")[0]) == pytest.approx((both - scalar).mean(), rel=6e-3)
+    assert float(table.rows[1][2].split(" [")[0]) == pytest.approx(stats.gmean(both) / stats.gmean(scalar), rel=6e-3)
 
 
 def test_a_row_with_half_of_energy_is_not_in_the_table_of_three_switches(entry: Group) -> None:

@@ -38,7 +38,9 @@ def test_times_are_compared_by_ratios_and_p_is_adjusted(groups: list[Group], run
     cells = {line[0]: line for line in table.rows}
     assert [line[0] for line in table.rows] == ["fast", "base", "near"]
     assert cells["base"][2:5] == ["baseline", "-", "-"]
-    assert cells["fast"][2:5] == [geometric(times["fast"], times["base"]), number(2 * p["fast"], 2), "100 %"]
+    # All nine pairs agree: the limit is that of three pairs of different runs.
+    always = f"100 % [{100 * stats.binomtest(3, 3).proportion_ci().low:.0f}, 100]"
+    assert cells["fast"][2:5] == [geometric(times["fast"], times["base"]), number(2 * p["fast"], 2), always]
     assert cells["near"][2:4] == [geometric(times["near"], times["base"]), number(p["near"], 2)]
     ahead = [(one < other) + (one == other) / 2 for one in times["near"] for other in times["base"]]
     assert cells["near"][4].startswith(f"{100 * np.mean(ahead):.0f} % [")
@@ -53,7 +55,8 @@ def test_a_row_that_missed_the_target_is_compared_by_who_was_first(groups: list[
     cells = {line[0]: line for line in table.rows}
     sign = {"often": 2 * (1 + 6) / 64, "never": 2 / 64}
     assert cells["often"][2:4] == ["first on 5 of 6", number(sign["often"], 2)]
-    assert cells["never"][2:5] == ["first on 0 of 6", number(2 * sign["never"], 2), "0 %"]
+    rarely = f"0 % [0, {100 * stats.binomtest(0, 6).proportion_ci().high:.0f}]"
+    assert cells["never"][2:5] == ["first on 0 of 6", number(2 * sign["never"], 2), rarely]
     assert cells["often"][1].endswith(" (5 of 6)") and cells["never"][1] == "not within 1,000 (0 of 6)"
 
 
@@ -104,7 +107,30 @@ def test_a_single_row_is_compared_with_nothing(groups: list[Group]) -> None:
     table = at_a_glance(groups[1], None)
     assert list(table.columns) == ["row", "best val/accuracy", "seeds", "trials"]
     assert table.rows == [["grok_adamw", "5.00 %", "1", "none"]]
-    assert table.notes == ["Mean over seeds with its 95 % interval."]
+    optimistic = "The value of a seed is that of its best validation, so it is optimistic."
+    assert table.notes == [f"Mean over seeds with its 95 % interval. {optimistic}"]
+
+
+def test_the_notes_say_what_p_rests_on_where_seeds_are_few(groups: list[Group], run: Run) -> None:
+    def notes(seeds: int) -> list[str]:
+        values = np.linspace(0.4, 0.6, seeds)
+        rows = [valued(run, "base", [*values]), valued(run, "other", [*values**2, 0.5])]
+        return [note for note in at_a_glance(ranked(groups[0], rows), rows[0]).notes if "permutation" in note]
+
+    # Of 2 ** n changes of signs, no fewer than two are as extreme. The row with fewer seeds counts.
+    for seeds, least in ((3, "0.25"), (5, "0.0625"), (6, "0.03125")):
+        (note,) = notes(seeds)
+        assert note.startswith(f"With {seeds} seeds p rests on normally distributed differences: ")
+        assert note.endswith(f" could not give less than {least}.")
+    assert notes(7) == []
+
+
+def test_a_p_value_is_never_smaller_than_one_in_ten_thousand(groups: list[Group], run: Run) -> None:
+    values = {"base": [0.5, 0.51, 0.52, 0.5, 0.53], "far": [0.7, 0.712, 0.721, 0.699, 0.731]}
+    assert stats.ttest_rel(*values.values()).pvalue < 0.0001
+    rows = {label: valued(run, label, row) for label, row in values.items()}
+    table = at_a_glance(ranked(groups[0], [*rows.values()]), rows["base"])
+    assert table.rows[0][0] == "far" and table.rows[0][3] == "< 0.0001"
 
 
 def test_seeds_that_diverged_and_trials_are_counted(groups: list[Group], run: Run) -> None:
@@ -119,5 +145,6 @@ def test_a_test_metric_is_not_called_the_best(groups: list[Group], run: Run) -> 
     rows = [valued(run, label, [x, x + 0.1], "test/loss") for label, x in (("tested", 1.5), ("base", 1.8))]
     table = at_a_glance(ranked(losses, rows), rows[1])
     assert table.columns[1] == "test/loss" and table.rows[0][1].startswith("1.55 [")
+    assert not any("optimistic" in note for note in table.notes)
     # Points are of shares.
     assert table.columns[2] == "difference to base"

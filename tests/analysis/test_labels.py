@@ -88,6 +88,33 @@ def test_optimizers_of_one_label_are_distinguished_by_their_class_and_then_by_th
     assert found == {"grok_aga, ars2.ARS2Neo", "grok_aga, elsewhere.ARS2Neo"}
 
 
+def test_rows_that_differ_in_callbacks_are_named_by_the_classes_of_those_that_not_all_have(run: Run) -> None:
+    def with_callbacks(*more: dict[str, object]) -> Run:
+        found = changed(run, {})
+        found.identity.options["trainer.callbacks"] = [*run.identity.options["trainer.callbacks"], *more]
+        return found
+
+    def budget(evaluations: int) -> dict[str, object]:
+        options = {"gradient_evaluations": evaluations}
+        return {"class_path": "callbacks.evaluation_budget.EvaluationBudget", "init_args": options}
+
+    stop = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
+    # Those of the run itself, which all have, are in no label.
+    assert run.identity.options["trainer.callbacks"]
+    both, one = with_callbacks(stop, budget(9)), with_callbacks(budget(9))
+    assert {row.label for row in rows_of(run, one)} == {"grok_aga", "grok_aga, EvaluationBudget"}
+    assert {row.label for row in rows_of(both, one)} == {"grok_aga", "grok_aga, EarlyStopping"}
+    assert {row.label for row in rows_of(run, both)} == {"grok_aga", "grok_aga, EarlyStopping, EvaluationBudget"}
+    # Other options of one class do not tell rows apart, and are in the table of settings.
+    rows = rows_of(with_callbacks(budget(8)), one)
+    assert {row.label for row in rows} == {"grok_aga, setting 1", "grok_aga, setting 2"}
+    # Beside a callback there may be another option.
+    other = changed(one, {"lr": 0.5})
+    other.identity.options["trainer.callbacks"] = one.identity.options["trainer.callbacks"]
+    found = {row.label for row in rows_of(run, other)}
+    assert found == {"grok_aga, lr 0.001", "grok_aga, EvaluationBudget, lr 0.5"}
+
+
 def test_an_option_is_named_by_as_much_as_tells_it_from_others() -> None:
     assert short_names(["matrix.lr", "vector.lr", "model.rho"]) == {
         "matrix.lr": "matrix.lr",

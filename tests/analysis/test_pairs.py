@@ -127,5 +127,19 @@ def test_times_are_tested_by_their_ratios_or_by_who_was_first_where_a_run_missed
     assert (missed["p"], missed["t-test"], missed["permutation test"], missed["sign test"]) == ("1", "-", "-", "1")
     # Of three seeds that all agree: 2 of 8 changes of signs.
     assert fast["permutation test"] == "0.25" and missed["ratio of evaluations"] == "-"
-    assert fast["probability of being faster"] == "100 %"
+    # The limit is that of three pairs of runs, which all agree.
+    limit = 100 * stats.binomtest(3, 3).proportion_ci().low
+    assert fast["probability of being faster"] == f"100 % [{limit:.0f}, 100]"
     assert missed["probability of being faster"].startswith("67 % [")
+
+
+def test_no_p_value_is_smaller_than_the_tests_can_be_trusted_with(groups: list[Group], run: Run) -> None:
+    values = {"base": [0.5, 0.51, 0.52, 0.5, 0.53], "far": [0.7, 0.712, 0.721, 0.699, 0.731]}
+    times = {"base": [200.0, 210.0, 220.0, 200.0, 230.0], "far": [20.0, 21.1, 22.0, 20.1, 23.0]}
+    for of, make, targets in ((values, valued, []), (times, timed, [HALF])):
+        rows = {label: make(run, label, row) for label, row in of.items()}
+        test = stats.ttest_rel(*(np.log(row) if targets else row for row in of.values()))
+        assert test.pvalue < 0.0001
+        *_, table = pairs(ranked(groups[0], [*rows.values()], targets), rows["base"])
+        (cells,) = [dict(zip(table.columns, line, strict=True)) for line in table.rows]
+        assert (cells["p"], cells["t-test"], cells["permutation test"]) == ("< 0.0001", "< 0.0001", "0.062")

@@ -34,8 +34,10 @@ def folder(runs: Path, tmp_path: Path) -> Path:
         (folder / name / "study.yaml").write_text(f"title: {title}\ntargets: [train/loss < 2.2]\n")
         (folder / name / "README.md").write_text("Commands.\n")
         shutil.rmtree(next((folder / name / "grok_adamw").glob("*seed42")))  # of another protocol
-    for file in [file for name in ("config", "protocol") for file in (folder / "second").rglob(f"{name}.yaml")]:
-        file.write_text(file.read_text().replace("train_fraction: 0.3", "train_fraction: 0.4"))
+    for path in [path for name in ("config", "protocol") for path in (folder / "second").rglob(f"{name}.yaml")]:
+        path.write_text(path.read_text().replace("train_fraction: 0.3", "train_fraction: 0.4"))
+    with (folder / "first" / "study.yaml").open("a") as file:
+        file.write("note: Settings of <its> own.\n")
     (folder / "project.yaml").write_text(PROJECT.format(output=tmp_path / "docs"))
     return folder
 
@@ -57,6 +59,9 @@ def test_the_page_has_every_study_with_its_result_picture_and_table(folder: Path
         assert (tmp_path / "docs" / name / "report.html").is_file()
     html = (tmp_path / "docs" / "report.html").read_text()
     assert 'href="first/report.html"' in html and "With &lt;equal&gt; budgets." in html
+    # The note of a study is below its heading, and nowhere else.
+    assert page.count(r"Settings of \<its\> own.") == html.count("<p>Settings of &lt;its&gt; own.</p>") == 1
+    assert page.index("### A study") < page.index("Settings of") < page.index("## Published")
     anchors = re.findall(r'<section id="(.*?)"', html)
     assert len(anchors) == len(set(anchors)) and {"first-1", "second-1"} <= set(anchors)
 

@@ -109,7 +109,7 @@ def test_the_summary_has_the_result_of_every_table_and_counts_what_is_in_none(gr
     problems = [Problem(Path(name), "it has no config.yaml") for name in ("a", "b")]
     lines = summary(sections, problems).splitlines()
     assert lines[0] == f"Modular addition, protocol {groups[0].digest}: 7 runs in 3 rows"
-    assert lines[1].startswith("  aga of search reaches the highest val/accuracy")
+    assert lines[1].startswith("  aga of search has the highest mean of best val/accuracy: ")
     assert lines[2:4] == [
         f"Modular addition, protocol {groups[1].digest}: 1 run in 1 row",
         "  grok_adamw is the only row. val/accuracy: 5.00 %, from one seed.",

@@ -71,10 +71,29 @@ def test_the_probability_of_improvement_is_that_of_mann_and_whitney() -> None:
     assert found.mean == pytest.approx(stats.mannwhitneyu(one, other).statistic / 12)
     assert found.low is not None and found.high is not None and 0 <= found.low < found.mean < found.high <= 1
     assert improvement(pairs_ahead(one, other, lower=True)).mean == pytest.approx(1 - found.mean)
-    # All pairs agree: the bootstrap has no scatter, and an interval of no width would say too much.
-    assert improvement(pairs_ahead([2.0, 3.0], [0.0, 1.0], lower=False)) == Mean(2, 1.0, None, None)
     # A run that diverged has no value, and is behind every run with one.
     assert pairs_ahead([np.nan, 1.0], [2.0, np.nan], lower=True).tolist() == [[0, 0.5], [1, 1]]
+
+
+@pytest.mark.parametrize(("runs", "others"), [(2, 2), (3, 9), (10, 4)])
+def test_where_all_pairs_agree_the_limit_is_that_of_as_many_pairs_of_different_runs(runs: int, others: int) -> None:
+    # The bootstrap has no scatter there, and an interval of no width would say too much.
+    n, values = min(runs, others), [float(place) for place in range(runs)]
+    better, worse = (improvement(pairs_ahead(values, [other] * others, lower=False)) for other in (-1.0, 99.0))
+    for found, ahead in ((better, n), (worse, 0)):
+        exact = stats.binomtest(ahead, n).proportion_ci(method="exact")
+        assert (found.n, found.mean) == (n, ahead / n)
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+    # By hand: that all of n agree has a probability of 2.5 % at the limit.
+    assert better.low is not None and better.low**n == pytest.approx(0.025)
+
+
+def test_a_single_run_and_ties_alone_have_no_interval_of_the_probability() -> None:
+    assert improvement(pairs_ahead([2.0], [0.0, 1.0], lower=False)) == Mean(1, 1.0, None, None)
+    assert improvement(pairs_ahead([1.0, 1.0], [1.0, 1.0, 1.0], lower=False)) == Mean(2, 0.5, None, None)
+    # One half may also be of pairs that do not agree.
+    found = improvement(pairs_ahead([1.0, 4.0], [2.0, 3.0], lower=False))
+    assert (found.mean, found.low, found.high) == (0.5, 0.0, 1.0)
 
 
 def test_the_bootstrap_interval_covers_the_probability_of_improvement() -> None:

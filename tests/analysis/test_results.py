@@ -40,8 +40,8 @@ def test_means_and_intervals_are_those_of_the_logs(groups: list[Group], runs: Pa
     low, high = 100 / (1 + np.exp(-logit))
     table = results(groups[0])
     cells = line_of(table, "grok_aga")
-    assert list(table.columns)[-3:] == ["seeds", "tuning trials", "at most epochs"]
-    assert [*cells.values()][-3:] == ["3", "none", "6"]
+    assert list(table.columns)[-3:] == ["seeds", "tuning trials", "at most"]
+    assert [*cells.values()][-3:] == ["3", "none", "6 epochs"]
     assert cells["best val/accuracy"] == f"{100 * mean:.2f} % [{low:.2f}, {high:.2f}]"
 
 
@@ -146,7 +146,20 @@ def test_step_costs_are_ratios_of_the_logs_last_row(groups: list[Group]) -> None
     assert float(cells["evaluations a step"]) == pytest.approx(last["cost/gradient_evaluations"] / steps, rel=5e-3)
     own = line_of(table, "grok_adamw")
     assert (own["over grok_adamw"], own["evaluations a step"]) == ("1", "1")
-    assert "threads" in own["machine"]
+    environment = run.summary["environment"]
+    assert environment["threads"] == "1" and own["machine"] == f"{environment['processor']}, 1 thread"
+
+
+def test_threads_of_a_machine_are_counted(groups: list[Group], run: Run) -> None:
+    row = replace(groups[0].rows[0], runs={str(seed): repeated(run, seed, {}) for seed in range(3)})
+    for one, environment in zip(
+        row.runs.values(),
+        ({"processor": "A", "threads": "2"}, {"accelerator": "B", "threads": "12", "processor": "C"}, {}),
+        strict=True,
+    ):
+        one.summary = {"environment": environment}
+    cells = line_of(step_cost(replace(groups[0], rows=[row]), None), row.label)
+    assert cells["machine"] == "A, 2 threads; B, 12 threads; not recorded"
 
 
 def test_step_costs_are_medians_over_seeds_with_quartiles(groups: list[Group], run: Run) -> None:

@@ -1,5 +1,6 @@
 """Test how runs are sorted into tables and rows, and what the rows are ranked by."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import yaml
 
 from analysis.results import milestones, to_target
 from analysis.rows import AXIS, Group, Measure, group
-from analysis.runs import Run, read
+from analysis.runs import Problem, Run, read
+from experiment.identity import Sweep
 from experiment.target import Target
 from tests.analysis.runs import HALF, SEEDS, copy, cut, ranked, repeated, timed, valued
 
@@ -113,3 +115,43 @@ def test_a_milestone_that_the_task_does_not_have_may_be_of_any_metric(groups: li
     row.runs = {"0": repeated(row.any, 0, {"milestone/full": 6})}
     unknown = replace(groups[0], milestones={})
     assert unknown.stopped_on(row, "train/loss") and unknown.stopped_on(row, "val/loss")
+
+
+def test_trials_are_those_of_a_rows_own_and_of_its_familys_rows_without_a_winner(
+    groups: list[Group], runs: Path
+) -> None:
+    found, _ = read([runs])
+    # Three trials of AdamW have no winner, and two of AGA have one.
+    assert {key: len(trials) for key, trials in groups[0].sweeps.items()} == {
+        ("search", "adamw"): 3,
+        ("search", "aga"): 2,
+    }
+
+    def trials(
+        *more: Run, problems: Sequence[Problem] = (), family: Sequence[str] = ("adamw", "aga")
+    ) -> dict[str, int]:
+        families = {"both": family} if family else {}
+        entry = max(group([*found, *more], problems, families=families), key=lambda entry: len(entry.rows))
+        return {row.search[1]: row.trials or 0 for row in entry.rows if row.search is not None}
+
+    assert trials(family=()) == {"aga": 2}
+    assert trials() == {"aga": 5}
+    assert trials(family=["aga"]) == trials(family=["adamw"]) == {"aga": 2}
+    # One that ran again on another seed is one setting; one that left no readable run is one too.
+    first = groups[0].sweeps["search", "adamw"][0]
+    assert trials(repeated(first, 9, {})) == {"aga": 5}
+    lost = repeated(first, 0, {}).identity
+    lost.sweep = Sweep("search", "adamw", 7)
+    assert trials(problems=[Problem(Path("lost"), "it has no metrics.csv", lost)]) == {"aga": 6}
+    # The trials of another search found nothing here.
+    other = repeated(first, 0, {})
+    other.identity.sweep = Sweep("other", "adamw", 0)
+    assert trials(other) == {"aga": 5}
+    # Once the other row has a winner too, each has its own trials.
+    winner = repeated(first, 5, {})
+    winner.identity.sweep = Sweep("search", "adamw")
+    assert trials(winner) == {"aga": 2, "adamw": 3}
+
+
+def test_a_row_that_is_no_searchs_has_no_trials(groups: list[Group]) -> None:
+    assert [row.trials for row in groups[0].rows if row.search is None] == [None, None]

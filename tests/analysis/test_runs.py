@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from analysis.archive import find
+from analysis.results import results
 from analysis.rows import PUBLISHED, group
 from analysis.runs import AXES, Run, read
 from callbacks.milestones import THRESHOLDS
@@ -97,6 +98,36 @@ def test_targets_are_reached_where_the_log_first_meets_them(runs: Path) -> None:
     assert run.reached(target) == float(expected["epoch"]) + 1
     assert run.reached(target, "cost/gradient_evaluations") == float(expected["cost/gradient_evaluations"])
     assert run.reached(Target("never", "train/loss", -1.0, lower=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "trainer", "budget"),
+    [
+        ((), {}, f"{EPOCHS} epochs"),
+        ((), {"max_epochs": -1, "max_steps": 4000}, "4,000 steps"),
+        ((), {"max_epochs": 1}, "1 epoch"),
+        ((800,), {}, "800 gradient evaluations"),
+        ((1200,), {"max_epochs": -1}, "1,200 gradient evaluations"),
+        ((1,), {}, "1 gradient evaluation"),
+        # The one that ends first.
+        ((800, 90), {}, "90 gradient evaluations"),
+    ],
+)
+def test_the_budget_of_a_run_is_in_evaluations_or_its_length(
+    evaluations: Sequence[int], trainer: dict[str, int], budget: str, runs: Path, tmp_path: Path
+) -> None:
+    folder = copy(one(runs, "grok_aga"), tmp_path, "budget")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    callbacks = [
+        {"class_path": "callbacks.evaluation_budget.EvaluationBudget", "init_args": {"gradient_evaluations": number}}
+        for number in evaluations
+    ]
+    config["trainer"] |= {**trainer, "callbacks": [*config["trainer"]["callbacks"], *callbacks]}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    run = Run(folder)
+    assert run.budget == budget
+    (entry,) = group([run])
+    assert results(entry).rows[0][-1] == budget
 
 
 def test_a_level_is_met_in_single_precision(tmp_path: Path, runs: Path) -> None:

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from analysis.statistics import Mean
-from analysis.tables import Table, mean_text, median_text, number, percent_text, quartiles_text
+from analysis.tables import Table, mean_text, median_text, number, p_text, percent_text, quartiles_text
 from analysis.times import Median
 
 NASTY = r"a_b & 50 % <i>|x| $1 #2 {c} ~d ^e \f ± ≥ -"
@@ -89,6 +89,22 @@ def test_numbers(value: float | None, text: str) -> None:
     assert number(value) == text
 
 
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        (1.0, "1"),
+        (0.0476, "0.048"),
+        (0.000123, "0.00012"),
+        (0.0001, "0.0001"),
+        (0.0000999, "< 0.0001"),
+        (0.0, "< 0.0001"),
+        (math.nan, "-"),
+    ],
+)
+def test_p_values_have_two_digits_down_to_one_in_ten_thousand(p: float, text: str) -> None:
+    assert p_text(p) == text
+
+
 def test_shares_are_in_whole_percent() -> None:
     assert percent_text(Mean(9, 0.666, 0.25, 1.0)) == "67 % [25, 100]"
     assert percent_text(Mean(9, 1.0, None, None)) == "100 %"
@@ -106,6 +122,8 @@ def test_means_and_medians_show_what_is_known() -> None:
     assert median_text(Median(5, 5, 240.0, 232.0, 280.0, 280.0)) == "240 [232, 280]"
     assert median_text(Median(5, 3, 240.0, 232.0, None, 4800.0)) == "240 [232, > 4,800]"
     assert median_text(Median(5, 0, None, None, None, 4800.0)) == "not within 4,800"
-    assert median_text(Median(5, 1, None, 100.0, None, 4800.0)) == "not within 4,800 [100, -]"
+    assert median_text(Median(5, 1, None, 100.0, None, 4800.0)) == "not within 4,800 [100, > 4,800]"
+    # One of many that reached it sets no limit.
+    assert median_text(Median(9, 1, None, None, None, 4800.0)) == "not within 4,800"
     assert median_text(Median(1, 1, 7.0, None, None, 7.0)) == "7"
     assert median_text(Median(2, 0, None, None, None, math.nan)) == "not reached"

@@ -11,6 +11,7 @@ import pytest
 from analysis.comparison import baseline
 from analysis.rows import Group, Row, group
 from analysis.runs import read
+from analysis.tables import number
 from analysis.tuning_budget import first_runs, luck, options_of, searched_rows, searches_luck, tuning_budgets
 from experiment.target import Target
 from tests.analysis.runs import copy, cut, repeated
@@ -27,7 +28,7 @@ def test_the_tuning_budget_counts_every_trial_and_flags_unequal_budgets(
     groups: list[Group], runs: Path, tmp_path: Path
 ) -> None:
     (budget,) = tuning_budgets(groups[0])
-    assert budget.columns[0] == "row"
+    assert list(budget.columns)[:5] == ["row", "runs of trials", "ended", "interrupted", "diverged or failed"]
     assert [line[:5] for line in budget.rows] == [["adamw", "3", "3", "0", "0"], ["aga of search", "2", "2", "0", "0"]]
     assert budget.notes[1:] == [
         "UNEQUAL BUDGETS: from 2 trials (aga of search) to 3 (adamw); the winners of this search are not comparable."
@@ -94,7 +95,7 @@ def test_the_luck_of_a_search_is_of_its_best_trials(groups: list[Group], referen
     }
     adamw, aga = table.rows
     assert (adamw[0], adamw[1], adamw[3]) == ("adamw", "3", "1") and aga[:2] == ["aga of search", "2"]
-    assert aga[3].startswith(f"{best['aga'] / best['adamw']:.3g} [")
+    assert aga[3].startswith(f"{number(best['aga'] / best['adamw'], 4)} [")
     # A trial that ran again on another seed is still one trial, and its first run counts.
     own = entry.sweeps["search", "adamw"]
     again = [repeated(run, 9, {"val/accuracy": 0.99}) for run in own]
@@ -102,11 +103,46 @@ def test_the_luck_of_a_search_is_of_its_best_trials(groups: list[Group], referen
     (same,) = searches_luck(replace(entry, sweeps=both), reference)
     assert same.rows == table.rows
     assert first_runs(both["search", "adamw"]) == list(reversed(own))
+    # The budget counts its runs.
+    (budget,) = tuning_budgets(replace(entry, sweeps=both))
+    assert [line[1:3] for line in budget.rows] == [["6", "6"], ["2", "2"]]
     (other,) = searches_luck(replace(entry, sweeps={**entry.sweeps, ("search", "adamw"): again}), reference)
     assert other.rows != table.rows
     never = replace(entry, targets=[Target("never", "train/loss", 0.0, lower=True)], borrowed=False)
     (nothing,) = searches_luck(never, reference)
     assert [line[2:] for line in nothing.rows] == [["-", "1"], ["-", "-"]]
+
+
+def test_the_luck_of_losses_is_of_their_exponentials_with_four_digits(groups: list[Group], reference: Row) -> None:
+    by_loss = replace(groups[0], targets=[], metric="val/loss", lower=True)
+    losses = {
+        name: sorted(pd.read_csv(run.shown / "metrics.csv")["val/loss"].min() for run in by_loss.sweeps["search", name])
+        for name in ("adamw", "aga")
+    }
+    (table,) = searches_luck(by_loss, reference)
+    assert table.notes[0].startswith("Best exp(val/loss) of single trials.")
+    adamw, aga = table.rows
+    for line, name in ((adamw, "adamw"), (aga, "aga")):
+        assert line[2] == ", ".join(number(math.exp(loss)) for loss in losses[name])
+    # A ratio of perplexities, and not of losses. Of the draws, 18 % have AGA's worse trial alone and AdamW's best one.
+    ratio, high = (number(math.exp(loss - losses["adamw"][0]), 4) for loss in losses["aga"])
+    assert aga[3].startswith(f"{ratio} [") and aga[3].endswith(f", {high}]")
+    # A level of the loss is reached in gradient evaluations, which have ratios.
+    level = Target("any", "train/loss", 100.0, lower=True)
+    (table,) = searches_luck(replace(by_loss, targets=[level], borrowed=False), reference)
+    assert table.notes[0].startswith("Gradient evaluations to train/loss < 100 of single trials.")
+    assert table.rows[0][2] == "2, 2, 2"
+
+
+def test_single_trials_are_stated_settings_and_have_no_luck(groups: list[Group], reference: Row) -> None:
+    single = {key: trials[:1] for key, trials in groups[0].sweeps.items()}
+    # One that ran again on further seeds is single too.
+    again = {key: [*trials, repeated(trials[0], 9, {})] for key, trials in single.items()}
+    for sweeps in (single, again):
+        assert list(searches_luck(replace(groups[0], targets=[], sweeps=sweeps), reference)) == []
+    some = {**single, ("search", "aga"): groups[0].sweeps["search", "aga"]}
+    (table,) = searches_luck(replace(groups[0], targets=[], sweeps=some), reference)
+    assert [line[1] for line in table.rows] == ["1", "2"]
 
 
 def test_rows_of_a_search_count_together_only_where_the_study_says_so(groups: list[Group], reference: Row) -> None:
@@ -126,12 +162,16 @@ def test_rows_of_a_search_count_together_only_where_the_study_says_so(groups: li
 
 def test_the_reference_of_a_search_is_its_own_row_where_that_is_the_baseline(groups: list[Group]) -> None:
     (winner,) = [row for row in groups[0].rows if row.search is not None]
-    first, second = groups[0].sweeps["search", "aga"]
+    trials = groups[0].sweeps["search", "aga"]
     # The other row has the same optimizer, and comes before.
-    sweeps = {("search", "other"): [first], ("search", "aga"): [second]}
+    sweeps = {("search", "other"): trials, ("search", "aga"): list(reversed(trials))}
     (table,) = searches_luck(replace(groups[0], targets=[], sweeps=sweeps), winner)
     assert table.columns[-1] == "ratio of the best to aga of search"
     assert [line[0] for line in table.rows if line[3] == "1"] == ["aga of search"]
+    # A baseline of another search is represented by the first row with its optimizer.
+    elsewhere = {("else", name): trials for (_, name), trials in sweeps.items()}
+    (table,) = searches_luck(replace(groups[0], targets=[], sweeps=elsewhere), winner)
+    assert table.columns[-1] == "ratio of the best to other"
 
 
 def test_the_trials_of_a_search_are_in_the_order_in_which_they_ran(groups: list[Group]) -> None:

@@ -15,34 +15,59 @@ from analysis.verdict import headlines, sentence
 from tests.analysis.runs import HALF, ranked, timed, valued
 
 FAST, SLOW = [10.0, 11.0, 12.0, 10.0, 13.0], [20.0, 25.0, 21.0, 26.0, 20.0]
+LOWEST = "has the lowest median of gradient evaluations to val/accuracy >= 0.5"
 
 
 def ratio(one: list[float], other: list[float], rows: int) -> tuple[str, str]:
-    """Return a ratio of times in words, and the smallest p of some rows, by SciPy."""
+    """Return a ratio of times, and the smallest p of some rows, by SciPy."""
     logs = np.log(one) - np.log(other)
     low, high = np.exp(stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs)))
     p = rows * stats.ttest_1samp(logs, 0).pvalue
     interval = f"[{number(float(low), 3)}, {number(float(high), 3)}]"
-    return f"That is {number(float(np.exp(logs.mean())), 3)} {interval} times those of", number(float(p), 2)
+    return f"{number(float(np.exp(logs.mean())), 3)} {interval}", number(float(p), 2)
 
 
 def test_the_best_row_is_compared_with_the_baseline(groups: list[Group], run: Run) -> None:
     base, middle = timed(run, "base", SLOW), timed(run, "middle", [15, 16, 18, 17, 16])
     entry = ranked(groups[0], [base, timed(run, "best", FAST), middle], [HALF])
-    that_is, p = ratio(FAST, SLOW, rows=2)
+    value, p = ratio(FAST, SLOW, rows=2)
     assert sentence(entry, base) == (
-        "best needs the fewest gradient evaluations to val/accuracy >= 0.5: 11 [10, 13], median of 5 seeds. "
-        f"{that_is} the baseline, base (5 common seeds, p {p} after Holm). It is ahead of each of the 2 other rows."
+        f"best {LOWEST}: 11 [10, 13], over 5 seeds. It needs {value} times the evaluations of the baseline, base "
+        f"(5 common seeds, p {p} after Holm). best is ahead of each of the 2 other rows."
     )
 
 
 def test_a_baseline_that_is_best_is_compared_with_the_next_row(groups: list[Group], run: Run) -> None:
-    base, rows = timed(run, "base", FAST), [timed(run, "next", SLOW), timed(run, "last", [30, 31, 41, 32, 35])]
+    further = [30.0, 70.0, 32.0, 34.0, 31.0]
+    base, rows = timed(run, "base", FAST), [timed(run, "next", SLOW), timed(run, "last", further)]
     entry = ranked(groups[0], [*rows, base], [HALF])
+    # The comparisons are those of the first table: of either row with the baseline, and not of the baseline with one.
+    p = [stats.ttest_rel(np.log(times), np.log(FAST)).pvalue for times in (SLOW, further)]
+    adjusted = number(float(max(p[0], 2 * min(p))), 2)
+    (line,) = [line for line in at_a_glance(entry, base).rows if line[0] == "next"]
+    assert line[2:4] == [ratio(SLOW, FAST, rows=2)[0], adjusted]
     for reference in (base, None):
-        found = sentence(entry, reference)
-        assert found.startswith("base needs the fewest")
-        assert f"{ratio(FAST, SLOW, rows=2)[0]} the next row, next (5 common seeds, p " in found
+        assert sentence(entry, reference) == (
+            f"base {LOWEST}: 11 [10, 13], over 5 seeds. The next row, next, needs {line[2]} times its evaluations "
+            f"(5 common seeds, p {adjusted} after Holm). base is ahead of each of the 2 other rows."
+        )
+
+
+def test_a_baseline_that_is_best_may_not_be_distinguished_from_the_next_row(groups: list[Group], run: Run) -> None:
+    near, values = [19.0, 26.0, 20.0, 27.0, 19.0], [0.5, 0.6, 0.7]
+    base, rows = timed(run, "base", near), [timed(run, "next", SLOW), timed(run, "no seed", [40.0], first=9)]
+    value, p = ratio(SLOW, near, rows=1)
+    assert f"The next row, next, cannot be distinguished from it: the ratio is {value} (5 common seeds, p {p} " in (
+        sentence(ranked(groups[0], [*rows, base], [HALF]), base)
+    )
+    apart = ranked(groups[0], [base, rows[1]], [HALF])
+    assert ". The next row, no seed, has too few seeds in common with it." in sentence(apart, base)
+    # Of a metric that is lower for the next row: by 20, 19 and 21 points, of which the standard error is 0.577.
+    metrics = [valued(run, "base", values), valued(run, "next", [0.3, 0.41, 0.49])]
+    p = number(float(stats.ttest_1samp([20, 19, 21], 0).pvalue), 2)
+    assert f". The next row, next, has 20 [17.5, 22.5] points less than it (3 common seeds, p {p} after Holm)." in (
+        sentence(ranked(groups[0], metrics), metrics[0])
+    )
 
 
 def test_a_metric_is_compared_in_points_more_or_less(groups: list[Group], run: Run) -> None:
@@ -53,43 +78,53 @@ def test_a_metric_is_compared_in_points_more_or_less(groups: list[Group], run: R
     size = f"{number(float(differences.mean()), 3)} [{', '.join(number(float(limit), 3) for limit in limits)}]"
     p = number(float(stats.ttest_1samp(differences, 0).pvalue), 2)
     found = sentence(ranked(groups[0], [*rows.values()]), rows["low"])
-    assert found.startswith("high reaches the highest val/accuracy: 82.80 % [")
+    assert found.startswith("high has the highest mean of best val/accuracy: 82.80 % [")
     assert found.endswith(
-        f", mean of 5 seeds. That is {size} points more than the baseline, low (5 common seeds, p {p} after Holm)."
+        f", over 5 seeds. It has {size} points more than the baseline, low (5 common seeds, p {p} after Holm)."
     )
     losses = {label: valued(run, label, row, "val/loss") for label, row in values.items()}
     found = sentence(ranked(replace(groups[0], metric="val/loss", lower=True), [*losses.values()]), losses["high"])
-    assert found.startswith("low reaches the lowest val/loss: 0.728 [")
-    assert f"That is {number(float(differences.mean()) / 100, 3)} [" in found and "] less than the baseline" in found
+    assert found.startswith("low has the lowest mean of best val/loss: 0.728 [")
+    assert f". It has {number(float(differences.mean()) / 100, 3)} [" in found
+    assert f"] less than the baseline, high (5 common seeds, p {p} after Holm)." in found
 
 
-def test_a_tested_metric_is_had_and_not_reached(groups: list[Group], run: Run) -> None:
+def test_a_tested_metric_is_not_called_the_best(groups: list[Group], run: Run) -> None:
     rows = [valued(run, label, [x, x + 0.1, x], "test/accuracy") for label, x in (("high", 0.8), ("low", 0.7))]
-    assert sentence(ranked(groups[0], rows), rows[1]).startswith("high has the highest test/accuracy: 83.33 % [")
+    assert sentence(ranked(groups[0], rows), rows[1]).startswith(
+        "high has the highest mean of test/accuracy: 83.33 % ["
+    )
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_with_fewer_than_three_seeds_nothing_is_settled(seeds: int, groups: list[Group], run: Run) -> None:
     base, best = timed(run, "base", SLOW[:seeds]), timed(run, "best", FAST[:seeds])
     found = sentence(ranked(groups[0], [base, best], [HALF]), base)
-    kind = {1: "10, from one seed", 2: "10 [10, 11], median of 2 seeds"}[seeds]
+    kind = {1: "10, from one seed", 2: "10 [10, 11], over 2 seeds"}[seeds]
     least = {1: "At most 1 seed a row", 2: "At most 2 seeds a row"}[seeds]
-    assert found == (
-        f"best needs the fewest gradient evaluations to val/accuracy >= 0.5: {kind}. {least}: nothing here is settled."
-    )
+    assert found == f"best {LOWEST}: {kind}. {least}: nothing here is settled."
 
 
-def test_with_three_or_four_seeds_no_pair_is_tested(groups: list[Group], run: Run) -> None:
-    base, best = timed(run, "base", SLOW[:4]), timed(run, "best", FAST[:4])
+@pytest.mark.parametrize("seeds", [3, 4])
+def test_with_three_or_four_seeds_no_lead_is_settled(seeds: int, groups: list[Group], run: Run) -> None:
+    base, best = timed(run, "base", SLOW[:seeds]), timed(run, "best", FAST[:seeds])
     found = sentence(ranked(groups[0], [base, best], [HALF]), base)
-    assert "(4 common seeds, p " in found and "nothing here is settled" not in found
-    assert found.endswith("Rows have too few common seeds to be tested in pairs.")
+    value, p = ratio(FAST[:seeds], SLOW[:seeds], rows=1)
+    assert found.endswith(
+        f". It needs {value} times the evaluations of the baseline, base ({seeds} common seeds, p {p} after Holm). "
+        f"With {seeds} common seeds, no lead counts as settled."
+    )
+    # As many seeds as are in common, and not as many as a row has.
+    longer = timed(run, "longer", [*SLOW, *SLOW], first=5 - seeds)
+    found = sentence(ranked(groups[0], [longer, timed(run, "best", FAST)], [HALF]), longer)
+    assert f"({seeds} common seeds, p " in found
+    assert found.endswith(f" With {seeds} common seeds, no lead counts as settled.")
 
 
 def test_rows_that_never_reached_the_target_are_compared_by_their_metric(groups: list[Group], run: Run) -> None:
     base, best = valued(run, "base", [0.1, 0.12, 0.14]), valued(run, "best", [0.3, 0.35, 0.4])
     first, second = headlines(ranked(groups[0], [base, best], [HALF]), base)
-    assert first.startswith("best reaches the highest val/accuracy: 35.00 % [")
+    assert first.startswith("best has the highest mean of best val/accuracy: 35.00 % [")
     assert second == "No run reached val/accuracy >= 0.5."
     # Those of another protocol are none to miss, and a tested row has another measure.
     assert len([*headlines(replace(ranked(groups[0], [base, best], [HALF]), borrowed=True), base)]) == 1
@@ -113,26 +148,30 @@ def test_a_single_row_and_none_are_said_to_be(groups: list[Group]) -> None:
 def test_the_rows_that_the_lead_is_not_settled_over_are_named(groups: list[Group], run: Run) -> None:
     best = valued(run, "best", [0.8, 0.86, 0.83, 0.8, 0.85])
     clear = valued(run, "clear", [0.3, 0.37, 0.32, 0.34, 0.31])
+    # However many rows there are, this one is far behind, and no smaller number is claimed.
+    p = stats.ttest_rel([0.8, 0.86, 0.83, 0.8, 0.85], [0.3, 0.37, 0.32, 0.34, 0.31]).pvalue
+    assert 5 * p < 0.0001
+    assert "clear (5 common seeds, p < 0.0001 after Holm)." in sentence(ranked(groups[0], [best, clear]), clear)
     near = [valued(run, f"near {n}", [0.79, 0.87, 0.82, 0.81, 0.84 - n / 1000]) for n in range(4)]
     ends = {
-        1: "Its lead is not settled over: near 0.",
-        3: "Its lead is not settled over: near 0; near 1; near 2.",
-        4: "Its lead is not settled over: 4 of the 5 other rows.",
+        1: "The lead over near 0 is not settled.",
+        2: "The lead is not settled over near 0; near 1.",
+        3: "The lead is not settled over near 0; near 1; near 2.",
+        4: "The lead is not settled over 4 of the 5 other rows.",
     }
     for number_, end in ends.items():
         assert sentence(ranked(groups[0], [best, clear, *near[:number_]]), clear).endswith(f"). {end}")
     # The baseline was named before.
     found = sentence(ranked(groups[0], [best, clear, near[0]]), near[0])
-    assert found.endswith("after Holm). It is ahead of all further rows.")
+    assert found.endswith("after Holm). best is ahead of all other rows.")
     assert sentence(ranked(groups[0], [best, near[0]]), near[0]).endswith(" after Holm).")
     found = sentence(ranked(groups[0], [best, *near]), near[0])
-    assert found.endswith("). Its lead is not settled over any other row.")
+    assert found.endswith("). No lead over another row is settled.")
 
 
 def test_a_row_that_may_be_no_better_cannot_be_distinguished(groups: list[Group], run: Run) -> None:
     base, near = timed(run, "base", SLOW), timed(run, "near", [19, 26, 20, 27, 19])
-    that_is, p = ratio([19, 26, 20, 27, 19], SLOW, rows=1)
-    value = that_is.removeprefix("That is ").removesuffix(" times those of")
+    value, p = ratio([19, 26, 20, 27, 19], SLOW, rows=1)
     assert sentence(ranked(groups[0], [base, near], [HALF]), base).endswith(
         f"It cannot be distinguished from the baseline, base: the ratio is {value} (5 common seeds, p {p} after Holm)."
     )
@@ -161,7 +200,7 @@ def test_rows_that_never_reached_the_target_are_named_below(groups: list[Group],
     entry = ranked(groups[0], [base, *never, timed(run, "once", [*[None] * 4, 900])], [HALF])
     first, second = headlines(entry, base)
     assert first == sentence(entry, base)
-    assert second == "Never val/accuracy >= 0.5: one; other."
+    assert second == "No run of these rows reached val/accuracy >= 0.5: one; other."
     assert len([*headlines(ranked(groups[0], [base], [HALF]), base)]) == 1
 
 
@@ -172,9 +211,11 @@ def test_a_target_that_fewer_than_half_of_the_seeds_reached_is_not_said_to_be_mi
     entry = ranked(groups[0], [none, some], [HALF])
     assert [row.label for row in entry.rows] == ["some", "none"]
     first, second = headlines(entry, none)
-    assert first.startswith("some needs the fewest gradient evaluations to val/accuracy >= 0.5: not within 1,000 ")
-    assert ", median of 3 seeds, reached by 1 of 3. It was first on 1 of 3 common seeds with the baseline" in first
-    assert second == "Never val/accuracy >= 0.5: none."
+    assert first.startswith(
+        f"some {LOWEST}: not within 1,000 [10, > 1,000], over 3 seeds, reached by 1 of 3. "
+        "It was first on 1 of 3 common seeds with the baseline, none (p 1 after Holm)."
+    )
+    assert second == "No run of these rows reached val/accuracy >= 0.5: none."
 
 
 def test_rows_without_common_seeds_are_not_said_to_be_compared(groups: list[Group], run: Run) -> None:
@@ -187,7 +228,7 @@ def test_rows_without_common_seeds_are_not_said_to_be_compared(groups: list[Grou
 def test_a_difference_without_scatter_has_neither_p_nor_doubt(groups: list[Group], run: Run) -> None:
     base = valued(run, "base", [0.5] * 5)
     found = sentence(ranked(groups[0], [base, valued(run, "best", [0.75] * 5)]), base)
-    assert found.endswith(". The difference to the baseline, base is 25 points on all of 5 common seeds.")
+    assert found.endswith(". It differs from the baseline, base by 25 points on all of 5 common seeds.")
 
 
 def test_only_seeds_with_a_value_are_counted(groups: list[Group], run: Run) -> None:
@@ -214,4 +255,4 @@ def test_a_row_that_others_are_ahead_of_on_common_seeds_is_said_to_be_behind(gro
     third = timed(run, "third", [100, 130, 110, 140, 120])
     entry = ranked(groups[0], [best, other, third], [HALF])
     assert entry.rows[0] is best
-    assert sentence(entry, third).endswith(" On common seeds it is behind: other.")
+    assert sentence(entry, third).endswith(" On common seeds it is behind other.")
