@@ -7,8 +7,8 @@ from scipy import stats
 
 from analysis.rows import Group, Row
 from analysis.runs import Run
-from analysis.statistics import geometric_interval, mean_interval
-from analysis.tables import Table, mean_text, number
+from analysis.statistics import geometric_interval
+from analysis.tables import Table, mean_text, number, quartiles_text
 from experiment.quantities import count
 
 # Columns of callbacks.flatness_probe.FlatnessProbe; of each, less is flatter.
@@ -38,11 +38,18 @@ def flatness(group: Group) -> Iterator[Table]:
         # They scatter over powers of ten. Most can be negative too, away from a minimum.
         positive = min((value for last in values for value in last if np.isfinite(value)), default=0.0) > 0
         geometric += [name] if positive else []
-        cells.append([mean_text((geometric_interval if positive else mean_interval)(last), 3) for last in values])
+        finite = [[value for value in last if np.isfinite(value)] for last in values]
+        cells.append(
+            [
+                mean_text(geometric_interval(last), 3) if positive and last else quartiles_text(last, 3)
+                for last in finite
+            ]
+        )
     lines = [[row.label, str(len(row.runs)), *line] for row, *line in zip(rows, *cells, strict=True)]
     notes = [
-        "Flatness of the loss on a fixed training batch at the end of training: mean and 95 % interval over seeds, "
-        f"geometric where a column has positive values only ({', '.join(geometric) or 'none here'}). "
+        "Flatness of the loss on a fixed training batch at the end of training: geometric mean and 95 % interval over "
+        f"seeds where a column has positive values only ({', '.join(geometric) or 'none here'}), and else the median "
+        "and in brackets the quartiles. "
         f"Rises are at radius {given(rows, 'FlatnessProbe', 'rho')} in every tensor. Lower is flatter. All columns "
         "change under a rescaling of the weights that leaves the network's function unchanged."
     ]

@@ -1,5 +1,7 @@
 """Tabulate what rows are ranked by, against the baseline: the first table of a report."""
 
+from collections.abc import Mapping
+
 from analysis.comparison import Comparison, against, chance_text
 from analysis.results import GRAIN, is_share, metric_mean, metric_text
 from analysis.rows import Group, Measure, Row
@@ -28,7 +30,7 @@ def at_a_glance(group: Group, reference: Row | None) -> Table:
     if reference is None:
         lines = [[*line[:2], *line[-2:]] for line in lines]
         heads = ["row", _head(measure), "seeds", "trials"]
-        return Table("At a glance", heads, lines, _note(group, reference), optional={"trials"})
+        return Table("At a glance", heads, lines, _note(measure, compared, reference), optional={"trials"})
     kind = "ratio to" if measure.target is not None else "difference to"
     unit = " (points)" if measure.target is None and is_share(measure.column) else ""
     which = "faster" if measure.target is not None else "better"
@@ -41,7 +43,7 @@ def at_a_glance(group: Group, reference: Row | None) -> Table:
         "seeds",
         "trials",
     ]
-    return Table("At a glance", heads, lines, _note(group, reference), optional={"trials"})
+    return Table("At a glance", heads, lines, _note(measure, compared, reference), optional={"trials"})
 
 
 def _head(measure: Measure) -> str:
@@ -67,8 +69,7 @@ def _effect(measure: Measure, one: Comparison) -> str:
     return f"first on {one.found.first} of {one.n}" if one.found.undecided < one.n else "undecided"
 
 
-def _note(group: Group, reference: Row | None) -> list[str]:
-    measure, fewest = group.measure, min(len(row.runs) for row in group.rows)
+def _note(measure: Measure, compared: Mapping[str, Comparison], reference: Row | None) -> list[str]:
     if measure.target is not None:
         value = (
             "Median over seeds (Kaplan-Meier) with an interval of nominally 95 %, and in parentheses how many seeds "
@@ -92,9 +93,10 @@ def _note(group: Group, reference: Row | None) -> list[str]:
         "bootstrap interval. A tie, or a pair that both missed, counts one half. Where all pairs agree, the limit is "
         "that of as many pairs of different runs as there are seeds."
     ]
+    fewest = min((one.n for one in compared.values()), default=_FEW + 1)
     if fewest <= _FEW:
         notes.append(
-            f"With {fewest} seeds p rests on normally distributed differences: a permutation test could not give less "
-            f"than {2.0 ** (1 - fewest):g}."
+            f"With {fewest} common seeds p rests on normally distributed differences: a permutation test could not "
+            f"give less than {2.0 ** (1 - fewest):g}."
         )
     return notes

@@ -64,7 +64,8 @@ def costs(groups: Mapping[str, Group]) -> dict[str, dict[str, Cost]]:
             median = row.median(target, AXIS)
             if median is None:
                 continue
-            cost = Cost(median.horizon, False) if median.median is None else Cost(median.median, True)
+            watched = np.inf if np.isnan(median.horizon) else median.horizon  # never, if every run diverged
+            cost = Cost(watched, False) if median.median is None else Cost(median.median, True)
             by_optimizer, name = found.setdefault(task, {}), _family(group, row)
             by_optimizer[name] = min(cost, by_optimizer.get(name, cost), key=lambda one: (not one.reached, one.value))
     shared = [
@@ -123,7 +124,7 @@ def table(groups: Mapping[str, Group], by_task: Mapping[str, Mapping[str, Cost]]
     names, tasks = list(next(iter(by_task.values()))), list(by_task.values())
     lines = []
     for task, by_optimizer in by_task.items():
-        cells = [f"{'' if (one := by_optimizer[name]).reached else '> '}{number(one.value)}" for name in names]
+        cells = [_text(by_optimizer[name]) for name in names]
         lines.append([task, str(target_of(groups[task])), *cells])
     scores = []
     for name in names:
@@ -139,6 +140,12 @@ def table(groups: Mapping[str, Group], by_task: Mapping[str, Mapping[str, Cost]]
         f"tuned for the value at the end, and not for this time. {GRAIN} A few studies are no sample of all tasks."
     ]
     return Table("Cost by task", ["task", "target", *names], lines, notes, strong={len(lines) - 1})
+
+
+def _text(cost: Cost) -> str:
+    if np.isinf(cost.value):
+        return "not reached"
+    return number(cost.value) if cost.reached else f"> {number(cost.value)}"
 
 
 def score(by_task: Sequence[Mapping[str, Cost]], optimizer: str, optimistic: bool = False) -> float:

@@ -184,8 +184,10 @@ class Group:
         return len(trials) + self.failed[search, name]
 
     def searched_for(self, row: Row) -> list[str]:
-        """Return the names of a search's rows whose trials found a row: its own, and those of its family without "
-        "one."""
+        """Return the names of a search's rows whose trials found a row.
+
+        They are its own name, and of its family those without a row of their own.
+        """
         assert row.search is not None
         search, own = row.search
         won = {other.search[1] for other in self.rows if other.search is not None and other.search[0] == search}

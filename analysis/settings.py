@@ -28,6 +28,8 @@ def settings(group: Group) -> Table | None:
 
 
 def _brief(value: object) -> str:
+    if value == float("inf"):
+        return "no limit"
     return f"{value:.4g}" if isinstance(value, float) else value_text(value)
 
 

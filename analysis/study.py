@@ -61,26 +61,19 @@ class Study:
         file = folders[0] / FILE if len(folders) == 1 else None
         if file is None or not file.is_file():
             return cls()
-        try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not valid YAML") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{file} has no options")
-        _check(content, file)
-        also = [file.parent / path for path in content.get("also", ())]
-        others = [cls.of([folder]) for folder in also]
-        own = content.get("labels", {}), content.get("families", {})
+        content = _content(file)
+        also = tuple(file.parent / path for path in content.get("also", ()))
+        others = [_content(folder / FILE) for folder in also if (folder / FILE).is_file()]
+
+        def merged(key: str) -> dict[str, Any]:
+            return {name: value for part in [*others, content] for name, value in part.get(key, {}).items()}
+
         return cls(
             title=content.get("title", cls.title),
             baseline=content.get("baseline"),
             targets=tuple(map(Target.parse, content.get("targets", ()))),
-            labels={
-                name: label for part in (*(other.labels for other in others), own[0]) for name, label in part.items()
-            },
-            families={
-                name: rows for part in (*(other.families for other in others), own[1]) for name, rows in part.items()
-            },
+            labels=merged("labels"),
+            families=merged("families"),
             note=" ".join(content.get("note", "").split()),
             also=also,
         )
@@ -113,6 +106,18 @@ class Study:
             baseline=baseline or self.baseline,
             targets=targets or self.targets,
         )
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """Return the options in a file."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} has no options")
+    _check(content, file)
+    return content
 
 
 def _check(content: dict[Any, Any], file: Path) -> None:

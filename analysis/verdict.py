@@ -71,8 +71,10 @@ def _sentence_case(text: str) -> str:
 
 
 def _against(group: Group, measure: Measure, row: Row, other: Row, subject: str, name: str) -> str:
-    """Return the comparison of two rows in a sentence, with p adjusted for all rows that are compared with "
-    "``other``."""
+    """Return the comparison of two rows in a sentence.
+
+    Its p is adjusted for all rows that are compared with ``other``.
+    """
     one = against(group, measure, other).get(row.label)
     if one is None:
         few = common_seeds(row, other) < 2
@@ -94,7 +96,11 @@ def _against(group: Group, measure: Measure, row: Row, other: Row, subject: str,
         size = mean_text(scaled(value, np.sign(value.mean) or 1), 3)
         effect = f"has {size}{unit} {'less' if value.mean < 0 else 'more'} than {name}"
     if np.isnan(one.adjusted):
-        return f"{subject} differs from {name} by {number(value.mean, 3)}{unit} on all of {seeds}"
+        if isinstance(one.found, Race):
+            return f"{subject} needed as many evaluations as {name} on each of {seeds}"
+        if value.mean == 0:
+            return f"{subject} has the same value as {name} on each of {seeds}"
+        return f"{subject} differs from {name} by {number(value.mean, 3)}{unit} on each of {seeds}"
     if one.adjusted < LEVEL:
         return f"{subject} {effect} {about}"
     return f"{subject} cannot be distinguished from {name}: the {kind} is {mean_text(value, 3)}{unit} {about}"
@@ -120,7 +126,7 @@ def _rest(group: Group, other: Row) -> str:
     if len(unsettled) == len(others):
         return " No lead over another row is settled."
     if unsettled == [other.label]:
-        return f" {group.rows[0].label} is ahead of all other rows."
+        return f" {group.rows[0].label} is ahead of the {count(len(others) - 1, 'further row')}."
     if len(unsettled) == 1:
         return f" The lead over {unsettled[0]} is not settled."
     return f" The lead is not settled over {_list(unsettled, len(others))}."

@@ -117,10 +117,10 @@ def test_the_notes_say_what_p_rests_on_where_seeds_are_few(groups: list[Group], 
         rows = [valued(run, "base", [*values]), valued(run, "other", [*values**2, 0.5])]
         return [note for note in at_a_glance(ranked(groups[0], rows), rows[0]).notes if "permutation" in note]
 
-    # Of 2 ** n changes of signs, no fewer than two are as extreme. The row with fewer seeds counts.
+    # Of 2 ** n changes of signs, no fewer than two are as extreme. Only common seeds count.
     for seeds, least in ((3, "0.25"), (5, "0.0625"), (6, "0.03125")):
         (note,) = notes(seeds)
-        assert note.startswith(f"With {seeds} seeds p rests on normally distributed differences: ")
+        assert note.startswith(f"With {seeds} common seeds p rests on normally distributed differences: ")
         assert note.endswith(f" could not give less than {least}.")
     assert notes(7) == []
 

@@ -153,3 +153,16 @@ def test_without_a_target_the_level_is_what_half_of_adamws_runs_reach(
 def test_without_adamw_and_a_target_there_is_no_level(tasks: dict[str, Group]) -> None:
     others = [row for row in tasks["first"].rows if row.optimizer != "adamw"]
     assert target_of(Group(**{**vars(tasks["first"]), "targets": [], "rows": others})) is None
+
+
+def test_an_optimizer_whose_runs_all_diverged_never_reaches_the_target(tasks: dict[str, Group]) -> None:
+    entry = deepcopy(tasks["first"])
+    lost = entry.rows[-1]
+    for run in lost.runs.values():
+        run.diverged = True
+        run.log["train/loss"] = np.full(len(run.log["epoch"]), np.nan)
+        run._curves.clear()
+    found = costs({"first": entry})
+    assert found["first"][lost.label] == Cost(np.inf, False)
+    assert score(list(found.values()), lost.label, optimistic=True) == 0
+    assert table({"first": entry}, found).rows[0][-1] == "not reached"

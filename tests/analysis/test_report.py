@@ -3,6 +3,7 @@
 import html
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -150,3 +151,11 @@ def test_a_misspelt_name_in_a_study_is_refused(runs: Path, tmp_path: Path) -> No
 def test_a_folder_without_a_finished_run_is_refused_with_a_reason(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no finished run in .*nothing: there is no such folder"):
         read_groups([tmp_path / "nothing"], Study())
+
+
+def test_trials_alone_are_reported_without_a_winner(groups: list[Group], tmp_path: Path) -> None:
+    only_trials = replace(groups[0], rows=[])
+    (section,) = write(tmp_path / "report", [only_trials], [], Study())
+    assert section.headlines == ["There are only trials of searches, and no row."]
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert "Tuning budget of search" in text and "Runs, and the command" not in text

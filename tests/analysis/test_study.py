@@ -167,3 +167,12 @@ def test_the_label_of_an_unfinished_run_is_known(runs: Path, tmp_path: Path) -> 
     (found,) = group(read([tmp_path], unfinished=True)[0], labels={"grok_aga": "AGA"})
     assert found.rows[0].label.startswith("AGA, ")
     Study(labels={"grok_aga": "AGA"}).check_rows([found])
+
+
+def test_folders_that_name_each_other_are_read_once(tmp_path: Path) -> None:
+    for name, other in (("one", "other"), ("other", "one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "study.yaml").write_text(f"labels: {{{name}: Row {name}}}\nalso: [../{other}]\n")
+    found = Study.of([tmp_path / "one"])
+    assert found.labels == {"one": "Row one", "other": "Row other"}
+    assert [folder.resolve() for folder in found.also] == [tmp_path / "other"]

@@ -163,7 +163,7 @@ def test_the_rows_that_the_lead_is_not_settled_over_are_named(groups: list[Group
         assert sentence(ranked(groups[0], [best, clear, *near[:number_]]), clear).endswith(f"). {end}")
     # The baseline was named before.
     found = sentence(ranked(groups[0], [best, clear, near[0]]), near[0])
-    assert found.endswith("after Holm). best is ahead of all other rows.")
+    assert found.endswith("after Holm). best is ahead of the 1 further row.")
     assert sentence(ranked(groups[0], [best, near[0]]), near[0]).endswith(" after Holm).")
     found = sentence(ranked(groups[0], [best, *near]), near[0])
     assert found.endswith("). No lead over another row is settled.")
@@ -228,7 +228,7 @@ def test_rows_without_common_seeds_are_not_said_to_be_compared(groups: list[Grou
 def test_a_difference_without_scatter_has_neither_p_nor_doubt(groups: list[Group], run: Run) -> None:
     base = valued(run, "base", [0.5] * 5)
     found = sentence(ranked(groups[0], [base, valued(run, "best", [0.75] * 5)]), base)
-    assert found.endswith(". It differs from the baseline, base by 25 points on all of 5 common seeds.")
+    assert found.endswith(". It differs from the baseline, base by 25 points on each of 5 common seeds.")
 
 
 def test_only_seeds_with_a_value_are_counted(groups: list[Group], run: Run) -> None:
@@ -256,3 +256,12 @@ def test_a_row_that_others_are_ahead_of_on_common_seeds_is_said_to_be_behind(gro
     entry = ranked(groups[0], [best, other, third], [HALF])
     assert entry.rows[0] is best
     assert sentence(entry, third).endswith(" On common seeds it is behind other.")
+
+
+def test_equal_values_and_times_are_said_to_be_equal(groups: list[Group], run: Run) -> None:
+    base, same = timed(run, "base", FAST), timed(run, "same", FAST)
+    found = sentence(ranked(groups[0], [base, same], [HALF]), base)
+    assert " needed as many evaluations as it on each of 5 common seeds." in found
+    values = [valued(run, label, [0.5] * 5) for label in ("base", "same")]
+    found = sentence(ranked(groups[0], values), values[0])
+    assert " has the same value as it on each of 5 common seeds." in found
