@@ -35,7 +35,7 @@ def test_the_last_values_are_those_of_the_logs(entry: Group) -> None:
         logs = [pd.read_csv(run.shown / "metrics.csv") for run in row.runs.values()]
         for column, cell in zip(["flatness/probe_loss", *MEASURES], line[2:], strict=True):
             last = [log[column].dropna().iloc[-1] for log in logs]
-            # Geometric, except for the columns in which some row has a negative value; of two seeds mean and median agree.
+            # Geometric, except for columns with a negative value; of two seeds mean and median agree.
             mean = stats.gmean(last) if names[column] in table.notes[0].partition("only (")[2] else np.median(last)
             assert float(cell.split(" [")[0].replace(",", "")) == pytest.approx(mean, rel=6e-3, abs=1e-12)
 
