@@ -126,7 +126,8 @@ class _Plain(LogFormatter):
         if low <= 0 or x <= 0 or high < 3 * low:
             return f"{x:g}" if super().__call__(x, pos) else ""
         first = round(x / 10 ** np.floor(np.log10(x) + 1e-9), 6)
-        shown = {1.0, 2.0, 5.0} if high < 12 * low else {1.0, 3.0} if high < 120 * low else {1.0}
+        few = {1.0, 3.0} if high < 120 * low else {1.0}
+        shown = {1.0, 2.0, 3.0, 5.0} if high < 6 * low else {1.0, 2.0, 5.0} if high < 12 * low else few
         return f"{x:g}" if first in shown else ""
 
 
