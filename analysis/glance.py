@@ -25,8 +25,7 @@ def at_a_glance(group: Group, reference: Row | None) -> Table:
         elif row is reference:
             cells = ["baseline", "-", "-"]
         diverged = f", {row.diverged} diverged" if row.diverged else ""
-        trials = "none" if row.trials is None else str(row.trials)
-        lines.append([row.label, _text(measure, row), *cells, f"{len(row.runs)}{diverged}", trials])
+        lines.append([row.label, _text(measure, row), *cells, f"{len(row.runs)}{diverged}", row.tuning])
     if reference is None:
         lines = [[*line[:2], *line[-2:]] for line in lines]
         heads = ["row", _head(measure), "seeds", "trials"]
@@ -72,8 +71,8 @@ def _effect(measure: Measure, one: Comparison) -> str:
 def _note(measure: Measure, compared: Mapping[str, Comparison], reference: Row | None) -> list[str]:
     if measure.target is not None:
         value = (
-            "Median over seeds (Kaplan-Meier) with an interval of nominally 95 %, and in parentheses how many seeds "
-            f"reached the target, if not all did. {GRAIN}"
+            "Median over seeds (Kaplan-Meier; of two middle values the lower) with an interval of nominally 95 %, and "
+            f"in parentheses how many seeds reached the target, if not all did. {GRAIN}"
         )
         effect = (
             "The ratio is a geometric mean over common seeds with its 95 % interval, and p is of the paired t-test of "
@@ -83,15 +82,18 @@ def _note(measure: Measure, compared: Mapping[str, Comparison], reference: Row |
     else:
         value = "Mean over seeds with its 95 % interval."
         if not measure.column.startswith("test/"):
-            value += " The value of a seed is that of its best validation, so it is optimistic."
+            value += (
+                " The value of a seed is that of its best validation, and a search may have chosen the settings by the "
+                "same metric, so it is optimistic."
+            )
         effect = "The difference is a mean over common seeds with its 95 % interval, and p is of the paired t-test."
     if reference is None:
         return [value]
     notes = [
         f"{value} {effect} p is adjusted for the number of rows by Holm's rule; the intervals are not adjusted. The "
-        "probability is that a run of the row is ahead of one of the baseline, over all pairs of runs, with a "
-        "bootstrap interval. A tie, or a pair that both missed, counts one half. Where all pairs agree, the limit is "
-        "that of as many pairs of different runs as there are seeds."
+        "probability is that a run of the row is ahead of one of the baseline, over all pairs of runs. A tie, or a "
+        "pair that both missed, counts one half. Its interval is of the bootstrap, and at least that of as many pairs "
+        "of different runs as there are seeds."
     ]
     fewest = min((one.n for one in compared.values()), default=_FEW + 1)
     if fewest <= _FEW:

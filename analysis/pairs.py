@@ -20,8 +20,8 @@ _UNADJUSTED = (
     "neither are the intervals. "
 )
 _CHANCE = (
-    "all pairs of runs, with a bootstrap interval. A tie, or a pair that both missed, counts one half. Where all pairs "
-    "agree, the limit is that of as many pairs of different runs as there are seeds."
+    "all pairs of runs. A tie, or a pair that both missed, counts one half. Its interval is of the bootstrap, and at "
+    "least that of as many pairs of different runs as there are seeds."
 )
 
 

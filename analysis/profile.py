@@ -128,16 +128,19 @@ def table(groups: Mapping[str, Group], by_task: Mapping[str, Mapping[str, Cost]]
         lines.append([task, str(target_of(groups[task])), *cells])
     scores = []
     for name in names:
-        low, high = (f"{score(tasks, name, optimistic):.2f}" for optimistic in (False, True))
+        low, high = (f"{score(tasks, name, optimistic):.1f}" for optimistic in (False, True))
         scores.append(low if low == high else f"{low} to {high}")
     lines.append(["score", "-", *scores])
     notes = [
         "Median gradient evaluations over seeds, of the faster row of each optimizer. The target is the study's own, "
-        "or a level that at least half of tuned AdamW's runs reach. Where fewer than half of the runs reached it, the "
-        "cost is greater than their length. The score is the mean height of the profile for ratios from 1 to "
-        f"{FURTHEST:g}: 1 for an optimizer that no other beats. Its lower end counts a missed target as never reached, "
-        "the upper one as reached where the runs end. Optimizers that some study lacks are left out. Most rows were "
-        f"tuned for the value at the end, and not for this time. {GRAIN} A few studies are no sample of all tasks."
+        "or a level that at least half of tuned AdamW's runs reach; AdamW cannot miss that one, and it comes near the "
+        "end of its runs. Where fewer than half of the runs reached the target, the cost is greater than their length. "
+        f"The score is the mean height of the profile for ratios from 1 to {FURTHEST:g}: 1 for an optimizer that no "
+        "other beats. Its lower end counts a missed target as never reached, the upper one as reached where the runs "
+        f"end. Optimizers that some study lacks are left out. {GRAIN} Where runs are validated seldom, most optimizers "
+        "tie. Rows may differ in their length, and a schedule that ends earlier reaches a level earlier. Most rows "
+        "were tuned for the value at the end, and not for this time. The scores have no interval: small differences "
+        "between them say nothing."
     ]
     return Table("Cost by task", ["task", "target", *names], lines, notes, strong={len(lines) - 1})
 

@@ -213,11 +213,12 @@ def _table(table: Table, noted: set[str], level: int) -> str:
 
 
 def _link(project: Project, name: str) -> str:
-    """Return a link to the page of a study, or of the folder that has its text."""
+    """Return links to the page of a study, or of the folder that has its text, and to its verdict if it has one."""
     folder = project.folder / name
     page = next(page for page in (folder / "README.md", folder.parent / "README.md") if page.is_file())
     up = "/".join([".."] * len(project.output.parts))
-    return f"[{page}]({up}/{page.as_posix()})"
+    pages = [page, *(verdict for verdict in [folder / "verdict.md"] if verdict.is_file())]
+    return ", ".join(f"[{found.as_posix()}]({up}/{found.as_posix()})" for found in pages)
 
 
 def _page(

@@ -45,6 +45,8 @@ def _batches(number: int) -> str:
 def _object(protocol: dict[str, object], kind: str) -> str:
     """Return a class with its options."""
     keys = [key for key in protocol if key.startswith(f"{kind}.") and protocol[key] not in (False, 0, 0.0)]
+    if protocol.get("data.validation") == "test":
+        keys = [key for key in keys if key != "data.holdout_examples"]  # none are held out
     names = short_names(keys)
     options = ", ".join(f"{names[key].replace('_', ' ')} {_plain(protocol[key])}" for key in keys)
     name = str(protocol.get(kind, kind)).rpartition(".")[2]
@@ -83,7 +85,7 @@ def _lengths(group: Group) -> str:
 def _effort(group: Group) -> str:
     """Return the number of seeds and trials of the rows."""
     seeds = sorted({len(row.runs) for row in group.rows})
-    trials = sorted({row.trials or 0 for row in group.rows})
+    trials = sorted({row.trials or 0 for row in group.rows if row.trials != 1}) or [0]
     text = f"Rows have {_range(seeds, 'seed')}"
     if trials == [0]:
         return f"{text}, and settings that were not searched here."

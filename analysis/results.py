@@ -106,9 +106,8 @@ def results(group: Group) -> Table:
             lower = group.lower if metric == group.metric else True
             values = row.best(metric, lower), row.last(metric)
             cells += [metric_text(metric, metric_mean(metric, found)) for found in values]
-        trials = "none" if row.trials is None else str(row.trials)
         diverged = f", {row.diverged} diverged" if row.diverged else ""
-        lines.append([row.label, *cells, f"{len(row.runs)}{diverged}", trials, row.any.budget])
+        lines.append([row.label, *cells, f"{len(row.runs)}{diverged}", row.tuning, row.any.budget])
     notes = [
         "Mean over seeds. Its 95 % t-interval is carried over to the logit scale for percentages and to the log scale "
         "for other positive values, by the delta method. The best value of a run is that of its best validation, so it "
@@ -139,15 +138,13 @@ def named(labels: Sequence[str], of: int) -> str:
 
 
 def _unequal_tuning(group: Group) -> str:
-    by_trials: dict[int | None, list[str]] = {}
+    by_trials: dict[str, list[str]] = {}
     for row in group.rows:
-        by_trials.setdefault(row.trials, []).append(row.label)
+        if row.trials != 1:  # a control repeats the settings of another row
+            by_trials.setdefault(row.tuning, []).append(row.label)
     if len(by_trials) < 2:
         return ""
-    parts = [
-        f"{named(labels, len(group.rows))} ({'none' if trials is None else count(trials, 'trial')})"
-        for trials, labels in by_trials.items()
-    ]
+    parts = [f"{named(labels, len(group.rows))} ({trials} trials)" for trials, labels in by_trials.items()]
     return f"The rows were not tuned with equal budgets: {'; '.join(parts)}."
 
 

@@ -65,6 +65,11 @@ class Row:
         return None if sweep is None else (sweep.name, sweep.optimizer)
 
     @property
+    def tuning(self) -> str:
+        """How many settings were tried to find this one, in words; a search of a single setting only states it."""
+        return str(self.trials) if self.trials is not None and self.trials > 1 else "none"
+
+    @property
     def diverged(self) -> int:
         """How many of its runs ended with a loss that was not finite."""
         return sum(run.diverged for run in self.runs.values())

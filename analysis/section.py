@@ -157,6 +157,8 @@ def _ranking_caption(group: Group, reference: Row | None) -> str:
     median = None if reference is None or measure.target is None else reference.median(measure.target, measure.column)
     if reference is not None and (measure.target is None or (median is not None and median.median is not None)):
         against = f" Dashed: {reference.label}, the baseline."
+    if all(len(row.runs) < 2 for row in group.rows):
+        return f"A mark is the only seed of its row.{against}"
     if measure.target is None:
         return f"Small: seeds. Large: means, with 95 % intervals.{against}"
     return f"Small: seeds, hollow at the right if they missed the target. Large: medians, with intervals.{against}"

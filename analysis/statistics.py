@@ -187,27 +187,30 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def improvement(ahead: np.ndarray) -> Mean:
     """Return the probability that a run of one row is ahead of one of another (Agarwal et al. 2021).
 
-    The interval is of the percentile bootstrap over the runs of both rows. Where all pairs agree the bootstrap has no
-    scatter: the limit is then that of Clopper and Pearson (1934) for as many pairs of different runs as there are.
+    The interval is of the percentile bootstrap over the runs of both rows. Near 0 and 1 the bootstrap has little
+    scatter, so the interval is at least that of Clopper and Pearson (1934) for as many pairs of different runs as
+    there are. It is ``None`` for a single run.
 
     Args:
         ahead: for each pair of their runs 1 if the first is ahead, 0 if the second is, and 1/2 if neither.
     """
     mean, n = float(ahead.mean()), min(ahead.shape)
-    if n < 2 or mean == 0.5 == ahead.min() == ahead.max():
+    if n < 2:
         return Mean(n, mean, None, None)
-    if mean in (0.0, 1.0):
-        limit = ((1 - CONFIDENCE) / 2) ** (1 / n)
-        return Mean(n, mean, limit if mean else 0.0, 1.0 if mean else 1 - limit)
-    found = stats.bootstrap(
-        tuple(map(np.arange, ahead.shape)),
-        lambda one, other, axis: ahead[one[..., :, None], other[..., None, :]].mean(axis=(-2, -1)),
-        n_resamples=_RESAMPLES // 5,
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Mean(n, mean, float(found.low), float(found.high))
+    tail, won = (1 - CONFIDENCE) / 2, mean * n
+    low = float(stats.beta.ppf(tail, won, n - won + 1)) if won > 0 else 0.0
+    high = float(stats.beta.isf(tail, won + 1, n - won)) if won < n else 1.0
+    if np.ptp(ahead) > 0:
+        found = stats.bootstrap(
+            tuple(map(np.arange, ahead.shape)),
+            lambda one, other, axis: ahead[one[..., :, None], other[..., None, :]].mean(axis=(-2, -1)),
+            n_resamples=_RESAMPLES // 5,
+            vectorized=True,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        low, high = np.nanmin([low, found.low]), np.nanmax([high, found.high])
+    return Mean(n, mean, float(low), float(high))
 
 
 def pairs_ahead(values: Sequence[float], others: Sequence[float], lower: bool) -> np.ndarray:

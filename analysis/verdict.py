@@ -29,8 +29,8 @@ def sentence(group: Group, reference: Row | None) -> str:
         return f"No run has a finite {measure}."
     if not others:
         return f"{best.label} is the only row. {_sentence_case(str(measure))}: {value}."
-    text = f"{best.label} {_what(measure)}: {value}"
     few = max(len(row.runs) for row in group.rows)
+    text = f"{best.label} {_what(measure, few)}: {value}"
     if few < FEWEST:
         return f"{text}. At most {count(few, 'seed')} a row: nothing here is settled."
     if reference is None or reference is best:
@@ -44,11 +44,11 @@ def sentence(group: Group, reference: Row | None) -> str:
     return f"{text}. {comparison}.{_rest(group, other)}"
 
 
-def _what(measure: Measure) -> str:
+def _what(measure: Measure, seeds: int) -> str:
     if measure.target is not None:
-        return f"has the lowest median of {AXES[measure.column]} to {measure.target}"
-    extreme = "lowest" if measure.lower else "highest"
-    return f"has the {extreme} mean of {'' if measure.column.startswith('test/') else 'best '}{measure.column}"
+        return f"has the lowest {'median of ' if seeds > 1 else ''}{AXES[measure.column]} to {measure.target}"
+    metric = measure.column if measure.column.startswith("test/") else f"best {measure.column}"
+    return f"has the {'lowest' if measure.lower else 'highest'} {'mean of ' if seeds > 1 else ''}{metric}"
 
 
 def _value(measure: Measure, row: Row) -> str | None:
@@ -87,7 +87,7 @@ def _against(group: Group, measure: Measure, row: Row, other: Row, subject: str,
         if one.found.ratio is None:
             p = "" if np.isnan(one.adjusted) else f" (p {p_text(one.adjusted)} after Holm)"
             return f"{subject} was first on {one.found.first} of {seeds} with {name}{p}"
-        kind, value, unit = "ratio", one.found.ratio, ""
+        kind, value, unit = "mean ratio", one.found.ratio, ""
         evaluations = "its evaluations" if name == "it" else f"the evaluations of {name}"
         effect = f"needs {mean_text(value, 3)} times {evaluations}"
     else:
