@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from analysis.results import is_share
-from analysis.rows import Group, Row
+from analysis.rows import AXIS, Group, Row
 from analysis.runs import Run
 from analysis.statistics import exponential, mean_interval, paired
 from analysis.tables import Table, mean_text, number
@@ -26,7 +26,6 @@ _HALVES_OF: dict[Any, Corner] = {
     False: (False, False),
 }
 _COUNT = {2: "two", 4: "four"}
-_AXIS = "cost/gradient_evaluations"
 
 
 def ablations(group: Group) -> Iterator[Table]:
@@ -75,7 +74,7 @@ def _table(group: Group, name: str, switches: tuple[str, ...], corners: dict[Cor
         return float(np.log(value)) if value > 0 else np.nan
 
     def evaluations(run: Run) -> float:
-        reached = run.reached(goal, _AXIS) if goal else None
+        reached = run.reached(goal, AXIS) if goal else None
         return np.nan if reached is None else float(np.log(reached))
 
     def top(run: Run) -> float:

@@ -105,6 +105,13 @@ def chance_text(measure: Measure, found: Race | Paired, row: Row, other: Row) ->
     return "-" if (pairs == 0.5).all() else percent_text(improvement(pairs))
 
 
+def order_text(found: Race) -> str:
+    """Return on how many seeds a row was first, second or neither, of all of them."""
+    n = found.first + found.second + found.undecided
+    undecided = f", undecided on {found.undecided}" if found.undecided else ""
+    return f"first on {found.first}, second on {found.second}{undecided} of {n}"
+
+
 def common_seeds(row: Row, other: Row) -> int:
     """Return the number of seeds that both rows have."""
     return len(row.runs.keys() & other.runs.keys())

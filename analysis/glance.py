@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from analysis.comparison import Comparison, against, chance_text
+from analysis.comparison import Comparison, against, chance_text, order_text
 from analysis.results import GRAIN, is_share, metric_mean, metric_text
 from analysis.rows import Group, Measure, Row
 from analysis.statistics import Paired, scaled
@@ -28,14 +28,14 @@ def at_a_glance(group: Group, reference: Row | None) -> Table:
         lines.append([row.label, _text(measure, row), *cells, f"{len(row.runs)}{diverged}", row.tuning])
     if reference is None:
         lines = [[*line[:2], *line[-2:]] for line in lines]
-        heads = ["row", _head(measure), "seeds", "trials"]
+        heads = ["row", measure.title, "seeds", "trials"]
         return Table("At a glance", heads, lines, _note(measure, compared, reference), optional={"trials"})
     kind = "ratio to" if measure.target is not None else "difference to"
     unit = " (points)" if measure.target is None and is_share(measure.column) else ""
     which = "faster" if measure.target is not None else "better"
     heads = [
         "row",
-        _head(measure),
+        measure.title,
         f"{kind} {reference.label}{unit}",
         "p",
         f"probability of being {which}",
@@ -43,10 +43,6 @@ def at_a_glance(group: Group, reference: Row | None) -> Table:
         "trials",
     ]
     return Table("At a glance", heads, lines, _note(measure, compared, reference), optional={"trials"})
-
-
-def _head(measure: Measure) -> str:
-    return str(measure) if measure.target is not None or measure.column.startswith("test/") else f"best {measure}"
 
 
 def _text(measure: Measure, row: Row) -> str:
@@ -65,7 +61,7 @@ def _effect(measure: Measure, one: Comparison) -> str:
         return mean_text(scaled(one.found.difference, 100 if is_share(measure.column) else 1), 3)
     if one.found.ratio is not None:
         return mean_text(one.found.ratio, 3)
-    return f"first on {one.found.first} of {one.n}" if one.found.undecided < one.n else "undecided"
+    return order_text(one.found)
 
 
 def _note(measure: Measure, compared: Mapping[str, Comparison], reference: Row | None) -> list[str]:
@@ -81,7 +77,7 @@ def _note(measure: Measure, compared: Mapping[str, Comparison], reference: Row |
         )
     else:
         value = "Mean over seeds with its 95 % interval."
-        if not measure.column.startswith("test/"):
+        if not measure.tested:
             value += (
                 " The value of a seed is that of its best validation, and a search may have chosen the settings by the "
                 "same metric, so it is optimistic."
@@ -95,10 +91,11 @@ def _note(measure: Measure, compared: Mapping[str, Comparison], reference: Row |
         "pair that both missed, counts one half. Its interval is of the bootstrap, and at least that of as many pairs "
         "of different runs as there are seeds."
     ]
-    fewest = min((one.n for one in compared.values()), default=_FEW + 1)
+    by_t_test = [one.n for one in compared.values() if isinstance(one.found, Paired) or one.found.ratio is not None]
+    fewest = min(by_t_test, default=_FEW + 1)
     if fewest <= _FEW:
         notes.append(
-            f"With {fewest} common seeds p rests on normally distributed differences: a permutation test could not "
-            f"give less than {2.0 ** (1 - fewest):g}."
+            f"With {fewest} common seeds the t-test rests on normally distributed differences: a permutation test "
+            f"could not give less than {2.0 ** (1 - fewest):g}."
         )
     return notes

@@ -15,6 +15,8 @@ from analysis.style import on_page, svg
 from analysis.tables import Table
 from experiment.quantities import count
 
+# By which a page is known to be made by this code.
+GENERATOR = '<meta name="generator" content="compare.py">'
 _STYLE, _SCRIPT = (Path(__file__).with_name(f"report.{kind}") for kind in ("css", "js"))
 # Notes that are repeated at the top.
 _WARNINGS = ("UNEQUAL", "The rows were not tuned")
@@ -63,7 +65,7 @@ def document(title: str, header: str, body: str, style: str = "") -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>\n{_STYLE.read_text(encoding='utf-8')}{style}</style></head>"
+        f"{GENERATOR}<title>{html.escape(title)}</title><style>\n{_STYLE.read_text(encoding='utf-8')}{style}</style></head>"
         f"<body><header>{header}</header><main>{body}</main>"
         f"<script>\n{_SCRIPT.read_text(encoding='utf-8')}</script></body></html>\n"
     )

@@ -60,7 +60,7 @@ def _values_table(group: Group, measure: Measure, others: Sequence[Row], referen
         lines.append([row.label, *cells])
     tests = ["t-test", "permutation test"]
     last = ["probability of being better", f"smallest detectable{unit}"]
-    which = measure.column if measure.column.startswith("test/") else f"best {measure.column}"
+    which = measure.title
     notes = [
         f"The {which} minus that of {reference.label}, paired by seed: mean, 95 % interval and p-values. {_UNADJUSTED}"
         f"{_SIGNS}The probability that a run of the row is better than one of the baseline is over {_CHANCE} The last "

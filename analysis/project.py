@@ -12,6 +12,7 @@ A folder with a ``project.yaml`` is a project:
 """
 
 import html
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -23,17 +24,16 @@ import yaml
 
 from analysis.labels import nearest
 from analysis.page import document, first_screen, over_all_tasks
-from analysis.report import profile_of, read_groups, save, write
+from analysis.report import check_folder, profile_of, read_groups, save, write
 from analysis.rows import Group
 from analysis.section import Picture, Section
 from analysis.study import FILE as STUDY
 from analysis.study import Study
 from analysis.style import on_white
 from analysis.tables import Table, markdown_text
-from experiment.quantities import count
 
 FILE = "project.yaml"
-# The first line of the page, by which a former one is known.
+# The first line of a page, by which the command recognises its own output.
 MADE = "<!-- Made by compare.py from the runs of all studies. -->"
 # Characters of a line.
 _WIDTH = 120
@@ -82,18 +82,26 @@ class Project:
             return None
         try:
             content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            parts = tuple(_part(part) for part in content.pop("parts"))
-            title, output = str(content.pop("title")), Path(content.pop("output"))
-            note, profile = " ".join(content.pop("note", "").split()), tuple(content.pop("profile", ()))
-        except (yaml.YAMLError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not as analysis/project.py describes it: {error}") from error
-        if content:
-            raise ValueError(f"{file} has the option {next(iter(content))}, which no project has")
-        project = cls(folders[0], title, output, note, parts, profile)
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not valid YAML") from error
+        _check(content, _OPTIONS, str(file))
+        for part in content["parts"]:
+            _check(part, _PART, f"a part of {file}")
+        parts = tuple(
+            Part(part["title"], " ".join(part.get("note", "").split()), tuple(part["studies"]))
+            for part in content["parts"]
+        )
+        note, profile = " ".join(content.get("note", "").split()), tuple(content.get("profile", ()))
+        project = cls(folders[0], content["title"], Path(content["output"]), note, parts, profile)
         valid = {path.parent.relative_to(folders[0]).as_posix() for path in folders[0].rglob(STUDY)}
-        for name in [*project.studies, *profile]:
+        for name in project.studies:
             if name not in valid:
                 raise ValueError(f"{file} names {name}, which has no {STUDY}{nearest(name, valid)}")
+        for name in profile:
+            if name not in project.studies:
+                raise ValueError(f"{file} has {name} in profile, but in no part{nearest(name, project.studies)}")
+        if not project.studies:
+            raise ValueError(f"{file} names no study")
         return project
 
     @property
@@ -102,8 +110,30 @@ class Project:
         return [name for part in self.parts for name in part.studies]
 
 
-def _part(content: dict[str, Any]) -> Part:
-    return Part(str(content["title"]), " ".join(content.get("note", "").split()), tuple(map(str, content["studies"])))
+# Options with their types, and whether they are required.
+_OPTIONS: dict[str, tuple[type, bool]] = {
+    "title": (str, True),
+    "output": (str, True),
+    "parts": (list, True),
+    "note": (str, False),
+    "profile": (list, False),
+}
+_PART: dict[str, tuple[type, bool]] = {"title": (str, True), "studies": (list, True), "note": (str, False)}
+
+
+def _check(content: Any, options: dict[str, tuple[type, bool]], where: str) -> None:
+    """Refuse options that are unknown, missing or of another type."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} has no options; valid ones are {', '.join(options)}")
+    for key, value in content.items():
+        if key not in options:
+            raise ValueError(f"{where} has the option {key}; valid options are {', '.join(options)}")
+        names = value if isinstance(value, list) and key != "parts" else []
+        if not isinstance(value, options[key][0]) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{where}: {key} cannot be {value!r}")
+    for key, (_, required) in options.items():
+        if required and key not in content:
+            raise ValueError(f"{where} lacks the option {key}")
 
 
 def report(
@@ -126,28 +156,36 @@ def report(
     """
     folder = output or project.output
     _check_folder(folder)
+    stated = {name: Study.of([project.folder / name]) for name in project.studies}
+    for name in project.studies:
+        check_folder(folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "index.md").exists():
+        save(folder / "index.md", f"{MADE}\n")  # by which the folder is known if this one is interrupted
     sections: dict[str, list[Section]] = {}
     groups: dict[str, list[Group]] = {}
-    stated: dict[str, Study] = {}
     for name in progress(project.studies, "reporting studies"):
-        study = stated[name] = Study.of([project.folder / name])
-        groups[name], problems = read_groups([project.folder / name], study)
-        sections[name] = write(folder / name, groups[name], problems, study)
+        groups[name], problems = read_groups([project.folder / name], stated[name])
+        sections[name] = write(folder / name, groups[name], problems, stated[name])
         for entry in groups[name]:
-            entry.heading = study.title
+            entry.heading = stated[name].title
     over_tasks = profile_of([entry for name in project.profile for entry in groups[name]])
+    drawn = {
+        _file(name, index): picture.standalone
+        for name, found in sections.items()
+        for index, section in enumerate(found)
+        for picture in _first(section)
+    }
+    drawn |= {over_tasks[0].file: over_tasks[0].standalone} if over_tasks is not None else {}
     (folder / "pictures").mkdir(exist_ok=True)
-    for former in (folder / "pictures").glob("*.svg"):
-        former.unlink()
-    for name, found in sections.items():
-        for index, section in enumerate(found):
-            for picture in _first(section):
-                save(folder / "pictures" / _file(name, index), on_white(picture.standalone))
-    if over_tasks is not None:
-        save(folder / "pictures" / over_tasks[0].file, on_white(over_tasks[0].standalone))
-    save(folder / "index.md", _markdown(project, stated, sections, over_tasks))
+    for file, picture in drawn.items():
+        save(folder / "pictures" / file, on_white(picture))
+    save(folder / "index.md", _markdown(project, folder, stated, sections, over_tasks))
     save(folder / "report.html", _page(project, stated, sections, over_tasks))
-    return f"{count(len(sections), 'study').replace('studys', 'studies')} in {folder / 'index.md'}"
+    for former in (folder / "pictures").glob("*.svg"):
+        if former.name not in drawn:
+            former.unlink()
+    return f"{len(sections)} {'study' if len(sections) == 1 else 'studies'} in {folder / 'index.md'}"
 
 
 def _check_folder(folder: Path) -> None:
@@ -176,6 +214,7 @@ def _tables(section: Section) -> list[Table]:
 
 def _markdown(
     project: Project,
+    folder: Path,
     stated: dict[str, Study],
     sections: dict[str, list[Section]],
     over_tasks: tuple[Picture, Table] | None,
@@ -185,7 +224,8 @@ def _markdown(
     noted: set[str] = set()
     if over_tasks is not None:
         picture, table = over_tasks
-        parts += ["## Over all tasks\n", picture.markdown("pictures"), _table(table, noted, 3)]
+        parts += ["## Over all tasks\n", f"![{picture.title}](pictures/{picture.file})\n"]
+        parts += [*_paragraphs(picture.caption), _table(table, noted, 3)]
     for part in project.parts:
         parts += [f"## {part.title}\n", *_paragraphs(part.note)]
         for name in part.studies:
@@ -196,7 +236,7 @@ def _markdown(
                     parts += [f"![{stated[name].title}: all rows](pictures/{file})\n", *_paragraphs(picture.caption)]
                 parts += _paragraphs(section.protocol)
                 parts += [_table(table, noted, 4) for table in _tables(section)]
-                parts.append(f"More: {_link(project, name)}; `python compare.py {project.folder / name}`\n")
+                parts.append(f"More: {_link(project, folder, name)}`python compare.py {project.folder / name}`\n")
     return "\n".join(parts)
 
 
@@ -212,13 +252,14 @@ def _table(table: Table, noted: set[str], level: int) -> str:
     return "\n".join([text, *_paragraphs(*notes)])
 
 
-def _link(project: Project, name: str) -> str:
+def _link(project: Project, folder: Path, name: str) -> str:
     """Return links to the page of a study, or of the folder that has its text, and to its verdict if it has one."""
-    folder = project.folder / name
-    page = next(page for page in (folder / "README.md", folder.parent / "README.md") if page.is_file())
-    up = "/".join([".."] * len(project.output.parts))
-    pages = [page, *(verdict for verdict in [folder / "verdict.md"] if verdict.is_file())]
-    return ", ".join(f"[{found.as_posix()}]({up}/{found.as_posix()})" for found in pages)
+    study = project.folder / name
+    pages = [next((page for page in (study / "README.md", study.parent / "README.md") if page.is_file()), None)]
+    pages += [verdict for verdict in [study / "verdict.md"] if verdict.is_file()]
+    return "".join(
+        f"[{page.as_posix()}]({Path(os.path.relpath(page, folder)).as_posix()}), " for page in pages if page is not None
+    )
 
 
 def _page(
@@ -240,7 +281,7 @@ def _page(
             for index, section in enumerate(sections[name]):
                 anchor = f"{key}-{index + 1}"
                 tables = "".join(table.html() for table in _tables(section))
-                link = f'<p><a href="{name}/report.html">The whole report of this study</a></p>'
+                link = f'<p><a href="{name}/report.html">The report of this study</a></p>'
                 body += f'<section id="{anchor}"><h3>{title}</h3>{words}{first_screen(section, anchor)}{tables}{link}'
                 body += "</section>"
                 lines += f'<li><a href="#{anchor}">{title}</a> {html.escape(section.headlines[0])}</li>'

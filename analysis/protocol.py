@@ -77,7 +77,7 @@ def _lengths(group: Group) -> str:
     if made:
         few, many = min(made), max(made)
         text += f". Runs made {f'{few:,.0f}' if few == many else f'{few:,.0f} to {many:,.0f}'} gradient evaluations"
-    if group.measure.column.startswith("test/"):
+    if group.measure.tested:
         text += f". The checkpoint with the best {group.metric} was tested"
     return f"{text}."
 

@@ -9,14 +9,16 @@ const SECONDS = { d: 86400, h: 3600, min: 60, s: 1 };
 function numberOf(text) {
   if (/^not within|^not reached/.test(text)) return Infinity;
   const parts = [...text.matchAll(/([\d.]+) (d|h|min|s)\b/g)];
-  if (parts.length) return parts.reduce((sum, part) => sum + Number(part[1]) * SECONDS[part[2]], 0);
+  if (/^([\d.]+ (d|h|min|s)\s*)+$/.test(text)) return parts.reduce((sum, part) => sum + Number(part[1]) * SECONDS[part[2]], 0);
   const found = /^[^\w+-]*([+-]?[\d,]*\.?\d+(?:e[+-]?\d+)?)/i.exec(text);
   return found ? Number(found[1].replaceAll(",", "")) : NaN;
 }
 
 function compare(first, second) {
   const [one, other] = [numberOf(first), numberOf(second)];
-  if (!Number.isNaN(one) && !Number.isNaN(other)) return one === other ? 0 : one - other;
+  // "> 800" comes after "800", and "< 0.0001" before "0.0001".
+  const side = (text) => ({ ">": 1, "<": -1 })[text[0]] || 0;
+  if (!Number.isNaN(one) && !Number.isNaN(other)) return one === other ? side(first) - side(second) : one - other;
   return first.localeCompare(second);
 }
 
@@ -29,7 +31,7 @@ function makeSortable(table, heads, body) {
     button.append(...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {
-      const next = { ascending: "descending", descending: "none" }[head.ariaSort] || "ascending";
+      const next = { ascending: "descending", descending: "none" }[head.getAttribute("aria-sort")] || "ascending";
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       let rows = [...original];
       if (next !== "none") {
@@ -37,13 +39,17 @@ function makeSortable(table, heads, body) {
         const text = (row) => row.cells[column].textContent.trim();
         // Cells without a value come last in either direction.
         const missing = rows.filter((row) => text(row) === "-");
-        rows = rows.filter((row) => text(row) !== "-").sort((a, b) => compare(text(a), text(b)));
-        if (next === "descending") rows.reverse();
+        const sign = next === "descending" ? -1 : 1;
+        rows = rows.filter((row) => text(row) !== "-").sort((a, b) => sign * compare(text(a), text(b)));
         rows.push(...missing);
       }
       body.append(...rows);
     });
   });
+}
+
+function shownText(row) {
+  return [...row.cells].filter((cell) => !cell.hidden).map((cell) => cell.textContent).join(" ").toLowerCase();
 }
 
 function makeFilter(body) {
@@ -53,7 +59,7 @@ function makeFilter(body) {
   field.setAttribute("aria-label", "filter rows");
   field.addEventListener("input", () => {
     const words = field.value.toLowerCase().split(/\s+/);
-    for (const row of body.rows) row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
+    for (const row of body.rows) row.hidden = !words.every((word) => shownText(row).includes(word));
   });
   return field;
 }

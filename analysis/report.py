@@ -12,7 +12,7 @@ from typing import Any
 from analysis import profile
 from analysis.comparison import check_names
 from analysis.flatness import MEASURES
-from analysis.page import page
+from analysis.page import GENERATOR, page
 from analysis.rows import Group, group
 from analysis.runs import AXES, Problem, read
 from analysis.section import Picture, Section, count_runs, make_section
@@ -118,23 +118,29 @@ def write(
     sections = [make_section(group, study, index) for index, group in enumerate(progress(groups))]
     over_tasks = profile_of(groups)
     left_out = _left_out(problems)
-    folder.mkdir(parents=True, exist_ok=True)
-    for former in pictures(folder):
-        former.unlink(missing_ok=True)
-    (folder / "pictures").mkdir(exist_ok=True)
     drawn = [picture for section in sections for picture in section.pictures]
-    for picture in [*drawn, *([over_tasks[0]] if over_tasks else [])]:
-        save(folder / "pictures" / picture.file, on_white(picture.standalone))
-    save(folder / "report.html", page(study, sections, left_out, over_tasks))
-    save(folder / "report.md", _markdown(study, sections, left_out, over_tasks))
+    drawn += [over_tasks[0]] if over_tasks is not None else []
     tables = [table.latex() for section in sections for table in [*section.tables, section.runs] if table.rows]
-    save(folder / "report.tex", "% Needs \\usepackage{booktabs}.\n" + "\n".join(tables))
-    save(folder / "runs.csv", _csv(list(_numbers(groups))))
+    texts = {
+        "report.html": page(study, sections, left_out, over_tasks),
+        "report.md": _markdown(study, sections, left_out, over_tasks),
+        "report.tex": "% Needs \\usepackage{booktabs}.\n" + "\n".join(tables),
+        "runs.csv": _csv(list(_numbers(groups))),
+    }
+    former = pictures(folder)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    for picture in drawn:
+        save(folder / "pictures" / picture.file, on_white(picture.standalone))
+    for name, text in texts.items():
+        save(folder / name, text)
+    for path in former:
+        if path.name not in {picture.file for picture in drawn}:
+            path.unlink(missing_ok=True)
     return sections
 
 
 def save(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
+    """Write a file completely or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -145,14 +151,18 @@ def save(path: Path, text: str) -> None:
 
 def profile_of(groups: Sequence[Group]) -> tuple[Picture, Table] | None:
     """Return the performance profile and its costs where at least two tasks share at least two optimizers."""
-    tasks = {f"{entry.title} ({entry.digest})": entry for entry in {entry.digest: entry for entry in groups}.values()}
+    # A task that was searched more than once counts with its first study.
+    first = {entry.digest: entry for entry in reversed(groups)}
+    tasks = {f"{entry.title} ({entry.digest})": entry for entry in groups if first[entry.digest] is entry}
     by_task = profile.costs(tasks)
     if len(by_task) < 2 or len(next(iter(by_task.values()))) < 2:
         return None
     figure = profile.draw(by_task)
     add_legend(figure)
     drawn = svg(figure)
-    return Picture("profile", drawn, PROFILE, "profile.svg", drawn), profile.table(tasks, by_task)
+    return Picture("profile", drawn, PROFILE, str(figure.get_label()), "profile.svg", drawn), profile.table(
+        tasks, by_task
+    )
 
 
 def _csv(lines: Sequence[dict[str, object]]) -> str:
@@ -164,7 +174,7 @@ def _csv(lines: Sequence[dict[str, object]]) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that ``folder`` is new, empty, or has a report.
+    """Check that ``folder`` is new, empty, or has a report, maybe one that was not written to its end.
 
     Raises:
         ValueError: it has other files, or is not a folder.
@@ -173,15 +183,26 @@ def check_folder(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: name another one to write the report to")
-    if any(folder.iterdir()) and not all((folder / name).is_file() for name in FILES):
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    if names and not names >= set(FILES) and not _is_unfinished(folder, names):
         raise ValueError(f"{folder} is not empty and has no report: name another folder to write the report to")
+
+
+def _is_unfinished(folder: Path, names: set[str]) -> bool:
+    """Return whether a folder has a report that was not written to its end, and nothing else."""
+    if not names <= {"pictures", *FILES}:
+        return False
+    ours = all(re.fullmatch(r"(\d+-.+|profile)\.svg", path.name) for path in folder.glob("pictures/[!.]*"))
+    # The page is the first of the files.
+    made = "report.html" in names and GENERATOR in (folder / "report.html").read_text(encoding="utf-8")
+    return ours and (made or names == {"pictures"})
 
 
 def pictures(folder: Path) -> list[Path]:
     """Return the pictures of the report in ``folder``, and no others there."""
     text = (folder / "report.md").read_text(encoding="utf-8") if (folder / "report.md").exists() else ""
-    names = re.findall(r"^!\[(.+)\]\(pictures/\1\)$", text, flags=re.M)
-    return [folder / "pictures" / name for name in dict.fromkeys(names) if "/" not in name]
+    names = re.findall(r"^!\[[^\]]*\]\(pictures/([^)/]+)\)$", text, flags=re.M)
+    return [folder / "pictures" / name for name in dict.fromkeys(names)]
 
 
 def _left_out(problems: Sequence[Problem]) -> Table:

@@ -13,7 +13,7 @@ import yaml
 from analysis.labels import tell_apart
 from analysis.palette import Style, styles
 from analysis.runs import AXES, Problem, Run
-from analysis.statistics import Mean, mean_interval
+from analysis.statistics import mean_interval
 from analysis.times import Median, Time, median_time
 from experiment.identity import RunIdentity
 from experiment.metric_names import with_slash
@@ -99,10 +99,6 @@ class Row:
         times = list(self.times(target, axis).values())
         return median_time(times) if times else None
 
-    def mean_at_end(self, axis: str) -> Mean:
-        """Return the mean over seeds of how far the runs got on an axis."""
-        return mean_interval([end for run in self.runs.values() if (end := run.at_end(axis)) is not None])
-
 
 @dataclass(frozen=True)
 class Measure:
@@ -121,12 +117,22 @@ class Measure:
     def __str__(self) -> str:
         return self.column if self.target is None else f"{AXES[self.column]} to {self.target}"
 
+    @property
+    def tested(self) -> bool:
+        """Whether it is a metric of the test after training."""
+        return self.column.startswith("test/")
+
+    @property
+    def title(self) -> str:
+        """Its name as the head of a column; of a validation metric the best value counts."""
+        return str(self) if self.target is not None or self.tested else f"best {self}"
+
     def values(self, row: Row) -> dict[str, float]:
         """Return the values of a metric by seed, those of a validation metric from the best epoch.
 
         A time has none, see :meth:`Row.times`.
         """
-        return row.last(self.column) if self.column.startswith("test/") else row.best(self.column, self.lower)
+        return row.last(self.column) if self.tested else row.best(self.column, self.lower)
 
     def of_trial(self, run: Run) -> float | None:
         """Return the value of a trial, ``None`` if it has none.

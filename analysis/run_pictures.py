@@ -23,7 +23,7 @@ def draw(folder: Path) -> None:
     if not compared.rows:
         return
     figures = {
-        "curves": curves(compared, compared.metric, compared.axes[0]),
+        "curves": curves(compared, compared.metric, next(iter(compared.axes), "epoch")),
         "second_passes": second_passes(compared.rows[0]),
     }
     if figures["curves"] is not None:

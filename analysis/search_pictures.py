@@ -158,7 +158,7 @@ def _panels(title: str, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
     lines = max(len(textwrap.wrap(label, _WRAP)) for label in labels)
     top, below, each, between = 0.38 + 0.13 * lines, 0.45, 1.0, 0.24 + 0.13 * lines
     height = top + below + rows * each + (rows - 1) * between
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Figure(figsize=(WIDTH, height), label=title)
     figure.subplots_adjust(
         left=0.7 / WIDTH,
         right=1 - 0.1 / WIDTH,

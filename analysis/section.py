@@ -36,6 +36,7 @@ class Picture:
         place: where it belongs: ``first``, an axis for curves, ``target``, ``passes`` or ``search``.
         drawn: SVG without a legend of rows, which a page has once.
         caption: what every sign in it means.
+        title: in words, for those who cannot see it.
         file: name for Markdown; empty for a picture that only the page has.
         standalone: SVG with a legend of rows where it needs one.
     """
@@ -43,12 +44,13 @@ class Picture:
     place: str
     drawn: str
     caption: str
+    title: str = ""
     file: str = ""
     standalone: str = ""
 
     def markdown(self, folder: str) -> str:
         """Return the picture and its caption."""
-        return f"![{self.file}]({folder}/{self.file})\n\n{markdown_text(self.caption)}\n"
+        return f"![{self.title}]({folder}/{self.file})\n\n{markdown_text(self.caption)}\n"
 
 
 @dataclass
@@ -134,7 +136,7 @@ def _picture(place: str, figure: Figure | None, caption: str, file: str, legend:
     if file and legend:
         add_legend(figure)
         standalone = svg(figure)
-    yield Picture(place, drawn, caption, file, standalone)
+    yield Picture(place, drawn, caption, str(figure.get_label()), file, standalone)
 
 
 _CURVES = (

@@ -71,7 +71,7 @@ class Study:
         return cls(
             title=content.get("title", cls.title),
             baseline=content.get("baseline"),
-            targets=tuple(map(Target.parse, content.get("targets", ()))),
+            targets=_targets(content, file),
             labels=merged("labels"),
             families=merged("families"),
             note=" ".join(content.get("note", "").split()),
@@ -108,6 +108,13 @@ class Study:
         )
 
 
+def _targets(content: Mapping[str, Any], file: Path) -> tuple[Target, ...]:
+    try:
+        return tuple(map(Target.parse, content.get("targets", ())))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 def _content(file: Path) -> dict[str, Any]:
     """Return the options in a file."""
     try:
@@ -135,8 +142,11 @@ def _check(content: dict[Any, Any], file: Path) -> None:
             raise ValueError(
                 f"{file} has the option {key}; valid options are {', '.join(f.name for f in fields(Study))}"
             )
-        nested = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        nested: list[Any] = (
+            list(value.values()) if isinstance(value, dict) else list(value) if isinstance(value, list) else []
+        )
         if key == "families":
             nested = [row for rows in nested for row in (rows if isinstance(rows, list) else [None])]
+        nested += list(value) if isinstance(value, dict) else []
         if not isinstance(value, kinds[key]) or not all(isinstance(part, str) for part in nested):
             raise ValueError(f"{file}: {key} cannot be {value!r}")

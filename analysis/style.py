@@ -1,5 +1,6 @@
 """Draw figures as SVG that are readable on light and on dark pages, and as wide as a phone or a column."""
 
+import html
 import io
 import re
 from typing import Any
@@ -45,7 +46,7 @@ def svg(figure: Figure) -> str:
     Use :func:`on_page` or :func:`on_white` to colour its text.
 
     Args:
-        figure: made within :data:`STYLE`.
+        figure: made within :data:`STYLE`. Its label names it for those who cannot see it; without one it is decoration.
     """
     with matplotlib.rc_context(STYLE):
         buffer = io.StringIO()
@@ -62,7 +63,9 @@ def svg(figure: Figure) -> str:
     # Coordinates need two decimals; labels between the tags keep all of theirs.
     text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(?<=\.\d\d)\d+", "", tag[0]), text)
     head, rest = text.split(">", 1)
-    head = re.sub(r' (width|height)="[\d.]+pt"', "", head).replace("<svg", '<svg role="img"', 1)
+    title = str(figure.get_label())
+    named = f'role="img" aria-label="{html.escape(title)}"' if title else 'aria-hidden="true"'
+    head = re.sub(r' (width|height)="[\d.]+pt"', "", head).replace("<svg", f"<svg {named}", 1)
     head = re.sub(r' xmlns:xlink="[^"]*"', "", head)
     return f"{head}>{rest.replace('xlink:href', 'href')}"
 
@@ -80,7 +83,7 @@ def on_white(picture: str) -> str:
 
 def make_axes(title: str, x: str, y: str, height: float = 3.1) -> tuple[Figure, Axes]:
     """Return a figure with a single plot, made within :data:`STYLE`."""
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Figure(figsize=(WIDTH, height), label=title)
     set_margins(figure)
     axes = figure.add_subplot()
     axes.set_title(title, loc="left")

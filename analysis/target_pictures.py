@@ -36,7 +36,7 @@ def ranking(group: Group, reference: Row | None) -> Figure | None:
     height = sum(heights) + 0.85
     right = 0.2 + 0.057 * max(len(text) for *_, text in found.values())
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height))
+        figure = Figure(figsize=(WIDTH, height), label=_title(measure))
         figure.subplots_adjust(left=1.62 / WIDTH, right=1 - right / WIDTH, bottom=0.48 / height, top=1 - 0.32 / height)
         axes = figure.add_subplot()
         figure.text(0.02, 1 - 0.2 / height, _title(measure), fontsize=10)

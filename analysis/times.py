@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from analysis.statistics import CONFIDENCE, Mean, geometric_interval, improvement, permutation_p
+from analysis.statistics import CONFIDENCE, Mean, geometric_interval, permutation_p
 
 
 @dataclass(frozen=True)
@@ -153,11 +153,6 @@ class Race:
         return self.p_ratio if self._scatters else self.p_sign
 
     @property
-    def ahead(self) -> Mean:
-        """Probability that a run of the row is faster than one of the reference."""
-        return improvement(self.pairs)
-
-    @property
     def _scatters(self) -> bool:
         return len(self.ratios) > 1 and float(np.ptp(self.ratios)) > 0
 
@@ -168,7 +163,8 @@ def race(times: Mapping[str, Time], reference: Mapping[str, Time]) -> Race:
     first = sum(_is_first(one, other) for one, other in common)
     second = sum(_is_first(other, one) for one, other in common)
     reached = [(one.reached, other.reached) for one, other in common]
-    ratios = tuple(one / other for one, other in reached if one is not None and other is not None)
+    # A target that is met before any cost has no ratio.
+    ratios = tuple(one / other for one, other in reached if one and other)
     pairs = [[0.5 + (_is_first(a, b) - _is_first(b, a)) / 2 for b in reference.values()] for a in times.values()]
     undecided = len(common) - first - second
     return Race(first, second, undecided, ratios if len(ratios) == len(common) else (), np.asarray(pairs))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from analysis.palette import DASHES, Style, styles
-from analysis.rows import Group, Row
+from analysis.rows import AXIS, Group, Row
 from analysis.runs import Run
 from analysis.statistics import Mean
 from analysis.tables import Table, mean_text, number
@@ -15,7 +15,6 @@ from experiment.quantities import count, duration
 
 # Options whose sensitivity is of interest: of any track, any optimizer.
 _SENSITIVE = ("lr", "weight_decay", "rho")
-_AXIS = "cost/gradient_evaluations"
 _DRAWS = 4000
 
 
@@ -69,7 +68,7 @@ def searches_luck(group: Group, reference: Row) -> Iterator[Table]:
     is_loss = goal is None and group.metric.endswith("/loss")
 
     def value(run: Run) -> float:
-        found = run.reached(goal, _AXIS) if goal else run.best(group.metric, group.lower)
+        found = run.reached(goal, AXIS) if goal else run.best(group.metric, group.lower)
         if found is None or math.isnan(found):
             return worst
         return math.exp(found) if is_loss else found

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from analysis.comparison import FEWEST_SEEDS, LEVEL, against, common_seeds, settled
+from analysis.comparison import FEWEST_SEEDS, LEVEL, against, common_seeds, order_text, settled
 from analysis.results import is_share, metric_mean, metric_text
 from analysis.rows import Group, Measure, Row
 from analysis.runs import AXES
@@ -13,7 +13,7 @@ from analysis.tables import mean_text, median_text, number, p_text
 from analysis.times import Race
 from experiment.quantities import count
 
-# Rows with fewer seeds settle nothing.
+# With fewer seeds a row, nothing is compared.
 FEWEST = 3
 # Rows that a sentence names; of more it gives the number.
 _NAMED = 3
@@ -30,6 +30,10 @@ def sentence(group: Group, reference: Row | None) -> str:
     if not others:
         return f"{best.label} is the only row. {_sentence_case(str(measure))}: {value}."
     few = max(len(row.runs) for row in group.rows)
+    median = None if measure.target is None else best.median(measure.target, measure.column)
+    if median is not None and median.median is None:
+        most = f"{best.label} did on {median.reached} of {median.n} seeds"
+        return f"No row reached {measure.target} on half of its seeds; {most}."
     text = f"{best.label} {_what(measure, few)}: {value}"
     if few < FEWEST:
         return f"{text}. At most {count(few, 'seed')} a row: nothing here is settled."
@@ -47,8 +51,7 @@ def sentence(group: Group, reference: Row | None) -> str:
 def _what(measure: Measure, seeds: int) -> str:
     if measure.target is not None:
         return f"has the lowest {'median of ' if seeds > 1 else ''}{AXES[measure.column]} to {measure.target}"
-    metric = measure.column if measure.column.startswith("test/") else f"best {measure.column}"
-    return f"has the {'lowest' if measure.lower else 'highest'} {'mean of ' if seeds > 1 else ''}{metric}"
+    return f"has the {'lowest' if measure.lower else 'highest'} {'mean of ' if seeds > 1 else ''}{measure.title}"
 
 
 def _value(measure: Measure, row: Row) -> str | None:
@@ -86,10 +89,10 @@ def _against(group: Group, measure: Measure, row: Row, other: Row, subject: str,
     if isinstance(one.found, Race):
         if one.found.ratio is None:
             p = "" if np.isnan(one.adjusted) else f" (p {p_text(one.adjusted)} after Holm)"
-            return f"{subject} was first on {one.found.first} of {seeds} with {name}{p}"
+            return f"{subject} was {order_text(one.found)} {seeds} with {name}{p}"
         kind, value, unit = "mean ratio", one.found.ratio, ""
-        evaluations = "its evaluations" if name == "it" else f"the evaluations of {name}"
-        effect = f"needs {mean_text(value, 3)} times {evaluations}"
+        cost = AXES[measure.column]
+        effect = f"needs {mean_text(value, 3)} times {f'its {cost}' if name == 'it' else f'the {cost} of {name}'}"
     else:
         kind, unit = "difference", " points" if is_share(measure.column) else ""
         value = scaled(one.found.difference, 100 if unit else 1)
@@ -97,7 +100,7 @@ def _against(group: Group, measure: Measure, row: Row, other: Row, subject: str,
         effect = f"has {size}{unit} {'less' if value.mean < 0 else 'more'} than {name}"
     if np.isnan(one.adjusted):
         if isinstance(one.found, Race):
-            return f"{subject} needed as many evaluations as {name} on each of {seeds}"
+            return f"{subject} needed as many {AXES[measure.column]} as {name} on each of {seeds}"
         if value.mean == 0:
             return f"{subject} has the same value as {name} on each of {seeds}"
         return f"{subject} differs from {name} by {number(value.mean, 3)}{unit} on each of {seeds}"
@@ -142,7 +145,7 @@ def headlines(group: Group, reference: Row | None) -> Iterator[str]:
     yield sentence(group, reference)
     measure = group.measure
     if measure.target is None:
-        if group.goal is not None and not group.borrowed and not measure.column.startswith("test/"):
+        if group.goal is not None and not group.borrowed and not measure.tested:
             yield f"No run reached {group.goal}."
         return
     times = {row.label: row.times(measure.target, measure.column).values() for row in group.rows}
