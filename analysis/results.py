@@ -144,7 +144,10 @@ def _unequal_tuning(group: Group) -> str:
             by_trials.setdefault(row.tuning, []).append(row.label)
     if len(by_trials) < 2:
         return ""
-    parts = [f"{named(labels, len(group.rows))} ({trials} trials)" for trials, labels in by_trials.items()]
+    parts = [
+        f"{named(labels, len(group.rows))} ({trials}{'' if trials == 'none' else ' trials'})"
+        for trials, labels in by_trials.items()
+    ]
     return f"The rows were not tuned with equal budgets: {'; '.join(parts)}."
 
 

@@ -50,7 +50,8 @@ def sentence(group: Group, reference: Row | None) -> str:
 
 def _what(measure: Measure, seeds: int) -> str:
     if measure.target is not None:
-        return f"has the lowest {'median of ' if seeds > 1 else ''}{AXES[measure.column]} to {measure.target}"
+        least = "has the lowest median of" if seeds > 1 else "needs the fewest"
+        return f"{least} {AXES[measure.column]} to {measure.target}"
     return f"has the {'lowest' if measure.lower else 'highest'} {'mean of ' if seeds > 1 else ''}{measure.title}"
 
 
@@ -89,7 +90,7 @@ def _against(group: Group, measure: Measure, row: Row, other: Row, subject: str,
     if isinstance(one.found, Race):
         if one.found.ratio is None:
             p = "" if np.isnan(one.adjusted) else f" (p {p_text(one.adjusted)} after Holm)"
-            return f"{subject} was {order_text(one.found)} {seeds} with {name}{p}"
+            return f"{subject} was {order_text(one.found)} common seeds with {name}{p}"
         kind, value, unit = "mean ratio", one.found.ratio, ""
         cost = AXES[measure.column]
         effect = f"needs {mean_text(value, 3)} times {f'its {cost}' if name == 'it' else f'the {cost} of {name}'}"

@@ -73,7 +73,7 @@ def test_the_table_has_lower_limits_of_costs_and_both_ends_of_scores(tasks: dict
     assert list(found.columns) == ["task", "target", "A", "B"]
     assert [line[2:] for line in found.rows[:-1]] == [["100", "300"], ["200", "100"], ["900", "> 1,800"]]
     # 8 ninths, and from 4 to 6 ninths.
-    assert found.rows[-1] == ["score", "-", "0.89", "0.44 to 0.67"]
+    assert found.rows[-1] == ["score", "-", "0.9", "0.4 to 0.7"]
     assert found.strong == {3}
 
 

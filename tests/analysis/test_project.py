@@ -95,6 +95,9 @@ def test_a_users_folder_is_refused(folder: Path, tmp_path: Path) -> None:
         ("parts:", "part:"),
         ("note: Two", "colour: blue\nnote: Two"),
         ("title: Everything", "title: [a, b"),
+        ("title: Tuned", "notes: Tuned"),
+        ("studies: [first]", "studies: first"),
+        ("profile: [first, second]", "profile: [first, third]"),
     ],
 )
 def test_a_wrong_project_is_refused_in_one_sentence(text: str, message: str, folder: Path) -> None:
@@ -123,3 +126,25 @@ def test_the_command_reports_the_project_where_it_is_told_to(folder: Path, tmp_p
         f"report: {tmp_path / 'elsewhere' / 'report.html'}",
     ]
     assert "reporting studies" in result.err
+
+
+def test_a_report_that_failed_can_be_made_again(folder: Path, tmp_path: Path) -> None:
+    labels = folder / "second" / "study.yaml"
+    right = labels.read_text()
+    labels.write_text(f"{right}labels: {{nobody: Somebody}}\n")
+    failed = compare(folder)
+    assert failed.code == 1 and "no row is named nobody" in failed.err.splitlines()[-1]
+    labels.write_text(right)
+    assert compare(folder).code == 0
+    assert "### Another one" in (tmp_path / "docs" / "index.md").read_text()
+
+
+def test_links_lead_from_the_page_to_the_study_and_a_study_may_have_no_text(folder: Path, tmp_path: Path) -> None:
+    (folder / "second" / "README.md").unlink()
+    (folder / "first" / "verdict.md").write_text("A verdict.\n")
+    assert compare(folder, "--output", tmp_path / "a" / "b").code == 0
+    page = (tmp_path / "a" / "b" / "index.md").read_text()
+    links = re.findall(r"^More: (.*)", page, re.M)
+    targets = [re.findall(r"\]\((.*?)\)", line) for line in links]
+    assert [len(found) for found in targets] == [2, 0]
+    assert all((tmp_path / "a" / "b" / target).resolve().is_file() for found in targets for target in found)

@@ -159,3 +159,24 @@ def test_trials_alone_are_reported_without_a_winner(groups: list[Group], tmp_pat
     assert section.headlines == ["There are only trials of searches, and no row."]
     text = (tmp_path / "report" / "report.html").read_text()
     assert "Tuning budget of search" in text and "Runs, and the command" not in text
+
+
+def test_a_report_that_was_not_written_to_its_end_can_be_written_again(
+    groups: list[Group], written: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "report"
+    shutil.copytree(written, folder)
+    (folder / "runs.csv").unlink()
+    (folder / "report.tex").unlink()
+    write(folder, groups[1:], [], Study())
+    assert (folder / "runs.csv").is_file()
+    for name in FILES:
+        (folder / name).unlink()
+    write(folder, groups[1:], [], Study())  # pictures alone were written
+    # A page of someone else is kept.
+    for name in FILES:
+        (folder / name).unlink()
+    (folder / "report.html").write_text("<p>mine</p>")
+    with pytest.raises(ValueError, match="is not empty and has no report"):
+        write(folder, groups[1:], [], Study())
+    assert (folder / "report.html").read_text() == "<p>mine</p>"

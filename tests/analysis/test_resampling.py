@@ -88,12 +88,22 @@ def test_where_all_pairs_agree_the_limit_is_that_of_as_many_pairs_of_different_r
     assert better.low is not None and better.low**n == pytest.approx(0.025)
 
 
-def test_a_single_run_and_ties_alone_have_no_interval_of_the_probability() -> None:
+def test_a_single_run_has_no_interval_of_the_probability_and_ties_a_wide_one() -> None:
     assert improvement(pairs_ahead([2.0], [0.0, 1.0], lower=False)) == Mean(1, 1.0, None, None)
-    assert improvement(pairs_ahead([1.0, 1.0], [1.0, 1.0, 1.0], lower=False)) == Mean(2, 0.5, None, None)
+    # Ties count one half: of two pairs of different runs one is won.
+    ties = improvement(pairs_ahead([1.0, 1.0], [1.0, 1.0, 1.0], lower=False))
+    exact = stats.binomtest(1, 2).proportion_ci()
+    assert (ties.mean, ties.low, ties.high) == pytest.approx((0.5, exact.low, exact.high))
     # One half may also be of pairs that do not agree.
     found = improvement(pairs_ahead([1.0, 4.0], [2.0, 3.0], lower=False))
     assert (found.mean, found.low, found.high) == (0.5, 0.0, 1.0)
+
+
+def test_one_tie_does_not_make_the_interval_narrow() -> None:
+    # All of ten seeds ahead, but for one tie: the bootstrap alone has hardly any scatter.
+    agreed, tied = (improvement(pairs_ahead([2.0] * 9 + [last], [1.0] * 10, lower=False)) for last in (2.0, 1.0))
+    assert agreed.low is not None and tied.low is not None
+    assert tied.mean == 0.95 and tied.low < agreed.low == pytest.approx(0.025**0.1)
 
 
 def test_the_bootstrap_interval_covers_the_probability_of_improvement() -> None:
@@ -104,7 +114,7 @@ def test_the_bootstrap_interval_covers_the_probability_of_improvement() -> None:
         found = improvement(pairs_ahead(one.tolist(), other.tolist(), lower=False))
         assert found.low is not None and found.high is not None
         covered += found.low <= truth <= found.high
-    assert 88 <= covered <= 99
+    assert covered >= 88
 
 
 def test_unreached_times_are_undecided_among_each_other() -> None:
@@ -112,7 +122,7 @@ def test_unreached_times_are_undecided_among_each_other() -> None:
     found = race(times, {"0": Time(20, 40), "1": Time(None, 40)})
     assert (found.first, found.second, found.undecided) == (1, 0, 1)
     assert found.ratio is None and found.pairs.tolist() == [[1, 1], [0, 0.5]]
-    assert found.ahead.mean == 2.5 / 4
+    assert improvement(found.pairs).mean == 2.5 / 4
 
 
 def test_a_band_of_shares_stays_between_nothing_and_everything() -> None:

@@ -93,6 +93,6 @@ def test_captions_explain_the_signs_that_are_drawn(by_metric: Section, by_time: 
 
 def test_a_caption_below_a_picture_in_markdown_marks_nothing_up(by_metric: Section) -> None:
     assert by_metric.pictures[0].markdown("pictures") == (
-        "![1-modular_addition-ranking.svg](pictures/1-modular_addition-ranking.svg)\n\n"
+        "![val/accuracy, higher is better](pictures/1-modular_addition-ranking.svg)\n\n"
         "Small: seeds. Large: means, with 95 % intervals. Dashed: grok\\_adamw, the baseline.\n"
     )
