@@ -1,5 +1,6 @@
-"""Compare ARS2-Neo with flatness, geometry and energy each on and off, and with the halves of energy.
+"""Compare ARS2-Neo with each of its parts on and off.
 
+The parts are flatness, geometry, energy, and the halves of energy.
 Two runs are compared where they differ in one of these switches alone. The halves are Adam's scaling of each entry
 before Newton-Schulz (``whitening``) and its length of the step (``scalar``).
 """
@@ -29,8 +30,9 @@ _COUNT = {2: "two", 4: "four"}
 
 
 def ablations(group: Group) -> Iterator[Table]:
-    """Yield the effect of each switch for every search with all eight corners, or all four of the halves of energy.
+    """Yield the effect of each switch for every complete search.
 
+    A search is complete with all eight corners, or with all four of the halves of energy.
     Nothing where no corners have two seeds in common.
     """
     for name in dict.fromkeys(row.any.identity.sweep.name for row in group.rows if row.any.identity.sweep):

@@ -88,7 +88,10 @@ def compare(group: Group, measure: Measure, row: Row, other: Row) -> Comparison 
 
 
 def against(group: Group, measure: Measure, reference: Row) -> dict[str, Comparison]:
-    """Return the comparisons of all other rows with one, by their labels; rows that cannot be compared are left out."""
+    """Return the comparisons of all other rows with one, by their labels.
+
+    Rows that cannot be compared are left out.
+    """
     rows = [row for row in group.rows if row is not reference]
     found = {row.label: one for row in rows if (one := compare(group, measure, row, reference)) is not None}
     adjusted = holm([one.p for one in found.values()])
@@ -96,7 +99,10 @@ def against(group: Group, measure: Measure, reference: Row) -> dict[str, Compari
 
 
 def chance_text(measure: Measure, found: Race | Paired, row: Row, other: Row) -> str:
-    """Return the probability that a run of a row is ahead of one of another; a dash where no pair is decided."""
+    """Return the probability that a run of a row is ahead of one of another.
+
+    It is a dash where no pair is decided.
+    """
     if isinstance(found, Race):
         pairs = found.pairs
     else:
@@ -118,8 +124,9 @@ def common_seeds(row: Row, other: Row) -> int:
 
 
 def settled(group: Group) -> tuple[np.ndarray, int]:
-    """Return for each pair of rows 1 if the first is ahead on the group's measure, -1 if behind, 0 if not settled.
+    """Return which pairs of rows are settled on the group's measure.
 
+    An entry is 1 if the first row is ahead, -1 if it is behind, and 0 if the pair is not settled.
     A pair is settled if it has at least five common seeds and :attr:`Comparison.p` is below 5 % after Holm's adjustment
     for all such pairs. The second value is the number of pairs that could be tested.
     """
@@ -135,7 +142,10 @@ def settled(group: Group) -> tuple[np.ndarray, int]:
 
 
 def who_is_ahead(group: Group) -> Table | None:
-    """Return which rows each row is ahead of; ``None`` where no pair of rows can be tested."""
+    """Return which rows each row is ahead of.
+
+    ``None`` is returned where no pair of rows can be tested.
+    """
     rows, measure = group.rows, group.measure
     sign, tested = settled(group)
     if not tested:

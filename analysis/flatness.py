@@ -98,7 +98,10 @@ def _over_all(pairs: Sequence[np.ndarray]) -> str:
 
 
 def _within_rows(pairs: Sequence[np.ndarray]) -> str:
-    """Return the correlation of ranks among the seeds of each row, and its p-value by permutations within rows."""
+    """Return the correlation of ranks among the seeds of each row.
+
+    Its p-value is of permutations within rows.
+    """
     ranks = [stats.rankdata(pair, axis=0) - (len(pair) + 1) / 2 for pair in pairs if len(pair) > 1]
     x, y = np.concatenate(ranks).T if ranks else np.empty((2, 0))
     if len(x) < _FEWEST or not x.any() or not y.any():

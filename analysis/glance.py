@@ -1,4 +1,4 @@
-"""Tabulate what rows are ranked by, against the baseline: the first table of a report."""
+"""Tabulate what rows are ranked by, against the baseline."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ _FEW = 6
 
 
 def at_a_glance(group: Group, reference: Row | None) -> Table:
-    """Return the measure of every row, and how it compares with the reference on common seeds."""
+    """Return the measure of every row, and its comparison with the reference."""
     measure = group.measure
     compared = {} if reference is None else against(group, measure, reference)
     lines = []
@@ -56,7 +56,10 @@ def _text(measure: Measure, row: Row) -> str:
 
 
 def _effect(measure: Measure, one: Comparison) -> str:
-    """Return ratio or difference, or how often the row was first where there is no ratio."""
+    """Return the ratio or difference of a comparison.
+
+    Where there is no ratio, it is how often the row was first.
+    """
     if isinstance(one.found, Paired):
         return mean_text(scaled(one.found.difference, 100 if is_share(measure.column) else 1), 3)
     if one.found.ratio is not None:

@@ -21,7 +21,10 @@ class Labelled(Protocol):
 
 
 def tell_apart(rows: Sequence[Labelled]) -> None:
-    """Add to labels that several rows have the options in which these rows differ, or numbers where those are long."""
+    """Add options to labels that several rows have.
+
+    They are the options in which these rows differ, or numbers where the options are long.
+    """
     by_label: dict[str, list[Labelled]] = {}
     for row in rows:
         by_label.setdefault(row.label, []).append(row)
@@ -45,7 +48,10 @@ def tell_apart(rows: Sequence[Labelled]) -> None:
 
 
 def _options(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return for each setting the options in which it differs, and of lists of callbacks the classes."""
+    """Return for each setting the options in which it differs.
+
+    Of lists of callbacks it has the classes.
+    """
     texts: list[list[str]] = [[] for _ in settings]
     for key, name in short_names(differing(settings)).items():
         values = [setting.get(key) for setting in settings]
@@ -67,7 +73,10 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Return the last part of each option's name, or as many as tell it from the others."""
+    """Return the last part of each option's name.
+
+    It has as many parts as tell it from the others.
+    """
     names = {}
     for key in keys:
         parts = key.split(".")
@@ -91,6 +100,9 @@ def value_text(value: Any) -> str:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Return a question that names the most similar of ``names``; empty if there is none."""
+    """Return a question that names the most similar of ``names``.
+
+    It is empty if there is none.
+    """
     found = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.0)
     return f"; did you mean {found[0]}?" if found else ""

@@ -141,7 +141,7 @@ def _grid(figures: Sequence[str]) -> str:
 
 
 def _figures(pictures: Sequence[Picture], place: str) -> list[str]:
-    """Return pictures in the colours of the page, with ids that never refer to another's parts."""
+    """Return pictures in the colours of the page, with different ids."""
     return [
         re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{place}-{index}-", on_page(picture.drawn))
         for index, picture in enumerate(pictures)

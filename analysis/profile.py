@@ -1,4 +1,7 @@
-"""Compare optimizers over several tasks by a performance profile (Dolan and More 2002), as AlgoPerf does."""
+"""Compare optimizers over several tasks by a performance profile.
+
+See Dolan and More (2002); AlgoPerf scores by it.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +24,9 @@ REFERENCE = "adamw"
 
 
 def target_of(group: Group) -> Target | None:
-    """Return the level whose cost counts: the task's last target, or what half of the best AdamW's runs reach.
+    """Return the level whose cost counts.
 
+    It is the task's last target, or what half of the best AdamW's runs reach.
     ``None`` without either.
     """
     if group.goal is not None and not group.borrowed:
@@ -82,7 +86,9 @@ def _family(group: Group, row: Row) -> str:
 def profile(
     by_task: Sequence[Mapping[str, Cost]], optimizer: str, optimistic: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return ratios, ascending from 1 to :data:`FURTHEST`, and the share of tasks within each of the best optimizer.
+    """Return ratios, and the share of tasks within each of the best optimizer.
+
+    The ratios ascend from 1 to :data:`FURTHEST`.
 
     Args:
         by_task: cost of every optimizer for each task.
@@ -120,7 +126,7 @@ def draw(by_task: Mapping[str, Mapping[str, Cost]]) -> Figure:
 
 
 def table(groups: Mapping[str, Group], by_task: Mapping[str, Mapping[str, Cost]]) -> Table:
-    """Return the costs behind the profile, and the area below it that AlgoPerf scores by."""
+    """Return the costs behind the profile, and its scores."""
     names, tasks = list(next(iter(by_task.values()))), list(by_task.values())
     lines = []
     for task, by_optimizer in by_task.items():

@@ -1,4 +1,4 @@
-"""Report all studies of a project on one page, and each of them in a folder beside it.
+"""Report all studies of a project on one page, and each beside it.
 
 A folder with a ``project.yaml`` is a project:
 
@@ -253,7 +253,10 @@ def _table(table: Table, noted: set[str], level: int) -> str:
 
 
 def _link(project: Project, folder: Path, name: str) -> str:
-    """Return links to the page of a study, or of the folder that has its text, and to its verdict if it has one."""
+    """Return links to the text of a study and to its verdict.
+
+    The text may be in the folder above.
+    """
     study = project.folder / name
     pages = [next((page for page in (study / "README.md", study.parent / "README.md") if page.is_file()), None)]
     pages += [verdict for verdict in [study / "verdict.md"] if verdict.is_file()]

@@ -1,4 +1,4 @@
-"""Describe a protocol in words: what is trained on what, how long, how often validated, and with which effort."""
+"""Describe a protocol in words."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,10 @@ _SAMPLES = {"model.temperature", "model.top_k", "model.sample_tokens", "model.sa
 
 
 def protocol_words(group: Group) -> str:
-    """Return the protocol in sentences: network, data, validation, lengths of runs, seeds and tuning."""
+    """Return the protocol in sentences.
+
+    They have the network, data, validation, lengths of runs, seeds and tuning.
+    """
     protocol = {key: value for key, value in group.protocol.items() if key not in _SAMPLES}
     parts = [f"Every run trains {_object(protocol, 'model')} on {_object(protocol, 'data')}.", _validation(protocol)]
     if group.rows:

@@ -1,4 +1,7 @@
-"""Read runs and write their report: a page, Markdown, LaTeX, pictures and the numbers of every run."""
+"""Read runs and write their report.
+
+It is a page, Markdown, LaTeX, pictures and the numbers of every run.
+"""
 
 import csv
 import functools
@@ -150,7 +153,10 @@ def save(path: Path, text: str) -> None:
 
 
 def profile_of(groups: Sequence[Group]) -> tuple[Picture, Table] | None:
-    """Return the performance profile and its costs where at least two tasks share at least two optimizers."""
+    """Return the performance profile and its costs.
+
+    ``None`` is returned unless at least two tasks share at least two optimizers.
+    """
     # A task that was searched more than once counts with its first study.
     first = {entry.digest: entry for entry in reversed(groups)}
     tasks = {f"{entry.title} ({entry.digest})": entry for entry in groups if first[entry.digest] is entry}
@@ -174,7 +180,9 @@ def _csv(lines: Sequence[dict[str, object]]) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Check that ``folder`` is new, empty, or has a report, maybe one that was not written to its end.
+    """Check that ``folder`` is new, empty, or has a report.
+
+    The report may be one that was not written to its end.
 
     Raises:
         ValueError: it has other files, or is not a folder.
@@ -189,7 +197,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _is_unfinished(folder: Path, names: set[str]) -> bool:
-    """Return whether a folder has a report that was not written to its end, and nothing else."""
+    """Return whether a folder has only a report that was not written to its end."""
     if not names <= {"pictures", *FILES}:
         return False
     ours = all(re.fullmatch(r"(\d+-.+|profile)\.svg", path.name) for path in folder.glob("pictures/[!.]*"))

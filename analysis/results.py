@@ -35,7 +35,7 @@ def metric_text(metric: str, mean: Mean, digits: int = 4) -> str:
 
 
 def metric_mean(metric: str, values: Mapping[str, float]) -> Mean:
-    """Return the mean over seeds of a metric, with an interval that stays in its range."""
+    """Return the mean of a metric, with an interval that stays in its range."""
     return bounded_interval(list(values.values()), 1.0 if is_share(metric) else np.inf)
 
 
@@ -131,7 +131,7 @@ def results(group: Group) -> Table:
 
 
 def named(labels: Sequence[str], of: int) -> str:
-    """Return the names of rows as a list, or their number if they are many out of ``of``."""
+    """Return the names of rows, or their number out of ``of`` if they are many."""
     if len(labels) == of and of > 1:
         return "all rows"
     return ", ".join(labels) if len(labels) <= _FEW else f"{len(labels)} of {of} rows"
@@ -208,7 +208,7 @@ def _range(lower: float | None, upper: float | None) -> str:
 
 
 def _flops(column: Sequence[float | None]) -> tuple[str, Callable[[float | None], str]]:
-    """Return the unit of a column of FLOPs, such as "TFLOPs", and a function that writes its numbers in it."""
+    """Return the unit of a column of FLOPs and a function that writes its numbers."""
     largest = max((value for value in column if value is not None and value == value), default=0.0)
     *_, unit = quantity(largest, "FLOPs").split()
     return unit, lambda value: "-" if value is None else quantity(value, "FLOPs", largest).split()[0]

@@ -66,7 +66,10 @@ class Row:
 
     @property
     def tuning(self) -> str:
-        """How many settings were tried to find this one, in words; a search of a single setting only states it."""
+        """How many settings were tried to find this one, in words.
+
+        A search of a single setting only states it.
+        """
         return str(self.trials) if self.trials is not None and self.trials > 1 else "none"
 
     @property
@@ -128,8 +131,9 @@ class Measure:
         return str(self) if self.target is not None or self.tested else f"best {self}"
 
     def values(self, row: Row) -> dict[str, float]:
-        """Return the values of a metric by seed, those of a validation metric from the best epoch.
+        """Return the values of a metric by seed.
 
+        Those of a validation metric are of the best epoch.
         A time has none, see :meth:`Row.times`.
         """
         return row.last(self.column) if self.tested else row.best(self.column, self.lower)
@@ -190,7 +194,10 @@ class Group:
         )
 
     def trials_of(self, search: str, name: str) -> int:
-        """Return how many settings a search tried for a row; one that ran again on further seeds counts once."""
+        """Return how many settings a search tried for a row.
+
+        One that ran again on further seeds counts once.
+        """
         trials = {run.identity.sweep.trial for run in self.sweeps.get((search, name), []) if run.identity.sweep}
         return len(trials) + self.failed[search, name]
 
@@ -249,8 +256,9 @@ class Group:
         return Measure(None, self.metric, self.lower)
 
     def stopped_on(self, row: Row, metric: str) -> bool:
-        """Return whether ``metric`` is of validation and a run of ``row`` was stopped at a level of such a metric.
+        """Return whether a run of ``row`` was stopped at a level of such a metric.
 
+        A metric is such a one if it is of the same stage.
         Its best and last value are then those of that level, or of the time at which the run reached it.
         """
         names = {run.stopped_at for run in row.runs.values()} - {None}
@@ -258,7 +266,10 @@ class Group:
         return any(self.milestones.get(str(name), metric).partition("/")[0] == stage for name in names)
 
     def order(self, row: Row) -> tuple[float, ...]:
-        """Sort rows by the measure, without a median by how many runs missed the target, and then by the best value."""
+        """Sort rows by the measure.
+
+        Rows without a median are sorted by how many runs missed the target, and then by the best value.
+        """
         measure, time, missed = self.measure, 0.0, 0.0
         if measure.target is not None:
             median = row.median(measure.target, measure.column)

@@ -35,7 +35,7 @@ AXES = {
 
 
 def curve_title(metric: str, axis: str) -> str:
-    """Return the title of a picture of curves, the same in a report and on Weights & Biases."""
+    """Return the title of curves, the same in a report and on Weights & Biases."""
     return f"{metric} over {AXES[axis]}"
 
 
@@ -169,7 +169,10 @@ class Run:
 
     @property
     def budget(self) -> str:
-        """What it was to spend at most, in words: gradient evaluations if it had such a budget, or its length."""
+        """What it was to spend at most, in words.
+
+        These are gradient evaluations if it had such a budget, or else its length.
+        """
         callbacks = self.identity.options.get("trainer.callbacks") or []
         budgets = [
             options["gradient_evaluations"]

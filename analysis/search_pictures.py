@@ -26,8 +26,9 @@ BAND = (0.1, 0.9)
 
 
 def sensitivity(group: Group, name: str) -> list[Figure]:
-    """Draw the trials of a search over each option that it varied, in a small picture for each row.
+    """Draw the trials of a search over each option that it varied.
 
+    There is a small picture for each row.
     A hollow mark is a trial that ended without reaching the target, at the evaluations that it was given, and a cross
     at the edge one without a finite value. A ring is around each trial that was the best so far when it ran, and the
     best of all is large.
@@ -90,7 +91,10 @@ def _draw_trials(axes: Axes, measure: Measure, key: str, trials: Sequence[Run], 
 
 
 def _shown(measure: Measure, run: Run) -> float | None:
-    """Return where a trial is drawn: at its value, or if it missed the target at the evaluations it was given."""
+    """Return where a trial is drawn.
+
+    It is at its value, or at the evaluations it was given if it missed the target.
+    """
     value = measure.of_trial(run)
     if value is None and measure.target is not None and not run.diverged:
         return run.at_end(measure.column)
@@ -134,8 +138,9 @@ def best_after(group: Group, name: str) -> Figure | None:
 
 
 def best_of_k(values: Sequence[float | None], lower: bool) -> np.ndarray:
-    """Return quantiles of the best of k values chosen at random without replacement, for k from 1 to their number.
+    """Return quantiles of the best of k values chosen at random.
 
+    They are chosen without replacement, for k from 1 to their number.
     The columns are the lower end of :data:`BAND`, the median and its upper end. A missing value is worse than any
     other; where it is the best, the quantile is not finite. For the expected best see Dodge et al. (2019), "Show Your
     Work"; the median exists also where some trials have no value.
@@ -153,7 +158,10 @@ def best_of_k(values: Sequence[float | None], lower: bool) -> np.ndarray:
 
 
 def _panels(title: str, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """Return a figure with a small plot for each label, two beside each other, that share their axes."""
+    """Return a figure with a small plot for each label.
+
+    Two are beside each other, and all share their axes.
+    """
     columns, rows = min(2, len(labels)), -(-len(labels) // 2)
     lines = max(len(textwrap.wrap(label, _WRAP)) for label in labels)
     top, below, each, between = 0.38 + 0.13 * lines, 0.45, 1.0, 0.24 + 0.13 * lines
@@ -178,7 +186,7 @@ def _panels(title: str, labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
 
 
 def _label(figure: Figure, panels: Sequence[Axes], x: str, y: str) -> None:
-    """Label the axes of all panels together, and the ticks of those without a panel below."""
+    """Label the axes of all panels together."""
     height = figure.get_size_inches()[1]
     figure.supxlabel(x, fontsize=9, y=0.06 / height)
     figure.supylabel(y, fontsize=9, x=0.01)

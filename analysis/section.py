@@ -1,4 +1,4 @@
-"""Collect the part of a report that is about one table: its result in words, its tables and its pictures."""
+"""Collect the part of a report that is about one group of rows."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Tabulate the settings of the rows, and list their runs with the commands that repeat them."""
+"""Tabulate the settings of rows, and the commands that repeat their runs."""
 
 import zipfile
 from pathlib import Path

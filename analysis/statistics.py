@@ -150,8 +150,9 @@ def paired(values: Mapping[str, float], reference: Mapping[str, float]) -> Paire
 
 
 def permutation_p(differences: Sequence[float]) -> float:
-    """Return the two-sided p-value that differences are symmetric about zero, without assuming a normal distribution.
+    """Return the two-sided p-value that differences are symmetric about zero.
 
+    It assumes no normal distribution.
     Their mean is compared with those after changes of their signs, all of them or 9,999 at random. With n differences
     it cannot be below 2 to the power of 1 - n.
     """
@@ -168,7 +169,10 @@ def permutation_p(differences: Sequence[float]) -> float:
 
 @functools.cache
 def detectable_effect(n: int) -> float:
-    """Return the true mean, in deviations of one value, that a two-sided t-test of ``n`` values detects with 80 %."""
+    """Return the true mean that a t-test of ``n`` values detects with 80 %.
+
+    It is in deviations of one value; the test is two-sided.
+    """
     return float(TTestPower().solve_power(nobs=n, alpha=1 - CONFIDENCE, power=POWER))
 
 
@@ -185,8 +189,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def improvement(ahead: np.ndarray) -> Mean:
-    """Return the probability that a run of one row is ahead of one of another (Agarwal et al. 2021).
+    """Return the probability of improvement (Agarwal et al. 2021).
 
+    It is the probability that a run of one row is ahead of one of another.
     The interval is of the percentile bootstrap over the runs of both rows. Near 0 and 1 the bootstrap has little
     scatter, so the interval is at least that of Clopper and Pearson (1934) for as many pairs of different runs as
     there are. It is ``None`` for a single run.
@@ -214,7 +219,10 @@ def improvement(ahead: np.ndarray) -> Mean:
 
 
 def pairs_ahead(values: Sequence[float], others: Sequence[float], lower: bool) -> np.ndarray:
-    """Return which value of each pair is better, for :func:`improvement`; NaN is worse than any other."""
+    """Return which value of each pair is better, for :func:`improvement`.
+
+    NaN is worse than any other.
+    """
     worst = np.inf if lower else -np.inf
     one, other = (np.nan_to_num(np.asarray(side, dtype=float), nan=worst) for side in (values, others))
     with np.errstate(invalid="ignore"):

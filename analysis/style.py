@@ -1,4 +1,4 @@
-"""Draw figures as SVG that are readable on light and on dark pages, and as wide as a phone or a column."""
+"""Draw figures as SVG that are readable on light and on dark pages."""
 
 import html
 import io
@@ -120,7 +120,10 @@ def add_legend(figure: Figure) -> None:
 
 
 class _Plain(LogFormatter):
-    """Label a logarithmic axis without mathtext, whose layout takes much time, and few enough ticks to fit."""
+    """Label a logarithmic axis without mathtext, whose layout takes much time.
+
+    It labels few enough ticks to fit.
+    """
 
     def __call__(self, x: float, pos: int | None = None) -> str:
         """Return the label of a tick, empty where there is none."""

@@ -138,7 +138,7 @@ def mean_text(mean: Mean, digits: int = 4) -> str:
 
 
 def p_text(p: float) -> str:
-    """Return a p-value with two digits, but no smaller one than tests of few seeds can be trusted with."""
+    """Return a p-value with two digits, or that it is below 0.0001."""
     return "< 0.0001" if p < 1e-4 else number(p, 2)
 
 

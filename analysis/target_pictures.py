@@ -18,8 +18,9 @@ _WRAP = 22
 
 
 def ranking(group: Group, reference: Row | None) -> Figure | None:
-    """Draw the measure of every row: its seeds, the median or mean with its interval, and both as text.
+    """Draw the measure of every row.
 
+    There are its seeds, the median or mean with its interval, and both as text.
     The best row is at the top. A dashed line is at the reference. Seeds that missed the target are hollow, at the
     right.
 
@@ -120,7 +121,7 @@ def _limits(median: Median) -> tuple[float, float, float]:
 
 
 def reached_over_cost(group: Group) -> Figure | None:
-    """Draw the share of each row's seeds that had reached the goal over gradient evaluations (an ECDF).
+    """Draw the share of each row's seeds that had reached the goal (an ECDF).
 
     Runs that were not watched to the end count by Kaplan and Meier. Returns ``None`` where no seed reached it.
     """

@@ -1,4 +1,4 @@
-"""Summarise and compare times to a target, some of which are longer than their run was watched."""
+"""Summarise and compare times to a target, some of which are censored."""
 
 import functools
 import warnings
@@ -93,7 +93,7 @@ def median_coverage(n: int) -> float:
 
 
 def reached_share(times: Sequence[Time]) -> tuple[np.ndarray, np.ndarray]:
-    """Return times, ascending, and the Kaplan-Meier share of runs that had reached the target by then.
+    """Return times and the Kaplan-Meier share of runs that reached the target.
 
     Both begin at zero, and end with the longest time that a run was watched.
     """

@@ -144,8 +144,9 @@ def luck(trials: Sequence[Sequence[float]], others: Sequence[Sequence[float]], l
 
 
 def searched_rows(group: Group, name: str) -> dict[str, tuple[list[Run], Style]]:
-    """Return the first runs of a search's trials by the label of their row, and its style.
+    """Return the first runs of a search's trials, and the style of their row.
 
+    They are by the label of the row.
     They are in the order of the rows and of the trials. A row that has only trials has the colour of its family.
     """
     rows = {row.search[1]: row for row in group.rows if row.search is not None and row.search[0] == name}
@@ -174,7 +175,7 @@ def _trial(run: Run) -> int:
 
 
 def options_of(trials: Sequence[Run]) -> list[str]:
-    """Return the options whose sensitivity is of interest, and that differ between trials.
+    """Return the options of interest that differ between trials.
 
     They are learning rates and weight decays of either track, and the radius.
     """

@@ -20,7 +20,7 @@ _NAMED = 3
 
 
 def sentence(group: Group, reference: Row | None) -> str:
-    """State which row is best, against the reference, by how much, and how sure that is."""
+    """State which row is best, by how much, and how sure that is."""
     if not group.rows:
         return "There are only trials of searches, and no row."
     measure, (best, *others) = group.measure, group.rows
@@ -111,7 +111,10 @@ def _against(group: Group, measure: Measure, row: Row, other: Row, subject: str,
 
 
 def _rest(group: Group, other: Row) -> str:
-    """Return which rows the best one is not settled to be ahead of, apart from one that was named before."""
+    """Return over which rows the lead of the best one is not settled.
+
+    ``other`` was named before.
+    """
     sign, tested = settled(group)
     if not tested:
         rows = group.rows
@@ -142,7 +145,7 @@ def _list(labels: list[str], of: int) -> str:
 
 
 def headlines(group: Group, reference: Row | None) -> Iterator[str]:
-    """Yield what the first screen says of a table: the result, and the rows that never reached the target."""
+    """Yield the result in words, and the rows that never reached the target."""
     yield sentence(group, reference)
     measure = group.measure
     if measure.target is None:
