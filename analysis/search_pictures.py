@@ -13,9 +13,10 @@ from scipy import special
 
 from analysis.palette import Style
 from analysis.results import is_share
-from analysis.rows import AXIS, Group, Measure
-from analysis.runs import Run
+from analysis.rows import Group, Measure
+from analysis.runs import AXES, Run
 from analysis.style import INK, STYLE, WIDTH, label_plainly, log_if_wide
+from analysis.target_pictures import scale_of
 from analysis.tuning_budget import options_of, searched_rows
 
 _WRAP = 30
@@ -44,13 +45,13 @@ def sensitivity(group: Group, name: str) -> list[Figure]:
 
 
 def _over_option(group: Group, key: str, rows: dict[str, tuple[list[Run], Style]]) -> Figure:
-    measure, scale = group.measure, _scale(group.measure)
+    measure, scale = group.measure, scale_of(group.measure)
     with matplotlib.rc_context(STYLE):
         figure, panels = _panels(f"trials over {key.removeprefix('model.')}", list(rows))
         values = [v for trials, _ in rows.values() for run in trials if (v := _shown(measure, run)) is not None]
         options = [float(run.identity.options[key]) for trials, _ in rows.values() for run in trials]
         low, high = scale * min(values), scale * max(values)
-        edge = low if scale > 1 or not measure.lower else high
+        edge = high if measure.lower else low
         for axes, (trials, style) in zip(panels, rows.values(), strict=True):
             _draw_trials(axes, measure, key, trials, style, edge)
         if min(options) > 0:
@@ -72,7 +73,7 @@ def _over_option(group: Group, key: str, rows: dict[str, tuple[list[Run], Style]
 
 
 def _draw_trials(axes: Axes, measure: Measure, key: str, trials: Sequence[Run], style: Style, edge: float) -> None:
-    scale, best = _scale(measure), None
+    scale, best = scale_of(measure), None
     for run in trials:
         x, value = float(run.identity.options[key]), measure.of_trial(run)
         shown = _shown(measure, run)
@@ -107,7 +108,7 @@ def best_after(group: Group, name: str) -> Figure | None:
     The line is the median over random choices of k of the row's trials, and the band has 80 % of them. Those of the
     other rows are grey. Returns ``None`` where no row has two trials with a value.
     """
-    measure, scale = group.measure, _scale(group.measure)
+    measure, scale = group.measure, scale_of(group.measure)
     found = {}
     for label, (trials, style) in searched_rows(group, name).items():
         values = [measure.of_trial(run) for run in trials]
@@ -194,12 +195,8 @@ def _label(figure: Figure, panels: Sequence[Axes], x: str, y: str) -> None:
         axes.tick_params(labelbottom=True)
 
 
-def _scale(measure: Measure) -> float:
-    return 100.0 if measure.target is None and is_share(measure.column) else 1.0
-
-
 def _axis_label(measure: Measure) -> str:
     if measure.target is not None:
-        return "gradient evaluations" if measure.column == AXIS else "epochs"
+        return AXES[measure.column]
     column = measure.column.replace("test/", "val/")
     return f"best {column}{', %' if is_share(column) else ''}"

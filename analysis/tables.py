@@ -71,9 +71,11 @@ class Table:
         if len(notes) > _LONG_NOTES:
             notes = f"<details><summary>how to read this table</summary>{notes}</details>"
         kinds = f"table{' some' if self.strong else ''}{' many' if len(self.columns) > _MANY else ''}"
+        title = html.escape(self.title)
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         return (
-            f'<figure class="{kinds}"><h3>{html.escape(self.title)}</h3>'
-            f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            f'<figure class="{kinds}"><h3>{title}</h3>'
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">{table}</div>'
             f"<figcaption>{notes}</figcaption></figure>"
         )
 

@@ -87,14 +87,15 @@ def _axis_label(measure: Measure) -> str:
     return f"{measure.column}{', %' if is_share(measure.column) else ''}"
 
 
-def _scale(measure: Measure) -> float:
+def scale_of(measure: Measure) -> float:
+    """Return 100 for a metric that is shown in percent, and else 1."""
     return 100.0 if measure.target is None and is_share(measure.column) else 1.0
 
 
 def _seeds(measure: Measure, row: Row) -> list[float]:
     """Return the values of a row's seeds, infinite where one missed the target."""
     if measure.target is None:
-        return [_scale(measure) * value for value in measure.values(row).values() if np.isfinite(value)]
+        return [scale_of(measure) * value for value in measure.values(row).values() if np.isfinite(value)]
     times = row.times(measure.target, measure.column).values()
     return [np.inf if time.reached is None else time.reached for time in times]
 
@@ -108,7 +109,7 @@ def _summary(measure: Measure, row: Row) -> tuple[float, float, float, str]:
         return *_limits(median), median_text(median)
     mean = metric_mean(measure.column, measure.values(row))
     text = metric_text(measure.column, mean)
-    scale = _scale(measure)
+    scale = scale_of(measure)
     low, high = (mean.mean if limit is None else limit for limit in (mean.low, mean.high))
     return scale * mean.mean, scale * low, scale * high, text
 
