@@ -160,8 +160,11 @@ def report(
     for name in project.studies:
         check_folder(folder / name)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "index.md").exists():
-        save(folder / "index.md", f"{MADE}\n")  # by which the folder is known if this one is interrupted
+    page = folder / "index.md"
+    if not page.exists():
+        save(page, f"{MADE}\n")  # by which the folder is known if this report is interrupted
+    # Only the pictures of the former page are replaced.
+    former = re.findall(r"\(pictures/([^)/]+\.svg)\)", page.read_text(encoding="utf-8"))
     sections: dict[str, list[Section]] = {}
     groups: dict[str, list[Group]] = {}
     for name in progress(project.studies, "reporting studies"):
@@ -180,12 +183,12 @@ def report(
     (folder / "pictures").mkdir(exist_ok=True)
     for file, picture in drawn.items():
         save(folder / "pictures" / file, on_white(picture))
-    save(folder / "index.md", _markdown(project, folder, stated, sections, over_tasks))
+    save(page, _markdown(project, folder, stated, sections, over_tasks))
     save(folder / "report.html", _page(project, stated, sections, over_tasks))
-    for former in (folder / "pictures").glob("*.svg"):
-        if former.name not in drawn:
-            former.unlink()
-    return f"{len(sections)} {'study' if len(sections) == 1 else 'studies'} in {folder / 'index.md'}"
+    for name in former:
+        if name not in drawn:
+            (folder / "pictures" / name).unlink(missing_ok=True)
+    return f"{len(sections)} {'study' if len(sections) == 1 else 'studies'} in {page}"
 
 
 def _check_folder(folder: Path) -> None:

@@ -71,11 +71,15 @@ def test_a_page_replaces_the_former_one_and_no_other_file(folder: Path, tmp_path
     assert project is not None
     report(project)
     before = (tmp_path / "docs" / "index.md").read_text()
-    (tmp_path / "docs" / "pictures" / "gone.svg").write_text("of a study that is no longer there")
+    with (tmp_path / "docs" / "index.md").open("a") as page:
+        page.write("![of a study that is no longer there](pictures/gone.svg)\n")
+    for name in ("gone", "user"):
+        (tmp_path / "docs" / "pictures" / f"{name}.svg").write_text("kept, if it is the user's")
     (tmp_path / "docs" / "notes.txt").write_text("kept")
     report(project)
     assert (tmp_path / "docs" / "index.md").read_text() == before
     assert not (tmp_path / "docs" / "pictures" / "gone.svg").exists()
+    assert (tmp_path / "docs" / "pictures" / "user.svg").exists()
     assert (tmp_path / "docs" / "notes.txt").read_text() == "kept"
 
 
