@@ -76,9 +76,8 @@ def compare(group: Group, measure: Measure, row: Row, other: Row) -> Comparison 
     if measure.target is not None:
         times = row.times(measure.target, measure.column), other.times(measure.target, measure.column)
         found = race(*times)
-        n = found.first + found.second + found.undecided
         ahead = found.ratio.mean < 1 if found.ratio is not None else found.first > found.second
-        return Comparison(n, found, ahead, found.p) if n > 1 else None
+        return Comparison(found.n, found, ahead, found.p) if found.n > 1 else None
     if any(group.stopped_on(one, measure.column) for one in (row, other)):
         return None
     pair = paired(measure.values(row), measure.values(other))
@@ -113,9 +112,8 @@ def chance_text(measure: Measure, found: Race | Paired, row: Row, other: Row) ->
 
 def order_text(found: Race) -> str:
     """Return on how many seeds a row was first, second or neither, of all of them."""
-    n = found.first + found.second + found.undecided
     undecided = f", undecided on {found.undecided}" if found.undecided else ""
-    return f"first on {found.first}, second on {found.second}{undecided} of {n}"
+    return f"first on {found.first}, second on {found.second}{undecided} of {found.n}"
 
 
 def common_seeds(row: Row, other: Row) -> int:
@@ -162,8 +160,7 @@ def who_is_ahead(group: Group) -> Table | None:
     notes = [
         f"By {measure}; numbers are those of the second column. A pair of rows is settled if it has at least "
         f"{FEWEST_SEEDS} common seeds and p is below 5 % after Holm's adjustment for the {tested} pairs that could be "
-        f"tested. The test is {rule}. Rows that are not settled "
-        "may still differ."
+        f"tested. The test is {rule}. Rows that are not settled may still differ."
     ]
     if measure.target is not None:
         notes[0] += " With few seeds the sign test cannot settle a pair, whatever its runs did."

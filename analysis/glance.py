@@ -24,8 +24,7 @@ def at_a_glance(group: Group, reference: Row | None) -> Table:
             cells = [_effect(measure, one), p_text(one.adjusted), chance]
         elif row is reference:
             cells = ["baseline", "-", "-"]
-        diverged = f", {row.diverged} diverged" if row.diverged else ""
-        lines.append([row.label, _text(measure, row), *cells, f"{len(row.runs)}{diverged}", row.tuning])
+        lines.append([row.label, _text(measure, row), *cells, row.seeds, row.tuning])
     if reference is None:
         lines = [[*line[:2], *line[-2:]] for line in lines]
         heads = ["row", measure.title, "seeds", "trials"]

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from analysis.rows import Group, Row, matches
+from analysis.rows import AXIS, Group, Row, matches
 from analysis.runs import AXES
 from analysis.statistics import Mean, bounded_interval
-from analysis.tables import Table, mean_text, median_text, number, quartiles_text
+from analysis.tables import Table, mean_text, median_text, number, percent_text, quartiles_text
 from analysis.times import median_coverage
 from experiment.quantities import count, quantity
 from experiment.target import Target
@@ -27,11 +27,7 @@ def metric_text(metric: str, mean: Mean, digits: int = 4) -> str:
     """Return a mean of a metric with its interval, in percent where that is usual."""
     if not is_share(metric):
         return mean_text(mean, digits)
-    scaled = [None if value is None else 100 * value for value in (mean.mean, mean.low, mean.high)]
-    if np.isnan(mean.mean):
-        return number(mean.mean)
-    shown = [None if value is None else f"{value:.2f}" for value in scaled]
-    return f"{shown[0]} %" if shown[1] is None else f"{shown[0]} % [{shown[1]}, {shown[2]}]"
+    return number(mean.mean) if np.isnan(mean.mean) else percent_text(mean, 2)
 
 
 def metric_mean(metric: str, values: Mapping[str, float]) -> Mean:
@@ -106,8 +102,7 @@ def results(group: Group) -> Table:
             lower = group.lower if metric == group.metric else True
             values = row.best(metric, lower), row.last(metric)
             cells += [metric_text(metric, metric_mean(metric, found)) for found in values]
-        diverged = f", {row.diverged} diverged" if row.diverged else ""
-        lines.append([row.label, *cells, f"{len(row.runs)}{diverged}", row.tuning, row.any.budget])
+        lines.append([row.label, *cells, row.seeds, row.tuning, row.any.budget])
     notes = [
         "Mean over seeds. Its 95 % t-interval is carried over to the logit scale for percentages and to the log scale "
         "for other positive values, by the delta method. The best value of a run is that of its best validation, so it "
@@ -227,7 +222,7 @@ def step_cost(group: Group, reference: Row | None) -> Table | None:
         found = of(row, above, below, factor)
         return float(np.median(found)) if found else np.nan
 
-    seconds, steps, evaluations = "cost/training_seconds", "cost/optimizer_steps", "cost/gradient_evaluations"
+    seconds, steps, evaluations = "cost/training_seconds", "cost/optimizer_steps", AXIS
     base = np.nan if reference is None else median(reference, seconds, steps, 1000)
     flops = [median(row, "cost/flops", steps) for row in group.rows]
     unit, flop = _flops(flops)

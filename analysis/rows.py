@@ -77,6 +77,11 @@ class Row:
         """How many of its runs ended with a loss that was not finite."""
         return sum(run.diverged for run in self.runs.values())
 
+    @property
+    def seeds(self) -> str:
+        """How many seeds it has, and how many of them diverged, in words."""
+        return f"{len(self.runs)}, {self.diverged} diverged" if self.diverged else str(len(self.runs))
+
     def best(self, metric: str, lower: bool) -> dict[str, float]:
         """Return the best value of a metric by seed."""
         return {seed: run.best(metric, lower) for seed, run in self.runs.items()}
@@ -207,10 +212,10 @@ class Group:
         They are its own name, and of its family those without a row of their own.
         """
         assert row.search is not None
-        search, own = row.search
+        search, winner = row.search
         won = {other.search[1] for other in self.rows if other.search is not None and other.search[0] == search}
-        family = next((names for names in self.families.values() if own in names), ())
-        return [own, *(name for name in family if name not in won and self.trials_of(search, name))]
+        family = next((names for names in self.families.values() if winner in names), ())
+        return [winner, *(name for name in family if name not in won and self.trials_of(search, name))]
 
     def label_of(self, search: str, name: str) -> str:
         """Return the label of a row of a search, which may have only trials."""
@@ -256,10 +261,9 @@ class Group:
         return Measure(None, self.metric, self.lower)
 
     def stopped_on(self, row: Row, metric: str) -> bool:
-        """Return whether a run of ``row`` was stopped at a level of such a metric.
+        """Return whether a run of ``row`` was stopped at a level of a metric of this stage.
 
-        A metric is such a one if it is of the same stage.
-        Its best and last value are then those of that level, or of the time at which the run reached it.
+        The best and last value are then those of that level, or of the time at which the run reached it.
         """
         names = {run.stopped_at for run in row.runs.values()} - {None}
         stage = metric.partition("/")[0]
@@ -315,8 +319,8 @@ def group(
         options = members[0].identity.options
         entries = [entry for entry in published.values() if entry["task"] == task]
         entry: dict[str, Any] = next((entry for entry in entries if matches(options, entry["protocol"])), {})
-        own = [] if entries else list(dict.fromkeys(target for run in members for target in run.milestones))
-        levels = own or [Target(**target) for target in (entry or next(iter(entries), {})).get("targets", [])]
+        stated = [] if entries else list(dict.fromkeys(target for run in members for target in run.milestones))
+        levels = stated or [Target(**target) for target in (entry or next(iter(entries), {})).get("targets", [])]
         found = Group(
             task,
             digest,
@@ -325,7 +329,7 @@ def group(
             lower=options.get("checkpoint.mode", "min") == "min",
             targets=list(targets) or levels,
             published=entry,
-            borrowed=not targets and not entry and not own,
+            borrowed=not targets and not entry and not stated,
             milestones={target.name: target.metric for target in levels},
             labels=labels or {},
             families=families or {},

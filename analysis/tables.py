@@ -144,9 +144,9 @@ def p_text(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else number(p, 2)
 
 
-def percent_text(share: Mean) -> str:
+def percent_text(share: Mean, decimals: int = 0) -> str:
     """Return a share in percent with its interval in brackets."""
-    shown = [None if value is None else f"{100 * value:.0f}" for value in (share.mean, share.low, share.high)]
+    shown = [None if value is None else f"{100 * value:.{decimals}f}" for value in (share.mean, share.low, share.high)]
     return f"{shown[0]} %" if shown[1] is None else f"{shown[0]} % [{shown[1]}, {shown[2]}]"
 
 

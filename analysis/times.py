@@ -127,6 +127,11 @@ class Race:
     pairs: np.ndarray
 
     @property
+    def n(self) -> int:
+        """Number of common seeds."""
+        return self.first + self.second + self.undecided
+
+    @property
     def ratio(self) -> Mean | None:
         """Geometric mean of the ratios."""
         return geometric_interval(self.ratios) if self.ratios else None

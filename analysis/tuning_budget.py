@@ -36,7 +36,7 @@ def tuning_budgets(group: Group) -> Iterator[Table]:
                     str(ended),
                     str(len(trials) - ended - diverged),
                     str(diverged + failed),
-                    number(_total(trials, "cost/gradient_evaluations"), 6),
+                    number(_total(trials, AXIS), 6),
                     duration(_total(trials, "cost/training_seconds")),
                 ]
             )
@@ -146,8 +146,8 @@ def luck(trials: Sequence[Sequence[float]], others: Sequence[Sequence[float]], l
 def searched_rows(group: Group, name: str) -> dict[str, tuple[list[Run], Style]]:
     """Return the first runs of a search's trials, and the style of their row.
 
-    They are by the label of the row.
-    They are in the order of the rows and of the trials. A row that has only trials has the colour of its family.
+    Keys are the labels of rows, in the order of the rows; runs are in the order of the trials. A row
+    that has only trials has the colour of its family.
     """
     rows = {row.search[1]: row for row in group.rows if row.search is not None and row.search[0] == name}
     searched = [row for other, row in group.sweeps if other == name]
